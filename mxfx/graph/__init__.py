@@ -1,0 +1,1 @@
+"""Programs: what a traced model is, before and after every pass."""

@@ -1,0 +1,53 @@
+"""From a lowered program to a ``GraphModule`` that runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from mxfx.graph.program import Program, compute_dtype, copy_graph
+
+
+def build(program: Program) -> fx.GraphModule:
+    """The ``GraphModule`` of a lowered program, weights cast to the program's dtype.
+
+    Call it as ``gm(input_ids, position_ids=None, attention_mask=None)``; it returns logits ``(batch, seq, vocabulary)``.
+    Raises ``ValueError`` if the program is not lowered.
+    """
+    if "lowered" not in program.facts:
+        raise ValueError("only a lowered program can be built; run the pass 'lower' first")
+    root = nn.Module()
+    cast: dict[str, nn.Parameter | torch.Tensor] = {}
+    for node in program.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        home = program.weights.canonical(str(node.target))
+        if home not in cast:
+            cast[home] = _runtime_tensor(program, home)
+        _attach(root, str(node.target), cast[home])
+    module = fx.GraphModule(root, copy_graph(program.graph), class_name=program.source.architecture)
+    return module.eval()
+
+
+def _runtime_tensor(program: Program, name: str) -> nn.Parameter | torch.Tensor:
+    tensor = program.weights[name]
+    if not tensor.is_floating_point():
+        return tensor
+    if name in program.weights.constants:
+        return tensor.to(compute_dtype(program.dtype))
+    return nn.Parameter(tensor.to(program.dtype), requires_grad=False)
+
+
+def _attach(root: nn.Module, dotted: str, tensor: nn.Parameter | torch.Tensor) -> None:
+    *path, leaf = dotted.split(".")
+    module = root
+    for atom in path:
+        if not hasattr(module, atom):
+            module.add_module(atom, nn.Module())
+        module = getattr(module, atom)
+    if leaf in module._parameters or leaf in module._buffers:
+        return
+    if isinstance(tensor, nn.Parameter):
+        module.register_parameter(leaf, tensor)
+    else:
+        module.register_buffer(leaf, tensor)

@@ -1,0 +1,128 @@
+"""What mxfx knows of a node beside its operands: where it came from and which formats its edges carry.
+
+The record hangs at ``node.meta["mxfx"]``; it is immutable, so copying a graph never shares mutable state.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+import torch
+from torch.fx import Node
+
+from mxfx.formats import Format
+
+META_KEY = "mxfx"
+
+#: Operands that can carry a format, by the kind of node that has them.
+OPERANDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "linear": ("weight", "input", "output", "bias"),
+        "attention": ("q", "k", "v", "probs", "softmax"),
+        "embedding": ("weight", "output"),
+        "rms_norm": ("weight", "input", "output"),
+        "rope": ("input", "output"),
+        "silu": ("input", "output"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """A format on one operand and who put it there (``annotate, rule 2 (pipeline.toml:14)``)."""
+
+    format: Format
+    by: str
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """Provenance and annotations of one node.
+
+    ``path`` is the module path in the Hugging Face model (``model.layers.0.mlp.up_proj``); ``passes`` names
+    the passes that created or changed the node; ``notes`` are what a pass leaves for later passes and reports.
+    """
+
+    path: str = ""
+    passes: tuple[str, ...] = ()
+    formats: Mapping[str, Annotation] = field(default_factory=lambda: MappingProxyType({}))
+    notes: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+
+    def with_format(self, operand: str, annotation: Annotation) -> NodeInfo:
+        return replace(self, formats=MappingProxyType({**self.formats, operand: annotation}))
+
+    def with_note(self, key: str, value: object) -> NodeInfo:
+        return replace(self, notes=MappingProxyType({**self.notes, key: value}))
+
+
+_EMPTY = NodeInfo()
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+def info(node: Node) -> NodeInfo:
+    """The node's record; an empty one if the node has none."""
+    return node.meta.get(META_KEY, _EMPTY)
+
+
+def set_info(node: Node, record: NodeInfo) -> None:
+    node.meta[META_KEY] = record
+
+
+def path_of(node: Node) -> str:
+    """Module path that the node came from, ``""`` for inputs and model-level glue."""
+    return info(node).path
+
+
+def layer_index(path: str) -> int | None:
+    """Index of the decoder layer that a module path lies in: its first integer component."""
+    found = _LAYER.search(path)
+    return int(found.group(1)) if found else None
+
+
+def layer_of(node: Node) -> int | None:
+    return layer_index(path_of(node))
+
+
+_KIND = {
+    "aten.linear.default": "linear",
+    "aten.embedding.default": "embedding",
+    "aten.silu.default": "silu",
+    "aten.gelu.default": "gelu",
+}
+
+
+def op_name(node: Node) -> str:
+    """``aten.linear.default``, ``mxfx.rope.default`` … for calls; the FX opcode for other nodes."""
+    if node.op != "call_function":
+        return node.op
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target)
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def kind(node: Node) -> str:
+    """The concept that a node stands for: ``linear``, ``embedding``, ``attention``, ``rope``, … or ``""``."""
+    name = op_name(node)
+    if name.startswith("mxfx."):
+        return name.split(".")[1]
+    return _KIND.get(name, "")
+
+
+def value(node: Node) -> torch.Tensor:
+    """The fake tensor that describes the node's result (nominal dtypes: bfloat16 model, float32 compute)."""
+    return node.meta["val"]
+
+
+def operands(node: Node) -> dict[str, object]:
+    """All operands of a call to an op by the names of its schema, defaults filled in.
+
+    (FX drops trailing operands that equal their defaults.) Raises ``ValueError`` for a node that calls no op.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload):
+        raise ValueError(f"{node.name} calls {node.target}, which is no op with a schema")
+    parameters = node.target._schema.arguments
+    given = dict(zip((p.name for p in parameters), node.args, strict=False)) | dict(node.kwargs)
+    return {p.name: given.get(p.name, p.default_value) for p in parameters}

@@ -1,0 +1,241 @@
+"""Model in, normalized program out.
+
+``torch.export`` traces a skeleton of the model: a structural copy whose parameters are bfloat16 meta tensors. So
+tracing costs no memory, works alike for models on CPU, CUDA and meta, never touches the user's model, and shows
+every cast (a float32 trace would hide them: there ``.to(float32)`` is the tensor itself).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.utils._pytree import tree_leaves
+
+import mxfx.ops  # noqa: F401  (registers the dialect)
+from mxfx.graph.node import NodeInfo, set_info
+from mxfx.graph.normalize import normalize
+from mxfx.graph.program import NOMINAL_MODEL, Program, Source, Symbol
+from mxfx.graph.weights import WeightStore
+
+_INTERFACE = "mxfx"
+_MAX_BATCH = 4096
+
+
+class TraceError(ValueError):
+    """The model cannot be traced; the message says which part and why."""
+
+
+def trace(model: nn.Module, *, name: str | None = None) -> Program:
+    """Trace a Hugging Face causal LM (or any module with its call signature) into a ``Program``.
+
+    The program takes ``input_ids``, ``position_ids``, ``attention_mask``, each int64 ``(batch, seq)``, and returns logits
+    ``(batch, seq, vocabulary)``; batch and sequence length are dynamic. Its weights share storage with the model.
+
+    Raises ``TraceError`` for a model that is no causal LM or uses attention that the dialect cannot express.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "forward"):
+        raise TraceError(f"expected a transformers causal LM with a .config, got {type(model).__name__}")
+    skeleton = _skeleton(model)
+    longest = int(getattr(config, "max_position_embeddings", 1 << 17) or 1 << 17)
+    exported = _export(skeleton, longest)
+    module = exported.module(check_guards=False)
+    weights, rename = _weights(model, module)
+    graph = _adopt_graph(module.graph, module, rename)
+    symbols = (Symbol("batch", 1, _MAX_BATCH), Symbol("seq", 2, longest))
+    source = Source(
+        name or getattr(config, "name_or_path", "") or type(model).__name__,
+        type(model).__name__,
+        json.loads(config.to_json_string(use_diff=False)),
+    )
+    program = Program(graph, weights, _dtype(model), source, symbols)
+    normalize(program)
+    _make_optional(program)
+    return program
+
+
+class _Logits(nn.Module):
+    """The part of a causal LM that a program covers: ids to logits, no cache."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+        ).logits
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """A structural copy without data: bfloat16 meta parameters, meta buffers, its own config."""
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        dtype = NOMINAL_MODEL if parameter.is_floating_point() else parameter.dtype
+        empty = torch.empty_like(parameter, device="meta", dtype=dtype)
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
+    for buffer in model.buffers():
+        # Buffers such as inv_freq hold float32 constants whatever the model's dtype.
+        dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta", dtype=dtype)
+    skeleton = copy.deepcopy(model, memo)
+    skeleton.eval()
+    _register_interfaces()
+    for module in skeleton.modules():
+        if hasattr(getattr(module, "config", None), "_attn_implementation"):
+            module.config._attn_implementation = _INTERFACE
+    return skeleton
+
+
+def _export(skeleton: nn.Module, longest: int) -> torch.export.ExportedProgram:
+    # Distinct tensors: one tensor passed three times would be traced as one input.
+    example = [torch.zeros(2, 17, dtype=torch.int64, device="meta") for _ in range(3)]
+    dims = {0: Dim("batch", min=1, max=_MAX_BATCH), 1: Dim("seq", min=2, max=longest)}
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                _Logits(skeleton), tuple(example), strict=False, dynamic_shapes=(dims, dims, dims)
+            )
+    except TraceError:
+        raise
+    except Exception as error:
+        raise TraceError(f"torch.export cannot trace {type(skeleton).__name__}: {error}") from error
+
+
+def _register_interfaces() -> None:
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register(_INTERFACE, _attention)
+    AttentionMaskInterface.register(_INTERFACE, _mask)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **extra: object,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: one ``mxfx::attention`` a layer, heads not repeated."""
+    unsupported = [k for k in ("softcap", "s_aux") if extra.get(k) is not None]
+    if unsupported:
+        raise TraceError(f"{type(module).__name__} uses attention with {unsupported[0]}, which the dialect cannot express yet")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    causal = getattr(module, "is_causal", True)
+    out = torch.ops.mxfx.attention(query, key, value, attention_mask, float(scale), causal, sliding_window)
+    return out.transpose(1, 2), None
+
+
+def _mask(*args: object, attention_mask: Tensor | None = None, use_vmap: bool = False, **extra: object) -> Tensor | None:
+    """transformers' mask interface: the plain ``(batch, seq)`` mask; ``mxfx::attention`` knows causality and windows."""
+    if use_vmap:
+        raise TraceError("the model composes its attention mask from custom functions, which the dialect cannot express yet")
+    return attention_mask
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _weights(model: nn.Module, module: fx.GraphModule) -> tuple[WeightStore, Mapping[str, str]]:
+    """The store over the model's own tensors, and exported name → store name.
+
+    Ties are found by identity of the model's parameters; the canonical name is the first one that the model lists.
+    """
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        home = first.setdefault(id(tensor), name)
+        if home == name:
+            tensors[name] = tensor.detach()
+        else:
+            aliases[name] = home
+    rename: dict[str, str] = {}
+    for node in module.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        target = str(node.target).removeprefix("model.")
+        if target in tensors or target in aliases:
+            rename[str(node.target)] = target
+            continue
+        constant = _lookup(module, str(node.target))
+        name = f"constants.{node.target}"
+        if not isinstance(constant, Tensor) or constant.device.type == "meta":
+            raise TraceError(f"the trace reads {node.target!r}, which is no parameter or buffer of the model")
+        tensors[name] = constant.detach()
+        rename[str(node.target)] = name
+    buffers = {name for name, _ in model.named_buffers()} | {n for n in tensors if n.startswith("constants.")}
+    return WeightStore(tensors, aliases, constants=frozenset(buffers)), rename
+
+
+def _make_optional(program: Program) -> None:
+    """Let ``position_ids`` and ``attention_mask`` be absent: positions are counted, no mask means no padding."""
+    input_ids, position_ids, attention_mask = (n for n in program.graph.nodes if n.op == "placeholder")
+    for optional in (position_ids, attention_mask):
+        for user in [u for u in optional.users if u.target is torch.ops.aten.sym_size.int]:
+            user.update_arg(0, input_ids)
+    for user in list(attention_mask.users):
+        # The mask arrives as bool or int; mxfx::attention takes either, or None.
+        if user.target is torch.ops.aten.to.dtype:
+            user.replace_all_uses_with(attention_mask)
+            program.graph.erase_node(user)
+    strangers = [u for u in attention_mask.users if u.target is not torch.ops.mxfx.attention.default]
+    if strangers:
+        raise TraceError(f"the model computes with attention_mask beyond attention: {strangers[0].format_node()}")
+    with program.graph.inserting_after(attention_mask):
+        counted = program.graph.call_function(
+            torch.ops.mxfx.positions.default, (input_ids, position_ids, attention_mask)
+        )
+    counted.meta = {"val": position_ids.meta["val"]}
+    set_info(counted, NodeInfo())
+    position_ids.replace_all_uses_with(counted, delete_user_cb=lambda user: user is not counted)
+
+
+def _lookup(module: nn.Module, target: str) -> object:
+    found: object = module
+    for atom in target.split("."):
+        found = getattr(found, atom, None)
+    return found
+
+
+def _adopt_graph(graph: fx.Graph, module: fx.GraphModule, rename: Mapping[str, str]) -> fx.Graph:
+    """The exported graph with plain placeholders, store names, module paths and fake values on every node."""
+    mode = next(v for n in graph.nodes if (v := n.meta.get("val")) is not None and hasattr(v, "fake_mode")).fake_mode
+    result = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "output":
+            (logits,) = tree_leaves(node.args)
+            result.output(env[logits])
+            continue
+        copied = result.node_copy(node, lambda n: env[n])
+        env[node] = copied
+        copied.meta = {k: v for k, v in node.meta.items() if k in ("val", "stack_trace")}
+        if node.op == "placeholder" and node.target != "input_ids":
+            copied.args = (None,)
+        if node.op == "get_attr":
+            attribute = _lookup(module, str(node.target))
+            copied.target = rename[str(node.target)]
+            copied._rename(copied.target.replace(".", "_"))
+            copied.meta["val"] = mode.from_tensor(torch.empty_like(attribute, device="meta"), static_shapes=True)
+        set_info(copied, NodeInfo(path=_module_path(node)))
+    return result
+
+
+def _module_path(node: fx.Node) -> str:
+    """Innermost module of the call, without the wrapper's prefix."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0] if stack else ""
+    return "" if path == "model" else path.removeprefix("model.")

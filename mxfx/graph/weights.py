@@ -1,0 +1,170 @@
+"""The weight store: copy on write, alias-aware, every change recorded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class UnknownWeight(KeyError):
+    """No weight of that name is in the store."""
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """One entry of the ledger: which pass changed which tensor, with hashes and relative error ‖Δ‖/‖w‖."""
+
+    pass_name: str
+    weight: str
+    before: str
+    after: str
+    error: float | None
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """Blake2b (16 hex digits) over dtype, shape and bytes; ``meta`` for tensors without data."""
+    if tensor.device.type == "meta":
+        return "meta"
+    digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=8)
+    data = tensor.detach().to("cpu").contiguous()
+    digest.update(memoryview(data.view(torch.uint8).numpy()) if data.dim() else memoryview(data[None].view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+class WeightStore(Mapping[str, Tensor]):
+    """Name → tensor, with an alias table for tied weights.
+
+    Tensors are never written in place: ``set`` stores a new one and leaves the user's model alone. Stored copies
+    are kept in ``working`` precision (float32; float64 in the twin on which promises are checked), so that a chain
+    of exact rewrites does not drift in bfloat16.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        aliases: Mapping[str, str] | None = None,
+        working: torch.dtype = torch.float32,
+        constants: frozenset[str] = frozenset(),
+    ) -> None:
+        self._tensors = dict(tensors)
+        #: Names of tensors that run in compute precision (float32 or better) in a model of any dtype.
+        self.constants = constants
+        self._aliases = dict(aliases or {})
+        self._hashes: dict[int, tuple[Tensor, str]] = {}
+        self.working = working
+        self.ledger: list[WeightChange] = []
+
+    def canonical(self, name: str) -> str:
+        """The name that really holds the tensor behind ``name``."""
+        found = self._aliases.get(name, name)
+        if found not in self._tensors:
+            raise UnknownWeight(f"no weight named {name!r} in a store of {len(self._tensors)}")
+        return found
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self.canonical(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors or name in self._aliases
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Alias → canonical name, for tied weights."""
+        return dict(self._aliases)
+
+    def tied_to(self, name: str) -> tuple[str, ...]:
+        """Every other name of the same tensor."""
+        home = self.canonical(name)
+        return tuple(n for n in (home, *(a for a, c in self._aliases.items() if c == home)) if n != name)
+
+    def master(self, name: str) -> Tensor:
+        """The tensor in working precision or better, for the arithmetic of a pass."""
+        tensor = self[name]
+        return tensor.to(self.working) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+    def hash(self, name: str) -> str:
+        tensor = self[name]
+        known = self._hashes.get(id(tensor))
+        if known is None or known[0] is not tensor:
+            known = (tensor, tensor_hash(tensor))
+            self._hashes[id(tensor)] = known
+        return known[1]
+
+    def set(self, name: str, tensor: Tensor, by: str) -> None:
+        """Put a new tensor behind ``name`` (and behind every alias of it); the change enters the ledger.
+
+        Raises ``UnknownWeight`` for a name that is not there: new weights come through ``add``.
+        """
+        home = self.canonical(name)
+        before = self._tensors[home]
+        after = tensor.detach().to(self.working) if tensor.is_floating_point() else tensor.detach()
+        if after.data_ptr() == before.data_ptr() and after.device.type != "meta":
+            after = after.clone()
+        old_hash = self.hash(home)
+        self._tensors[home] = after
+        self.ledger.append(WeightChange(by, home, old_hash, self.hash(home), _relative_change(before, after)))
+
+    def add(self, name: str, tensor: Tensor, by: str, *, constant: bool = False) -> None:
+        """Add a new weight (an untied head) or a ``constant`` of compute precision (a transform's matrix).
+
+        Raises ``ValueError`` if the name is taken.
+        """
+        if name in self:
+            raise ValueError(f"weight {name!r} exists; a new weight needs a new name")
+        self._tensors[name] = tensor.detach().to(self.working) if tensor.is_floating_point() else tensor.detach()
+        if constant:
+            self.constants |= {name}
+        self.ledger.append(WeightChange(by, name, "", self.hash(name), None))
+
+    def untie(self, alias: str, by: str) -> None:
+        """Give an alias a tensor of its own, equal to the one that it shared until now."""
+        tensor = self[alias]
+        if alias not in self._aliases:
+            others = self.tied_to(alias)
+            if not others:
+                raise ValueError(f"weight {alias!r} is not tied")
+            heir, *rest = others
+            self._tensors[heir] = tensor
+            self._aliases = {a: c for a, c in self._aliases.items() if a != heir} | dict.fromkeys(rest, heir)
+            self.ledger.append(WeightChange(by, heir, self.hash(alias), self.hash(alias), 0.0))
+            return
+        del self._aliases[alias]
+        self._tensors[alias] = tensor
+        self.ledger.append(WeightChange(by, alias, self.hash(alias), self.hash(alias), 0.0))
+
+    def drop(self, name: str) -> None:
+        """Forget a weight that no node reads any more."""
+        home = self.canonical(name)
+        del self._tensors[home]
+        self._aliases = {a: c for a, c in self._aliases.items() if c != home}
+
+    def copy(self) -> WeightStore:
+        """A store that shares tensors with this one until either is changed."""
+        twin = WeightStore(self._tensors, self._aliases, self.working, self.constants)
+        twin._hashes = self._hashes
+        twin.ledger = list(self.ledger)
+        return twin
+
+    def cast(self, dtype: torch.dtype) -> WeightStore:
+        """The same weights with every floating tensor in ``dtype``, which also becomes the working precision."""
+        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in self._tensors.items()}
+        twin = WeightStore(tensors, self._aliases, dtype, self.constants)
+        twin.ledger = list(self.ledger)
+        return twin
+
+
+def _relative_change(before: Tensor, after: Tensor) -> float | None:
+    if before.device.type == "meta" or before.shape != after.shape or not before.is_floating_point():
+        return None
+    norm = torch.linalg.vector_norm(before, dtype=torch.float64 if before.numel() < 1 << 16 else torch.float32)
+    return float(torch.linalg.vector_norm(after.to(before.device).float() - before.float()) / norm.clamp_min(1e-30))

@@ -1,0 +1,27 @@
+"""The dialect: semantic ops ``mxfx::…``, each with a schema, a fake kernel and an ATen definition."""
+
+from mxfx.ops.attention import attend, attention, attention_bias
+from mxfx.ops.cast import cast
+from mxfx.ops.dialect import DialectOp, all_ops, define, find_op
+from mxfx.ops.norm import rms_norm
+from mxfx.ops.positions import positions
+from mxfx.ops.quantize import fake_quantize
+from mxfx.ops.rope import rope
+from mxfx.ops.transform import block_transform, hadamard
+
+__all__ = [
+    "DialectOp",
+    "all_ops",
+    "attend",
+    "attention",
+    "attention_bias",
+    "block_transform",
+    "cast",
+    "define",
+    "fake_quantize",
+    "find_op",
+    "hadamard",
+    "positions",
+    "rms_norm",
+    "rope",
+]

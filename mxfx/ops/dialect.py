@@ -1,0 +1,109 @@
+"""How an op of the dialect comes to be: one definition in ATen, from which everything else follows.
+
+``define`` turns a plain function over tensors (the *definition*) into a ``torch.library`` op ``mxfx::<name>``:
+the eager kernel runs the definition, the fake kernel runs it on fake tensors, autograd differentiates it (or uses
+the rule given), and ``lower`` inlines it where no provider has a faster kernel.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "mxfx"
+
+Definition = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class DialectOp:
+    """An op of the dialect: its overload, and the ATen definition that ``lower`` inlines."""
+
+    name: str
+    overload: torch._ops.OpOverload
+    definition: Definition
+
+
+_OPS: dict[str, DialectOp] = {}
+
+
+def define(name: str, *, backward: Callable[..., tuple] | None = None) -> Callable[[Definition], Definition]:
+    """Decorator: register ``mxfx::name`` with the decorated function as its definition.
+
+    ``backward(ctx, grad)`` replaces the derivative of the definition, for ops whose true derivative is useless
+    (rounding is flat almost everywhere).
+    """
+
+    def register(definition: Definition) -> Definition:
+        op = torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())(_fresh(definition))
+        op.register_fake(_fresh(definition))
+        parameters = list(inspect.signature(definition).parameters)
+        if backward is None:
+            op.register_autograd(_differentiate(definition, parameters), setup_context=_save_inputs)
+        else:
+            op.register_autograd(backward, setup_context=lambda ctx, inputs, output: None)
+        overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        _OPS[str(overload)] = DialectOp(name, overload, definition)
+        return definition
+
+    return register
+
+
+def find_op(target: object) -> DialectOp | None:
+    """The dialect op behind a node's target, None for any other target."""
+    return _OPS.get(str(target)) if isinstance(target, torch._ops.OpOverload) else None
+
+
+def all_ops() -> dict[str, DialectOp]:
+    return dict(_OPS)
+
+
+def compute(x: Tensor) -> Tensor:
+    """``x`` in the precision that dialect ops compute in: max(float32, its own)."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _fresh(definition: Definition) -> Definition:
+    """The definition with a result that shares no memory with its inputs, as ``torch.library`` demands."""
+
+    def kernel(*args: object, **kwargs: object) -> Tensor:
+        out = definition(*args, **kwargs)
+        inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        shared = any(out is a or out._is_view() and out._base is a for a in inputs)
+        return out.clone() if shared else out
+
+    kernel.__signature__ = inspect.signature(definition, eval_str=True)  # type: ignore[attr-defined]
+    kernel.__name__ = definition.__name__
+    kernel.__annotations__ = inspect.get_annotations(definition, eval_str=True)
+    return kernel
+
+
+def _save_inputs(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.inputs = inputs
+
+
+def _differentiate(definition: Definition, parameters: list[str]) -> Callable[..., tuple]:
+    def backward(ctx, grad: Tensor) -> tuple:
+        differentiable = [
+            i for i, a in enumerate(ctx.inputs) if isinstance(a, Tensor) and a.is_floating_point() and ctx.needs_input_grad[i]
+        ]
+
+        def forward(*tensors: Tensor) -> Tensor:
+            args = list(ctx.inputs)
+            for i, tensor in zip(differentiable, tensors, strict=True):
+                args[i] = tensor
+            return definition(*args)
+
+        with torch.enable_grad():
+            leaves = [ctx.inputs[i].detach().requires_grad_() for i in differentiable]
+            grads = torch.autograd.grad(forward(*leaves), leaves, grad)
+        result: list[Tensor | None] = [None] * len(ctx.inputs)
+        for i, g in zip(differentiable, grads, strict=True):
+            result[i] = g
+        return tuple(result)
+
+    return backward

@@ -1,0 +1,22 @@
+"""``mxfx::positions``: position ids for callers that give none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mxfx.ops.dialect import define
+
+
+@define("positions")
+def positions(input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    """The position of every token, int64 ``(batch, seq)``.
+
+    Given ``position_ids`` count as they are; else real tokens are counted (left padding does not shift them), or all
+    tokens where there is no mask.
+    """
+    if position_ids is not None:
+        return position_ids
+    if attention_mask is not None:
+        return (attention_mask.ne(0).cumsum(-1) - 1).clamp_min(0)
+    return torch.ones_like(input_ids).cumsum(-1) - 1

@@ -1,0 +1,33 @@
+"""``mxfx::hadamard`` and ``mxfx::block_transform``: orthogonal and data-aware transforms of the last axis."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mxfx.algorithms.hadamard import hadamard_matrix
+from mxfx.ops.dialect import compute, define
+
+
+@define("block_transform")
+def block_transform(x: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply each block of the last axis by a matrix: ``x_B @ T_B``; same shape and dtype as ``x``.
+
+    ``matrix`` is ``(block, block)``, shared by all blocks, or ``(blocks, block, block)``; the last axis of ``x`` is
+    ``blocks * block``.
+    """
+    wide = compute(x)
+    matrix = matrix.to(wide.dtype)
+    split = wide.unflatten(-1, (-1, matrix.shape[-1]))
+    if matrix.dim() == 2:
+        return (split @ matrix).flatten(-2).to(x.dtype)
+    return (split.unsqueeze(-2) @ matrix).squeeze(-2).flatten(-2).to(x.dtype)
+
+
+@define("hadamard")
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """Multiply each block of the last axis by the orthonormal Hadamard matrix of that order; ``block`` divides it.
+
+    Same shape and dtype as ``x``. Raises ``ValueError`` where no Hadamard matrix of that order is known.
+    """
+    return block_transform(x, hadamard_matrix(block, torch.promote_types(x.dtype, torch.float32), x.device))

@@ -1,0 +1,161 @@
+"""``annotate``: say which operand is to be in which format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import fx
+
+from mxfx.formats import Format
+from mxfx.graph.node import OPERANDS, Annotation, info, kind, path_of
+from mxfx.graph.program import Program
+from mxfx.rewrite import ALL, Context, Exact, ExpectationError, Numerics, Pass, Rewriter, Selector, fact, register
+from mxfx.rewrite.expect import evaluate
+
+#: Rule key → the kinds of node and the operands that it speaks of.
+_KEYS: dict[str, tuple[tuple[str, str], ...]] = {
+    "weight": (("linear", "weight"), ("embedding", "weight"), ("rms_norm", "weight")),
+    "bias": (("linear", "bias"),),
+    "input": (("linear", "input"), ("rms_norm", "input"), ("silu", "input"), ("rope", "input")),
+    "output": (("linear", "output"), ("rms_norm", "output"), ("silu", "output"), ("rope", "output"), ("embedding", "output")),
+    "q": (("attention", "q"),),
+    "k": (("attention", "k"),),
+    "v": (("attention", "v"),),
+    "kv": (("attention", "k"), ("attention", "v")),
+    "probs": (("attention", "probs"),),
+    "softmax": (("attention", "softmax"),),
+    "rope": (("rope", "input"),),
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule: nodes whose module path matches ``match`` get the formats named.
+
+    ``weight``, ``bias``, ``input``, ``output`` speak of linears (and norms, embeddings, activations); ``q``, ``k``, ``v``,
+    ``kv`` (k and v), ``softmax`` (the scores before the softmax), ``probs`` (after it) speak of attention; ``rope`` of the
+    rotary embedding's input. ``expect`` is integer arithmetic over ``layers``: the number of nodes that must match.
+    """
+
+    match: Selector = field(default=ALL)
+    weight: Format | None = None
+    bias: Format | None = None
+    input: Format | None = None
+    output: Format | None = None
+    q: Format | None = None
+    k: Format | None = None
+    v: Format | None = None
+    kv: Format | None = None
+    softmax: Format | None = None
+    probs: Format | None = None
+    rope: Format | None = None
+    expect: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.formats():
+            raise ValueError(f"the rule for {str(self.match)!r} names no format; give one of {', '.join(_KEYS)}")
+        if self.kv is not None and (self.k is not None or self.v is not None):
+            raise ValueError("kv speaks of k and v; give kv alone or k and v")
+
+    def formats(self) -> dict[str, Format]:
+        """The keys that are set, in the order of the fields."""
+        return {key: fmt for key in _KEYS if (fmt := getattr(self, key)) is not None}
+
+
+@register
+@dataclass(frozen=True)
+class Annotate(Pass):
+    """Put formats on operands; nothing is quantized yet. For each operand the first rule that matches wins.
+
+    Before::
+
+        %y = linear(%x, @model.layers.0.mlp.up_proj.weight)
+
+    After::
+
+        %y = linear(%x, @model.layers.0.mlp.up_proj.weight)  {weight: mxint4@32, input: mxint4@32}
+
+    A rule that matches nothing, or another number of nodes than its ``expect``, is an error.
+    """
+
+    name: ClassVar[str] = "annotate"
+    requires: ClassVar[frozenset[str]] = frozenset({"raised"})
+    provides: ClassVar[frozenset[str]] = frozenset({"annotated"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"weights-rounded", "activations-quantized"})
+    numerics: ClassVar[Numerics] = Exact()
+    rule: tuple[Rule, ...] = ()
+
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        for index, rule in enumerate(self.rule, start=1):
+            count = self._apply(rw, rule, f"annotate rule {index}")
+            _check_count(rw, rule, index, count)
+
+    def _apply(self, rw: Rewriter, rule: Rule, by: str) -> int:
+        count = 0
+        for node in rw.program.nodes(*OPERANDS):
+            wanted = _operands(rule, node)
+            if not wanted or not rule.match(path_of(node)):
+                continue
+            count += 1
+            fresh = {o: f for o, f in wanted.items() if o not in info(node).formats}
+            if not fresh:
+                rw.skip(node, "an earlier rule set these operands", rule=by)
+            elif rw.match(node, note=", ".join(f"{o}={f}" for o, f in fresh.items()), rule=by):
+                _set(rw, node, fresh, by)
+        return count
+
+
+def _operands(rule: Rule, node: fx.Node) -> dict[str, Format]:
+    """The operands of ``node`` that the rule's keys speak of, with their formats."""
+    return {
+        operand: fmt
+        for key, fmt in rule.formats().items()
+        for of_kind, operand in _KEYS[key]
+        if of_kind == kind(node) and _present(node, operand)
+    }
+
+
+def _present(node: fx.Node, operand: str) -> bool:
+    """A bias or a gain that the node does not have carries no format."""
+    position = {("linear", "bias"): 2, ("rms_norm", "weight"): 1}.get((kind(node), operand))
+    return position is None or len(node.args) > position and node.args[position] is not None
+
+
+def _set(rw: Rewriter, node: fx.Node, formats: dict[str, Format], by: str) -> None:
+    record = info(node)
+    for operand, fmt in formats.items():
+        record = record.with_format(operand, Annotation(fmt, by))
+    rw.set_info(node, record)
+
+
+def _check_count(rw: Rewriter, rule: Rule, index: int, count: int) -> None:
+    expected = None if rule.expect is None else evaluate(rule.expect, layers=rw.program.layers)
+    if expected is not None and count != expected:
+        raise ExpectationError(
+            f"annotate rule {index}: match {str(rule.match)!r} fits {count} nodes, "
+            f"expect = {rule.expect!r} asks for {expected} (layers = {rw.program.layers})",
+            rule=index,
+        )
+    if count == 0 and not rw.record.limited:
+        raise ExpectationError(
+            f"annotate rule {index}: match {str(rule.match)!r} fits no node that has {' or '.join(rule.formats())}; "
+            f"it is matched against whole module paths such as {_example(rw, rule)}",
+            rule=index,
+        )
+
+
+def _example(rw: Rewriter, rule: Rule) -> str:
+    """The path nearest in spelling among the nodes that the rule's keys could speak of."""
+    import difflib
+
+    paths = [path_of(n) for n in rw.program.nodes(*OPERANDS) if _operands(rule, n)]
+    near = difflib.get_close_matches(str(rule.match).replace("\\", ""), paths, n=1, cutoff=0.0)
+    return repr(near[0]) if near else "none: the model has no such operand"
+
+
+@fact("annotated", "operands carry formats")
+def annotated(program: Program) -> str | None:
+    if any(info(node).formats for node in program.graph.nodes):
+        return None
+    return "no node carries a format"

@@ -1,0 +1,124 @@
+"""``lower``: from the dialect to ATen and kernels, in the precision that the model runs in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from mxfx.algorithms.hadamard import hadamard_matrix
+from mxfx.graph.node import kind, op_name, operands
+from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, compute_dtype
+from mxfx.ops import attend, attention_bias, find_op, positions
+from mxfx.ops.providers import choose
+from mxfx.rewrite import Context, Local, Numerics, Pass, Rewriter, fact, register
+from mxfx.rewrite.inline import Inliner
+
+aten = torch.ops.aten
+
+#: Calls that may stand in a lowered graph beside ATen: traced through by torch.compile, shared by all layers.
+RUNTIME_FUNCTIONS = frozenset({attend, attention_bias, positions})
+
+
+@register
+@dataclass(frozen=True)
+class Lower(Pass):
+    """Replace every dialect op: by a provider's kernel where one serves the device, else by its ATen definition.
+
+    Before::
+
+        %y = mxfx.rms_norm(%x, @g, 1e-05)
+        %o = mxfx.attention(%q, %k, %v, %mask, 0.125)
+        %z = mxfx.cast(%y, "compute")
+
+    After::
+
+        %w = to(%x, float32); %r = rsqrt(mean(pow(%w, 2), [-1], True) + 1e-05); …
+        %b = attention_bias(%mask, %q, True, None)              # one for all layers
+        %o = attend(%q, %k, %v, %b, 0.125, True)
+        %z = to(%y, float32)
+
+    Roles become dtypes: ``compute`` is max(float32, model dtype); a cast that changes nothing is dropped.
+    """
+
+    name: ClassVar[str] = "lower"
+    requires: ClassVar[frozenset[str]] = frozenset({"raised"})
+    provides: ClassVar[frozenset[str]] = frozenset({"lowered"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"lowered"})
+    numerics: ClassVar[Numerics] = Local(1e-2)
+    required: ClassVar[bool] = True
+
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        _concretize(rw.program)
+        inliner = Inliner(rw)
+        biases: dict[tuple, fx.Node] = {}
+        for node in rw.program.nodes():
+            op = find_op(node.target)
+            if op is None:
+                continue
+            rw.match(node)
+            provider = choose(op.name, node, ctx.device)
+            if op.name == "cast":
+                _lower_cast(rw, node)
+            elif op.name == "positions":
+                rw.replace(node, rw.call(positions, *node.args, like=node, val=node.meta["val"]))
+            elif op.name == "attention":
+                _lower_attention(rw, node, biases)
+            elif provider is not None:
+                rw.replace(node, rw.call(provider.target, *provider.arguments(node), like=node))
+            elif op.name == "hadamard":
+                inliner.inline(_as_block_transform(rw, node), find_op(torch.ops.mxfx.block_transform.default).definition)
+            else:
+                inliner.inline(node, op.definition)
+
+
+def _concretize(program: Program) -> None:
+    """Give every fake value the dtype that it will have: roles end here."""
+    compute = compute_dtype(program.dtype)
+    real = {NOMINAL_MODEL: program.dtype, NOMINAL_COMPUTE: compute}
+    for node in program.graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor) and val.dtype in real:
+            with val.fake_mode:
+                node.meta["val"] = val.to(real[val.dtype])
+
+
+def _lower_cast(rw: Rewriter, node: fx.Node) -> None:
+    source, dtype = node.args[0], node.meta["val"].dtype
+    if source.meta["val"].dtype == dtype:
+        rw.replace(node, source)
+        return
+    rw.replace(node, rw.call(aten.to.dtype, source, dtype, like=node))
+
+
+def _lower_attention(rw: Rewriter, node: fx.Node, biases: dict[tuple, fx.Node]) -> None:
+    """One mask for all layers that share tokens, causality and window; then plain attention."""
+    q, k, v, mask, scale, causal, window = operands(node).values()
+    key = (mask, causal, window)
+    if key not in biases:
+        biases[key] = rw.call(attention_bias, mask, q, causal, window, like=node)
+    rw.replace(node, rw.call(attend, q, k, v, biases[key], scale, causal, like=node, val=node.meta["val"]))
+
+
+def _as_block_transform(rw: Rewriter, node: fx.Node) -> fx.Node:
+    """A Hadamard transform as a product with its stored matrix, one weight per order."""
+    block = node.args[1]
+    name = f"hadamard.{block}"
+    if name not in rw.weights:
+        rw.weights.add(name, hadamard_matrix(block, torch.float64), rw.pass_name, constant=True)
+    matrix = rw.weight(name, node)
+    with matrix.meta["val"].fake_mode:
+        matrix.meta["val"] = matrix.meta["val"].to(compute_dtype(rw.program.dtype))
+    new = rw.call(torch.ops.mxfx.block_transform.default, node.args[0], matrix, like=node)
+    rw.replace(node, new)
+    return new
+
+
+@fact("lowered", "no dialect op is left")
+def lowered(program: Program) -> str | None:
+    for node in program.graph.nodes:
+        if node.op == "call_function" and find_op(node.target) is not None:
+            return f"{node.name} = {op_name(node)} ({kind(node)}) is not lowered"
+    return None

@@ -1,0 +1,62 @@
+"""``quantize-kv-cache``: keep keys and values in their annotated formats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mxfx.graph.node import info, kind, path_of
+from mxfx.graph.program import Program
+from mxfx.rewrite.operands import is_quantized, quantized
+from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, fact, register
+
+_POSITION = {"k": 1, "v": 2}
+
+
+@register
+@dataclass(frozen=True)
+class QuantizeKvCache(Pass):
+    """Round keys (after RoPE) and values onto their formats along the head dimension, before attention reads them.
+
+    Before::
+
+        %o = mxfx.attention(%q, %k, %v, …)  {k: mxint4@32, v: mxint4@32}
+
+    After::
+
+        %k4 = mxfx.fake_quantize(%k, "mxint4@32", -1)
+        %v4 = mxfx.fake_quantize(%v, "mxint4@32", -1)
+        %o  = mxfx.attention(%q, %k4, %v4, …)
+
+    So the prefill sees the same keys and values that a cache in that format would hold.
+    """
+
+    name: ClassVar[str] = "quantize-kv-cache"
+    requires: ClassVar[frozenset[str]] = frozenset({"annotated"})
+    provides: ClassVar[frozenset[str]] = frozenset({"kv-quantized"})
+    numerics: ClassVar[Numerics] = Lossy()
+    select: Selector = ALL
+
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        for node in rw.program.nodes("attention"):
+            if not self.select(path_of(node)):
+                continue
+            for operand, position in _POSITION.items():
+                annotation = info(node).formats.get(operand)
+                if annotation is None:
+                    rw.skip(node, f"{operand} carries no format")
+                elif rw.match(node, note=f"{operand} {annotation.format}"):
+                    rw.set_operand(node, position, quantized(rw, node.args[position], annotation.format))
+
+
+@fact("kv-quantized", "annotated keys and values are rounded")
+def kv_quantized(program: Program) -> str | None:
+    selected = [n for n in program.graph.nodes if kind(n) == "attention" and _quantized_here(n)]
+    if selected or not any(kind(n) == "attention" and {"k", "v"} & set(info(n).formats) for n in program.graph.nodes):
+        return None
+    return "keys and values carry formats and none is quantized"
+
+
+def _quantized_here(node) -> bool:
+    formats = info(node).formats
+    return any(o in formats and is_quantized(node.args[p], formats[o].format) for o, p in _POSITION.items())

@@ -1,0 +1,95 @@
+"""``raise-attention``: softmax attention as one node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from mxfx.graph.node import kind, operands
+from mxfx.graph.program import Program
+from mxfx.rewrite import Context, Exact, Numerics, Pass, Rewriter, fact, register
+
+aten = torch.ops.aten
+_sdpa = aten.scaled_dot_product_attention.default
+
+
+@register
+@dataclass(frozen=True)
+class RaiseAttention(Pass):
+    """Turn each scaled dot-product attention into one ``mxfx.attention`` node with unrepeated key-value heads.
+
+    Models that use transformers' attention interface arrive raised, because ``trace`` registers one; this pass counts
+    them. A model with attention of its own that calls SDPA is rewritten:
+
+    Before::
+
+        %kr = reshape(expand(unsqueeze(%k, 2), …))       # repeated heads, where the model repeats them
+        %y  = scaled_dot_product_attention(%q, %kr, %vr, %mask, 0.0, False, scale=s)
+
+    After::
+
+        %y  = mxfx.attention(%q, %k, %v, %mask, s, causal)
+    """
+
+    name: ClassVar[str] = "raise-attention"
+    provides: ClassVar[frozenset[str]] = frozenset({"attention-raised", "raised"})
+    requires: ClassVar[frozenset[str]] = frozenset({"norms-raised", "ropes-raised"})
+    numerics: ClassVar[Numerics] = Exact()
+    required: ClassVar[bool] = True
+
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        for node in rw.program.nodes():
+            if kind(node) == "attention":
+                rw.match(node, note="traced through the attention interface")
+            elif node.target is _sdpa:
+                self._raise(rw, node)
+
+    def _raise(self, rw: Rewriter, node: fx.Node) -> None:
+        q, k, v, mask, dropout, causal, scale, _ = operands(node).values()
+        if dropout:
+            rw.skip(node, f"attention with dropout {dropout}")
+            return
+        if isinstance(mask, fx.Node) and mask.meta["val"].dtype != torch.bool:
+            rw.skip(node, "its mask is additive, not boolean")
+            return
+        if not rw.match(node, note="from scaled_dot_product_attention"):
+            return
+        scale = q.meta["val"].shape[-1] ** -0.5 if scale is None else scale
+        heads = (_unrepeated(k), _unrepeated(v))
+        new = rw.call(torch.ops.mxfx.attention.default, q, *heads, mask, float(scale), bool(causal), like=node)
+        rw.replace(node, new)
+
+
+def _unrepeated(node: fx.Node) -> fx.Node:
+    """The key or value before its heads were repeated by unsqueeze, expand and reshape; the node itself otherwise."""
+    chain = (aten.reshape.default, aten.expand.default, aten.unsqueeze.default)
+    source = node
+    for target in chain:
+        if source.target is not target:
+            return node
+        source = source.args[0]  # type: ignore[assignment]
+    return source
+
+
+@fact("attention-raised", "every attention is one node")
+def attention_raised(program: Program) -> str | None:
+    for node in program.graph.nodes:
+        if node.target is _sdpa and not _refused(node):
+            return f"{node.name} still is a scaled_dot_product_attention"
+    return None
+
+
+def _refused(node: fx.Node) -> bool:
+    mask = node.args[3] if len(node.args) > 3 else None
+    return isinstance(mask, fx.Node) and mask.meta["val"].dtype != torch.bool
+
+
+@fact("raised", "norms, rotary embeddings and attention are single nodes")
+def raised(program: Program) -> str | None:
+    from mxfx.rewrite import find_fact
+
+    checks = ("norms-raised", "ropes-raised", "attention-raised")
+    return next((r for c in checks if (r := find_fact(c).check(program)) is not None), None)

@@ -1,0 +1,120 @@
+"""``raise-norm``: RMSNorm as one node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from mxfx.graph.node import op_name
+from mxfx.graph.program import Program
+from mxfx.rewrite import Context, Exact, Numerics, Pass, Rewriter, fact, register
+from mxfx.rewrite.pattern import Failed, Found, Op, Var, is_node, is_number, is_weight, match
+
+aten = torch.ops.aten
+_cast = torch.ops.mxfx.cast.default
+
+_x = Var("x", is_node)
+_gain = Var("gain", is_weight)
+_wide = Op(_cast, (_x, "compute"))
+_mean = Op(aten.mean.dim, (Op(aten.pow.Tensor_Scalar, (_wide, 2)), [-1], True))
+_normal = Op(aten.mul.Tensor, (_wide, Op(aten.rsqrt.default, (Op(aten.add.Tensor, (_mean, Var("eps", is_number))),))), swap=True)
+_narrow = Op(_cast, (_normal, "model"))
+_offset_gain = Op(aten.add.Tensor, (Op(_cast, (_gain, "compute")), Var("offset", is_number)), swap=True)
+
+#: The forms in use, most specific first; ``gain_first`` tells on which side of the cast the gain is applied.
+_FORMS = (
+    (Op(aten.mul.Tensor, (_gain, _narrow), swap=True), False),
+    (Op(_cast, (Op(aten.mul.Tensor, (_offset_gain, _normal), swap=True), "model")), True),
+    (Op(_cast, (Op(aten.mul.Tensor, (_gain, _normal), swap=True), "model")), True),
+    (_narrow, False),
+)
+
+
+@register
+@dataclass(frozen=True)
+class RaiseNorm(Pass):
+    """Turn each RMSNorm (arXiv 1910.07467, eq. 4) into one node, found by dataflow.
+
+    Before::
+
+        %w = cast(%x, "compute")
+        %r = rsqrt(mean(pow(%w, 2), [-1], True) + eps)
+        %y = mul(@gain, cast(%w * %r, "model"))
+
+    After::
+
+        %y = mxfx.rms_norm(%x, @gain, eps)
+
+    The gain may also be applied before the cast (OLMo 2), with an offset (Gemma), or be absent.
+    """
+
+    name: ClassVar[str] = "raise-norm"
+    provides: ClassVar[frozenset[str]] = frozenset({"norms-raised"})
+    numerics: ClassVar[Numerics] = Exact()
+    required: ClassVar[bool] = True
+
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        for root in rw.program.nodes():
+            if not _is_rsqrt(root):
+                continue
+            found = _best(root)
+            if isinstance(found, Failed):
+                rw.skip(root, f"no RMSNorm: {found.reason}", depth=found.depth)
+                continue
+            end, bound, gain_first = found
+            if rw.match(end):
+                _rewrite(rw, end, bound, gain_first)
+
+
+def _is_rsqrt(node: fx.Node) -> bool:
+    return node.target is aten.rsqrt.default
+
+
+def _best(root: fx.Node) -> tuple[fx.Node, Found, bool] | Failed:
+    """The largest form that ends downstream of ``root``; the deepest failure if none fits."""
+    deepest = Failed(-1, "nothing reads the reciprocal root")
+    ends = _downstream(root, steps=4)
+    for pattern, gain_first in _FORMS:
+        for end in ends:
+            outcome = match(pattern, end)
+            if isinstance(outcome, Found) and root in outcome.nodes:
+                return end, outcome, gain_first
+            if isinstance(outcome, Failed) and outcome.depth > deepest.depth:
+                deepest = outcome
+    return deepest
+
+
+def _downstream(node: fx.Node, steps: int) -> list[fx.Node]:
+    """The chain of single readers below ``node``, the farthest first."""
+    reached = [node]
+    frontier = [node]
+    for _ in range(steps):
+        frontier = [user for n in frontier for user in n.users if op_name(user) in ("aten.mul.Tensor", "mxfx.cast.default")]
+        reached.extend(frontier)
+    return reached[::-1]
+
+
+def _rewrite(rw: Rewriter, end: fx.Node, found: Found, gain_first: bool) -> None:
+    bound = found.bound
+    new = rw.call(
+        torch.ops.mxfx.rms_norm.default,
+        bound["x"],
+        bound.get("gain"),
+        bound["eps"],
+        float(bound.get("offset", 0.0)),  # type: ignore[arg-type]
+        gain_first,
+        like=end,
+    )
+    rw.replace(end, new)
+
+
+@fact("norms-raised", "every RMSNorm is one node")
+def norms_raised(program: Program) -> str | None:
+    """No reciprocal root is left that the pattern of an RMSNorm covers."""
+    for node in program.graph.nodes:
+        if _is_rsqrt(node) and not isinstance(_best(node), Failed):
+            return f"{node.name} still spells out an RMSNorm"
+    return None

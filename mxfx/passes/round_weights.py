@@ -1,0 +1,77 @@
+"""``round-weights``: round to nearest what no calibrated pass took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from mxfx.graph.node import info, kind, path_of
+from mxfx.graph.program import Program
+from mxfx.rewrite.operands import POSITION, is_rounded, mark_rounded, readers_of, weight_format
+from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, fact, register
+
+@register
+@dataclass(frozen=True)
+class RoundWeights(Pass):
+    """Round every annotated weight onto its format along its input axis, once, at compile time.
+
+    Before::
+
+        @w : bf16[out, in]      {weight: mxint4@32}
+
+    After::
+
+        @w : round(w) on the grid of mxint4@32, blocks along ``in``
+
+    Weights that ``gptq`` put on the grid are skipped. A tied weight that other nodes read without a format, or in
+    another one, is an error: rounding it here would silently round it there.
+    """
+
+    name: ClassVar[str] = "round-weights"
+    requires: ClassVar[frozenset[str]] = frozenset({"annotated"})
+    provides: ClassVar[frozenset[str]] = frozenset({"weights-rounded"})
+    numerics: ClassVar[Numerics] = Lossy()
+    select: Selector = ALL
+
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        for node in rw.program.nodes():
+            if not self.select(path_of(node)):
+                continue
+            for operand in ("weight", "bias"):
+                if operand in info(node).formats:
+                    self._round(rw, node, operand)
+
+    def _round(self, rw: Rewriter, node: fx.Node, operand: str) -> None:
+        fmt = info(node).formats[operand].format
+        source = node.args[POSITION[kind(node), operand]]
+        if is_rounded(node, operand):
+            rw.skip(node, f"{operand} is on the grid of {fmt} already")
+            return
+        if not isinstance(source, fx.Node) or source.op != "get_attr":
+            rw.skip(node, f"{operand} is computed, not stored")
+            return
+        readers = readers_of(rw.program, str(source.target))
+        stranger = next((r for r in readers if weight_format(r, str(source.target), rw.program) != fmt), None)
+        if stranger is not None:
+            raise ValueError(
+                f"round-weights: {source.target} is {fmt} at {path_of(node)} and {weight_format(stranger, str(source.target), rw.program) or 'unquantized'} "
+                f"at {path_of(stranger)}, which reads the same tensor; untie it (fuse-norm does) or annotate both alike"
+            )
+        if rw.match(node, note=f"{operand} {fmt}"):
+            rw.set_weight(str(source.target), fmt.fake_quantize(rw.weights.master(str(source.target))))
+            for reader in readers:
+                mark_rounded(rw, reader, operand)
+
+
+@fact("weights-rounded", "annotated weights lie on their grids")
+def weights_rounded(program: Program) -> str | None:
+    for node in program.graph.nodes:
+        for operand in ("weight", "bias"):
+            stored = operand in info(node).formats and isinstance(node.args[POSITION[kind(node), operand]], fx.Node)
+            if stored and is_rounded(node, operand):
+                return None
+    if any({"weight", "bias"} & set(info(n).formats) for n in program.graph.nodes):
+        return "weights carry formats and none is rounded"
+    return None

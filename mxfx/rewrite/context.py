@@ -1,0 +1,51 @@
+"""What a pass may use beside the program: calibration tokens, a seed, a device, a cache folder, progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+_T = TypeVar("_T")
+
+
+class MissingCalibration(ValueError):
+    """A pass needs calibration data and the run has none."""
+
+
+def _no_tokens() -> Tensor:
+    raise MissingCalibration(
+        "this pass needs calibration data and the run has none: "
+        "add a [calibration] table to the pipeline or give --data FILE"
+    )
+
+
+def _silent(items: Iterable[_T], description: str, total: int | None = None) -> Iterator[_T]:
+    return iter(items)
+
+
+@dataclass
+class Context:
+    """Everything around one run of a pipeline.
+
+    ``tokens`` gives calibration ids, int64 ``(samples, length)``, and raises ``MissingCalibration`` if there are
+    none. ``cache`` is the folder for results that later runs reuse (None: nothing is kept). ``progress`` wraps an
+    iterable of long steps and shows a bar.
+    """
+
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    tokens: Callable[[], Tensor] = _no_tokens
+    cache: Path | None = None
+    progress: Callable[..., Iterator] = _silent
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A CPU generator seeded by the run's seed and the purpose, so that passes do not disturb each other."""
+        import hashlib
+
+        digest = hashlib.blake2b(f"{self.seed}/{purpose}".encode(), digest_size=7).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "big"))

@@ -1,0 +1,96 @@
+"""The contract of a pass, and the registry that finds passes by name.
+
+A pass is a frozen dataclass. Its class variables are its contract, its fields are its options, and ``run`` edits
+one program through a ``Rewriter``. It prints nothing, times nothing and cleans up nothing: the pass manager's
+instruments do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from mxfx.rewrite.numerics import Lossy, Numerics
+
+if TYPE_CHECKING:
+    from mxfx.rewrite.context import Context
+    from mxfx.rewrite.rewriter import Rewriter
+
+ENTRY_POINT_GROUP = "mxfx.passes"
+
+
+class UnknownPass(ValueError):
+    """No pass of that name is registered."""
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """Base of every pass; see the module's docstring and design: one file, one frozen dataclass, pure.
+
+    Class variables
+        name: kebab-case; the same in TOML, on the command line, in dumps and as the test's file name.
+        requires: facts that must hold before. provides: facts that hold after. forbids: facts that must not hold before.
+        removes: facts that no longer hold after (a pass that adds unlowered nodes removes ``lowered``).
+        numerics: the promise, checked by the manager.
+        required: the pass may not be skipped by ``bisect``: later passes could not run without it.
+    """
+
+    name: ClassVar[str] = ""
+    requires: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
+    forbids: ClassVar[frozenset[str]] = frozenset()
+    removes: ClassVar[frozenset[str]] = frozenset()
+    numerics: ClassVar[Numerics] = Lossy()
+    required: ClassVar[bool] = False
+
+    @abstractmethod
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        """Rewrite ``rw.program`` through ``rw``; every candidate is matched or skipped with a reason."""
+
+
+_REGISTRY: dict[str, type[Pass]] = {}
+_KEBAB = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+
+
+_P = TypeVar("_P", bound=type[Pass])
+
+
+def register(cls: _P) -> _P:
+    """Class decorator: make a pass known by its ``name``. A clash or a malformed name is a ``ValueError``."""
+    if not _KEBAB.fullmatch(cls.name):
+        raise ValueError(f"{cls.__qualname__}: the pass name {cls.name!r} is not kebab-case (like 'fuse-norm')")
+    known = _REGISTRY.get(cls.name)
+    if known is not None and known.__qualname__ != cls.__qualname__:
+        raise ValueError(
+            f"pass name {cls.name!r} is taken by {known.__module__}.{known.__qualname__}; "
+            f"rename {cls.__module__}.{cls.__qualname__}"
+        )
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def load_plugins() -> None:
+    """Import the passes that installed packages offer through the entry-point group ``mxfx.passes``."""
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        loaded = entry.load()
+        if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
+            raise TypeError(f"entry point {entry.name} = {entry.value} of group {ENTRY_POINT_GROUP} is no Pass class")
+        register(loaded)
+
+
+def all_passes() -> dict[str, type[Pass]]:
+    """Every registered pass by name, in the order of registration."""
+    return dict(_REGISTRY)
+
+
+def find_pass(name: str) -> type[Pass]:
+    """The pass of that name; ``UnknownPass`` names the nearest one."""
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    near = difflib.get_close_matches(name, _REGISTRY, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UnknownPass(f"unknown pass {name!r}{hint} (`mxfx passes` lists all {len(_REGISTRY)})")
