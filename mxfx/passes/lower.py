@@ -11,7 +11,7 @@ from torch import fx
 from mxfx.algorithms.hadamard import hadamard_matrix
 from mxfx.graph.node import kind, op_name, operands
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, compute_dtype
-from mxfx.ops import attend, attention_bias, find_op, positions
+from mxfx.ops import attend, attention_bias, fake_quantize, find_op, positions
 from mxfx.ops.providers import choose
 from mxfx.rewrite import Context, Local, Numerics, Pass, Rewriter, fact, register
 from mxfx.rewrite.inline import Inliner
@@ -19,7 +19,7 @@ from mxfx.rewrite.inline import Inliner
 aten = torch.ops.aten
 
 #: Calls that may stand in a lowered graph beside ATen: traced through by torch.compile, shared by all layers.
-RUNTIME_FUNCTIONS = frozenset({attend, attention_bias, positions})
+RUNTIME_FUNCTIONS = frozenset({attend, attention_bias, fake_quantize, positions})
 
 
 @register
@@ -67,7 +67,7 @@ class Lower(Pass):
             elif op.name == "attention":
                 _lower_attention(rw, node, biases)
             elif provider is not None:
-                rw.replace(node, rw.call(provider.target, *provider.arguments(node), like=node))
+                rw.replace(node, rw.call(provider.target, *provider.arguments(node), like=node, val=node.meta["val"]))
             elif op.name == "hadamard":
                 inliner.inline(_as_block_transform(rw, node), find_op(torch.ops.mxfx.block_transform.default).definition)
             else:

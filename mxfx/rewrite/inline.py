@@ -62,7 +62,25 @@ def _trace(node: fx.Node, operands: list[fx.Node], definition: Callable) -> fx.G
     with mode, torch.no_grad():
         traced = make_fx(body, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
     traced.graph.eliminate_dead_code()
+    _drop_device_literals(traced.graph)
     constants = [n for n in traced.graph.nodes if n.op == "get_attr"]
     if constants:
         raise ValueError(f"the definition of {node.target} closes over a constant tensor; pass it as an operand")
     return traced.graph
+
+
+def _drop_device_literals(graph: fx.Graph) -> None:
+    """Constants made on the device of the trace are made on the device of an operand instead."""
+    anchor = next(n for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta["val"], torch.Tensor))
+    for node in list(graph.nodes):
+        if "device" not in node.kwargs:
+            continue
+        if node.target is not torch.ops.aten.scalar_tensor.default:
+            raise ValueError(f"the definition makes a tensor by {node.target}; make it from an operand (new_full, ones_like)")
+        with graph.inserting_before(node):
+            new = graph.call_function(
+                torch.ops.aten.new_full.default, (anchor, [], node.args[0]), {"dtype": node.kwargs.get("dtype")}
+            )
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)

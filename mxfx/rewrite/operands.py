@@ -27,7 +27,7 @@ def quantized(rw: Rewriter, source: fx.Node, fmt: Format, axis: int = -1) -> fx.
     for user in source.users:
         if is_quantized(user, fmt, axis):
             return user
-    return rw.call(_fake_quantize, source, str(fmt), axis, like=source, after=source)
+    return rw.call(_fake_quantize, source, str(fmt), axis, like=source, after=source, val=source.meta["val"])
 
 
 def readers_of(program: Program, weight: str) -> list[fx.Node]:

@@ -1,0 +1,99 @@
+"""Run a program node by node, lowered or not: the reference that promises about numbers are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from mxfx.graph.node import op_name
+from mxfx.graph.program import Program, compute_dtype
+
+_cast = torch.ops.mxfx.cast.default
+_fake_quantize = torch.ops.mxfx.fake_quantize.default
+
+#: Sees every computed value and returns the value that later nodes read.
+Observer = Callable[[fx.Node, object], object]
+
+
+def execute(
+    program: Program,
+    input_ids: Tensor,
+    position_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    observe: Observer | None = None,
+    quantize: bool = True,
+) -> Tensor:
+    """Logits ``(batch, seq, vocabulary)`` of a program in its own dtype, from the definitions of its ops.
+
+    ``input_ids``, ``position_ids`` and ``attention_mask`` are int64 ``(batch, seq)``. ``quantize=False`` reads every
+    ``fake_quantize`` as the identity: the real function behind a program with quantizers.
+
+    Raises ``ValueError`` if a weight is on the meta device: there are no numbers to compute with.
+    """
+    given = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
+    last_reader = _last_readers(program.graph)
+    env: dict[fx.Node, object] = {}
+    with torch.no_grad():
+        for node in program.graph.nodes:
+            if node.op == "output":
+                return env[node.args[0]]  # type: ignore[index, return-value]
+            value = _value(program, node, env, given, quantize)
+            env[node] = value if observe is None or node.op == "get_attr" else observe(node, value)
+            for operand in last_reader.get(node, ()):
+                del env[operand]
+    raise ValueError("the graph has no output")
+
+
+def executable(program: Program) -> str | None:
+    """Why ``execute`` cannot run a program; None if it can."""
+    meta = [name for name, tensor in program.weights.items() if tensor.device.type == "meta"]
+    if meta:
+        return f"{len(meta)} of {len(program.weights)} weights have no data (meta device)"
+    strangers = [n.name for n in program.graph.nodes if n.op == "placeholder" and n.target not in _INPUTS]
+    return f"the graph takes inputs beside {', '.join(_INPUTS)}: {', '.join(strangers)}" if strangers else None
+
+
+_INPUTS = ("input_ids", "position_ids", "attention_mask")
+
+
+def runtime_weight(program: Program, name: str) -> Tensor:
+    """A weight in the dtype that it runs in: the model's, or compute precision for constants such as ``inv_freq``."""
+    tensor = program.weights[name]
+    if tensor.device.type == "meta":
+        raise ValueError(f"weight {name!r} has no data (meta device): the program can be printed, not run")
+    if not tensor.is_floating_point():
+        return tensor
+    constant = program.weights.canonical(name) in program.weights.constants
+    return tensor.to(compute_dtype(program.dtype) if constant else program.dtype)
+
+
+def _value(program: Program, node: fx.Node, env: dict[fx.Node, object], given: dict, quantize: bool) -> object:
+    if node.op == "placeholder":
+        return given[str(node.target)]
+    if node.op == "get_attr":
+        return runtime_weight(program, str(node.target))
+    if node.op != "call_function":
+        raise ValueError(f"{node.name}: cannot execute a {node.op} node")
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])  # type: ignore[misc]
+    if node.target is _cast:
+        return args[0].to(compute_dtype(program.dtype) if args[1] == "compute" else program.dtype)
+    if node.target is _fake_quantize and not quantize:
+        return args[0]
+    try:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception as error:
+        raise RuntimeError(f"{node.name} = {op_name(node)} failed: {error}") from error
+
+
+def _last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Node → operands that nobody needs once it has run."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    result: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op != "output":
+            last = max((*node.users, node), key=order.__getitem__)
+            result.setdefault(last, []).append(node)
+    return result

@@ -1,0 +1,2 @@
+class VerifyError(ValueError): pass
+def verify(program, touched=None): return 0

@@ -1,0 +1,77 @@
+"""The written form of formats."""
+
+import pytest
+
+from mxfx.formats import FloatElement, Format, FormatError, IntElement, ScaleRule, parse
+from tests.formats.reference import MX_FLOATS, MX_INTS, RULES
+
+
+@pytest.mark.parametrize("stem", MX_INTS + MX_FLOATS)
+@pytest.mark.parametrize("rule", RULES)
+def test_canonical_text_survives_the_round_trip(stem: str, rule: str) -> None:
+    text = f"{stem}@32" if rule == "floor" else f"{stem}@32/{rule}"
+    assert str(parse(text)) == text
+
+
+def test_the_default_rule_is_not_written() -> None:
+    assert str(parse("mxint4@32/floor")) == "mxint4@32"
+    assert parse("mxint4@32/floor") == parse("mxint4@32")
+
+
+def test_parse_gives_the_parts() -> None:
+    assert parse("mxint4@16/mse") == Format(IntElement(4), 16, ScaleRule.MSE)
+    assert parse("mxfp6_e3m2@128") == Format(FloatElement(3, 2), 128, ScaleRule.FLOOR)
+    assert parse("minifloat_e3m4") == Format(FloatElement(3, 4), None)
+
+
+@pytest.mark.parametrize(
+    ("text", "bits"),
+    [
+        ("mxint4@32", 4.25),
+        ("mxint4@16", 4.5),
+        ("mxfp6_e2m3@64", 6.125),
+        ("mxint8@24", 8 + 1 / 3),
+        ("minifloat_e3m4", 8.0),
+    ],
+)
+def test_bits_per_element_count_the_scale(text: str, bits: float) -> None:
+    assert parse(text).bits_per_element == bits
+
+
+@pytest.mark.parametrize(
+    ("text", "nearest"),
+    [
+        ("mxit4@32", "mxint4@32"),
+        ("MXINT4@32/mse", "mxint4@32/mse"),
+        ("mxint9@16", "mxint8@16"),
+        ("mxfp4@32", "mxfp4_e2m1@32"),
+        ("mxfp8_e4m3@32/flor", "mxfp8_e4m3@32/floor"),
+        ("mxint4@32/rciel", "mxint4@32/rceil"),
+        ("mxint4", "mxint4@32"),
+        ("mxint4/mse", "mxint4@32/mse"),
+        ("mxint4@0", "mxint4@32"),
+        ("mxint4@-8", "mxint4@32"),
+        ("mxint4@", "mxint4@32"),
+        ("minifloat_e3m4@32", "minifloat_e3m4"),
+    ],
+)
+def test_an_unknown_format_is_answered_with_the_nearest(text: str, nearest: str) -> None:
+    with pytest.raises(FormatError) as raised:
+        parse(text)
+    assert repr(text) in str(raised.value)
+    assert repr(nearest) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "int4", "mxint4@32@32", "mxint4@32/mse/mse", "minifloat", "minifloat_e9m3", "minifloat_e8m8"]
+)
+def test_no_text_but_a_format_is_a_format(text: str) -> None:
+    with pytest.raises(FormatError, match="unknown format"):
+        parse(text)
+
+
+def test_a_minifloat_has_neither_rule_nor_integers() -> None:
+    with pytest.raises(FormatError, match="scale rule"):
+        Format(FloatElement(3, 4), None, ScaleRule.MSE)
+    with pytest.raises(FormatError, match="block size"):
+        Format(IntElement(4), None)
