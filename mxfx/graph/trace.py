@@ -59,6 +59,34 @@ def trace(model: nn.Module, *, name: str | None = None) -> Program:
     return program
 
 
+def bind(program: Program, model: nn.Module) -> Program:
+    """The program with the weights of ``model``: for a program that was traced on the meta device.
+
+    Raises ``TraceError`` if the model lacks a weight that the program reads, or has it in another shape.
+    """
+    first: dict[int, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _named_tensors(model):
+        home = first.setdefault(id(tensor), name)
+        tensors[name] = tensor.detach()
+        if program.weights.aliases.get(name, name) != home and name in program.weights:
+            raise TraceError(f"{name} is tied to {home} in the model and not in the program: trace the model itself")
+    found: dict[str, Tensor] = {}
+    for name, meta in program.weights.items():
+        tensor = tensors.get(name, meta)
+        if tensor.shape != meta.shape or tensor.device.type == "meta" and name not in tensors:
+            raise TraceError(f"the model has no weight {name} of shape {tuple(meta.shape)}")
+        found[name] = tensor
+    bound = program.copy()
+    bound.dtype = _dtype(model)
+    bound.weights = WeightStore(found, program.weights.aliases, constants=program.weights.constants)
+    return bound
+
+
+def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+
 class _Logits(nn.Module):
     """The part of a causal LM that a program covers: ids to logits, no cache."""
 
@@ -155,8 +183,7 @@ def _weights(model: nn.Module, module: fx.GraphModule) -> tuple[WeightStore, Map
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in named:
+    for name, tensor in _named_tensors(model):
         home = first.setdefault(id(tensor), name)
         if home == name:
             tensors[name] = tensor.detach()

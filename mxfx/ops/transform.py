@@ -13,15 +13,20 @@ from mxfx.ops.dialect import compute, define
 def block_transform(x: Tensor, matrix: Tensor) -> Tensor:
     """Multiply each block of the last axis by a matrix: ``x_B @ T_B``; same shape and dtype as ``x``.
 
-    ``matrix`` is ``(block, block)``, shared by all blocks, or ``(blocks, block, block)``; the last axis of ``x`` is
-    ``blocks * block``.
+    ``matrix`` is ``(block, block)``, shared by all blocks; ``(blocks, block, block)``; or ``(heads, blocks, block, block)``
+    for ``x`` of shape ``(batch, heads * group, seq, blocks * block)``, where ``group`` neighbouring heads share a matrix.
     """
     wide = compute(x)
     matrix = matrix.to(wide.dtype)
     split = wide.unflatten(-1, (-1, matrix.shape[-1]))
     if matrix.dim() == 2:
         return (split @ matrix).flatten(-2).to(x.dtype)
-    return (split.unsqueeze(-2) @ matrix).squeeze(-2).flatten(-2).to(x.dtype)
+    if matrix.dim() == 3:
+        return (split.unsqueeze(-2) @ matrix).squeeze(-2).flatten(-2).to(x.dtype)
+    grouped = split.unflatten(1, (matrix.shape[0], -1))
+    # (batch, heads, group, blocks, seq, block) @ (heads, 1, blocks, block, block)
+    moved = grouped.transpose(3, 4) @ matrix.unsqueeze(1)
+    return moved.transpose(3, 4).flatten(-2).flatten(1, 2).to(x.dtype)
 
 
 @define("hadamard")

@@ -11,7 +11,7 @@ from mxfx.formats import Format
 from mxfx.graph.node import OPERANDS, Annotation, info, kind, path_of
 from mxfx.graph.program import Program
 from mxfx.rewrite import ALL, Context, Exact, ExpectationError, Numerics, Pass, Rewriter, Selector, fact, register
-from mxfx.rewrite.expect import evaluate
+from mxfx.rewrite.expect import check, evaluate
 
 #: Rule key → the kinds of node and the operands that it speaks of.
 _KEYS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -56,7 +56,9 @@ class Rule:
         if not self.formats():
             raise ValueError(f"the rule for {str(self.match)!r} names no format; give one of {', '.join(_KEYS)}")
         if self.kv is not None and (self.k is not None or self.v is not None):
-            raise ValueError("kv speaks of k and v; give kv alone or k and v")
+            raise ValueError("'kv' speaks of k and v; give kv alone or k and v")
+        if self.expect is not None:
+            check(self.expect)
 
     def formats(self) -> dict[str, Format]:
         """The keys that are set, in the order of the fields."""

@@ -17,6 +17,10 @@ class MissingCalibration(ValueError):
     """A pass needs calibration data and the run has none."""
 
 
+class StrictError(RuntimeError):
+    """A pass fell back to something worse than asked, and the run is strict."""
+
+
 def _no_tokens() -> Tensor:
     raise MissingCalibration(
         "this pass needs calibration data and the run has none: "
@@ -34,13 +38,15 @@ class Context:
 
     ``tokens`` gives calibration ids, int64 ``(samples, length)``, and raises ``MissingCalibration`` if there are
     none. ``cache`` is the folder for results that later runs reuse (None: nothing is kept). ``progress`` wraps an
-    iterable of long steps and shows a bar.
+    iterable of long steps and shows a bar. ``strict`` turns every fallback that a pass would warn of into an error
+    (``StrictError``), so that the run ends with a non-zero exit code.
     """
 
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     tokens: Callable[[], Tensor] = _no_tokens
     cache: Path | None = None
+    strict: bool = False
     progress: Callable[..., Iterator] = _silent
 
     def generator(self, purpose: str) -> torch.Generator:

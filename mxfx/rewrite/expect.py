@@ -1,4 +1,4 @@
-"""``expect = "4 * layers"``: how many places a rule must match, as integer arithmetic over the model's layers."""
+"""``expect = "4 * layers"``: how many places a rule must match, in integer arithmetic over its layers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ def evaluate(expression: str, *, layers: int) -> int:
     """
     value = _evaluate(_parse(expression), layers, expression)
     if value < 0:
-        raise ValueError(f"expect = {expression!r} is {value} for {layers} layers; a count cannot be negative")
+        raise ValueError(
+            f"expect = {expression!r} is {value} for {layers} layers; a count cannot be negative"
+        )
     return value
 
 
 def check(expression: str) -> None:
-    """Raise ``ValueError`` unless ``expression`` is integer arithmetic over ``layers``; its value does not matter."""
+    """Raise ``ValueError`` unless ``expression`` is integer arithmetic over ``layers``; its value does not
+    matter.
+    """
     for node in ast.walk(_parse(expression)):
         if not _allowed(node):
             raise _refusal(expression, node)
@@ -68,7 +72,12 @@ def _evaluate(node: ast.expr, layers: int, expression: str) -> int:
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -_evaluate(operand, layers, expression)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-            return _apply(type(op), _evaluate(left, layers, expression), _evaluate(right, layers, expression), expression)
+            return _apply(
+                type(op),
+                _evaluate(left, layers, expression),
+                _evaluate(right, layers, expression),
+                expression,
+            )
     raise _refusal(expression, node)
 
 
@@ -80,4 +89,5 @@ def _apply(op: type[ast.operator], left: int, right: int, expression: str) -> in
 
 
 def _refusal(expression: str, node: ast.AST) -> ValueError:
-    return ValueError(f"expect = {expression!r} contains {ast.unparse(node) or type(node).__name__!r}; it may use {_GRAMMAR}")
+    found = ast.unparse(node) or type(node).__name__
+    return ValueError(f"expect = {expression!r} contains {found!r}; it may use {_GRAMMAR}")

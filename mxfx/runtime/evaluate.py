@@ -58,7 +58,7 @@ class EvalResult:
         word_perplexity, byte_perplexity, bits_per_byte: lm-eval's, over `documents`.
         token_perplexity: per token, over `windows`.
         windows: lm-eval's own: each document in parts of `max_length` tokens, the last may be shorter. The
-            first token of a document is predicted from BOS (or EOS), that of a later part from the one before.
+            first token of a document is predicted from BOS (or EOS), that of a later part from the last one.
         stderr: standard error of each metric over documents or windows; None for fewer than two.
         tokens: tokens of the evaluated documents.
         limit_tokens: the limit asked for; None for everything.

@@ -1,0 +1,1 @@
+"""Mathematics without graphs: GPTQ for MX formats, Hadamard constructions, block transforms."""

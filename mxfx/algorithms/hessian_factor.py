@@ -1,0 +1,142 @@
+"""The factor of a Hessian that column-by-column rounding needs, and the order to round in.
+
+For a symmetric positive definite H, permuted to rounding order, H = R Rᵀ with R upper triangular. Then
+H⁻¹ = Uᵀ U with U = R⁻¹, the matrix of the GPTQ paper (arXiv 2210.17323, §3.3, step 3), here by one Cholesky
+factorization and one triangular inverse instead of two factorizations and a full inverse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_ESCALATIONS = 3
+_FIRST_DAMPING = 0.01
+_SLAB = 1024
+
+
+@dataclass(frozen=True)
+class HessianFactor:
+    """Factors of a stack of Hessians, in rounding order.
+
+    Attributes:
+        feedback: `(groups, n, n)` unit upper triangular, U_jk / U_jj: rounding column j with residual
+            d = w - q moves column k > j by -d * feedback[j, k]. No division is left in the loop.
+        precision: `(groups, n)`, 1 / U_jj²: the residual d of column j costs d² * precision[j].
+        damping: `(groups,)` float64, the relative damping that made the matrix positive definite.
+        ridge: `(groups,)` float64, what was added to the diagonal.
+        failed: `(groups,)` bool; no damping of the ladder sufficed, the other fields are those of I.
+    """
+
+    feedback: Tensor
+    precision: Tensor
+    damping: Tensor
+    ridge: Tensor
+    failed: Tensor
+
+
+def revive_dead_columns(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Gives columns that calibration never excited a diagonal, so that they can be factorized.
+
+    A zero diagonal means a zero row, so the column couples with nothing: it is rounded to nearest and its
+    error reaches nobody. Its diagonal becomes the smallest live one (1 if none lives), so that it has as
+    little say in the block's exponent as any column seen; setting its weight to 0 instead, as the original
+    GPTQ code does, would break the model on the first input that does excite it.
+
+    Args:
+        hessian: `(groups, n, n)`.
+
+    Returns:
+        The Hessian, unchanged if nothing is dead, and the mask of dead columns `(groups, n)`.
+    """
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal == 0
+    if not dead.any():
+        return hessian, dead
+    smallest = diagonal.masked_fill(dead, torch.inf).amin(-1, keepdim=True)
+    smallest = torch.where(smallest.isfinite(), smallest, 1.0)
+    return hessian + torch.diag_embed(torch.where(dead, smallest, 0.0)), dead
+
+
+def rounding_order(hessian: Tensor, block: int | None) -> Tensor:
+    """Column order by falling activation energy that keeps MX blocks whole.
+
+    Blocks are ordered by the sum of their diagonal, columns inside a block by the diagonal. A ragged last
+    block stays last. Without blocks (None) all columns are ordered by the diagonal.
+
+    Args:
+        hessian: `(groups, n, n)`.
+
+    Returns:
+        `(groups, n)` int64.
+    """
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    if block is None:
+        return torch.argsort(diagonal, dim=-1, descending=True, stable=True)
+    groups, n = diagonal.shape
+    whole = n - n % block
+    tiles = diagonal[:, :whole].reshape(groups, -1, block)
+    inside = torch.argsort(tiles, dim=-1, descending=True, stable=True)
+    across = torch.argsort(tiles.sum(-1), dim=-1, descending=True, stable=True)
+    columns = torch.take_along_dim(inside, across[:, :, None], 1) + across[:, :, None] * block
+    ragged = torch.argsort(diagonal[:, whole:], dim=-1, descending=True, stable=True) + whole
+    return torch.cat([columns.flatten(1), ragged], dim=1)
+
+
+def factorize(hessian: Tensor, order: Tensor, damping: float, dtype: torch.dtype) -> HessianFactor:
+    """Factorizes in float64, with ten times more damping, up to three times, where that fails.
+
+    Args:
+        hessian: `(groups, n, n)`, no zero on the diagonal.
+        order: `(groups, n)` rounding order.
+        damping: added to the diagonal, relative to its mean. From 0 the ladder goes on at 0.01.
+        dtype: of `feedback` and `precision`.
+    """
+    mean = hessian.diagonal(dim1=-2, dim2=-1).double().mean(-1)
+    used = torch.full_like(mean, damping)
+    # Reversed, the lower Cholesky factor L of the permuted matrix is J R J.
+    order = order.flip(-1)
+    lower, info = _cholesky(hessian, order, used * mean)
+    for _ in range(_ESCALATIONS):
+        pending = info.nonzero()[:, 0]
+        if len(pending) == 0:
+            break
+        used[pending] = (10 * used[pending]).clamp(min=_FIRST_DAMPING)
+        ridge = (used * mean)[pending]
+        lower[pending], info[pending] = _cholesky(hessian[pending], order[pending], ridge)
+    failed = info != 0
+    lower[failed] = torch.eye(lower.shape[-1], dtype=torch.float64, device=lower.device)
+    precision = lower.diagonal(dim1=-2, dim2=-1).square().flip(-1).to(dtype)
+    return HessianFactor(_unit_inverse(lower, dtype).flip(-2, -1), precision, used, used * mean, failed)
+
+
+def _cholesky(hessian: Tensor, order: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower factor in float64 of each permuted, damped matrix, and LAPACK's info, 0 for success."""
+    matrix = permute_symmetric(hessian, order).double()
+    matrix.diagonal(dim1=-2, dim2=-1).add_(ridge[:, None])
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    return lower, info
+
+
+def _unit_inverse(lower: Tensor, dtype: torch.dtype) -> Tensor:
+    """diag(L) L⁻¹, unit lower triangular, a slab of columns at a time.
+
+    The slabs bound the float64 memory, and each skips the rows that are zero above it.
+    """
+    n = lower.shape[-1]
+    scale = lower.diagonal(dim1=-2, dim2=-1)[:, :, None]
+    inverse = torch.zeros_like(lower, dtype=dtype)
+    for start in range(0, n, _SLAB):
+        unit = torch.eye(n - start, min(_SLAB, n - start), dtype=torch.float64, device=lower.device)
+        corner = lower[:, start:, start:]
+        slab = torch.linalg.solve_triangular(corner, unit.expand(len(lower), -1, -1), upper=False)
+        inverse[:, start:, start : start + _SLAB] = slab * scale[:, start:]
+    return inverse
+
+
+def permute_symmetric(matrix: Tensor, order: Tensor) -> Tensor:
+    """`matrix[g][order[g]][:, order[g]]` for a stack `(groups, n, n)` and orders `(groups, n)`."""
+    groups = torch.arange(matrix.shape[0], device=matrix.device)[:, None, None]
+    return matrix[groups, order[:, :, None], order[:, None, :]]

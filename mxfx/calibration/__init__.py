@@ -1,0 +1,1 @@
+"""Data sets, layer-by-layer streaming execution, statistics, scores and their caches."""

@@ -1,0 +1,227 @@
+"""Texts by name from the Hugging Face hub or from local files, and seeded token samples of them."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SEPARATOR = "\n\n"
+"""What joins documents before they are cut into windows; GPTQ (arXiv 2210.17323) joins WikiText-2 so too."""
+
+_LOCAL_FORMS = "a .txt, .jsonl or .parquet file, or a folder of .txt files"
+_TEXT_KEY = "text"
+# Large enough for 128 samples of 4096 tokens, small enough to tokenize in seconds.
+_C4_DOCUMENTS = 8_000
+
+
+class DatasetError(ValueError):
+    """A data set is unknown, unreachable, malformed or too small; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Token ids for calibration.
+
+    Attributes:
+        ids: int64 `(samples, length)` on CPU.
+        sha: blake2b-256 hex digest of shape and little-endian bytes of `ids`: what caches are keyed by.
+        source: the name or path that the user gave.
+    """
+
+    ids: torch.Tensor
+    sha: str
+    source: str
+
+
+def load_tokens(
+    source: str | Path, tokenizer: Any, *, samples: int, length: int, seed: int, split: str = "train"
+) -> TokenSet:
+    """`samples` random windows of `length` tokens; the same arguments give the same ids everywhere.
+
+    Documents are tokenized without special tokens and joined by `SEPARATOR`. That stream is cut into windows
+    that do not overlap, from a random start, and `samples` of them are drawn: no token is used twice. If the
+    tokenizer itself begins a text with BOS (Llama 3 does, SmolLM2 and Qwen do not), so does each sample, and
+    `length - 1` tokens of text follow.
+
+    Args:
+        source: `wikitext2`, `c4`, `ptb` (from the hub), or a local .txt, .jsonl or .parquet file or a folder.
+        split: of a hub data set; local files have none.
+
+    Raises:
+        DatasetError: unknown name, hub unreachable, malformed file, or too few tokens.
+    """
+    bos = leading_bos(tokenizer)
+    body = length - len(bos)
+    if samples < 1 or body < 1:
+        raise DatasetError(
+            f"samples={samples}, length={length}: expected a sample or more of {len(bos) + 1} tokens or more"
+        )
+    stream = torch.tensor(_token_stream(documents(source, split=split), tokenizer), dtype=torch.int64)
+    windows = stream.numel() // body
+    if windows < samples:
+        raise DatasetError(
+            f"{source}: has {stream.numel()} tokens, but samples × length = {samples} × {length} needs "
+            f"{samples * body}: lower calibration.samples or calibration.length, or give more text"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    slack = stream.numel() - windows * body
+    start = int(torch.randint(slack + 1, (1,), generator=generator))
+    chosen = torch.randperm(windows, generator=generator)[:samples]
+    text = stream[start : start + windows * body].view(windows, body)[chosen]
+    ids = torch.cat([torch.tensor(bos, dtype=torch.int64).expand(samples, -1), text], dim=1).contiguous()
+    return TokenSet(ids, token_hash(ids), str(source))
+
+
+def documents(source: str | Path, *, split: str = "train") -> list[str]:
+    """All non-empty documents of a hub data set or of local files, in a fixed order.
+
+    A .txt file is one document; a folder gives its .txt files sorted by name; a .jsonl line or .parquet row
+    gives its `text`.
+
+    Raises:
+        DatasetError: unknown name, hub unreachable, malformed file, or no text.
+    """
+    name = str(source)
+    found = [text for text in _read(name, split) if text.strip()]
+    if not found:
+        raise DatasetError(f"{name}: holds no text")
+    return found
+
+
+def token_hash(ids: torch.Tensor) -> str:
+    """blake2b-256 hex digest of shape and little-endian int64 bytes of `ids`."""
+    digest = hashlib.blake2b(repr(tuple(ids.shape)).encode(), digest_size=32)
+    digest.update(ids.to("cpu", torch.int64).contiguous().numpy().astype("<i8", copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def leading_bos(tokenizer: Any) -> list[int]:
+    """`[bos_token_id]` if the tokenizer begins a text with it of its own accord, else `[]`."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    ids = tokenizer("a", add_special_tokens=True)["input_ids"]
+    return [bos] if bos is not None and list(ids)[:1] == [bos] else []
+
+
+def _token_stream(texts: list[str], tokenizer: Any) -> list[int]:
+    # One call for all documents: a fast tokenizer works on them in parallel.
+    encoded = tokenizer([*texts, SEPARATOR], add_special_tokens=False)["input_ids"]
+    *bodies, separator = encoded
+    joined = itertools.chain.from_iterable((*body, *separator) for body in bodies)
+    stream = list(joined)
+    return stream[: len(stream) - len(separator)]
+
+
+def _read(name: str, split: str) -> Iterator[str]:
+    if name in _HUB:
+        return _from_hub(name, split)
+    path = Path(name)
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file():
+        return _file(path)
+    expected = f"expected one of {', '.join(_HUB)}, or {_LOCAL_FORMS}"
+    if path.suffix or len(path.parts) > 1:
+        raise DatasetError(f"{name}: no such file or folder; {expected}")
+    nearest = difflib.get_close_matches(name, _HUB, n=1, cutoff=0.0)[0]
+    raise DatasetError(f"unknown data set {name!r}, nearest is {nearest!r}; {expected}")
+
+
+def _folder(path: Path) -> Iterator[str]:
+    files = sorted(path.glob("*.txt"))
+    if not files:
+        raise DatasetError(f"{path}: holds no .txt file; expected {_LOCAL_FORMS}")
+    return (_text(file) for file in files)
+
+
+def _file(path: Path) -> Iterator[str]:
+    readers: dict[str, Callable[[Path], Iterator[str]]] = {
+        ".txt": lambda file: iter([_text(file)]),
+        ".jsonl": _jsonl,
+        ".parquet": _parquet,
+    }
+    if path.suffix not in readers:
+        raise DatasetError(
+            f"{path}: cannot read {path.suffix or 'a file without suffix'}; expected {_LOCAL_FORMS}"
+        )
+    return readers[path.suffix](path)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path}: is not UTF-8 (byte {error.start}); convert it first") from error
+
+
+def _jsonl(path: Path) -> Iterator[str]:
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DatasetError(f"{path}:{number}:{error.colno}: is not JSON: {error.msg}") from error
+        if not isinstance(row, dict) or not isinstance(row.get(_TEXT_KEY), str):
+            has = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
+            raise DatasetError(
+                f'{path}:{number}: expected an object with a string "{_TEXT_KEY}", found {has}'
+            )
+        yield row[_TEXT_KEY]
+
+
+def _parquet(path: Path) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowException as error:
+        raise DatasetError(f"{path}: is not a parquet file: {error}") from error
+    columns = table.schema_arrow.names
+    if _TEXT_KEY not in columns:
+        raise DatasetError(f'{path}: expected a column "{_TEXT_KEY}", found {", ".join(columns)}')
+    for batch in table.iter_batches(columns=[_TEXT_KEY]):
+        yield from (text or "" for text in batch.column(0).to_pylist())
+
+
+@dataclass(frozen=True)
+class _HubSource:
+    """How `datasets.load_dataset` gets it, which column is the text, how many rows at most."""
+
+    arguments: dict[str, Any]
+    column: str = "text"
+    rows: int | None = None
+
+
+_HUB = {
+    "wikitext2": _HubSource({"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}),
+    "c4": _HubSource({"path": "allenai/c4", "name": "en", "streaming": True}, rows=_C4_DOCUMENTS),
+    # The repository's loading script is refused by datasets 4; the hub keeps a converted copy of its rows.
+    "ptb": _HubSource(
+        {"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet"}, column="sentence"
+    ),
+}
+
+
+def _from_hub(name: str, split: str) -> Iterator[str]:
+    import datasets
+
+    source = _HUB[name]
+    try:
+        rows = datasets.load_dataset(**source.arguments, split=split)
+        for row in itertools.islice(rows, source.rows):
+            yield row[source.column]
+    except Exception as error:
+        # Every layer below (datasets, huggingface_hub, the HTTP client) raises its own kinds.
+        raise DatasetError(
+            f"could not load {name!r} (split {split!r}, {source.arguments['path']} on the Hugging Face hub): "
+            f"{type(error).__name__}: {error}\nOffline, give a local data set instead: {_LOCAL_FORMS}"
+        ) from error

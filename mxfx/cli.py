@@ -1,0 +1,251 @@
+"""The command line: ``mxfx run``, ``check``, ``config``, ``passes``, … Thin: everything is in the API."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(name="mxfx", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+config_app = typer.Typer(no_args_is_help=True, help="Look at pipeline files.")
+app.add_typer(config_app, name="config")
+
+out = Console()
+err = Console(stderr=True, highlight=False)
+
+Files = Annotated[list[Path], typer.Argument(help="Pipeline files, of mxfx or in the tutorial's dialect.")]
+Model = Annotated[str | None, typer.Option("--model", help="Hub id or local folder; overrides the file's.")]
+Set = Annotated[list[str], typer.Option("--set", help="Override: calibration.samples=8, pass.gptq.damping=0.05, 'pass[3].block=64'.")]
+
+
+@app.command()
+def run(
+    files: Files,
+    model: Model = None,
+    data: Annotated[str | None, typer.Option(help="Calibration data: wikitext2, c4, ptb, a local file, or a folder of .txt files.")] = None,
+    eval: Annotated[str | None, typer.Option("--eval", help="lm-eval task: wikitext.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Local documents to evaluate instead of the hub's.")] = None,
+    limit_tokens: Annotated[int | None, typer.Option(min=2, help="Evaluate at most so many tokens.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows evaluated at once.")] = 1,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Run directory: results.json, emitted models, dumps, report.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
+    set_: Set = [],  # noqa: B006  (typer copies it)
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if any pass fell back or warned.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository ships.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Every skip, with the best partial match.")] = False,
+) -> None:
+    """The whole job: trace, rewrite, evaluate; one table for all files."""
+    from mxfx import api
+    from mxfx.report.table import results_table
+
+    _check_device(device)
+    options = api.RunOptions(
+        model=model,
+        data=data,
+        eval=eval,
+        eval_data=eval_data,
+        limit_tokens=limit_tokens,
+        batch_size=batch_size,
+        out=out_dir,
+        device=device,
+        overrides=tuple(set_),
+        strict=strict,
+        trust_remote_code=trust_remote_code,
+        say=lambda line: err.print(line),
+    )
+    summary = api.run(files, options)
+    for outcome in summary.outcomes:
+        if outcome.result is not None:
+            _print_passes(outcome, verbose)
+    out.print(results_table(summary.rows, "Perplexity of the emitted models", _evaluated(summary)))
+    for warning in summary.warnings:
+        err.print(f"warning: {warning}")
+    if summary.out is not None:
+        err.print(f"written to {summary.out}")
+    if strict and summary.warnings:
+        raise typer.Exit(1)
+
+
+@app.command()
+def check(file: Annotated[Path, typer.Argument(help="Pipeline file.")], model: Model = None, set_: Set = []) -> None:  # noqa: B006
+    """Everything that can be checked without weights: options, facts, rules against the graph, memory and size."""
+    from mxfx import api
+    from mxfx.graph.node import kind
+    from mxfx.rewrite.size import bits_per_weight
+
+    ((name, pipeline),) = api.prepare([file], api.RunOptions(model=model, overrides=tuple(set_)))
+    checked = api.check(pipeline)
+    program = checked.annotated
+    count = len(program.graph.nodes)
+    layers = program.layers
+    weights = sum(t.numel() for t in program.weights.values())
+    calls = {k: sum(kind(n) == k for n in program.graph.nodes) for k in ("linear", "attention", "rms_norm", "rope", "embedding")}
+    out.print(f"{name}: {len(pipeline.specs)} passes, in order: {', '.join(s.name for s in pipeline.specs)}")
+    out.print(f"model: {program.source.name} ({program.source.architecture}), {layers} layers, {weights:,} weights")
+    out.print(f"graph: {count} nodes, {count / max(layers, 1):.1f} per layer, traced in {checked.trace_seconds:.1f} s; " + ", ".join(f"{v} {k}" for k, v in calls.items()))
+    size = program.dtype.itemsize
+    largest = _largest_layer(program)
+    tokens = pipeline.calibration.samples * pipeline.calibration.length
+    hidden = max((n.meta["val"].shape[-1] for n in program.graph.nodes if kind(n) == "embedding"), default=0)
+    out.print(
+        f"memory: {weights * size / 1e9:.2f} GB of weights in {str(program.dtype).removeprefix('torch.')}; "
+        f"calibration holds one layer ({largest * 4 / 1e9:.2f} GB in float32) and {tokens * hidden * 4 / 1e9:.2f} GB of activations"
+    )
+    # One calibration token costs two passes over each weight: statistics, then the rewritten layer.
+    flops = 4 * weights * tokens
+    out.print(f"work: {flops / 1e12:.1f} TFLOP of calibration forward passes ({tokens:,} tokens)")
+    out.print(f"bits per weight after rounding: {bits_per_weight(program, planned=True):.2f}")
+    out.print("ok")
+
+
+@app.command()
+def passes(name: Annotated[str | None, typer.Argument(help="Only this pass.")] = None) -> None:
+    """All passes, or one: options, contract, docs."""
+    from mxfx.pipeline.config import register_passes
+    from mxfx.report.passes import describe, summary
+    from mxfx.rewrite import all_passes, find_pass
+
+    register_passes()
+    out.print(describe(find_pass(name)) if name else summary(all_passes()))
+
+
+@config_app.command("show")
+def config_show(file: Annotated[Path, typer.Argument(help="Pipeline file.")], model: Model = None, set_: Set = []) -> None:  # noqa: B006
+    """The pipeline that a file stands for, as canonical TOML."""
+    from mxfx import api
+    from mxfx.pipeline import to_toml
+
+    pipeline = api.apply_overrides(api.load_any(file), api._assignments(api.RunOptions(model=model, overrides=tuple(set_))))
+    sys.stdout.write(to_toml(pipeline))
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """The JSON Schema of pipeline files, for editors."""
+    from mxfx.pipeline import schema
+
+    sys.stdout.write(json.dumps(schema(), indent=2) + "\n")
+
+
+@app.command("eval")
+def eval_(
+    folder: Annotated[Path, typer.Argument(help="Run directory, or the model folder in it.")],
+    tasks: Annotated[str, typer.Option(help="lm-eval task: wikitext.")] = "wikitext",
+    eval_data: Annotated[str | None, typer.Option(help="Local documents instead of the hub's.")] = None,
+    limit_tokens: Annotated[int | None, typer.Option(min=2)] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 1,
+    device: str = "cpu",
+) -> None:
+    """Evaluate an emitted model again, from its files alone."""
+    from mxfx import api
+    from mxfx.report.table import Row, results_table
+
+    _check_device(device)
+    program = api.load(folder)
+    tokenizer = api.load_tokenizer(api.model_folder(folder) / "tokenizer")
+    result = api.evaluate(
+        api.as_causal_lm(program, device),
+        tokenizer,
+        task=tasks,
+        eval_data=eval_data,
+        limit_tokens=limit_tokens,
+        batch_size=batch_size,
+        device=device,
+    )
+    row = Row(
+        str(folder),
+        word_perplexity=result.word_perplexity,
+        token_perplexity=result.token_perplexity,
+        bits_per_weight=api.bits_per_weight(program),
+        eval_seconds=result.seconds,
+    )
+    out.print(results_table([row], "Perplexity", f"{result.tokens:,} tokens of {result.source}"))
+
+
+def _quiet_imports() -> None:
+    """transformers imports torchao where it is installed, and torchao reports kernels that nobody asked for."""
+    import logging
+
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+
+
+def main() -> None:
+    """Entry point: known errors are one message and exit code 2, everything else is a traceback."""
+    _quiet_imports()
+    try:
+        app(standalone_mode=True)
+    except _user_errors() as error:
+        err.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """Errors that are about what the user gave. Imported late: the help must not load torch."""
+    if "torch" not in sys.modules:
+        return ()
+    from mxfx.calibration.datasets import DatasetError
+    from mxfx.formats import FormatError
+    from mxfx.graph.trace import TraceError
+    from mxfx.pipeline import ConfigError
+    from mxfx.pipeline.manager import PassError
+    from mxfx.rewrite import FactError, UnknownPass
+    from mxfx.runtime.evaluate import EvaluationError
+    from mxfx.runtime.pretrained import ModelError
+
+    return (ConfigError, DatasetError, EvaluationError, FactError, FormatError, ModelError, PassError, TraceError, UnknownPass, OSError)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    from mxfx.pipeline import ConfigError, Place
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ConfigError(Place("--device"), f"unknown device {device!r}", "cpu, cuda or cuda:N") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(Place("--device"), f"{device!r} was asked for and torch sees no CUDA device", "cpu here")
+
+
+def _print_passes(outcome, verbose: bool) -> None:
+    from mxfx.report.passes import pass_table, skip_lines
+
+    out.print(pass_table(outcome.result, outcome.name))
+    if verbose:
+        for line in skip_lines(outcome.result):
+            out.print(line, highlight=False)
+
+
+def _evaluated(summary) -> str:
+    evaluation = next((o.evaluation for o in summary.outcomes if o.evaluation is not None), None)
+    if evaluation is None:
+        return "nothing was evaluated: give --eval wikitext"
+    return (
+        f"{evaluation.tokens:,} tokens of {evaluation.source}; word ppl by lm-eval's wikitext metrics, "
+        f"token ppl over windows of {evaluation.max_length} tokens; ± is the standard error of the word ppl ratio"
+    )
+
+
+def _largest_layer(program) -> int:
+    from collections import Counter
+
+    from mxfx.graph.node import layer_index
+
+    sizes: Counter[int] = Counter()
+    for name, tensor in program.weights.items():
+        layer = layer_index(name)
+        if layer is not None:
+            sizes[layer] += tensor.numel()
+    return max(sizes.values(), default=0)

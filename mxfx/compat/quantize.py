@@ -1,0 +1,49 @@
+"""The tutorial's entry point: a model and ``pass_args`` in, a quantized causal LM out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from mxfx.calibration.datasets import load_tokens
+from mxfx.compat.tutorial import from_pass_args
+from mxfx.graph.trace import trace
+from mxfx.pipeline.manager import PassManager
+from mxfx.rewrite import Context
+from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm
+from mxfx.runtime.pretrained import load_tokenizer
+from mxfx.runtime.progress import track
+
+
+def quantize_module_transform_pass(
+    model: nn.Module, pass_args: Mapping[str, Any]
+) -> tuple[EmittedCausalLM, dict[str, Any]]:
+    """Compile ``model`` as ``pass_args`` says; returns ``(model, {})`` like the tutorial's function of that name.
+
+    The returned model has ``.config``, ``.device``, ``generate`` and goes into ``HFLM(pretrained=…)`` as it is. Unlike in
+    the tutorial the model given is not changed. Calibration data come from the hub, or from the local file that
+    ``[gptq] dataset`` names.
+
+    Raises ``ConfigError`` for arguments that cannot be honoured, before any weight is touched.
+    """
+    pipeline = from_pass_args(pass_args)
+    passes = pipeline.passes
+    device = next(model.parameters()).device
+    program = trace(model)
+
+    def tokens():
+        tokenizer = load_tokenizer(pipeline.model.name or program.source.name)
+        calibration = pipeline.calibration
+        return load_tokens(
+            calibration.dataset or "wikitext2",
+            tokenizer,
+            samples=calibration.samples,
+            length=calibration.length,
+            seed=calibration.seed,
+        ).ids
+
+    ctx = Context(seed=pipeline.calibration.seed, device=device, tokens=tokens, progress=track)
+    done = PassManager().run(program, passes, ctx, locate=None)
+    return as_causal_lm(done.program, device), {}

@@ -1,0 +1,224 @@
+"""The dialect's selectors -> rules of ``annotate``.
+
+A selector is a quoted regular expression with a table. Which module it means shows in its keys: tables for
+the stages of attention; ``minifloat`` for norms; a bare exponent and fraction width for the MLP's activation;
+weights and inputs for linears and embeddings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mxfx.compat.table import Table
+from mxfx.compat.widths import Written, read_format
+from mxfx.pipeline import options
+from mxfx.rewrite import Selector
+
+#: Stage of the attention table -> key of an annotate rule, and the family that the stage is quantized in.
+_STAGES = {"qk_matmul": "q", "av_matmul": "probs", "kv_cache": "kv", "softmax": "softmax", "rope": "rope"}
+_MINIFLOAT_STAGES = ("softmax", "rope")
+_FAMILY = {
+    "mxint": "mxint",
+    "mxfp": "mxfp",
+    "minifloat": "minifloat",
+    "mxint_rotate": "mxint",
+    "mxfp_rotate": "mxfp",
+}
+#: Quantizers of Mase that are no MX formats.
+_LEGACY = (
+    *("integer", "fixed", "log", "block_fp", "block_minifloat", "block_log", "minifloat_ieee"),
+    *("minifloat_denorm", "binary", "binary_residual", "ternary", "lutnet", "logicnets", "mxint_hardware"),
+    *("lsqinteger", "flexround"),
+)
+
+_PHASE = "mxfx compiles one precision for prefill and decode"
+_REFUSED = {
+    "prefill": _PHASE,
+    "decode": _PHASE,
+    "decode_policy": _PHASE,
+    "kv_cache_handoff": _PHASE,
+    "online_rotate": "no version of Mase reads it; write name = 'mxint_rotate' or a [rotation_search] table",
+}
+_REFUSED_STAGES = {"qk_norm": "mxfx keeps the norms of q and k as they are; leave the table out"}
+
+
+@dataclass
+class Chosen:
+    """What one selector asks for.
+
+    ``kind`` is attention, norm, activation, linear or nothing (bypassed); ``formats`` are keys of an annotate
+    rule; ``rotated`` says whether its linears, or its cache, are rotated online.
+    """
+
+    table: Table
+    pattern: str
+    kind: str
+    family: str = ""
+    formats: dict[str, Written] = field(default_factory=dict)
+    gptq: bool = False
+    rotated: bool = False
+
+
+def read_selector(key: str, table: Table, by: str) -> Chosen:
+    """Read one selector's table. Raises ``ConfigError`` for what is not understood or not supported."""
+    pattern = key if by == "regex_name" else re.escape(key)
+    options.read(Selector, pattern, table.at)
+    table.refuse(_REFUSED)
+    if table.take("bypass", bool, False):
+        return Chosen(table, pattern, "nothing")
+    name = _name(table)
+    kind = _kind(table, _FAMILY[name])
+    chosen = Chosen(table, pattern, kind, _FAMILY[name], rotated=name.endswith("_rotate"))
+    _READERS[kind](chosen)
+    table.close()
+    return chosen
+
+
+def _name(table: Table) -> str:
+    name = table.need("name", str)
+    if name in _LEGACY:
+        table.fail(
+            "name",
+            f"{name!r} is a quantizer of Mase that is no MX format; mxfx has MX formats only",
+            _names(),
+        )
+    if name not in _FAMILY:
+        raise (table.at / "name").error(
+            f"unknown quantizer {name!r}", _names(), options.did_you_mean(name, [*_FAMILY, *_LEGACY])
+        )
+    return name
+
+
+def _names() -> str:
+    return f"one of {options.listed(_FAMILY)}"
+
+
+def _kind(table: Table, family: str) -> str:
+    if any(stage in table for stage in (*_STAGES, *_REFUSED_STAGES)):
+        return "attention"
+    if family == "minifloat":
+        return "norm"
+    has_floats = "data_in_exponent_width" in table and "data_in_frac_width" in table
+    has_more = "data_in_block_size" in table or any(key.startswith("weight_") for key in table.raw)
+    return "activation" if has_floats and not has_more else "linear"
+
+
+def _read_linear(chosen: Chosen) -> None:
+    table = chosen.table
+    chosen.gptq = table.take("gptq", bool, False)
+    search = table.take("clip_search", bool, False)
+    _check_fp32_hadamard(table)
+    for operand, key in (("weight", "weight"), ("data_in", "input"), ("bias", "bias")):
+        written = read_format(table, operand, chosen.family, search=search and operand == "weight")
+        if written is not None:
+            chosen.formats[key] = written
+    if search and "weight" not in chosen.formats:
+        table.fail("clip_search", "clip_search chooses the scales of a weight, and no weight format is given")
+    if chosen.rotated and "input" not in chosen.formats:
+        table.fail(
+            "name", "an online rotation changes nothing unless the input is quantized", "data_in_… keys"
+        )
+    if not chosen.formats and not chosen.gptq:
+        known = "weight_…, data_in_…, bias_… keys, gptq = true, or bypass = true"
+        table.close(("name",))
+        raise table.at.error(f"{table.what} sets no format", known)
+
+
+def _read_norm(chosen: Chosen) -> None:
+    table = chosen.table
+    for operand, key in (("weight", "weight"), ("data_in", "input")):
+        written = read_format(table, operand, "minifloat")
+        if written is not None and not table.take(f"{operand}_bypass", bool, False):
+            chosen.formats[key] = written
+    if not chosen.formats:
+        chosen.kind = "nothing"
+
+
+def _read_activation(chosen: Chosen) -> None:
+    """The table of an MLP quantizes what goes into its SiLU; the activation is the child ``act_fn``."""
+    written = read_format(chosen.table, "data_in", "minifloat")
+    assert written is not None
+    chosen.formats["input"] = written
+    chosen.pattern = rf"(?:{chosen.pattern.removesuffix('$')})\.act_fn"
+
+
+def _read_attention(chosen: Chosen) -> None:
+    table = chosen.table
+    table.refuse(_REFUSED_STAGES)
+    for stage, key in _STAGES.items():
+        inner = table.table(stage)
+        if inner is None:
+            wanted = f"a table {stage} with a format, or with bypass = true"
+            raise table.at.error(f"{table.what} says nothing about {stage}", wanted)
+        family = "minifloat" if stage in _MINIFLOAT_STAGES else chosen.family
+        chosen.formats |= _read_stage(chosen, inner, stage, key, family)
+    chosen.rotated = chosen.rotated and bool({"kv", "k", "v"} & chosen.formats.keys())
+
+
+def _read_stage(chosen: Chosen, inner: Table, stage: str, key: str, family: str) -> dict[str, Written]:
+    bypassed = inner.take("bypass", bool, False)
+    rotate = inner.take("rotate", bool, chosen.rotated and family != "minifloat" and not bypassed)
+    _check_fp32_hadamard(inner)
+    if stage == "kv_cache" and ("key" in inner or "value" in inner):
+        formats = _read_split_cache(inner, family)
+    else:
+        written = read_format(inner, "data_in", family)
+        formats = {key: written} if written else {}
+    inner.close()
+    if bypassed:
+        return {}
+    if not formats:
+        raise inner.at.error(f"{inner.what} gives no format", "data_in_… keys, or bypass = true")
+    if rotate and not chosen.rotated:
+        inner.fail("rotate", f"{stage} can only rotate where name is 'mxint_rotate' or 'mxfp_rotate'")
+    if rotate and stage != "kv_cache":
+        raise inner.at.error(
+            f"rotating {stage} is not supported: only linears and kv_cache", "rotate = false"
+        )
+    if stage == "kv_cache":
+        chosen.rotated = rotate
+    return formats
+
+
+def _read_split_cache(inner: Table, family: str) -> dict[str, Written]:
+    formats = {}
+    for name, key in (("key", "k"), ("value", "v")):
+        half = inner.table(name)
+        if half is None or half.take("bypass", bool, False):
+            continue
+        written = read_format(half, "data_in", family)
+        if written is not None:
+            formats[key] = written
+        half.close()
+    return formats
+
+
+def _check_fp32_hadamard(table: Table) -> None:
+    table.require("force_fp32_had", bool, True, "Hadamard transforms of mxfx compute in float32 or better")
+
+
+_READERS = {
+    "linear": _read_linear,
+    "norm": _read_norm,
+    "activation": _read_activation,
+    "attention": _read_attention,
+}
+
+
+def shadowed(chosen: Sequence[Chosen], index: int) -> str:
+    """The pattern of a selector, without the modules that an earlier one has taken.
+
+    In the dialect a module belongs to the first selector that matches it, in ``annotate`` each operand does.
+    They differ only where an earlier selector leaves out an operand that this one sets; then its modules are
+    cut out of the pattern.
+    """
+    this = chosen[index]
+    earlier = [
+        other.pattern
+        for other in chosen[:index]
+        if other.kind == "nothing" or (other.kind == this.kind and this.formats.keys() - other.formats.keys())
+    ]
+    cuts = "".join(rf"(?!(?:{pattern})\Z)" for pattern in earlier)
+    return f"{cuts}(?:{this.pattern})" if cuts and "|" in this.pattern else cuts + this.pattern

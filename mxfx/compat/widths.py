@@ -1,0 +1,99 @@
+"""The dialect's widths -> formats: ``weight_width = 4``, ``weight_block_size = 32`` of ``mxint`` is
+``mxint4@32/ceil``.
+
+The tutorial's MXINT takes the step from ceil(log2 amax), hence ``/ceil``. Its MXFP becomes OCP MX v1.0 with
+the default rule; its own element coder loses carries and subnormals and reaches past OCP's largest values,
+which is not imitated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mxfx.compat.table import Table
+from mxfx.formats import Format
+from mxfx.pipeline import options
+from mxfx.pipeline.locate import Cursor
+
+_OCP = {
+    (4, 3): "mxfp8_e4m3",
+    (5, 2): "mxfp8_e5m2",
+    (3, 2): "mxfp6_e3m2",
+    (2, 3): "mxfp6_e2m3",
+    (2, 1): "mxfp4_e2m1",
+}
+
+
+@dataclass(frozen=True)
+class Written:
+    """A format in mxfx's notation, and the key that gave its width."""
+
+    text: str
+    at: Cursor
+
+    @property
+    def element(self) -> str:
+        """The format without its scale rule."""
+        return self.text.partition("/")[0]
+
+
+def read_format(table: Table, operand: str, family: str, *, search: bool = False) -> Written | None:
+    """The format of ``operand`` (``weight``, ``bias``, ``data_in``) in a table of ``family`` mxint, mxfp or
+    minifloat.
+
+    None if the table has none of the operand's keys. ``search`` asks for the scale with the smaller error
+    (``/mse``). Raises ``ConfigError`` for missing, foreign or impossible widths.
+    """
+    mine = _keys(operand, family)
+    foreign = {key for other in _FAMILIES for key in _keys(operand, other)} - set(mine)
+    table.refuse({key: f"{family} takes {' and '.join(mine)}" for key in sorted(foreign)})
+    if family == "minifloat":
+        _check_minifloat(table, operand)
+    if not any(key in table for key in mine):
+        for key in mine:
+            table.take(key, int)
+        return None
+    widths = [table.need(key, int) for key in mine]
+    at = table.at / mine[0]
+    written = Written(_text(family, widths, table, mine, search), at)
+    options.read(Format, written.text, at)
+    return written
+
+
+_FAMILIES = ("mxint", "mxfp", "minifloat")
+
+
+def _keys(operand: str, family: str) -> tuple[str, ...]:
+    """The keys of an operand, the one that an error about the format points at first."""
+    floats = (f"{operand}_exponent_width", f"{operand}_frac_width")
+    if family == "mxint":
+        return (f"{operand}_width", f"{operand}_block_size")
+    return (*floats, f"{operand}_block_size") if family == "mxfp" else floats
+
+
+def _text(family: str, widths: list[int], table: Table, keys: tuple[str, ...], search: bool) -> str:
+    if family == "mxint":
+        _check_mxint_width(widths[0], table, keys[0])
+        return f"mxint{widths[0]}@{widths[1]}/{'mse' if search else 'ceil'}"
+    exponent, fraction = widths[:2]
+    if family == "minifloat":
+        return f"minifloat_e{exponent}m{fraction}"
+    if (exponent, fraction) not in _OCP:
+        names = ", ".join(f"E{e}M{f}" for e, f in _OCP)
+        table.fail(
+            keys[0],
+            f"E{exponent}M{fraction} is no element of OCP MX v1.0, which mxfx follows",
+            f"one of {names}",
+        )
+    return f"{_OCP[exponent, fraction]}@{widths[2]}" + ("/mse" if search else "")
+
+
+def _check_mxint_width(width: int, table: Table, key: str) -> None:
+    if not 2 <= width <= 8:
+        hint = f"leave the keys {key.removesuffix('width')}… out to keep the operand in the model's precision"
+        raise (table.at / key).error(f"{key} = {width}: there is no mxint{width}", "2 to 8 bits", hint)
+
+
+def _check_minifloat(table: Table, operand: str) -> None:
+    table.require(f"{operand}_is_finite", bool, True, "minifloats of mxfx have no Inf and no NaN code")
+    table.require(f"{operand}_round_mode", str, "rn", "mxfx rounds to nearest, ties to even")

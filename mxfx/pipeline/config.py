@@ -1,0 +1,265 @@
+"""A pipeline as a value: the model, the calibration data, the budget, and the passes in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mxfx.pipeline import options
+from mxfx.pipeline.errors import ConfigError, Place, did_you_mean
+from mxfx.pipeline.locate import Cursor, Document, KeyPath, parse_toml, read_toml
+from mxfx.pipeline.spec import NOWHERE, PassSpec, unknown_pass
+from mxfx.rewrite import Pass
+
+#: Every pipeline starts with these, visibly; one that the pipeline lists itself is not added.
+RAISE_PASSES = ("raise-norm", "raise-rope", "raise-attention")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model to compile.
+
+    name: Hub id (``HuggingFaceTB/SmolLM2-135M-Instruct``) or a local folder.
+    dtype: precision that the model is loaded in and the emitted graph runs in.
+    revision: branch, tag or commit on the hub.
+    """
+
+    name: str | None = None
+    dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """The token ids, ``(samples, length)``, that passes see.
+
+    dataset: ``wikitext2``, ``c4``, ``ptb``, or a local text, jsonl or parquet file.
+    samples: number of sequences.
+    length: tokens in each.
+    seed: which sequences are drawn, and every other random choice of the run.
+    """
+
+    dataset: str | None = None
+    samples: int = 32
+    length: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name!r} is {getattr(self, name)}, must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"'seed' is {self.seed}, must not be negative")
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """How much a pipeline may lose before the run stops.
+
+    max_ppl_ratio: perplexity over that of the float model, at least 1.
+    max_kl: mean KL divergence of the next-token distribution from the float model's, in nats.
+    """
+
+    max_ppl_ratio: float | None = None
+    max_kl: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_ppl_ratio is not None and not self.max_ppl_ratio >= 1:
+            raise ValueError(f"'max_ppl_ratio' is {self.max_ppl_ratio}, must be at least 1")
+        if self.max_kl is not None and not self.max_kl > 0:
+            raise ValueError(f"'max_kl' is {self.max_kl}, must be positive")
+
+
+#: The tables of a pipeline file beside ``[[pass]]``.
+SETTINGS: dict[str, type] = {"model": ModelConfig, "calibration": CalibrationConfig, "budget": BudgetConfig}
+
+
+@dataclass(frozen=True, init=False)
+class Pipeline:
+    """Passes in order, with what they run on. ``Pipeline([FuseNorm(), RoundWeights()])``.
+
+    Iterating gives the typed passes. Equality looks at values, not at places or at how a value was written.
+    """
+
+    specs: tuple[PassSpec, ...]
+    model: ModelConfig
+    calibration: CalibrationConfig
+    budget: BudgetConfig
+    root: Cursor = field(compare=False, repr=False)
+
+    def __init__(
+        self,
+        passes: Iterable[Pass | PassSpec] = (),
+        model: ModelConfig | str | None = None,
+        calibration: CalibrationConfig | None = None,
+        budget: BudgetConfig | None = None,
+        root: Cursor = NOWHERE,
+    ) -> None:
+        specs = tuple(p if isinstance(p, PassSpec) else PassSpec.of(p) for p in passes)
+        object.__setattr__(self, "specs", specs)
+        object.__setattr__(
+            self, "model", ModelConfig(name=model) if isinstance(model, str) else model or ModelConfig()
+        )
+        object.__setattr__(self, "calibration", calibration or CalibrationConfig())
+        object.__setattr__(self, "budget", budget or BudgetConfig())
+        object.__setattr__(self, "root", root)
+
+    @property
+    def source(self) -> str:
+        """Name of the file that the pipeline was read from."""
+        return self.root.source
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """The typed passes. Raises ``ConfigError`` at the first entry whose pass is not registered."""
+        return tuple(spec.typed() for spec in self.specs)
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self.passes)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def completed(self) -> Pipeline:
+        """With the raise passes in front, unless listed."""
+        listed = {spec.name for spec in self.specs}
+        missing = [PassSpec.read(name, {}, NOWHERE) for name in RAISE_PASSES if name not in listed]
+        return self.replace(specs=(*missing, *self.specs)) if missing else self
+
+    def replace(self, **changes: Any) -> Pipeline:
+        """A copy with some of ``specs``, ``model``, ``calibration``, ``budget`` changed."""
+        return Pipeline(
+            changes.get("specs", self.specs),
+            changes.get("model", self.model),
+            changes.get("calibration", self.calibration),
+            changes.get("budget", self.budget),
+            changes.get("root", self.root),
+        )
+
+    def location(self, index: int, option: KeyPath = ()) -> Place:
+        """Where an option of pass ``index`` stands; rules count from 0: ``location(3, ("rule", 2,
+        "match"))``.
+
+        The nearest place around it if the option was not written; ``str(place)`` is ``FILE:LINE:COLUMN``.
+        """
+        return self._at(index, option).place()
+
+    def error(
+        self, index: int, option: KeyPath, problem: str, expected: str = "", hint: str = ""
+    ) -> ConfigError:
+        """An error about an option of pass ``index``, found later than on reading, citing its line."""
+        return self._at(index, option).error(problem, expected, hint)
+
+    def _at(self, index: int, option: KeyPath) -> Cursor:
+        return self.specs[index].at.below(option)
+
+    def model_source(self) -> Path | str:
+        """The model's folder, or its hub id. Reads nothing but the folder's listing.
+
+        Raises ``ConfigError`` if no model is named, or a name that must be a path is no model folder.
+        """
+        at = self.root / "model" / "name"
+        if self.model.name is None:
+            raise at.error(
+                "no model is named",
+                "a hub id or a local folder",
+                'write [model] name = "…", or give --model on the command line',
+            )
+        return find_model(self.model.name, at)
+
+
+def load(path: str | Path) -> Pipeline:
+    """Read a pipeline file, check all of it, and put the raise passes in front.
+
+    Raises ``ConfigError`` with ``FILE:LINE:COLUMN`` at the first thing that is wrong.
+    """
+    return from_document(read_toml(path))
+
+
+def loads(text: str, source: str = "<text>") -> Pipeline:
+    """As ``load``, from TOML text; ``source`` names it in messages."""
+    return from_document(parse_toml(text, source))
+
+
+def from_document(document: Document) -> Pipeline:
+    """The pipeline of a parsed file."""
+    register_passes()
+    root, raw = document.root, document.value
+    valid = [*SETTINGS, "pass"]
+    for key in raw:
+        if key not in valid:
+            hint = did_you_mean(key, valid)
+            raise (root / key).error(
+                f"unknown table {key!r}", "[model], [calibration], [budget] or [[pass]]", hint
+            )
+    settings = {
+        name: options.read_dataclass(cls, raw[name], root / name, f"[{name}]")
+        for name, cls in SETTINGS.items()
+        if name in raw
+    }
+    return Pipeline(read_passes(raw.get("pass", []), root / "pass"), **settings, root=root).completed()
+
+
+def read_passes(entries: object, at: Cursor) -> tuple[PassSpec, ...]:
+    """The checked entries of ``[[pass]]``. Raises ``ConfigError``; an unregistered pass is an error here."""
+    if not isinstance(entries, list):
+        raise at.error("'pass' is one table", "an array of tables: [[pass]] with double brackets")
+    return tuple(_read_pass(entry, at / index) for index, entry in enumerate(entries))
+
+
+def _read_pass(entry: object, at: Cursor) -> PassSpec:
+    if not isinstance(entry, Mapping) or "name" not in entry:
+        raise at.error("a pass without a name", 'name = "fuse-norm" below [[pass]]')
+    name = options.read(str, entry["name"], at / "name")
+    spec = PassSpec.read(name, {key: value for key, value in entry.items() if key != "name"}, at)
+    if spec.value is None:
+        raise unknown_pass(name, at / "name")
+    return spec
+
+
+def register_passes() -> None:
+    """Import mxfx's own passes and those of installed plug-ins, so that their names are known."""
+    import mxfx.passes  # noqa: F401  (the import registers them)
+    from mxfx.rewrite import load_plugins
+
+    load_plugins()
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def find_model(name: str, at: Cursor) -> Path | str:
+    """A model folder as a path, what can be a hub id as it is. Raises ``ConfigError`` at ``at``."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise at.error(f"{name!r} has no config.json", "a folder saved by save_pretrained, or a hub id")
+        return folder
+    if _HUB_ID.fullmatch(name) and not name.startswith("."):
+        return name
+    near = _near_folder(folder)
+    raise at.error(
+        f"no folder {name!r}", "a local model folder, or a hub id such as 'unsloth/Llama-3.2-1B'", near
+    )
+
+
+def _near_folder(folder: Path) -> str:
+    if not folder.parent.is_dir():
+        return f"the folder {str(folder.parent)!r} does not exist either"
+    return did_you_mean(folder.name, [entry.name for entry in folder.parent.iterdir() if entry.is_dir()])
+
+
+def settings_of(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
+    """The tables beside ``[[pass]]`` in TOML form: each one that differs from its defaults, with all its
+    values.
+    """
+    tables = {}
+    for name, cls in SETTINGS.items():
+        value = getattr(pipeline, name)
+        if value != cls():
+            tables[name] = options.write_fields(value, frozenset(f.name for f in dataclasses.fields(cls)))
+    return tables

@@ -1,0 +1,227 @@
+"""The promises of passes, enforced: ``Exact`` by bits, ``Close`` on the float64 twin, ``Local`` region by region."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, fx
+
+from mxfx.graph.execute import executable, execute
+from mxfx.graph.node import op_name, path_of
+from mxfx.graph.program import Program
+from mxfx.pipeline.manager import Instrument, Step
+from mxfx.pipeline.probe import relative_error
+from mxfx.rewrite import Close, Exact, Local, Lossy, apply
+
+_fake_quantize = torch.ops.mxfx.fake_quantize.default
+
+#: What float32 masters allow where a pass cannot be repeated on the twin: a chain of products, each rounded at 6e-8.
+MASTER_TOLERANCE = 1e-4
+
+
+class NumericsError(ValueError):
+    """A pass broke its promise about numbers; the message names the pass and the first node that differs."""
+
+
+@dataclass
+class Numbers(Instrument):
+    """Hold each pass to its promise on the run's probe inputs; results in ``findings["numerics"]``.
+
+    ``max_parameters`` keeps the check cheap: beyond it a ``Close`` promise, which needs the weights in float64, and a
+    ``Local`` one, which records values, are not checked, and the finding says so. None checks whatever the size.
+    """
+
+    max_parameters: int | None = 300_000_000
+    _tokens_asked: bool = field(default=False, repr=False)
+
+    def before(self, step: Step) -> None:
+        self._tokens_asked = False
+        if not isinstance(step.pass_.numerics, Close):
+            return
+        inner = step.ctx.tokens
+
+        def asked() -> Tensor:
+            self._tokens_asked = True
+            return inner()
+
+        step.ctx = replace(step.ctx, tokens=asked)
+
+    def after(self, step: Step) -> None:
+        step.findings["numerics"] = self._check(step)
+
+    def _check(self, step: Step) -> dict[str, object]:
+        promise = step.pass_.numerics
+        said = {"promise": type(promise).__name__.lower()}
+        if isinstance(promise, Lossy):
+            return said
+        reason = self._unchecked(step)
+        if reason is not None:
+            return {**said, "unchecked": reason}
+        if isinstance(promise, Exact):
+            return {**said, **check_exact(step)}
+        if isinstance(promise, Close):
+            return {**said, **check_close(step, promise.tol, repeat=not self._tokens_asked)}
+        return {**said, **check_local(step, promise.tol)}
+
+    def _unchecked(self, step: Step) -> str | None:
+        assert step.after is not None
+        reason = executable(step.before) or executable(step.after)
+        if reason is not None or isinstance(step.pass_.numerics, Exact) or self.max_parameters is None:
+            return reason
+        parameters = sum(t.numel() for t in step.before.weights.values())
+        if parameters > self.max_parameters:
+            return f"{parameters:,} parameters; checked up to {self.max_parameters:,} unless asked for"
+        return None
+
+
+def check_exact(step: Step) -> dict[str, object]:
+    """Bit-equal logits before and after. Raises ``NumericsError``."""
+    assert step.after is not None
+    probe = step.run.probe
+    if not step.changed:
+        return {"error": 0.0}
+    before, after = probe.logits(step.before), probe.logits(step.after)
+    if before.dtype != after.dtype or not torch.equal(_bits(before), _bits(after)):
+        raise _broken(
+            step,
+            f"promises bit-equal logits; they differ by {relative_error(after, before):.3g} of their norm",
+            _first_difference(step.before, step.after, probe.tokens(step.before), 0.0),
+        )
+    return {"error": 0.0}
+
+
+def check_close(step: Step, tol: float, *, repeat: bool = True) -> dict[str, object]:
+    """The programs as real functions agree on the float64 twin to ``tol``. Raises ``NumericsError``.
+
+    The pass is run on the twin (``repeat``); a pass that looks at calibration data is not run twice: its float32 masters
+    are compared, to no less than ``MASTER_TOLERANCE``. Quantizers are read as the identity.
+    """
+    assert step.after is not None
+    if "lowered" in step.before.facts:
+        return {"unchecked": "the program is lowered: its dtypes are fixed, so it has no float64 twin"}
+    before = step.before.twin(torch.float64)
+    if repeat:
+        after = apply(step.pass_, before, step.run.ctx, limit=step.limit).program
+    else:
+        after, tol = step.after.twin(torch.float64), max(tol, MASTER_TOLERANCE)
+    ids = step.run.probe.tokens(step.before)
+    expected, actual = (execute(p, ids, quantize=False) for p in (before, after))
+    error = relative_error(actual, expected)
+    if not error <= tol:
+        raise _broken(
+            step,
+            f"promises the same real function to {tol:g}; on the float64 twin the logits differ by {error:.3g} of their norm",
+            _first_difference(before, after, ids, max(tol, 1e-12), quantize=False),
+        )
+    return {
+        "error": error,
+        "tolerance": tol,
+        "on": "float64 twin" if repeat else "float32 masters (data-aware pass)",
+    }
+
+
+def check_local(step: Step, tol: float) -> dict[str, object]:
+    """Each rewritten region agrees with its original on recorded inputs. Raises ``NumericsError``.
+
+    Values that both graphs compute under one name end the regions: each is computed by the new graph from the *old*
+    graph's values, compared, and then replaced by the old value, so that one flipped code does not spread. Where the old
+    operand is quantized, differing elements are counted as flipped codes, and at most the share ``tol`` may flip.
+    """
+    assert step.after is not None
+    if not step.changed:
+        return {"error": 0.0}
+    ids = step.run.probe.tokens(step.before)
+    recorded: dict[str, object] = {}
+    execute(step.before, ids, observe=lambda node, value: recorded.setdefault(node.name, value))
+    anchors = _anchors(step.before, step.after)
+    worst, where, flipped, codes = 0.0, "", 0, 0
+
+    def compare(node: fx.Node, value: object) -> object:
+        nonlocal worst, where, flipped, codes
+        anchor = anchors.get(node.name)
+        if anchor is None or not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        old = recorded[anchor.name]
+        if not isinstance(old, Tensor) or old.shape != value.shape:
+            return value
+        if anchor.target is _fake_quantize:
+            flipped, codes = flipped + int((value != old).sum()), codes + old.numel()
+            error = float((value != old).double().mean())
+        else:
+            error = relative_error(value, old)
+        if not error <= tol:
+            what = (
+                f"{error:.2%} of its codes flipped"
+                if anchor.target is _fake_quantize
+                else f"off by {error:.3g}"
+            )
+            raise _broken(step, f"promises regions equal to {tol:g} on recorded inputs", _place(node, what))
+        if error > worst:
+            worst, where = error, node.name
+        return old
+
+    execute(step.after, ids, observe=compare)
+    return {
+        "error": worst,
+        "tolerance": tol,
+        "at": where,
+        "regions": len(anchors),
+        "flipped": flipped,
+        "codes": codes,
+    }
+
+
+def _anchors(before: Program, after: Program) -> Mapping[str, fx.Node]:
+    """Name of a node of ``after`` → the node of ``before`` that computes the same value."""
+    old = {n.name: n for n in before.graph.nodes}
+    pairs: dict[str, fx.Node] = {}
+    for node in after.graph.nodes:
+        twin = old.get(node.name)
+        if node.op == "output":
+            twin = next(n for n in before.graph.nodes if n.op == "output")
+        if twin is None or twin.op != node.op or (node.op != "output" and twin.target is not node.target):
+            continue
+        if node.op == "call_function":
+            pairs[node.name] = twin
+        for mine, theirs in zip(node.args, twin.args, strict=False):
+            # An operand that was rewritten under another name still ends a region if its reader stands in both graphs.
+            if isinstance(mine, fx.Node) and isinstance(theirs, fx.Node) and theirs.op == "call_function":
+                pairs.setdefault(mine.name, theirs)
+    return pairs
+
+
+def _first_difference(before: Program, after: Program, ids: Tensor, tol: float, quantize: bool = True) -> str:
+    """The first node with the same name in both programs whose value differs by more than ``tol``."""
+    recorded: dict[str, object] = {}
+    execute(before, ids, observe=lambda node, value: recorded.setdefault(node.name, value), quantize=quantize)
+    found: list[str] = []
+
+    def compare(node: fx.Node, value: object) -> object:
+        old = recorded.get(node.name)
+        comparable = isinstance(value, Tensor) and isinstance(old, Tensor) and old.shape == value.shape
+        if not found and comparable and value.is_floating_point():  # type: ignore[union-attr]
+            error = relative_error(value, old)  # type: ignore[arg-type]
+            if error > tol:
+                found.append(_place(node, f"off by {error:.3g}"))
+        return value
+
+    execute(after, ids, observe=compare, quantize=quantize)
+    return found[0] if found else "no node of the same name in both graphs differs"
+
+
+def _place(node: fx.Node, what: str) -> str:
+    return f"{node.name} = {op_name(node)} in {path_of(node) or 'the top level'} ({what})"
+
+
+def _broken(step: Step, promise: str, first: str) -> NumericsError:
+    return NumericsError(f"{step.title} {promise}; first difference: {first}")
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Integers with the same bits, so that NaNs compare and signed zeros differ."""
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+__all__ = ["Numbers", "NumericsError", "check_close", "check_exact", "check_local"]

@@ -1,0 +1,280 @@
+"""Run passes in order, with instruments around them.
+
+The manager checks the order, runs each pass, and calls the hooks of its instruments; it knows none of them by name.
+Timing, dumps, verification, numbers, budgets and reproducers are instruments (``mxfx.pipeline.instruments``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from mxfx.graph.program import Program
+from mxfx.pipeline.config import Pipeline
+from mxfx.pipeline.order import check_order
+from mxfx.pipeline.probe import Probe
+from mxfx.rewrite import Context, FactError, Pass, PassRecord, apply, check_facts_before, facts_after
+
+#: ``(position of the pass from 0, path of an option)`` → ``FILE:LINE:COLUMN`` where it stands, None if nobody knows.
+Locate = Callable[[int, tuple], "str | None"]
+
+
+class PassError(ValueError):
+    """A pass failed; the message names it, its place in the pipeline file, and the reason (``__cause__``)."""
+
+
+@dataclass(frozen=True)
+class StopPoint:
+    """``n`` or ``n.m``: stop after pass ``n``, or after match ``m`` of it; both count from 1, ``n.0`` is before it."""
+
+    number: int
+    match: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> StopPoint:
+        """Raises ``ValueError`` for anything but ``n`` or ``n.m``."""
+        number, dot, match = text.partition(".")
+        if not number.isdecimal() or int(number) < 1 or (dot and not match.isdecimal()):
+            raise ValueError(
+                f"{text!r} is no stop point: expected the number of a pass (3) or pass and match (3.2)"
+            )
+        return cls(int(number), int(match) if dot else None)
+
+    def __str__(self) -> str:
+        return str(self.number) if self.match is None else f"{self.number}.{self.match}"
+
+
+@dataclass
+class Step:
+    """One pass of a run, as instruments see it.
+
+    ``index`` counts from 1. ``after`` and ``record`` are there once the pass has run. ``findings`` holds what instruments
+    measured, by the instrument's name, as JSON values.
+    """
+
+    run: Run
+    index: int
+    pass_: Pass
+    before: Program
+    place: str | None
+    limit: int | None = None
+    ctx: Context = field(default_factory=Context)
+    after: Program | None = None
+    record: PassRecord | None = None
+    findings: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> bool:
+        return self.record is not None and self.record.changed
+
+    @property
+    def title(self) -> str:
+        """``pass 4 'fuse-norm' (a.toml:12:1)``, for messages."""
+        return f"pass {self.index} {self.pass_.name!r}" + (f" ({self.place})" if self.place else "")
+
+
+@dataclass
+class Run:
+    """What a whole run has in common: source program, passes, context, and probe inputs that instruments share."""
+
+    source: Program
+    passes: tuple[Pass, ...]
+    ctx: Context
+    locate: Locate
+    probe: Probe
+    steps: list[Step] = field(default_factory=list)
+    costs: dict[str, float] = field(default_factory=dict)
+    """Wall seconds spent in the hooks of each instrument, by its class's name."""
+
+
+class Instrument:
+    """Hooks around the passes of a run. Subclasses override what they need; an exception stops the run."""
+
+    def enter(self, run: Run) -> None:
+        """Before the first pass."""
+
+    def before(self, step: Step) -> None:
+        """Before a pass: ``step.after`` and ``step.record`` are None."""
+
+    def after(self, step: Step) -> None:
+        """After a pass that succeeded."""
+
+    def failed(self, step: Step, error: Exception) -> None:
+        """A pass, or an instrument after it, raised ``error``, which goes on after this hook."""
+
+    def exit(self, run: Run) -> None:
+        """After the last pass, and after a failure."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What is kept of a step: no programs, so that weights of intermediate programs can go."""
+
+    index: int
+    pass_: Pass
+    place: str | None
+    record: PassRecord
+    findings: dict[str, object]
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """The program after a pipeline, and the account of every pass."""
+
+    program: Program
+    steps: tuple[StepResult, ...]
+
+    @property
+    def records(self) -> tuple[PassRecord, ...]:
+        return tuple(step.record for step in self.steps)
+
+
+def _nowhere(index: int, option: tuple) -> str | None:
+    return None
+
+
+class PassManager:
+    """Runs pipelines with a fixed set of instruments, nested like brackets.
+
+    ``enter`` and ``before`` hooks run in the given order, ``after``, ``failed`` and ``exit`` hooks in reverse: the first
+    instrument sees what all others found, the last one stands right around the pass.
+    """
+
+    def __init__(self, instruments: Sequence[Instrument] = ()) -> None:
+        self.instruments = tuple(instruments)
+
+    def run(
+        self,
+        program: Program,
+        passes: Pipeline | Iterable[Pass],
+        ctx: Context | None = None,
+        locate: Locate | None = None,
+        *,
+        stop_after: StopPoint | None = None,
+        probe: Probe | None = None,
+    ) -> PipelineResult:
+        """Run ``passes`` on ``program``, which stays as it is.
+
+        ``locate`` finds places for messages (a ``Pipeline`` brings its own). Before anything runs, the order of all
+        passes is checked against the facts that hold.
+
+        Raises ``ConfigError`` or ``FactError`` for an impossible order, ``PassError`` where a pass fails, and whatever an
+        instrument raises (``VerifyError``, ``NumericsError``, ``BudgetError``).
+        """
+        locate = locate or _locate_in(passes)
+        typed = check_pipeline(program, passes, locate)
+        ctx = ctx or Context()
+        run = Run(program, typed, ctx, locate, probe or Probe(seed=ctx.seed))
+        for instrument in self.instruments:
+            instrument.enter(run)
+        try:
+            return self._run(run, stop_after)
+        finally:
+            for instrument in reversed(self.instruments):
+                instrument.exit(run)
+
+    def _run(self, run: Run, stop: StopPoint | None) -> PipelineResult:
+        program = run.source
+        done: list[StepResult] = []
+        for index, pass_ in enumerate(run.passes, start=1):
+            if stop is not None and index > stop.number:
+                break
+            limit = stop.match if stop is not None and index == stop.number else None
+            step = Step(run, index, pass_, program, _place(run.locate, index), limit, run.ctx)
+            run.steps.append(step)
+            program = self._step(step)
+            assert step.record is not None
+            done.append(StepResult(index, pass_, step.place, step.record, step.findings))
+            run.steps[-1] = _without_programs(step)
+        return PipelineResult(program, tuple(done))
+
+    def _step(self, step: Step) -> Program:
+        inner = tuple(reversed(self.instruments))
+        try:
+            for instrument in self.instruments:
+                _timed(step, instrument, instrument.before)
+            _apply(step)
+            for instrument in inner:
+                _timed(step, instrument, instrument.after)
+        except Exception as error:
+            for instrument in inner:
+                instrument.failed(step, error)
+            raise
+        assert step.after is not None
+        return step.after
+
+
+def _timed(step: Step, instrument: Instrument, hook: Callable[[Step], None]) -> None:
+    started = time.perf_counter()
+    try:
+        hook(step)
+    finally:
+        name = type(instrument).__name__
+        step.run.costs[name] = step.run.costs.get(name, 0.0) + time.perf_counter() - started
+
+
+def check_pipeline(
+    program: Program, passes: Pipeline | Iterable[Pass], locate: Locate | None = None
+) -> tuple[Pass, ...]:
+    """The typed passes, their order checked against the facts of ``program``. Raises ``ConfigError`` or ``FactError``."""
+    if isinstance(passes, Pipeline):
+        check_order(passes, program.facts)
+        return passes.passes
+    typed = tuple(passes)
+    facts = program.facts
+    for index, pass_ in enumerate(typed):
+        try:
+            check_facts_before(pass_, facts)
+        except FactError as error:
+            place = _place(locate or _nowhere, index + 1)
+            raise FactError(f"{place + ': ' if place else ''}pass {index + 1}: {error}") from error
+        facts = facts_after(pass_, facts)
+    return typed
+
+
+def _apply(step: Step) -> None:
+    try:
+        applied = apply(step.pass_, step.before, step.ctx, limit=step.limit)
+    except Exception as error:
+        place = _place_of_error(step, error)
+        raise PassError(
+            f"{place + ': ' if place else ''}pass {step.index} {step.pass_.name!r}: {error}"
+        ) from error
+    step.after, step.record = applied.program, applied.record
+
+
+def _place_of_error(step: Step, error: Exception) -> str | None:
+    rule = getattr(error, "rule", None)
+    if rule is None:
+        return step.place
+    return step.run.locate(step.index - 1, ("rule", rule - 1, "match")) or step.place
+
+
+def _locate_in(passes: Pipeline | Iterable[Pass]) -> Locate:
+    if not isinstance(passes, Pipeline):
+        return _nowhere
+    return lambda index, option: _text_of(passes.location(index, option))
+
+
+def _text_of(place: object) -> str | None:
+    return str(place) if getattr(place, "line", 0) else None
+
+
+def _place(locate: Locate, index: int) -> str | None:
+    return locate(index - 1, ("name",))
+
+
+def _without_programs(step: Step) -> Step:
+    return Step(
+        step.run,
+        step.index,
+        step.pass_,
+        step.run.source,
+        step.place,
+        step.limit,
+        step.ctx,
+        None,
+        step.record,
+        step.findings,
+    )

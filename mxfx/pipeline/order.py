@@ -1,0 +1,166 @@
+"""Is the order of the passes possible? Facts checked over a whole pipeline before anything runs.
+
+Each pass requires, provides, forbids and removes facts (``mxfx.rewrite.facts``). Walking the pipeline with a
+set of fact names finds the first pass that could not start. The error cites its line and draws the
+constraints that the passes of this pipeline put on each other, with an order that satisfies them if there is
+one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import networkx as nx
+
+from mxfx.pipeline.config import Pipeline
+from mxfx.pipeline.errors import ConfigError
+from mxfx.rewrite import Pass, all_facts, all_passes, facts_after
+
+
+@dataclass(frozen=True)
+class OrderProblem:
+    """Pass ``index`` cannot run where it stands: ``fact`` is missing, or holds and is forbidden."""
+
+    index: int
+    fact: str
+    missing: bool
+
+
+def check_order(pipeline: Pipeline, facts: frozenset[str] = frozenset()) -> frozenset[str]:
+    """The facts that hold after the pipeline, from those that hold before it.
+
+    Raises ``ConfigError`` at the first pass whose ``requires`` or ``forbids`` is violated, or that is not
+    registered.
+    """
+    passes = pipeline.passes
+    problem = first_problem(passes, facts)
+    if problem is not None:
+        raise _order_error(pipeline, passes, problem, facts)
+    for pass_ in passes:
+        facts = facts_after(pass_, facts)
+    return facts
+
+
+def first_problem(passes: tuple[Pass, ...], facts: frozenset[str] = frozenset()) -> OrderProblem | None:
+    """The first pass that could not start, or None."""
+    for index, pass_ in enumerate(passes):
+        for name in sorted(pass_.requires - facts):
+            return OrderProblem(index, name, missing=True)
+        for name in sorted(pass_.forbids & facts):
+            return OrderProblem(index, name, missing=False)
+        facts = facts_after(pass_, facts)
+    return None
+
+
+def constraints(passes: tuple[Pass, ...]) -> nx.MultiDiGraph:
+    """Edges "must precede" between the positions of a pipeline; ``why`` says which fact asks for it.
+
+    A pass that requires a fact follows those that provide it; a pass that forbids a fact precedes them.
+    """
+    graph = nx.MultiDiGraph()
+    graph.add_nodes_from(range(len(passes)))
+    for here, pass_ in enumerate(passes):
+        for there, other in enumerate(passes):
+            if here == there:
+                continue
+            for name in sorted(pass_.requires & other.provides):
+                graph.add_edge(there, here, why=f"provides {name!r}")
+            for name in sorted(pass_.forbids & other.provides):
+                graph.add_edge(here, there, why=f"must come before {name!r} holds")
+    return graph
+
+
+def possible_order(passes: tuple[Pass, ...], facts: frozenset[str] = frozenset()) -> tuple[int, ...] | None:
+    """Positions in an order that satisfies every constraint, as near to the given one as can be."""
+    graph = nx.DiGraph(constraints(passes))
+    if not nx.is_directed_acyclic_graph(graph):
+        return None
+    order = tuple(nx.lexicographical_topological_sort(graph))
+    return order if first_problem(tuple(passes[i] for i in order), facts) is None else None
+
+
+def picture(pipeline: Pipeline, passes: tuple[Pass, ...]) -> str:
+    """Which passes must precede which, as text: one line for each constraint, the violated ones marked."""
+    graph = constraints(passes)
+    lines = []
+    for before, after, why in sorted(graph.edges(data="why")):
+        mark = "  " if before < after else "✗ "
+        edge = f"{_label(pipeline, before)} → {_label(pipeline, after)}"
+        lines.append(f"{mark}{edge}   {_reason(passes, before, after, why)}")
+    return "\n".join(lines)
+
+
+def _reason(passes: tuple[Pass, ...], before: int, after: int, why: str) -> str:
+    return (
+        f"({passes[before].name} {why})"
+        if why.startswith("must")
+        else f"({why}, which {passes[after].name} requires)"
+    )
+
+
+def _order_error(
+    pipeline: Pipeline, passes: tuple[Pass, ...], problem: OrderProblem, facts: frozenset[str]
+) -> ConfigError:
+    name = passes[problem.index].name
+    known = all_facts().get(problem.fact)
+    meaning = f" ({known.meaning})" if known else ""
+    if problem.missing:
+        said = f"pass {name!r} requires {problem.fact!r}{meaning}, which does not hold here"
+        expected = _who_provides(problem.fact, passes, pipeline)
+    else:
+        provider = _provider(passes, problem)
+        cause = (
+            f"{_label(pipeline, provider)} makes it true"
+            if provider is not None
+            else "it holds from the start"
+        )
+        said = f"pass {name!r} must come before {problem.fact!r}{meaning} holds; {cause}"
+        expected = (
+            f"{name} before {passes[provider].name}"
+            if provider is not None
+            else f"a program without {problem.fact!r}"
+        )
+    return pipeline.error(problem.index, ("name",), said, expected, _advice(pipeline, passes, facts))
+
+
+def _provider(passes: tuple[Pass, ...], problem: OrderProblem) -> int | None:
+    before = [i for i in range(problem.index) if problem.fact in passes[i].provides]
+    return before[-1] if before else None
+
+
+def _who_provides(fact: str, passes: tuple[Pass, ...], pipeline: Pipeline) -> str:
+    inside = [_label(pipeline, i) for i, pass_ in enumerate(passes) if fact in pass_.provides]
+    if inside:
+        return f"{' or '.join(inside)} before it, and nothing between that removes the fact"
+    outside = sorted(name for name, cls in all_passes().items() if fact in cls.provides)
+    return (
+        f"{' or '.join(outside)} before it"
+        if outside
+        else f"a program in which {fact!r} holds: no pass provides it"
+    )
+
+
+def _advice(pipeline: Pipeline, passes: tuple[Pass, ...], facts: frozenset[str]) -> str:
+    drawn = picture(pipeline, passes)
+    lines = (
+        ["which passes must precede which:", *("  " + line for line in drawn.splitlines())] if drawn else []
+    )
+    order = possible_order(passes, facts)
+    if order is not None:
+        lines.append("an order that is possible: " + ", ".join(passes[i].name for i in order))
+    else:
+        lines += _conflict(pipeline, passes)
+    return "\n  ".join(lines)
+
+
+def _conflict(pipeline: Pipeline, passes: tuple[Pass, ...]) -> list[str]:
+    cycles = sorted(nx.simple_cycles(nx.DiGraph(constraints(passes))), key=len)
+    if not cycles:
+        return ["this pipeline needs another pass, or one less"]
+    ring = [*cycles[0], cycles[0][0]]
+    return ["these go round in a circle: " + " → ".join(_label(pipeline, i) for i in ring)]
+
+
+def _label(pipeline: Pipeline, index: int) -> str:
+    place = pipeline.location(index)
+    return f"[{index}] {pipeline.specs[index].name}" + (f" (line {place.line})" if place.line else "")

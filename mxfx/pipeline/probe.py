@@ -1,0 +1,79 @@
+"""Probe inputs that all instruments of a run share, and distances between the logits of two programs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mxfx.graph.execute import execute
+from mxfx.graph.node import kind
+from mxfx.graph.program import Program
+
+
+@dataclass
+class Probe:
+    """A few token ids, and the logits of the programs that were asked for last.
+
+    ``batch`` × ``length`` random ids unless ``ids`` (int64 ``(batch, seq)``) are given. Logits of a program are computed
+    once: the program after one pass is the program before the next.
+    """
+
+    seed: int = 0
+    batch: int = 2
+    length: int = 16
+    ids: Tensor | None = None
+    _known: list[tuple[Program, Tensor]] = field(default_factory=list, repr=False)
+
+    def tokens(self, program: Program) -> Tensor:
+        """int64 ``(batch, seq)`` on the device of the program's weights."""
+        if self.ids is None:
+            generator = torch.Generator().manual_seed(self.seed)
+            self.ids = torch.randint(vocabulary(program), (self.batch, self.length), generator=generator)
+        device = next((t.device for t in program.weights.values()), torch.device("cpu"))
+        return self.ids.to(device)
+
+    def logits(self, program: Program) -> Tensor:
+        """``(batch, seq, vocabulary)`` in the program's dtype. Raises ``ValueError`` for a program on the meta device."""
+        for known, logits in self._known:
+            if known is program:
+                return logits
+        logits = execute(program, self.tokens(program))
+        self._known = [*self._known[-1:], (program, logits)]
+        return logits
+
+    def forget(self) -> None:
+        self._known.clear()
+
+
+def vocabulary(program: Program) -> int:
+    """Number of token ids that the program's embedding knows. Raises ``ValueError`` if it has none."""
+    for node in program.graph.nodes:
+        if kind(node) == "embedding":
+            return int(node.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
+    raise ValueError("the program has no embedding, so there are no token ids to probe it with")
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖_F / ‖expected‖_F in float64; infinite if either is not finite where the other is."""
+    a, b = actual.double(), expected.double()
+    same = torch.isfinite(a) == torch.isfinite(b)
+    if not bool(same.all()):
+        return math.inf
+    a, b = torch.nan_to_num(a), torch.nan_to_num(b)
+    return float((a - b).norm() / b.norm().clamp_min(1e-300)) if bool((a != b).any()) else 0.0
+
+
+def sqnr(actual: Tensor, expected: Tensor) -> float:
+    """Signal to quantization noise in dB: 20·log10(‖expected‖ / ‖actual − expected‖); infinite for equal tensors."""
+    error = relative_error(actual, expected)
+    return math.inf if error == 0 else -math.inf if error == math.inf else -20 * math.log10(error)
+
+
+def mean_kl(actual: Tensor, expected: Tensor) -> float:
+    """Mean KL(expected ‖ actual) of the next-token distributions in nats, over logits ``(batch, seq, vocabulary)``."""
+    p = torch.log_softmax(expected.double(), -1)
+    q = torch.log_softmax(actual.double(), -1)
+    return float((p.exp() * (p - q)).sum(-1).mean().clamp_min(0))

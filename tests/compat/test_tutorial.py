@@ -1,0 +1,334 @@
+"""The tutorial's TOML is accepted unchanged; every key of its dialect is honoured or refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+
+from mxfx.compat import from_pass_args, load_any, load_quant_config
+from mxfx.compat.tutorial import from_tutorial
+from mxfx.pipeline import ConfigError, Pipeline, loads, to_toml
+from mxfx.pipeline.locate import parse_toml
+
+CONFIGS = Path(__file__).parents[2] / "passes_configs"
+#: SHA-256 of the TOML literals of tutorial 7, without the indentation of the page.
+TUTORIAL = {
+    "tutorial_a_rtn.toml": "af66913cba13e688af991bf0cc075f2bcf18f9380eb70dcf63520e361c3b7e52",
+    "tutorial_b_gptq.toml": "3ed3bbd1700140687a855d2fc37b3bb129ad3b21fff040051e4fb7c0b1776af6",
+    "tutorial_c_rotation_search.toml": "7fc1e821124bf3672e63ed2e8bd4879a2174e8b0bf281c1c6fb636b6b1201471",
+}
+
+MATCH_ATTENTION = r"model\.layers\.\d+\.self_attn$"
+MATCH_QKVO = r"model\.layers\.\d+\.self_attn\.(q|k|v|o)_proj"
+MATCH_MLP = r"model\.layers\.\d+\.mlp\.(gate|up|down)_proj"
+RULES = [
+    {"match": MATCH_ATTENTION, "kv": "mxint4@32/ceil"},
+    {"match": MATCH_QKVO, "weight": "mxint4@32/ceil", "input": "mxint4@32/ceil"},
+    {"match": MATCH_MLP, "weight": "mxint4@32/ceil", "input": "mxint4@32/ceil"},
+]
+RAISE = ["raise-norm", "raise-rope", "raise-attention"]
+
+LINEAR = "name = 'mxint'\nweight_width = 4\nweight_block_size = 32\n"
+FLOAT_WEIGHT = "weight_exponent_width = 3\nweight_frac_width = 4\n"
+FLOAT_INPUT = "data_in_exponent_width = 3\ndata_in_frac_width = 4\n"
+INPUT = "data_in_width = 4\ndata_in_block_size = 32\n"
+STAGES = ("qk_matmul", "av_matmul", "kv_cache", "softmax", "rope")
+
+
+def pipeline_of(text: str) -> Pipeline:
+    document = parse_toml(text, "t.toml")
+    return from_tutorial(document.value, document.root)
+
+
+def options_of(pipeline: Pipeline, name: str) -> dict:
+    found = [spec.options for spec in pipeline.specs if spec.name == name]
+    assert len(found) == 1, f"{len(found)} passes {name}"
+    return dict(found[0])
+
+
+def names_of(pipeline: Pipeline) -> list[str]:
+    return [spec.name for spec in pipeline.specs]
+
+
+def selector(body: str, pattern: str = "m") -> str:
+    return f"by = 'regex_name'\n['{pattern}']\n{body}"
+
+
+def attention(name: str = "mxint", **stages: str) -> str:
+    """An attention selector whose stages are bypassed unless given."""
+    tables = [f"['a'.{stage}]\n{stages.get(stage, 'bypass = true')}\n" for stage in STAGES]
+    return f"by = 'regex_name'\n['a']\nname = '{name}'\n" + "".join(tables)
+
+
+def with_gptq(gptq: str = "", linear: str = "gptq = true\n") -> str:
+    table = gptq + "[gptq.weight_config]\nweight_width = 4\nweight_block_size = 32\n"
+    return f"by = 'regex_name'\n[gptq]\nformat = 'mxint'\n{table}['m']\n{LINEAR}{linear}"
+
+
+def with_search(search: str) -> str:
+    return with_gptq() + "[rotation_search]\n" + search
+
+
+@pytest.mark.parametrize("name", TUTORIAL)
+def test_the_files_are_the_tutorial_byte_for_byte(name: str) -> None:
+    assert hashlib.sha256((CONFIGS / name).read_bytes()).hexdigest() == TUTORIAL[name]
+
+
+def test_config_a() -> None:
+    pipeline = load_any(CONFIGS / "tutorial_a_rtn.toml")
+    assert names_of(pipeline) == [
+        *RAISE,
+        "annotate",
+        "round-weights",
+        "insert-fake-quant",
+        "quantize-kv-cache",
+    ]
+    assert options_of(pipeline, "annotate") == {"rule": RULES}
+
+
+def test_config_b_adds_gptq() -> None:
+    pipeline = load_any(CONFIGS / "tutorial_b_gptq.toml")
+    rest = ["round-weights", "insert-fake-quant", "quantize-kv-cache"]
+    assert names_of(pipeline) == [*RAISE, "annotate", "gptq", *rest]
+    assert options_of(pipeline, "annotate") == {"rule": RULES}
+    assert options_of(pipeline, "gptq") == {
+        "select": f"(?:{MATCH_QKVO})|(?:{MATCH_MLP})",
+        "exponents": "sweep",
+        "batch_size": 8,
+        "checkpoint_dir": "tutorial_7_output/checkpoints/config_b_gptq",
+    }
+    assert pipeline.model.name == "unsloth/Llama-3.2-1B"
+    calibration = pipeline.calibration
+    assert (calibration.dataset, calibration.samples, calibration.length) == ("wikitext2", 32, 512)
+
+
+def test_config_c_adds_the_rotation_search() -> None:
+    pipeline = load_any(CONFIGS / "tutorial_c_rotation_search.toml")
+    rest = ["round-weights", "rotation-search", "insert-fake-quant", "quantize-kv-cache"]
+    assert names_of(pipeline) == [*RAISE, "annotate", "gptq", *rest]
+    assert options_of(pipeline, "rotation-search") == {
+        "samples": 32,
+        "length": 512,
+        "improvement_eps": 0.0,
+        "cache_path": "tutorial_7_output/checkpoints/config_c_rotsearch/rotation_decisions.json",
+    }
+
+
+@pytest.mark.parametrize("name", TUTORIAL)
+def test_c_reuses_b_and_every_emitted_option_points_into_the_file(name: str) -> None:
+    pipeline = load_any(CONFIGS / name)
+    lines = (CONFIGS / name).read_text().splitlines()
+    index = names_of(pipeline).index("annotate")
+    place = pipeline.location(index, ("rule", 1, "weight"))
+    assert lines[place.line - 1] == place.text == "weight_width = 4"
+    assert lines[pipeline.location(index, ("rule", 2, "match")).line - 1] == f"['{MATCH_MLP}']"
+
+
+def test_what_config_a_becomes_loads_as_a_pipeline_file() -> None:
+    pipeline = load_any(CONFIGS / "tutorial_a_rtn.toml")
+    assert loads(to_toml(pipeline)) == pipeline
+
+
+def tutorial_loader(path: Path) -> dict:
+    """What the tutorial's own loader returns (page "Setup")."""
+    raw = tomllib.loads(path.read_text())
+    by, gptq = raw.pop("by", "regex_name"), raw.pop("gptq", None)
+    args = {"by": by, **({"gptq": gptq} if gptq is not None else {})}
+    return args | {key: {"config": value} for key, value in raw.items()}
+
+
+@pytest.mark.parametrize("name", TUTORIAL)
+def test_the_loader_gives_what_the_tutorial_s_loader_gives(name: str) -> None:
+    args = load_quant_config(CONFIGS / name)
+    assert args == tutorial_loader(CONFIGS / name)
+    assert ("rotation_search" in args) == ("c_rot" in name)
+
+
+@pytest.mark.parametrize("name", TUTORIAL)
+def test_pass_args_of_either_loader_make_the_same_pipeline_and_stay_as_they_are(name: str) -> None:
+    args = tutorial_loader(CONFIGS / name)
+    before = deepcopy(args)
+    assert (
+        from_pass_args(args) == from_pass_args(load_quant_config(CONFIGS / name)) == load_any(CONFIGS / name)
+    )
+    assert args == before
+
+
+def test_a_mistake_in_pass_args_names_the_keys_that_lead_to_it() -> None:
+    with pytest.raises(ConfigError, match=r"^pass_args: at m\.weight_with: unknown key 'weight_with'"):
+        from_pass_args({"by": "regex_name", "m": {"config": {**tomllib.loads(LINEAR), "weight_with": 4}}})
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        (selector(LINEAR), {"match": "m", "weight": "mxint4@32/ceil"}),
+        (selector(LINEAR + "clip_search = true"), {"match": "m", "weight": "mxint4@32/mse"}),
+        (selector(LINEAR + "bias_width = 8\nbias_block_size = 16"),
+         {"match": "m", "weight": "mxint4@32/ceil", "bias": "mxint8@16/ceil"}),
+        (selector("name = 'mxfp'\ndata_in_block_size = 32\n" + FLOAT_INPUT.replace("4", "2")),
+         {"match": "m", "input": "mxfp6_e3m2@32"}),
+        (selector("name = 'minifloat'\n" + FLOAT_WEIGHT + FLOAT_INPUT
+                  + "data_in_is_finite = true\nweight_round_mode = 'rn'"),
+         {"match": "m", "weight": "minifloat_e3m4", "input": "minifloat_e3m4"}),
+        (selector("name = 'minifloat'\nweight_bypass = true\n" + FLOAT_WEIGHT + FLOAT_INPUT),
+         {"match": "m", "input": "minifloat_e3m4"}),
+        (selector("name = 'mxint'\n" + FLOAT_INPUT, r"l\.\d+\.mlp$"),
+         {"match": r"(?:l\.\d+\.mlp)\.act_fn", "input": "minifloat_e3m4"}),
+        (f"by = 'name'\n['model.layers.0.mlp.up_proj']\n{LINEAR}",
+         {"match": r"model\.layers\.0\.mlp\.up_proj", "weight": "mxint4@32/ceil"}),
+        (attention(qk_matmul="data_in_width = 4\ndata_in_block_size = 16",
+                   av_matmul="data_in_width = 8\ndata_in_block_size = 16"),
+         {"match": "a", "q": "mxint4@16/ceil", "probs": "mxint8@16/ceil"}),
+        (attention("mxfp", kv_cache="data_in_block_size = 32\n" + FLOAT_INPUT.replace("4", "2")),
+         {"match": "a", "kv": "mxfp6_e3m2@32"}),
+        (attention(softmax=FLOAT_INPUT,
+                   rope="data_in_exponent_width = 4\ndata_in_frac_width = 3"),
+         {"match": "a", "softmax": "minifloat_e3m4", "rope": "minifloat_e4m3"}),
+        (attention(kv_cache="key = {data_in_width = 4, data_in_block_size = 32}\n"
+                            "value = {data_in_width = 8, data_in_block_size = 16}"),
+         {"match": "a", "k": "mxint4@32/ceil", "v": "mxint8@16/ceil"}),
+    ],
+)  # fmt: skip
+def test_a_selector_becomes_a_rule(text: str, rule: dict) -> None:
+    assert options_of(pipeline_of(text), "annotate") == {"rule": [rule]}
+
+
+def test_only_the_passes_that_have_work_are_emitted() -> None:
+    assert names_of(pipeline_of("by = 'regex_name'\n['m']\nname = 'mxint'\nbypass = true")) == RAISE
+    assert names_of(pipeline_of(selector(LINEAR))) == [*RAISE, "annotate", "round-weights"]
+    probs = attention(av_matmul=INPUT)
+    assert names_of(pipeline_of(probs)) == [*RAISE, "annotate", "expand-attention", "insert-fake-quant"]
+
+
+def test_a_bypassed_selector_keeps_its_modules_from_later_ones() -> None:
+    text = "by = 'regex_name'\n['a.*']\nbypass = true\n" + f"['b|.*']\n{LINEAR}"
+    assert options_of(pipeline_of(text), "annotate")["rule"][0]["match"] == r"(?!(?:a.*)\Z)(?:b|.*)"
+
+
+def test_a_module_belongs_to_the_first_selector_alone() -> None:
+    text = f"by = 'regex_name'\n['a']\n{LINEAR}\n['.*']\n{LINEAR}{INPUT}"
+    rules = options_of(pipeline_of(text), "annotate")["rule"]
+    assert [rule["match"] for rule in rules] == ["a", r"(?!(?:a)\Z).*"]
+
+
+def test_gptq_without_flags_takes_every_weight() -> None:
+    assert options_of(pipeline_of(with_gptq(linear="")), "gptq")["select"] == "m"
+
+
+def test_gptq_gives_its_format_to_a_flagged_selector_without_one() -> None:
+    text = with_gptq().replace("weight_width = 4\nweight_block_size = 32\ngptq", "gptq")
+    assert options_of(pipeline_of(text), "annotate")["rule"] == [{"match": "m", "weight": "mxint4@32/ceil"}]
+
+
+def test_gptq_keys_without_a_value_get_mase_s_defaults() -> None:
+    pipeline = pipeline_of(with_gptq())
+    found = pipeline.calibration
+    assert (found.dataset, found.samples, found.length) == ("wikitext2", 128, 256)
+    assert options_of(pipeline, "gptq") == {"select": "m", "exponents": "sweep", "batch_size": 32}
+
+
+def test_no_search_at_all_means_the_rule_of_the_format() -> None:
+    pipeline = pipeline_of(with_gptq("quantile_search = false\nmax_layers = 3\ndataset = 'file:x.txt'\n"))
+    assert options_of(pipeline, "gptq")["exponents"] == "rule"
+    assert options_of(pipeline, "gptq")["max_layers"] == 3
+    assert pipeline.calibration.dataset == "x.txt"
+
+
+def test_rotating_quantizers_become_online_rotations() -> None:
+    text = selector(LINEAR.replace("mxint", "mxint_rotate") + INPUT + "force_fp32_had = true\n")
+    assert options_of(pipeline_of(text), "online-rotation") == {"select": "m"}
+    cache = attention("mxint_rotate", kv_cache=INPUT)
+    assert options_of(pipeline_of(cache), "online-rotation") == {"select": "a", "sites": ["kv_cache"]}
+    off = attention("mxint_rotate", kv_cache=INPUT + "rotate = false")
+    assert "online-rotation" not in names_of(pipeline_of(off))
+
+
+def test_the_sites_of_a_rotation_search_are_kept() -> None:
+    found = options_of(pipeline_of(with_search("matmul_types = ['q_proj', 'kv_cache']\n")), "rotation-search")
+    assert found == {"sites": ["q_proj", "kv_cache"]}
+
+
+def test_a_rotation_search_alone_brings_its_calibration() -> None:
+    text = (
+        selector(LINEAR + INPUT)
+        + "[rotation_search]\ncalib_data = 'c4'\ncalib_nsamples = 7\nmodel_name = 'a/b'\n"
+    )
+    pipeline = pipeline_of(text)
+    assert (pipeline.calibration.dataset, pipeline.calibration.samples, pipeline.model.name) == (
+        "c4",
+        7,
+        "a/b",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "said"),
+    [
+        ("by = 'type'", "1:1", "mxfx matches by module path"),
+        ("by = 'regex_name'\nbypas = true", "2:1", "unknown key 'bypas'"),
+        ("by = 'regex_name'\n[token_collector]\nseqlen = 1", "2:1", "'token_collector'"),
+        ("by = 'regex_name'\n[rotation]\nonline_rotate = true", "2:1", "'rotation'"),
+        (selector(LINEAR, "(m"), "2:1", "no regular expression"),
+        (selector("weight_width = 4"), "2:1", "lacks the key 'name'"),
+        (selector("name = 'mxnit'"), "3:8", "did you mean 'mxint'?"),
+        (selector("name = 'integer'"), "3:1", "no MX format"),
+        (selector(LINEAR + "weight_frac_width = 3"), "6:1", "mxint takes weight_width and weight_block_size"),
+        (selector("name = 'mxint'\nweight_width = 4"), "2:1", "lacks the key 'weight_block_size'"),
+        (selector(LINEAR.replace("4", "16")), "4:16", "there is no mxint16"),
+        (selector(LINEAR.replace("32", "0")), "4:16", "block size '0'"),
+        (selector(LINEAR + "data_in_with = 4"), "6:1", "did you mean 'data_in_width'?"),
+        (selector(LINEAR + "prefill = {}"), "6:1", "one precision for prefill and decode"),
+        (selector(LINEAR + "decode_policy = 'fp_only'"), "6:1", "'decode_policy'"),
+        (selector(LINEAR + "online_rotate = true"), "6:1", "mxint_rotate"),
+        (selector("name = 'mxint'"), "2:1", "sets no format"),
+        (selector(LINEAR + "gptq = true"), "6:1", "no [gptq] table"),
+        (selector("name = 'mxfp'\nweight_exponent_width = 1\nweight_frac_width = 2\nweight_block_size = 32"),
+         "4:1", "E1M2 is no element of OCP MX v1.0"),
+        (selector("name = 'minifloat'\n" + FLOAT_WEIGHT + "weight_round_mode = 'rd'"),
+         "6:1", "to nearest"),
+        (selector("name = 'minifloat'\n" + FLOAT_WEIGHT + "weight_is_finite = false"),
+         "6:1", "no Inf"),
+        (selector(LINEAR.replace("mxint", "mxint_rotate")), "3:1", "unless the input is quantized"),
+        (attention(kv_cache="data_in_width = 4"), "8:1", "lacks the key 'data_in_block_size'"),
+        (attention(kv_cache="bypas = true"), "9:1", "did you mean 'bypass'?"),
+        (attention(kv_cache=""), "8:1", "gives no format"),
+        (attention(kv_cache=INPUT + "rotate = true"), "11:1", "'mxint_rotate' or 'mxfp_rotate'"),
+        (attention("mxint_rotate", qk_matmul=INPUT), "4:1", "rotating qk_matmul is not supported"),
+        (attention().replace("['a'.rope]\nbypass = true\n", ""), "2:1", "says nothing about rope"),
+        (attention() + "['a'.qk_norm]\nbypass = true\n", "14:1", "qk_norm"),
+        (with_gptq("device = 'cuda:0'\n"), "4:1", "--device"),
+        (with_gptq("hf_token = 'x'\n"), "4:1", "HF_TOKEN"),
+        (with_gptq("nsample = 3\n"), "4:1", "did you mean 'nsamples'?"),
+        (with_gptq("nsamples = '3'\n"), "4:12", "expected: a whole number"),
+        (with_gptq("phase = 'prefill'\n"), "4:1", "one precision for prefill and decode"),
+        (with_gptq().replace("weight_width = 4", "weight_width = 8", 1), "9:16", "wants weights in mxint4"),
+        (with_gptq().replace("format = 'mxint'\n", ""), "2:1", "lacks the key 'format'"),
+        (with_gptq("percdamp = 0.1\n"), "4:1", "unknown key 'percdamp'"),
+        (with_search("matmul_types = ['q_porj']"), "13:17", "did you mean 'q_proj'?"),
+        (with_search("matmul_types = ['qk_matmul']"), "13:17", "only linears and kv_cache"),
+        (with_search("calib_data = 'c4'"), "13:1", "[gptq] calibrates on 'wikitext2'"),
+        (with_search("score_phase = 'decode'"), "13:1", "one precision for prefill and decode"),
+        (with_search("improvement_epsilon = 0.0"), "13:1", "did you mean 'improvement_eps'?"),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused_at_its_place(text: str, place: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        pipeline_of(text)
+    assert str(caught.value).startswith(f"t.toml:{place}: ")
+    assert said in str(caught.value)
+
+
+def test_a_pipeline_file_is_told_from_the_dialect(tmp_path: Path) -> None:
+    file = tmp_path / "p.toml"
+    file.write_text('[model]\nname = "a/b"\n[[pass]]\nname = "raise-norm"\n')
+    assert load_any(file).model.name == "a/b"
+    file.write_text(f"['m']\n{LINEAR}")
+    assert names_of(load_any(file)) == [*RAISE, "annotate", "round-weights"]
+    file.write_text('[modle]\nname = "a/b"\n[[pass]]\nname = "raise-norm"\n')
+    with pytest.raises(ConfigError, match="did you mean 'model'"):
+        load_any(file)

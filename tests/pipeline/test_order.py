@@ -1,0 +1,85 @@
+"""An order of passes that cannot work is refused before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+
+from mxfx.pipeline import ConfigError, Pipeline, check_order, loads
+from mxfx.pipeline.order import possible_order
+from tests.pipeline.stubs import Idle, Mark, Solve, registered
+
+
+@dataclass(frozen=True)
+class Egg(Idle):
+    name: ClassVar[str] = "stub-egg"
+    requires: ClassVar[frozenset[str]] = frozenset({"stub-hen"})
+    provides: ClassVar[frozenset[str]] = frozenset({"stub-egg"})
+
+
+@dataclass(frozen=True)
+class Hen(Idle):
+    name: ClassVar[str] = "stub-hen"
+    requires: ClassVar[frozenset[str]] = frozenset({"stub-egg"})
+    provides: ClassVar[frozenset[str]] = frozenset({"stub-hen"})
+
+
+@dataclass(frozen=True)
+class Undo(Idle):
+    name: ClassVar[str] = "stub-undo"
+    removes: ClassVar[frozenset[str]] = frozenset({"stub-marked"})
+
+
+@pytest.fixture(autouse=True)
+def more_stubs() -> Iterator[None]:
+    with registered(Egg, Hen, Undo):
+        yield
+
+
+def test_the_facts_that_hold_at_the_end_come_back() -> None:
+    assert check_order(Pipeline([Mark(), Solve()])) == {"stub-marked", "stub-rounded"}
+    assert check_order(Pipeline([Solve()]), frozenset({"stub-marked"})) == {"stub-marked", "stub-rounded"}
+
+
+def test_a_pass_after_what_it_forbids_cites_its_line_and_an_order_that_works() -> None:
+    text = "\n".join(f'[[pass]]\nname = "{name}"' for name in ("stub-mark", "stub-solve", "stub-mark"))
+    pipeline = loads("[model]\n" + text, "p.toml")
+    with pytest.raises(ConfigError) as caught:
+        check_order(pipeline)
+    message = str(caught.value)
+    assert message.startswith("p.toml:7:8: pass 'stub-mark' must come before 'stub-rounded'")
+    assert "[4] stub-solve (line 4) makes it true" in message
+    assert "✗ [5] stub-mark (line 6) → [4] stub-solve (line 4)" in message
+    assert "possible: raise-norm, raise-rope, raise-attention, stub-mark, stub-mark, stub-solve" in message
+
+
+def test_a_missing_fact_names_the_pass_that_provides_it() -> None:
+    with pytest.raises(ConfigError, match=r"requires 'stub-marked'(.|\n)*expected: stub-mark before it"):
+        check_order(Pipeline([Solve()]))
+
+
+def test_a_fact_that_was_removed_does_not_hold() -> None:
+    with pytest.raises(ConfigError, match="nothing between that removes the fact"):
+        check_order(Pipeline([Mark(), Undo(), Solve()]))
+
+
+def test_passes_that_wait_for_each_other_are_shown_as_a_circle() -> None:
+    with pytest.raises(
+        ConfigError, match=r"go round in a circle: \[0\] stub-egg → \[1\] stub-hen → \[0\] stub-egg"
+    ):
+        check_order(Pipeline([Egg(), Hen()]))
+
+
+def test_the_proposed_order_changes_as_little_as_possible() -> None:
+    passes = (Undo(), Solve(), Mark())
+    assert possible_order(passes) == (0, 2, 1)
+
+
+def test_a_pass_that_is_missing_is_an_error_too() -> None:
+    from mxfx.pipeline import PassSpec
+
+    with pytest.raises(ConfigError, match="unknown pass 'not-yet'"):
+        check_order(Pipeline([PassSpec("not-yet")]))
