@@ -24,7 +24,7 @@ _HOME = {
 __all__ = ["Pipeline", "as_causal_lm", "check", "compile", "load", "load_pipeline", "run", "trace"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'mxfx' has no attribute {name!r}; it has {', '.join(__all__)}")
     from importlib import import_module

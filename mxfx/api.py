@@ -21,12 +21,12 @@ from mxfx.compat import load_any
 from mxfx.graph.program import Program
 from mxfx.graph.trace import bind, trace
 from mxfx.passes import Annotate
-from mxfx.pipeline import ConfigError, Pipeline, apply_overrides, check_order, to_toml
-from mxfx.rewrite.size import bits_per_weight
+from mxfx.pipeline import ConfigError, Pipeline, Place, apply_overrides, check_order, to_toml
 from mxfx.pipeline.instruments import Numbers, Timing, Verify
 from mxfx.pipeline.manager import Instrument, PassManager, PipelineResult
 from mxfx.report.table import Row
 from mxfx.rewrite import Context
+from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.causal_lm import as_causal_lm, emit
 from mxfx.runtime.evaluate import EvalResult, evaluate, ratio_with_stderr
 from mxfx.runtime.pretrained import load_meta_model, load_model, load_tokenizer
@@ -61,8 +61,7 @@ def compile(
         ctx.tokens = tokens if callable(tokens) else lambda: tokens
     result = PassManager(instruments).run(trace(model), pipeline, ctx)
     module = emit(result.program, place)
-    module.program = result.program
-    module.report = result
+    vars(module).update(program=result.program, report=result)
     return module
 
 
@@ -128,6 +127,7 @@ class Outcome:
     evaluation: EvalResult | None
     bits_per_weight: float
     compile_seconds: float
+    model_note: str = ""
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,23 @@ def run(files: Sequence[str | Path], options: RunOptions) -> RunSummary:
             loaded[key] = _load(pipeline, checked, options)
             if options.float_row:
                 outcomes.append(_float_outcome(loaded[key], pipeline, options))
-        outcomes.append(_run_one(name, str(dict(zip([n for n, _ in pipelines], files, strict=True))[name]), pipeline, loaded[key], options))
+        outcomes.append(
+            _run_one(
+                name,
+                str(dict(zip([n for n, _ in pipelines], files, strict=True))[name]),
+                pipeline,
+                loaded[key],
+                options,
+            )
+        )
         _write_results(outcomes, options)
     rows = tuple(_rows(outcomes))
     warnings = tuple(
-        f"{o.name}: {step.pass_.name}: {w}" for o in outcomes if o.result for step in o.result.steps for w in step.record.warnings
+        f"{o.name}: {step.pass_.name}: {w}"
+        for o in outcomes
+        if o.result
+        for step in o.result.steps
+        for w in step.record.warnings
     )
     return RunSummary(tuple(outcomes), rows, warnings, options.out)
 
@@ -217,7 +229,9 @@ def _float_outcome(loaded: _Loaded, pipeline: Pipeline, options: RunOptions) -> 
     raised = Pipeline([]).completed()
     program = PassManager().run(loaded.program, raised).program
     options.say("evaluating the float model") if options.eval else None
-    return Outcome("float", "", raised, None, _evaluate(program, loaded, options), bits_per_weight(program), 0.0)
+    return Outcome(
+        "float", "", raised, None, _evaluate(program, loaded, options), bits_per_weight(program), 0.0, _note(program)
+    )
 
 
 def _run_one(name: str, file: str, pipeline: Pipeline, loaded: _Loaded, options: RunOptions) -> Outcome:
@@ -239,7 +253,14 @@ def _run_one(name: str, file: str, pipeline: Pipeline, loaded: _Loaded, options:
             _save(result.program, loaded.tokenizer, folder / "model")
     options.say(f"evaluating {name}") if options.eval else None
     evaluation = _evaluate(result.program, loaded, options)
-    return Outcome(name, file, pipeline, result, evaluation, bits_per_weight(result.program), seconds)
+    return Outcome(
+        name, file, pipeline, result, evaluation, bits_per_weight(result.program), seconds, _note(result.program)
+    )
+
+
+def _note(program: Program) -> str:
+    """What a model's own config says of its weights (the demo's: that they were dequantized from 4 bits)."""
+    return str(program.source.config.get("mxfx_note", ""))
 
 
 def _instruments(folder: Path | None, pipeline: Pipeline) -> list[Instrument]:
@@ -285,7 +306,11 @@ def _rows(outcomes: Sequence[Outcome]) -> list[Row]:
         evaluation = outcome.evaluation
         if outcome.name == "float":
             baseline = evaluation
-        row = {"name": outcome.name, "bits_per_weight": outcome.bits_per_weight, "compile_seconds": outcome.compile_seconds}
+        row = {
+            "name": outcome.name,
+            "bits_per_weight": outcome.bits_per_weight,
+            "compile_seconds": outcome.compile_seconds,
+        }
         if evaluation is not None:
             row |= {
                 "word_perplexity": evaluation.word_perplexity,
@@ -321,6 +346,7 @@ def _as_json(outcome: Outcome, row: Row) -> dict[str, Any]:
     return {
         "name": outcome.name,
         "file": outcome.file,
+        "model_note": outcome.model_note,
         "figures": vars(row),
         "passes": [
             {
@@ -341,7 +367,9 @@ def _as_json(outcome: Outcome, row: Row) -> dict[str, Any]:
 def _write_text(path: Path, text: str) -> None:
     """Write a whole file or none of it: a temporary name in the same folder, flushed, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8") as file:
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
+    ) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -357,7 +385,5 @@ def _assignments(options: RunOptions) -> list[str]:
     return [*given, *options.overrides]
 
 
-def _command_line():
-    from mxfx.pipeline import Place
-
+def _command_line() -> Place:
     return Place("command line")

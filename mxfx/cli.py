@@ -5,37 +5,51 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from mxfx.api import Outcome, RunSummary
+    from mxfx.graph.program import Program
 
 app = typer.Typer(name="mxfx", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 config_app = typer.Typer(no_args_is_help=True, help="Look at pipeline files.")
 app.add_typer(config_app, name="config")
 
-out = Console()
+# A pipe has no width of its own: the tables fit in 120 columns.
+out = Console(width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, highlight=False)
 
 Files = Annotated[list[Path], typer.Argument(help="Pipeline files, of mxfx or in the tutorial's dialect.")]
 Model = Annotated[str | None, typer.Option("--model", help="Hub id or local folder; overrides the file's.")]
-Set = Annotated[list[str], typer.Option("--set", help="Override: calibration.samples=8, pass.gptq.damping=0.05, 'pass[3].block=64'.")]
+Set = Annotated[
+    list[str],
+    typer.Option("--set", help="Override: calibration.samples=8, pass.gptq.damping=0.05, 'pass[3].block=64'."),
+]
 
 
 @app.command()
 def run(
     files: Files,
     model: Model = None,
-    data: Annotated[str | None, typer.Option(help="Calibration data: wikitext2, c4, ptb, a local file, or a folder of .txt files.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Calibration data: wikitext2, c4, ptb, a local file, or a folder of .txt files.")
+    ] = None,
     eval: Annotated[str | None, typer.Option("--eval", help="lm-eval task: wikitext.")] = None,
     eval_data: Annotated[str | None, typer.Option(help="Local documents to evaluate instead of the hub's.")] = None,
     limit_tokens: Annotated[int | None, typer.Option(min=2, help="Evaluate at most so many tokens.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows evaluated at once.")] = 1,
-    out_dir: Annotated[Path | None, typer.Option("--out", help="Run directory: results.json, emitted models, dumps, report.")] = None,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Run directory: results.json, emitted models, dumps, report.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
     set_: Set = [],  # noqa: B006  (typer copies it)
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if any pass fell back or warned.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository ships.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the model's repository ships.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Every skip, with the best partial match.")] = False,
 ) -> None:
     """The whole job: trace, rewrite, evaluate; one table for all files."""
@@ -83,10 +97,16 @@ def check(file: Annotated[Path, typer.Argument(help="Pipeline file.")], model: M
     count = len(program.graph.nodes)
     layers = program.layers
     weights = sum(t.numel() for t in program.weights.values())
-    calls = {k: sum(kind(n) == k for n in program.graph.nodes) for k in ("linear", "attention", "rms_norm", "rope", "embedding")}
+    calls = {
+        k: sum(kind(n) == k for n in program.graph.nodes)
+        for k in ("linear", "attention", "rms_norm", "rope", "embedding")
+    }
     out.print(f"{name}: {len(pipeline.specs)} passes, in order: {', '.join(s.name for s in pipeline.specs)}")
     out.print(f"model: {program.source.name} ({program.source.architecture}), {layers} layers, {weights:,} weights")
-    out.print(f"graph: {count} nodes, {count / max(layers, 1):.1f} per layer, traced in {checked.trace_seconds:.1f} s; " + ", ".join(f"{v} {k}" for k, v in calls.items()))
+    out.print(
+        f"graph: {count} nodes, {count / max(layers, 1):.1f} per layer, traced in {checked.trace_seconds:.1f} s; "
+        + ", ".join(f"{v} {k}" for k, v in calls.items())
+    )
     size = program.dtype.itemsize
     largest = _largest_layer(program)
     tokens = pipeline.calibration.samples * pipeline.calibration.length
@@ -114,12 +134,16 @@ def passes(name: Annotated[str | None, typer.Argument(help="Only this pass.")] =
 
 
 @config_app.command("show")
-def config_show(file: Annotated[Path, typer.Argument(help="Pipeline file.")], model: Model = None, set_: Set = []) -> None:  # noqa: B006
+def config_show(
+    file: Annotated[Path, typer.Argument(help="Pipeline file.")], model: Model = None, set_: Set = []
+) -> None:  # noqa: B006
     """The pipeline that a file stands for, as canonical TOML."""
     from mxfx import api
     from mxfx.pipeline import to_toml
 
-    pipeline = api.apply_overrides(api.load_any(file), api._assignments(api.RunOptions(model=model, overrides=tuple(set_))))
+    pipeline = api.apply_overrides(
+        api.load_any(file), api._assignments(api.RunOptions(model=model, overrides=tuple(set_)))
+    )
     sys.stdout.write(to_toml(pipeline))
 
 
@@ -203,7 +227,18 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from mxfx.runtime.evaluate import EvaluationError
     from mxfx.runtime.pretrained import ModelError
 
-    return (ConfigError, DatasetError, EvaluationError, FactError, FormatError, ModelError, PassError, TraceError, UnknownPass, OSError)
+    return (
+        ConfigError,
+        DatasetError,
+        EvaluationError,
+        FactError,
+        FormatError,
+        ModelError,
+        PassError,
+        TraceError,
+        UnknownPass,
+        OSError,
+    )
 
 
 def _check_device(device: str) -> None:
@@ -219,7 +254,7 @@ def _check_device(device: str) -> None:
         raise ConfigError(Place("--device"), f"{device!r} was asked for and torch sees no CUDA device", "cpu here")
 
 
-def _print_passes(outcome, verbose: bool) -> None:
+def _print_passes(outcome: Outcome, verbose: bool) -> None:
     from mxfx.report.passes import pass_table, skip_lines
 
     out.print(pass_table(outcome.result, outcome.name))
@@ -228,17 +263,19 @@ def _print_passes(outcome, verbose: bool) -> None:
             out.print(line, highlight=False)
 
 
-def _evaluated(summary) -> str:
+def _evaluated(summary: RunSummary) -> str:
     evaluation = next((o.evaluation for o in summary.outcomes if o.evaluation is not None), None)
     if evaluation is None:
         return "nothing was evaluated: give --eval wikitext"
+    note = next((str(n) for o in summary.outcomes if (n := o.model_note)), "")
     return (
         f"{evaluation.tokens:,} tokens of {evaluation.source}; word ppl by lm-eval's wikitext metrics, "
         f"token ppl over windows of {evaluation.max_length} tokens; ± is the standard error of the word ppl ratio"
+        + (f"\n{note}" if note else "")
     )
 
 
-def _largest_layer(program) -> int:
+def _largest_layer(program: Program) -> int:
     from collections import Counter
 
     from mxfx.graph.node import layer_index

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mxfx.calibration.datasets import load_tokens
 from mxfx.compat.tutorial import from_pass_args
@@ -33,7 +33,7 @@ def quantize_module_transform_pass(
     device = next(model.parameters()).device
     program = trace(model)
 
-    def tokens():
+    def tokens() -> Tensor:
         tokenizer = load_tokenizer(pipeline.model.name or program.source.name)
         calibration = pipeline.calibration
         return load_tokens(

@@ -117,9 +117,7 @@ def _read_linear(chosen: Chosen) -> None:
     if search and "weight" not in chosen.formats:
         table.fail("clip_search", "clip_search chooses the scales of a weight, and no weight format is given")
     if chosen.rotated and "input" not in chosen.formats:
-        table.fail(
-            "name", "an online rotation changes nothing unless the input is quantized", "data_in_… keys"
-        )
+        table.fail("name", "an online rotation changes nothing unless the input is quantized", "data_in_… keys")
     if not chosen.formats and not chosen.gptq:
         known = "weight_…, data_in_…, bias_… keys, gptq = true, or bypass = true"
         table.close(("name",))
@@ -174,9 +172,7 @@ def _read_stage(chosen: Chosen, inner: Table, stage: str, key: str, family: str)
     if rotate and not chosen.rotated:
         inner.fail("rotate", f"{stage} can only rotate where name is 'mxint_rotate' or 'mxfp_rotate'")
     if rotate and stage != "kv_cache":
-        raise inner.at.error(
-            f"rotating {stage} is not supported: only linears and kv_cache", "rotate = false"
-        )
+        raise inner.at.error(f"rotating {stage} is not supported: only linears and kv_cache", "rotate = false")
     if stage == "kv_cache":
         chosen.rotated = rotate
     return formats

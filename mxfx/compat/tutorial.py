@@ -109,9 +109,7 @@ def from_tutorial(raw: Mapping[str, Any], at: Cursor) -> Pipeline:
     for key in keys:
         if not isinstance(raw[key], Mapping):
             names = ("by", *_BLOCKS)
-            top.fail(
-                key, f"unknown key {key!r}", f"{listed(names)} or a quoted selector", did_you_mean(key, names)
-            )
+            top.fail(key, f"unknown key {key!r}", f"{listed(names)} or a quoted selector", did_you_mean(key, names))
     chosen = [read_selector(key, Table(f"the selector {key!r}", raw[key], at / key), by) for key in keys]
     return _Emitter(chosen, gptq, search, at).pipeline()
 
@@ -193,9 +191,7 @@ class _Emitter:
     def _without_gptq(self) -> list[PassSpec]:
         for one in self.chosen:
             if one.gptq:
-                one.table.fail(
-                    "gptq", "gptq = true, and the file has no [gptq] table", "a [gptq] table, or no flag"
-                )
+                one.table.fail("gptq", "gptq = true, and the file has no [gptq] table", "a [gptq] table, or no flag")
         return []
 
     def _gptq(self) -> list[PassSpec]:
@@ -281,9 +277,7 @@ class _Emitter:
         else:
             self._check_calib_data(table)
             raw |= _given(table, {"samples": ("calib_nsamples", int), "length": ("calib_seqlen", int)})
-        raw |= _given(
-            table, {"improvement_eps": ("improvement_eps", float), "cache_path": ("cache_path", str)}
-        )
+        raw |= _given(table, {"improvement_eps": ("improvement_eps", float), "cache_path": ("cache_path", str)})
         if not table.take("cache_winners", bool, True):
             raw.pop("cache_path", None)
         sites = table.take("matmul_types", tuple[str, ...])
@@ -318,9 +312,7 @@ class _Emitter:
         if name is None:
             return
         if self.model.name not in (None, name):
-            table.fail(
-                "model_name", f"model_name = {name!r}, and [gptq] names {self.model.name!r}", "one model"
-            )
+            table.fail("model_name", f"model_name = {name!r}, and [gptq] names {self.model.name!r}", "one model")
         self.model = ModelConfig(name=name)
         self._remember(("model", "name"), table.at / "model_name")
 
@@ -375,10 +367,6 @@ def _check_sites(table: Table, sites: tuple[str, ...]) -> list[str]:
             continue
         at = table.at / "matmul_types" / index
         if site in ("qk_matmul", "av_matmul"):
-            raise at.error(
-                f"rotating {site} is not supported: only linears and kv_cache", f"one of {listed(_SITES)}"
-            )
-        raise at.error(
-            f"unknown matmul type {site!r}", f"one of {listed(_SITES)}", did_you_mean(site, _SITES)
-        )
+            raise at.error(f"rotating {site} is not supported: only linears and kv_cache", f"one of {listed(_SITES)}")
+        raise at.error(f"unknown matmul type {site!r}", f"one of {listed(_SITES)}", did_you_mean(site, _SITES))
     return list(sites)

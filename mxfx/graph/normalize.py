@@ -13,8 +13,21 @@ from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program
 aten = torch.ops.aten
 
 _DROPPED = ("aten._assert_tensor_metadata.default", "aten._assert_async.msg", "aten._assert_scalar.default")
-_SAME = (aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default, aten.contiguous.default)
-_CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default, aten.type_as.default)
+_SAME = (
+    aten.alias.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.lift_fresh_copy.default,
+    aten.contiguous.default,
+)
+_CASTS = (
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten._to_copy.default,
+    aten.type_as.default,
+)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -74,7 +74,7 @@ def bind(program: Program, model: nn.Module) -> Program:
     found: dict[str, Tensor] = {}
     for name, meta in program.weights.items():
         tensor = tensors.get(name, meta)
-        if tensor.shape != meta.shape or tensor.device.type == "meta" and name not in tensors:
+        if tensor.shape != meta.shape or (tensor.device.type == "meta" and name not in tensors):
             raise TraceError(f"the model has no weight {name} of shape {tuple(meta.shape)}")
         found[name] = tensor
     bound = program.copy()
@@ -157,17 +157,23 @@ def _attention(
     """transformers' attention interface: one ``mxfx::attention`` a layer, heads not repeated."""
     unsupported = [k for k in ("softcap", "s_aux") if extra.get(k) is not None]
     if unsupported:
-        raise TraceError(f"{type(module).__name__} uses attention with {unsupported[0]}, which the dialect cannot express yet")
+        raise TraceError(
+            f"{type(module).__name__} uses attention with {unsupported[0]}, which the dialect cannot express yet"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True)
     out = torch.ops.mxfx.attention(query, key, value, attention_mask, float(scale), causal, sliding_window)
     return out.transpose(1, 2), None
 
 
-def _mask(*args: object, attention_mask: Tensor | None = None, use_vmap: bool = False, **extra: object) -> Tensor | None:
+def _mask(
+    *args: object, attention_mask: Tensor | None = None, use_vmap: bool = False, **extra: object
+) -> Tensor | None:
     """transformers' mask interface: the plain ``(batch, seq)`` mask; ``mxfx::attention`` knows causality and windows."""
     if use_vmap:
-        raise TraceError("the model composes its attention mask from custom functions, which the dialect cannot express yet")
+        raise TraceError(
+            "the model composes its attention mask from custom functions, which the dialect cannot express yet"
+        )
     return attention_mask
 
 

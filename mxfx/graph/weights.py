@@ -31,7 +31,9 @@ def tensor_hash(tensor: Tensor) -> str:
         return "meta"
     digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=8)
     data = tensor.detach().to("cpu").contiguous()
-    digest.update(memoryview(data.view(torch.uint8).numpy()) if data.dim() else memoryview(data[None].view(torch.uint8).numpy()))
+    digest.update(
+        memoryview(data.view(torch.uint8).numpy()) if data.dim() else memoryview(data[None].view(torch.uint8).numpy())
+    )
     return digest.hexdigest()
 
 

@@ -31,16 +31,19 @@ class DialectOp:
 _OPS: dict[str, DialectOp] = {}
 
 
-def define(name: str, *, backward: Callable[..., tuple] | None = None) -> Callable[[Definition], Definition]:
+def define(
+    name: str, *, backward: Callable[..., tuple] | None = None, fake: Definition | None = None
+) -> Callable[[Definition], Definition]:
     """Decorator: register ``mxfx::name`` with the decorated function as its definition.
 
     ``backward(ctx, grad)`` replaces the derivative of the definition, for ops whose true derivative is useless
-    (rounding is flat almost everywhere).
+    (rounding is flat almost everywhere). ``fake`` replaces the definition on fake tensors, where the definition would
+    guard on symbolic sizes.
     """
 
     def register(definition: Definition) -> Definition:
         op = torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())(_fresh(definition))
-        op.register_fake(_fresh(definition))
+        op.register_fake(_fresh(definition) if fake is None else fake)
         parameters = list(inspect.signature(definition).parameters)
         if backward is None:
             op.register_autograd(_differentiate(definition, parameters), setup_context=_save_inputs)
@@ -89,7 +92,9 @@ def _save_inputs(ctx, inputs: tuple, output: Tensor) -> None:
 def _differentiate(definition: Definition, parameters: list[str]) -> Callable[..., tuple]:
     def backward(ctx, grad: Tensor) -> tuple:
         differentiable = [
-            i for i, a in enumerate(ctx.inputs) if isinstance(a, Tensor) and a.is_floating_point() and ctx.needs_input_grad[i]
+            i
+            for i, a in enumerate(ctx.inputs)
+            if isinstance(a, Tensor) and a.is_floating_point() and ctx.needs_input_grad[i]
         ]
 
         def forward(*tensors: Tensor) -> Tensor:

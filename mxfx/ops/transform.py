@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from mxfx.algorithms.hadamard import hadamard_matrix
+from mxfx.algorithms.hadamard import hadamard_factors, hadamard_transform
 from mxfx.ops.dialect import compute, define
 
 
@@ -35,4 +36,8 @@ def hadamard(x: Tensor, block: int) -> Tensor:
 
     Same shape and dtype as ``x``. Raises ``ValueError`` where no Hadamard matrix of that order is known.
     """
-    return block_transform(x, hadamard_matrix(block, torch.promote_types(x.dtype, torch.float32), x.device))
+    if x.is_meta or isinstance(x, FakeTensor):
+        # A shape is all that is asked for; a matrix built from Python numbers would be real there, not fake.
+        hadamard_factors(block)
+        return torch.empty_like(x)
+    return hadamard_transform(x, block)

@@ -18,7 +18,13 @@ _KEYS: dict[str, tuple[tuple[str, str], ...]] = {
     "weight": (("linear", "weight"), ("embedding", "weight"), ("rms_norm", "weight")),
     "bias": (("linear", "bias"),),
     "input": (("linear", "input"), ("rms_norm", "input"), ("silu", "input"), ("rope", "input")),
-    "output": (("linear", "output"), ("rms_norm", "output"), ("silu", "output"), ("rope", "output"), ("embedding", "output")),
+    "output": (
+        ("linear", "output"),
+        ("rms_norm", "output"),
+        ("silu", "output"),
+        ("rope", "output"),
+        ("embedding", "output"),
+    ),
     "q": (("attention", "q"),),
     "k": (("attention", "k"),),
     "v": (("attention", "v"),),
@@ -121,7 +127,7 @@ def _operands(rule: Rule, node: fx.Node) -> dict[str, Format]:
 def _present(node: fx.Node, operand: str) -> bool:
     """A bias or a gain that the node does not have carries no format."""
     position = {("linear", "bias"): 2, ("rms_norm", "weight"): 1}.get((kind(node), operand))
-    return position is None or len(node.args) > position and node.args[position] is not None
+    return position is None or (len(node.args) > position and node.args[position] is not None)
 
 
 def _set(rw: Rewriter, node: fx.Node, formats: dict[str, Format], by: str) -> None:

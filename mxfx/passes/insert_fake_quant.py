@@ -10,8 +10,8 @@ from torch import fx
 
 from mxfx.graph.node import info, kind, path_of
 from mxfx.graph.program import Program
-from mxfx.rewrite.operands import is_quantized, quantized
 from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, fact, register
+from mxfx.rewrite.operands import is_quantized, quantized
 
 _fake_quantize = torch.ops.mxfx.fake_quantize.default
 

@@ -69,7 +69,9 @@ class Lower(Pass):
             elif provider is not None:
                 rw.replace(node, rw.call(provider.target, *provider.arguments(node), like=node, val=node.meta["val"]))
             elif op.name == "hadamard":
-                inliner.inline(_as_block_transform(rw, node), find_op(torch.ops.mxfx.block_transform.default).definition)
+                inliner.inline(
+                    _as_block_transform(rw, node), find_op(torch.ops.mxfx.block_transform.default).definition
+                )
             else:
                 inliner.inline(node, op.definition)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import fx
+
 from mxfx.graph.node import info, kind, path_of
 from mxfx.graph.program import Program
-from mxfx.rewrite.operands import is_quantized, quantized
 from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, fact, register
+from mxfx.rewrite.operands import is_quantized, quantized
 
 _POSITION = {"k": 1, "v": 2}
 
@@ -57,6 +59,6 @@ def kv_quantized(program: Program) -> str | None:
     return "keys and values carry formats and none is quantized"
 
 
-def _quantized_here(node) -> bool:
+def _quantized_here(node: fx.Node) -> bool:
     formats = info(node).formats
     return any(o in formats and is_quantized(node.args[p], formats[o].format) for o, p in _POSITION.items())

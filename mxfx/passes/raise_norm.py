@@ -20,7 +20,9 @@ _x = Var("x", is_node)
 _gain = Var("gain", is_weight)
 _wide = Op(_cast, (_x, "compute"))
 _mean = Op(aten.mean.dim, (Op(aten.pow.Tensor_Scalar, (_wide, 2)), [-1], True))
-_normal = Op(aten.mul.Tensor, (_wide, Op(aten.rsqrt.default, (Op(aten.add.Tensor, (_mean, Var("eps", is_number))),))), swap=True)
+_normal = Op(
+    aten.mul.Tensor, (_wide, Op(aten.rsqrt.default, (Op(aten.add.Tensor, (_mean, Var("eps", is_number))),))), swap=True
+)
 _narrow = Op(_cast, (_normal, "model"))
 _offset_gain = Op(aten.add.Tensor, (Op(_cast, (_gain, "compute")), Var("offset", is_number)), swap=True)
 
@@ -92,7 +94,9 @@ def _downstream(node: fx.Node, steps: int) -> list[fx.Node]:
     reached = [node]
     frontier = [node]
     for _ in range(steps):
-        frontier = [user for n in frontier for user in n.users if op_name(user) in ("aten.mul.Tensor", "mxfx.cast.default")]
+        frontier = [
+            user for n in frontier for user in n.users if op_name(user) in ("aten.mul.Tensor", "mxfx.cast.default")
+        ]
         reached.extend(frontier)
     return reached[::-1]
 

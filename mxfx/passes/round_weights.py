@@ -12,6 +12,7 @@ from mxfx.graph.program import Program
 from mxfx.rewrite.operands import POSITION, is_rounded, mark_rounded, readers_of, weight_format
 from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, fact, register
 
+
 @register
 @dataclass(frozen=True)
 class RoundWeights(Pass):

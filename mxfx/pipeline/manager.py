@@ -6,6 +6,7 @@ Timing, dumps, verification, numbers, budgets and reproducers are instruments (`
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -164,7 +165,7 @@ class PassManager:
         """
         locate = locate or _locate_in(passes)
         typed = check_pipeline(program, passes, locate)
-        ctx = ctx or Context()
+        ctx = dataclasses.replace(ctx or Context(), reference=program)
         run = Run(program, typed, ctx, locate, probe or Probe(seed=ctx.seed))
         for instrument in self.instruments:
             instrument.enter(run)

@@ -42,7 +42,9 @@ def check_facts_before(pass_: Pass, facts: frozenset[str]) -> None:
     """Raise ``FactError`` unless every required fact is there and no forbidden one is."""
     missing = sorted(pass_.requires - facts)
     if missing:
-        raise FactError(f"pass {pass_.name!r} requires {missing[0]!r} ({find_fact(missing[0]).meaning}), which does not hold here")
+        raise FactError(
+            f"pass {pass_.name!r} requires {missing[0]!r} ({find_fact(missing[0]).meaning}), which does not hold here"
+        )
     present = sorted(pass_.forbids & facts)
     if present:
         raise FactError(f"pass {pass_.name!r} must come before {present[0]!r} holds ({find_fact(present[0]).meaning})")

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from torch import Tensor, fx
 
 from mxfx.algorithms.block_transform import apply_blocks
-
 from mxfx.graph.node import kind, path_of
 from mxfx.rewrite.operands import readers_of
 from mxfx.rewrite.rewriter import Rewriter

@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from mxfx.graph.program import Program
+
 _T = TypeVar("_T")
 
 
@@ -39,7 +41,8 @@ class Context:
     ``tokens`` gives calibration ids, int64 ``(samples, length)``, and raises ``MissingCalibration`` if there are
     none. ``cache`` is the folder for results that later runs reuse (None: nothing is kept). ``progress`` wraps an
     iterable of long steps and shows a bar. ``strict`` turns every fallback that a pass would warn of into an error
-    (``StrictError``), so that the run ends with a non-zero exit code.
+    (``StrictError``), so that the run ends with a non-zero exit code. ``reference`` is the program before the first pass,
+    the float model that later passes may compare with.
     """
 
     seed: int = 0
@@ -48,6 +51,7 @@ class Context:
     cache: Path | None = None
     strict: bool = False
     progress: Callable[..., Iterator] = _silent
+    reference: Program | None = None
 
     def generator(self, purpose: str) -> torch.Generator:
         """A CPU generator seeded by the run's seed and the purpose, so that passes do not disturb each other."""

@@ -24,9 +24,7 @@ def evaluate(expression: str, *, layers: int) -> int:
     """
     value = _evaluate(_parse(expression), layers, expression)
     if value < 0:
-        raise ValueError(
-            f"expect = {expression!r} is {value} for {layers} layers; a count cannot be negative"
-        )
+        raise ValueError(f"expect = {expression!r} is {value} for {layers} layers; a count cannot be negative")
     return value
 
 

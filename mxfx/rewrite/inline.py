@@ -25,7 +25,11 @@ class Inliner:
     def inline(self, node: fx.Node, definition: Callable) -> fx.Node:
         """Replace ``node`` by the body of ``definition`` on its operands; returns the node of the result."""
         operands = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node)]
-        key = (node.target, tuple(_signature(a) for a in node.args), tuple(sorted((k, _signature(v)) for k, v in node.kwargs.items())))
+        key = (
+            node.target,
+            tuple(_signature(a) for a in node.args),
+            tuple(sorted((k, _signature(v)) for k, v in node.kwargs.items())),
+        )
         if key not in self._traces:
             self._traces[key] = _trace(node, operands, definition)
         result = self._splice(self._traces[key], node, operands)
@@ -76,7 +80,9 @@ def _drop_device_literals(graph: fx.Graph) -> None:
         if "device" not in node.kwargs:
             continue
         if node.target is not torch.ops.aten.scalar_tensor.default:
-            raise ValueError(f"the definition makes a tensor by {node.target}; make it from an operand (new_full, ones_like)")
+            raise ValueError(
+                f"the definition makes a tensor by {node.target}; make it from an operand (new_full, ones_like)"
+            )
         with graph.inserting_before(node):
             new = graph.call_function(
                 torch.ops.aten.new_full.default, (anchor, [], node.args[0]), {"dtype": node.kwargs.get("dtype")}

@@ -33,7 +33,9 @@ def quantized(rw: Rewriter, source: fx.Node, fmt: Format, axis: int = -1) -> fx.
 def readers_of(program: Program, weight: str) -> list[fx.Node]:
     """Every node that reads the tensor behind ``weight``, under whichever of its names."""
     home = program.weights.canonical(weight)
-    sources = [n for n in program.graph.nodes if n.op == "get_attr" and program.weights.canonical(str(n.target)) == home]
+    sources = [
+        n for n in program.graph.nodes if n.op == "get_attr" and program.weights.canonical(str(n.target)) == home
+    ]
     return [user for source in sources for user in source.users]
 
 
@@ -54,6 +56,10 @@ def weight_format(node: fx.Node, weight: str, program: Program) -> Format | None
         if of_kind != kind(node) or len(node.args) <= position or operand not in info(node).formats:
             continue
         source = node.args[position]
-        if isinstance(source, fx.Node) and source.op == "get_attr" and program.weights.canonical(str(source.target)) == home:
+        if (
+            isinstance(source, fx.Node)
+            and source.op == "get_attr"
+            and program.weights.canonical(str(source.target)) == home
+        ):
             return info(node).formats[operand].format
     return None

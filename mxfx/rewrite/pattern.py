@@ -86,7 +86,11 @@ def _match(pattern: object, operand: object, bound: Mapping[str, object], depth:
 def _bind(var: Var, operand: object, bound: Mapping[str, object], depth: int) -> Found | Failed:
     if var.name in bound:
         same = bound[var.name] is operand or bound[var.name] == operand
-        return Found(bound, frozenset()) if same else Failed(depth, f"{var.name} is {bound[var.name]} here and {operand} there")
+        return (
+            Found(bound, frozenset())
+            if same
+            else Failed(depth, f"{var.name} is {bound[var.name]} here and {operand} there")
+        )
     if not var.where(operand):
         return Failed(depth, f"{operand!r} cannot be {var.name}")
     return Found({**bound, var.name: operand}, frozenset())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -164,7 +164,7 @@ class Rewriter:
                 self.touch(node)
 
     @contextmanager
-    def region(self, note: str):
+    def region(self, note: str) -> Iterator[None]:
         """Group the matches made inside under one note (reports show them together)."""
         start = len(self.record.matches)
         yield

@@ -77,9 +77,7 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
 
 def _config(program: Program) -> PreTrainedConfig:
     values = {
-        k: v
-        for k, v in program.source.config.items()
-        if k not in ("transformers_version", "_attn_implementation")
+        k: v for k, v in program.source.config.items() if k not in ("transformers_version", "_attn_implementation")
     }
     model_type = str(values.pop("model_type"))
     config = AutoConfig.for_model(model_type, **values)

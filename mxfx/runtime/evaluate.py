@@ -219,9 +219,7 @@ def token_windows(texts: Sequence[str], tokenizer: Any, *, length: int) -> list[
     return [window for window in windows if window.numel() >= 2]
 
 
-def cut_documents(
-    pages: Sequence[str], tokenizer: Any, *, limit_tokens: int | None, max_length: int
-) -> list[str]:
+def cut_documents(pages: Sequence[str], tokenizer: Any, *, limit_tokens: int | None, max_length: int) -> list[str]:
     """The beginnings of `pages`, in order, that hold at most `limit_tokens` tokens; all pages for None.
 
     Raises:

@@ -49,9 +49,7 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None, trust_remot
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            str(name), revision=revision, trust_remote_code=trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(str(name), revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ModelError(_message("tokenizer", name, error)) from error
 

@@ -1,0 +1,352 @@
+"""Do the Triton kernels give the CPU's bits, and how fast are they?
+
+    python tools/bench/gpu_check.py [--json FILE] [--quick]
+
+Checks first, then times; a failure is collected, not raised, and the exit status says whether there was one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+import torch
+from torch import Tensor
+
+import mxfx.ops.kernels  # noqa: F401  (registers the ops)
+from mxfx.algorithms.hadamard import hadamard_matrix
+from mxfx.formats import parse
+from mxfx.ops import fused as definitions
+from tools.bench import kernels
+from tools.bench.measuring import finish, median_ms, options, require_cuda, table
+
+ELEMENTS = ("mxint2", "mxint4", "mxint8", "mxfp4_e2m1", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp8_e4m3", "mxfp8_e5m2")
+MAX_LINES = 60
+ops = torch.ops.mxfx_kernels
+
+
+class Report:
+    """Counts checks and keeps the first failures."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.failures: list[str] = []
+
+    def check(self, name: str, run: Callable[[], str | None]) -> None:
+        self.done += 1
+        try:
+            complaint = run()
+        except Exception as error:
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            complaint = f"{type(error).__name__}: {' | '.join(lines[:2])[:300]}"
+        if complaint:
+            self.failures.append(f"{name}: {complaint}")
+
+    def print(self) -> None:
+        print(f"{self.done} checks, {len(self.failures)} failures")
+        for line in self.failures[:MAX_LINES]:
+            print("  FAIL", line)
+        if len(self.failures) > MAX_LINES:
+            print(f"  … {len(self.failures) - MAX_LINES} more")
+
+
+def same_bits(x: Tensor, text: str, axis: int = -1) -> str | None:
+    """Complaint unless the kernel equals the CPU reference, signs of zero included."""
+    wanted = parse(text).fake_quantize(x, axis)
+    got = ops.fake_quantize(_to_cuda(x), text, axis).cpu()
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        return f"gives {got.shape} {got.dtype}, not {wanted.shape} {wanted.dtype}"
+    equal = (got == wanted) & (torch.signbit(got) == torch.signbit(wanted)) | got.isnan() & wanted.isnan()
+    if bool(equal.all()):
+        return None
+    places = (~equal).nonzero()
+    first = tuple(places[0].tolist())
+    start = first[-1] // 32 * 32
+    return (
+        f"{len(places)} of {x.numel()} differ; at {first}: x={x[first].item()!r} want={wanted[first].item()!r} "
+        f"got={got[first].item()!r} amax of its 32={x[(*first[:-1], slice(start, start + 32))].abs().max().item()!r}"
+    )
+
+
+def _to_cuda(x: Tensor) -> Tensor:
+    """On the GPU with the same strides, which `.cuda()` keeps only for dense tensors."""
+    if x.is_contiguous():
+        return x.cuda()
+    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    flat = torch.as_strided(x, (span,), (1,), x.storage_offset())
+    return torch.as_strided(flat.cuda(), x.shape, x.stride(), 0)
+
+
+def patterns(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """All 65,536 bit patterns of a 16-bit type, in each role that an element can have in a block of 32."""
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    for position in (0, 17, 31):
+        lone = torch.zeros(65536, 32, dtype=dtype)
+        lone[:, position] = every
+        yield f"alone at {position}", lone
+    beside = torch.zeros(65536, 32, dtype=dtype)
+    beside[:, 3], beside[:, 9], beside[:, 30] = every, 1.75, -0.4375
+    yield "beside 1.75", beside
+    noise = torch.randn(65536, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    noise[:, 12] = every
+    yield "in noise", noise
+    yield "mixed", every[torch.randperm(65536, generator=torch.Generator().manual_seed(2))].view(-1, 32)
+
+
+def check_patterns(report: Report, dtype: torch.dtype, element: str) -> None:
+    """Every bit pattern under every rule; `element` may name a minifloat."""
+    texts = [element] if element.startswith("minifloat") else [f"{element}@32/{rule}" for rule in kernels.RULES]
+    for role, x in patterns(dtype):
+        for text in texts:
+            report.check(f"{text} {dtype} {role}", lambda x=x, text=text: same_bits(x, text))
+
+
+def check_values(report: Report, block: int, element: str) -> None:
+    """Random blocks, ties, near ties, wild float32 bits, NaN and Inf here and there; a ragged last block."""
+    generator = torch.Generator().manual_seed(block)
+    wide = torch.randn(400, 4 * block, generator=generator)
+    wide *= torch.exp2(torch.randint(-140, 120, (400, 1), generator=generator).float())
+    ties = torch.randint(-64, 65, (400, 4 * block), generator=generator).float() / 8
+    broken = torch.randn(400, 4 * block, generator=generator)
+    broken[::5, 7], broken[1::5, 9], broken[2::5, 11] = float("nan"), float("inf"), -float("inf")
+    bits = torch.randint(-(2**31), 2**31 - 1, (400, 4 * block), generator=generator).int().view(torch.float32)
+    for rule in kernels.RULES if block == 32 else ("floor", "mse"):
+        text = f"{element}@{block}/{rule}"
+        for kind, x in (("wide", wide), ("ties", ties), ("broken", broken), ("ragged", wide[:, :-11].contiguous())):
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                if (kind == "ragged" and rule != "mse") or (block != 32 and dtype == torch.float16):
+                    continue
+                cast = x.to(dtype)
+                report.check(f"{text} {dtype} {kind}", lambda x=cast, text=text: same_bits(x, text))
+        report.check(f"{text} float32 bits", lambda text=text: same_bits(bits, text))
+
+
+def check_shapes(report: Report) -> None:
+    base = torch.randn(3, 5, 4, 6, 64).to(torch.bfloat16)
+    views = {
+        "1-d": base.flatten()[:1000],
+        "heads": base[0].transpose(0, 1),
+        "4 strided axes": base.permute(3, 1, 0, 2, 4),
+        "narrow": base[..., 3:35],
+        "odd narrow": base[..., 1:50],
+        "steps": base[:, ::2, 1:],
+        "last stride 2": base[..., ::2],
+        "empty": base[:0],
+        "one": base[0, 0, 0, 0, :1],
+        "expanded": base[:, :1].expand(3, 5, 4, 6, 64),
+    }
+    for name, text in itertools.product(views, ("mxint4@32/mse", "mxfp4_e2m1@20", "minifloat_e4m3")):
+        report.check(f"{text} {name}", lambda x=views[name], text=text: same_bits(x, text))
+    report.check("axis 1", lambda: same_bits(base[0], "mxint4@32/mse", 1))
+    report.check("float64 falls back", lambda: same_bits(base.double(), "mxint4@32/mse"))
+    report.check("64-bit offsets", _far_offsets)
+
+
+def _far_offsets() -> str | None:
+    free, _ = torch.cuda.mem_get_info()
+    if free < 14 << 30:
+        return f"needs 14 GiB of device memory, {free >> 30} are free"
+    x = torch.zeros(2**31 + 64, dtype=torch.bfloat16, device="cuda")
+    tail = torch.randn(256).to(torch.bfloat16)
+    x[-256:] = tail.cuda()
+    for view, name in ((x, "flat"), (x.view(-1, 64).T[:32].T, "strided")):
+        wanted = parse("mxint4@32/mse").fake_quantize(view[-256:].cpu() if name == "flat" else view[-4:].cpu())
+        got = ops.fake_quantize(view, "mxint4@32/mse", -1)[-len(wanted) :].cpu()
+        if not torch.equal(got, wanted):
+            return f"{name}: the last blocks of {view.numel()} elements are wrong"
+    return None
+
+
+def _near(got: Tensor, wanted: Tensor, flips: float) -> str | None:
+    """Complaint unless all but a share `flips` of the elements are equal and the error is small."""
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        return f"gives {got.shape} {got.dtype}, not {wanted.shape} {wanted.dtype}"
+    got, wanted = got.double(), wanted.double()
+    if not torch.equal(got.isnan(), wanted.isnan()):
+        return f"NaN at {int(got.isnan().sum())} places instead of {int(wanted.isnan().sum())}"
+    got, wanted = got.nan_to_num(), wanted.nan_to_num()
+    share = (got != wanted).double().mean().item()
+    error = ((got - wanted).norm() / wanted.norm()).item()
+    return None if share <= flips and error <= 0.05 else f"{share:.2e} of the elements differ, error {error:.2e}"
+
+
+def check_fused(report: Report, dtype: torch.dtype, block: int, name: str) -> None:
+    """Fused kernels against their definitions on the CPU; a product rounded elsewhere may flip a code."""
+    width = block * 8
+    x, gate = torch.randn(97, width).to(dtype), torch.randn(97, width).to(dtype)
+    x[5, 3] = float("nan")
+    weight = torch.rand(width).to(dtype)
+    shared = hadamard_matrix(block)
+    own = torch.randn(8, block, block) / block**0.5
+    heads = torch.randn(2, 33, 3, 2 * block).to(dtype).transpose(1, 2)
+    angle = torch.randn(2, 33, 2 * block).to(dtype)
+    cases = {
+        "H": ("transform_quantize", (x, shared, name, True)),
+        "T shared": ("transform_quantize", (x, own[0], name, False)),
+        "T own": ("transform_quantize", (x, own, name, False)),
+        "T own strided": ("transform_quantize", (torch.stack((x, gate), 1)[:, 1], own, name, False)),
+        "silu H": ("silu_mul_quantize", (gate, x, shared, name, True)),
+        "silu T": ("silu_mul_quantize", (gate, x, own, name, False)),
+        "silu": ("silu_mul_quantize", (gate, x, None, name, False)),
+        "norm": ("norm_quantize", (x, weight, None, name, 1e-5)),
+        "norm H": ("norm_quantize", (x, weight, shared, name, 1e-5, 0.0, False, True)),
+        "norm T own, gain first": ("norm_quantize", (x, weight, own, name, 1e-5, 1.0, True, False)),
+        "norm without gain": ("norm_quantize", (x, None, shared, name, 1e-5, 0.0, False, True)),
+        "rope": ("rope_quantize", (heads, angle, angle, None, name, False)),
+        "rope H": ("rope_quantize", (heads, angle, angle, shared, name, True)),
+        "rope one batch": ("rope_quantize", (heads, angle[:1], angle[:1], shared, name, True)),
+    }
+    for case, (op, args) in cases.items():
+        report.check(f"{case} {name} {dtype} block {block}", lambda op=op, args=args: _same_op(op, args))
+
+
+def _same_op(op: str, args: tuple) -> str | None:
+    wanted = getattr(definitions, op)(*args)
+    on_cuda = [_to_cuda(a) if isinstance(a, Tensor) else a for a in args]
+    return _near(getattr(ops, op)(*on_cuda).cpu(), wanted, 0.01)
+
+
+def check_compiled(report: Report) -> None:
+    x = torch.randn(64, 256, device="cuda").to(torch.bfloat16)
+    matrix = hadamard_matrix(32, torch.float32, x.device)
+
+    def chain(x: Tensor) -> Tensor:
+        return ops.transform_quantize(ops.fake_quantize(x, "mxint8@32", -1) * 2, matrix, "mxint4@32/mse", True)
+
+    wanted = chain(x)
+
+    def compiled() -> str | None:
+        function = torch.compile(chain, fullgraph=True, dynamic=True)
+        other = torch.cat((x, x))
+        good = torch.equal(function(x), wanted) and torch.equal(function(other), chain(other))
+        return None if good else "compiled result differs"
+
+    def captured() -> str | None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = chain(x)
+        graph.replay()
+        return None if torch.equal(out, wanted) else "replayed result differs"
+
+    report.check("torch.compile(fullgraph=True, dynamic=True)", compiled)
+    report.check("CUDA graph", captured)
+
+
+def tasks(quick: bool) -> list[tuple[Callable[..., None], tuple]]:
+    """All checks, cut so that each compiles a few kernels."""
+    half, elements = (torch.bfloat16, torch.float16), ELEMENTS
+    blocks: tuple[int, ...] = (16, 20, 32, 36, 64, 100, 128)
+    if quick:
+        elements, blocks = ("mxint4", "mxfp4_e2m1", "mxfp8_e4m3"), (20, 32, 128)
+    minifloats = ("minifloat_e4m3", "minifloat_e3m4", "minifloat_e5m10")
+    found: list[tuple[Callable[..., None], tuple]] = [(check_shapes, ()), (check_compiled, ())]
+    for block in (16, 32, 36, 64, 128):
+        found += [
+            (check_fused, (torch.bfloat16, block, f"{e}@{block}{r}"))
+            for e, r in (("mxint4", "/mse"), ("mxfp8_e4m3", ""))
+        ]
+    found += [(check_fused, (dtype, 32, "mxint4@32/mse")) for dtype in (torch.float16, torch.float32)]
+    found += [(check_fused, (torch.bfloat16, 64, "mxint4@16")), (check_fused, (torch.float32, 128, "mxint8@128"))]
+    found += [(check_patterns, pair) for pair in itertools.product(half, elements + minifloats)]
+    found += [(check_values, (b, e)) for b, e in itertools.product(blocks, elements) if b == 32 or e in ELEMENTS[1:7:2]]
+    return found
+
+
+def work(task: tuple[Callable[..., None], tuple]) -> Report:
+    """One task in a process of its own: the checks are many small compilations."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    check, arguments = task
+    report = Report()
+    check(report, *arguments)
+    return report
+
+
+def run_checks(quick: bool) -> Report:
+    total = Report()
+    workers = max(min((os.cpu_count() or 2) - 2, 12), 1)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pending = {pool.submit(work, task): task for task in tasks(quick)}
+        for future in as_completed(pending):
+            check, arguments = pending[future]
+            try:
+                report = future.result()
+            except Exception as error:
+                total.failures.append(
+                    f"{check.__name__}{arguments}: worker: {type(error).__name__}: {str(error)[:200]}"
+                )
+                continue
+            total.done += report.done
+            total.failures += report.failures
+    return total
+
+
+def sweep() -> list[dict[str, object]]:
+    """Launch parameters of the two kernels that everything else builds on."""
+    from mxfx.ops.kernels import norm_triton, quantize_triton, transform_triton
+
+    x = torch.randn(8192, 8192, device="cuda").to(torch.bfloat16)
+    matrices = {b: hadamard_matrix(b, torch.float32, x.device) for b in (32, 64, 128)}
+    rows: list[dict[str, object]] = []
+    for tile, warps in ((2048, 2), (2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 4), (16384, 8)):
+        quantize_triton.TILE_ELEMENTS, quantize_triton.WARPS = tile, warps
+        row: dict[str, object] = {"kernel": "quantize", "tile": tile, "warps/ept": warps, "programs": 0, "stages": 0}
+        for column, text in (("a", "mxint4@32"), ("b", "mxint4@32/mse"), ("c", "mxfp8_e4m3@32/mse")):
+            row[column] = _time(lambda text=text: ops.fake_quantize(x, text, -1))
+        rows.append(row)
+    for tile, each, programs, stages in (
+        (4096, 32, 8, 1), (4096, 32, 8, 2), (4096, 32, 8, 3), (4096, 32, 4, 3), (4096, 32, 16, 2), (4096, 32, 64, 1),
+        (4096, 16, 8, 2), (4096, 16, 4, 3), (8192, 32, 4, 2), (8192, 32, 4, 3), (8192, 64, 4, 2), (2048, 16, 16, 2),
+    ):  # fmt: skip
+        transform_triton.TILE_ELEMENTS, transform_triton.ELEMENTS_PER_THREAD = tile, each
+        transform_triton.PROGRAMS_PER_MULTIPROCESSOR, transform_triton.STAGES = programs, stages
+        row = {"kernel": "H+mse", "tile": tile, "warps/ept": each, "programs": programs, "stages": stages}
+        for column, block in (("a", 32), ("b", 64), ("c", 128)):
+            call = lambda b=block: ops.transform_quantize(x, matrices[b], f"mxint4@{b}/mse", True)  # noqa: E731
+            row[column] = _time(call)
+        rows.append(row)
+    short, weight = x.view(-1, 2048), torch.rand(2048, device="cuda").to(torch.bfloat16)
+    for each, programs in ((8, 16), (16, 8), (16, 16), (16, 64), (32, 16), (32, 32)):
+        norm_triton.ELEMENTS_PER_THREAD, norm_triton.PROGRAMS_PER_MULTIPROCESSOR = each, programs
+        row = {"kernel": "norm", "tile": 2048, "warps/ept": each, "programs": programs, "stages": 0}
+        for column, matrix in (("a", None), ("b", matrices[32]), ("c", matrices[128])):
+            call = lambda m=matrix: ops.norm_quantize(  # noqa: E731
+                short, weight, m, "mxint4@32/mse", 1e-5, hadamard=m is not None
+            )
+            row[column] = _time(call)
+        rows.append(row)
+    return rows
+
+
+def _time(call: Callable[[], object]) -> object:
+    try:
+        return round(median_ms(call, rep=40) * 1e3, 1)
+    except Exception as error:
+        return type(error).__name__
+
+
+def main() -> None:
+    arguments = options("Bit-equality and speed of the kernels on a GPU")
+    require_cuda()
+    start = time.perf_counter()
+    report = run_checks(arguments.quick)
+    print(f"checks took {time.perf_counter() - start:.0f} s")
+    report.print()
+    sys.stdout.flush()
+    x = torch.randn(kernels.SIZE, kernels.SIZE, device="cuda").to(torch.bfloat16)
+    rows = kernels.measure(kernels.quantizers(x, arguments.quick))
+    rows += kernels.measure(kernels.fused(x)) + kernels.measure(kernels.others(x))
+    print("launch parameters, µs (a, b, c: mxint4, its mse, e4m3's mse; blocks 32, 64, 128; no, H32, H128)")
+    print(table(sweep()))
+    finish(rows, arguments.json)
+    print(f"{report.done} checks, {len(report.failures)} failures, {time.perf_counter() - start:.0f} s")
+    sys.exit(1 if report.failures else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Bandwidth of the quantizing kernels, beside a device copy, inductor and Mase's formula.
+
+    python tools/bench/kernels.py [--json FILE] [--plot FILE] [--quick]
+
+A row says what one op costs: median milliseconds, GB/s over the bytes that it must move (each operand once),
+and its time as a multiple of a device copy of the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import mxfx.ops.kernels  # noqa: F401  (registers the ops)
+from mxfx.algorithms.hadamard import hadamard_matrix
+from mxfx.formats import parse
+from tools.bench.measuring import finish, median_ms, options, require_cuda
+
+SIZE = 8192
+ELEMENTS = ("mxint4", "mxint8", "mxfp4_e2m1", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2")
+RULES = ("floor", "rceil", "even", "ceil", "mse")
+ops = torch.ops.mxfx_kernels
+
+Case = tuple[str, Callable[[], object], int]
+
+
+def mase_mxint4(x: Tensor, block: int = 32) -> Tensor:
+    """Mase's block integer quantizer from its definition: step 2^(ceil(log2 amax) - 3), round, clip to [-8, 7]."""
+    blocks = x.float().unflatten(-1, (-1, block))
+    exponent = blocks.abs().amax(-1, keepdim=True).log2().ceil().clamp(-127, 127)
+    step = 2 ** (exponent - 3)
+    return ((blocks / step).round().clamp(-8, 7) * step).flatten(-2).to(x.dtype)
+
+
+def quantizers(x: Tensor, quick: bool) -> Iterator[Case]:
+    """`fake_quantize`, every element type and rule."""
+    moved = 2 * x.nbytes
+    for element in ELEMENTS[:3] if quick else ELEMENTS:
+        for rule in ("floor", "mse") if quick else RULES:
+            name = str(parse(f"{element}@32/{rule}"))
+            yield name, lambda name=name: ops.fake_quantize(x, name, -1), moved
+    yield "minifloat_e4m3", lambda: ops.fake_quantize(x, "minifloat_e4m3", -1), moved
+
+
+def fused(x: Tensor) -> Iterator[Case]:
+    """Transforms and producers with `mse` quantization behind them."""
+    width, moved = x.shape[-1], 2 * x.nbytes
+    for block in (32, 64, 128):
+        name = f"mxint4@{block}/mse"
+        signs = hadamard_matrix(block, torch.float32, x.device)
+        own = torch.randn(width // block, block, block, device=x.device) / block**0.5
+        yield name, lambda name=name: ops.fake_quantize(x, name, -1), moved
+        yield f"hadamard {block}", lambda signs=signs, block=block: ops.hadamard(x, block), moved
+        yield f"hadamard {block} + {name}", lambda s=signs, n=name: ops.transform_quantize(x, s, n, True), moved
+        yield f"T {block} + {name}", lambda own=own, name=name: ops.transform_quantize(x, own, name, False), moved
+    gate, weight = torch.randn_like(x), torch.rand(2048, device=x.device, dtype=x.dtype)
+    short, h32, name = x.view(-1, 2048), hadamard_matrix(32, torch.float32, x.device), "mxint4@32/mse"
+    t32 = torch.randn(64, 32, 32, device=x.device) / 32**0.5
+    up32 = torch.randn(width // 32, 32, 32, device=x.device) / 32**0.5
+    yield "norm 2048 + quantize", lambda: ops.norm_quantize(short, weight, None, name, 1e-5), moved
+    yield "norm 2048 + H32 + quantize", lambda: ops.norm_quantize(short, weight, h32, name, 1e-5, hadamard=True), moved
+    yield "norm 2048 + T32 + quantize", lambda: ops.norm_quantize(short, weight, t32, name, 1e-5), moved
+    yield "silu*up + quantize", lambda: ops.silu_mul_quantize(gate, x, None, name), 3 * x.nbytes
+    yield "silu*up + H32 + quantize", lambda: ops.silu_mul_quantize(gate, x, h32, name, True), 3 * x.nbytes
+    yield "silu*up + T32 + quantize", lambda: ops.silu_mul_quantize(gate, x, up32, name), 3 * x.nbytes
+    heads = x.view(8, -1, 8, 64).transpose(1, 2)
+    angle = torch.randn(1, heads.shape[2], 64, device=x.device, dtype=x.dtype)
+    yield "rope + quantize", lambda: ops.rope_quantize(heads, angle, angle, None, name), moved
+    yield "rope + H32 + quantize", lambda: ops.rope_quantize(heads, angle, angle, h32, name, True), moved
+    yield "strided (b, h, s, 64) quantize", lambda: ops.fake_quantize(heads, name, -1), moved
+
+
+def others(x: Tensor) -> Iterator[Case]:
+    """The same work by other means."""
+    moved = 2 * x.nbytes
+    for name in ("mxint4@32", "mxint4@32/mse", "mxfp4_e2m1@32"):
+        compiled = torch.compile(parse(name).fake_quantize, dynamic=False)
+        yield f"inductor {name}", lambda compiled=compiled: compiled(x), moved
+    yield "eager mxint4@32/mse", lambda: parse("mxint4@32/mse").fake_quantize(x), moved
+    yield "Mase MXINT4", lambda: mase_mxint4(x), moved
+    compiled_mase = torch.compile(mase_mxint4, dynamic=False)
+    yield "inductor Mase MXINT4", lambda: compiled_mase(x), moved
+
+
+def copy_seconds(moved: int) -> float:
+    """Median milliseconds of a device copy that reads and writes `moved` bytes in all."""
+    source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return median_ms(lambda: target.copy_(source))
+
+
+def measure(cases: Iterator[Case]) -> list[dict[str, object]]:
+    """One row a case; a case that fails says why and does not end the run."""
+    rows: list[dict[str, object]] = []
+    copies: dict[int, float] = {}
+    for name, call, moved in cases:
+        if moved not in copies:
+            copies[moved] = copy_seconds(moved)
+            rows.append(_row(f"copy {moved >> 20} MiB", copies[moved], moved, copies[moved]))
+        try:
+            rows.append(_row(name, median_ms(call), moved, copies[moved]))
+        except Exception as error:
+            rows.append(
+                {
+                    "case": f"{name}: {str(error).splitlines()[0][:80]}",
+                    "ms": 0.0,
+                    "GB/s": 0.0,
+                    "of copy": 0.0,
+                    "× copy": 0.0,
+                }
+            )
+    return rows
+
+
+def _row(name: str, ms: float, moved: int, copy: float) -> dict[str, object]:
+    return {"case": name, "ms": ms, "GB/s": moved / ms / 1e6, "of copy": copy / ms, "× copy": ms / copy}
+
+
+def over_sizes(quick: bool) -> list[dict[str, object]]:
+    """Bandwidth of one quantizer, its fused form and a copy from 1 MiB to 512 MiB."""
+    rows = []
+    signs = hadamard_matrix(32, torch.float32, torch.device("cuda"))
+    for exponent in range(20, 30, 3 if quick else 1):
+        x = torch.randn(2**exponent // 2, device="cuda").to(torch.bfloat16).view(-1, 2048)
+        target = torch.empty_like(x)
+        calls = {
+            "copy": lambda x=x, target=target: target.copy_(x),
+            "mxint4@32": lambda x=x: ops.fake_quantize(x, "mxint4@32", -1),
+            "mxint4@32/mse": lambda x=x: ops.fake_quantize(x, "mxint4@32/mse", -1),
+            "hadamard 32 + mxint4@32/mse": lambda x=x: ops.transform_quantize(x, signs, "mxint4@32/mse", True),
+        }
+        rows += [
+            {"MiB": 2 ** (exponent - 20), "case": n, "GB/s": 2 * x.nbytes / median_ms(c) / 1e6}
+            for n, c in calls.items()
+        ]
+    return rows
+
+
+def plot(rows: list[dict[str, object]], target: Path) -> None:
+    """Bandwidth over size, one line a case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for case in dict.fromkeys(row["case"] for row in rows):
+        line = [(row["MiB"], row["GB/s"]) for row in rows if row["case"] == case]
+        axes.plot(*zip(*line, strict=True), marker="o", label=case)
+    axes.set(xscale="log", xlabel="tensor, MiB", ylabel="GB/s read and written", title=torch.cuda.get_device_name())
+    axes.legend()
+    figure.savefig(target, dpi=150, bbox_inches="tight")
+
+
+def main() -> None:
+    arguments = options("Bandwidth of the quantizing kernels")
+    require_cuda()
+    x = torch.randn(SIZE, SIZE, device="cuda").to(torch.bfloat16)
+    rows = measure(quantizers(x, arguments.quick)) + measure(fused(x)) + measure(others(x))
+    if arguments.plot is not None:
+        plot(over_sizes(arguments.quick), arguments.plot)
+    finish(rows, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
