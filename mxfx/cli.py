@@ -26,7 +26,7 @@ Files = Annotated[list[Path], typer.Argument(help="Pipeline files, of mxfx or in
 Model = Annotated[str | None, typer.Option("--model", help="Hub id or local folder; overrides the file's.")]
 Set = Annotated[
     list[str],
-    typer.Option("--set", help="Override: calibration.samples=8, pass.gptq.damping=0.05, 'pass[3].block=64'."),
+    typer.Option("--set", help="Override: calibration.samples=8, pass.gptq.damp=0.05, 'pass[3].block=64'."),
 ]
 
 

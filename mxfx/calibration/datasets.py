@@ -148,9 +148,7 @@ def _file(path: Path) -> Iterator[str]:
         ".parquet": _parquet,
     }
     if path.suffix not in readers:
-        raise DatasetError(
-            f"{path}: cannot read {path.suffix or 'a file without suffix'}; expected {_LOCAL_FORMS}"
-        )
+        raise DatasetError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; expected {_LOCAL_FORMS}")
     return readers[path.suffix](path)
 
 
@@ -171,9 +169,7 @@ def _jsonl(path: Path) -> Iterator[str]:
             raise DatasetError(f"{path}:{number}:{error.colno}: is not JSON: {error.msg}") from error
         if not isinstance(row, dict) or not isinstance(row.get(_TEXT_KEY), str):
             has = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
-            raise DatasetError(
-                f'{path}:{number}: expected an object with a string "{_TEXT_KEY}", found {has}'
-            )
+            raise DatasetError(f'{path}:{number}: expected an object with a string "{_TEXT_KEY}", found {has}')
         yield row[_TEXT_KEY]
 
 
@@ -205,9 +201,7 @@ _HUB = {
     "wikitext2": _HubSource({"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}),
     "c4": _HubSource({"path": "allenai/c4", "name": "en", "streaming": True}, rows=_C4_DOCUMENTS),
     # The repository's loading script is refused by datasets 4; the hub keeps a converted copy of its rows.
-    "ptb": _HubSource(
-        {"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet"}, column="sentence"
-    ),
+    "ptb": _HubSource({"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet"}, column="sentence"),
 }
 
 

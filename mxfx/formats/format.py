@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -247,7 +246,9 @@ class Format:
         length = last.shape[-1]
         count = (length + self.block - 1) // self.block
         if not statically_known_true(length % self.block == 0):
-            last = F.pad(last, (0, count * self.block - length))
+            # Not F.pad: on fake tensors of four axes it fixes symbolic sizes to those of the example.
+            zeros = last.new_zeros((*last.shape[:-1], count * self.block - length))
+            last = torch.cat((last, zeros), dim=-1)
         return last.unflatten(-1, (count, self.block))
 
     def _from_blocks(self, blocks: Tensor, like: Tensor, axis: int) -> Tensor:

@@ -235,17 +235,14 @@ def _concrete(size: object, sizes: dict) -> int:
 
 def _exclusive(found: Features, last_user: fx.Node) -> str | None:
     """Why somebody beside ``last_user`` sees the features that ``found`` covers; None if nobody does."""
-    for node in found.path:
-        others = [u for u in node.users if u not in found.path and u is not last_user]
-        if others:
-            return f"{_where(others[0])} reads {node.name} too"
     taken = set(found.index.flatten().tolist())
-    for user in found.source.users:
-        if user in found.path or user is last_user:
-            continue
-        other = _covered(user, found.source)
-        if other is None or taken & other:
-            return f"{_where(user)} reads the same features of {_where(found.source)}"
+    for node in (found.source, *found.path):
+        for user in node.users:
+            if user in found.path or user is last_user:
+                continue
+            other = _covered(user, found.source)
+            if other is None or taken & other:
+                return f"{_where(user)} reads {node.name} too"
     return None
 
 
@@ -254,7 +251,9 @@ def _covered(user: fx.Node, source: fx.Node) -> set[int] | None:
     if user.target not in _MOVES or isinstance(user.meta.get("val"), list | tuple):
         return None
     found = features(user)
-    return None if isinstance(found, Refusal) else set(found.index.flatten().tolist())
+    if isinstance(found, Refusal) or found.source is not source:
+        return None
+    return set(found.index.flatten().tolist())
 
 
 # -- attention --------------------------------------------------------------------------------------------------

@@ -3,24 +3,24 @@
     mxfx-ir 1
     source "llama-tiny" LlamaForCausalLM
     config {"hidden_size": 64, …}
-    dtype float32
+    dtype f32
     symbols batch in [1, 4096], seq in [2, 256]
     facts norms-raised
     weights
-      @model.norm.weight : float32[64] #0123456789abcdef
+      @model.norm.weight : f32[64] #0123456789abcdef
       @lm_head.weight = @model.embed_tokens.weight
-      @model.rotary_emb.inv_freq : float32[8] #fedcba9876543210 constant
+      @model.rotary_emb.inv_freq : f32[8] #fedcba9876543210 constant
     graph
       %input_ids = input : i64[batch, seq]
      model.layers.0.mlp.up_proj:
-      %linear_5 = aten.linear(%rms_norm_1, @model.layers.0.mlp.up_proj.weight) : bf16[batch, seq, 96] {input: mxint4@32 by "annotate rule 1"} <annotate>
+      %linear_5 = aten.linear(%x, @w) : bf16[batch, seq, 96] {input: mxint4@32 by "annotate rule 1"} <annotate>
       return %linear_14
 
 One line a node: name, op, operands, the type of its result, then, where there are any, annotations in braces, notes as
 JSON behind ``!``, and in angle brackets the passes that made or changed it. A value that is on a format's grid says so
-behind its type (``in mxint4@32``). A line ending in a colon opens the nodes of a module path. Types are nominal (bf16 for
-the model's dtype, f32 for compute precision) until the program is lowered. Weights are named by hash: blake2b over dtype,
-shape and bytes.
+behind its type (``in mxint4@32``). A line ending in a colon opens the nodes of a module path. Types are nominal
+(bf16 for the model's dtype, f32 for compute precision) until the program is lowered. Weights are named by hash:
+blake2b over dtype, shape and bytes.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from __future__ import annotations
 import json
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 import mxfx.ops
 from mxfx.formats import FormatError
 from mxfx.formats import parse as parse_format
+from mxfx.graph.fake import FakeRunner
 from mxfx.graph.node import Annotation, NodeInfo, info, path_of, set_info
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, Source, Symbol, compute_dtype
 from mxfx.graph.weights import WeightStore, tensor_hash
@@ -71,7 +71,7 @@ class HashMismatch(TextError):
     """A weight of the store is not the one that the text names."""
 
 
-# -- printing -----------------------------------------------------------------------------------------------------------
+# -- printing --------------------------------------------------------------------------------------------------------
 
 
 def to_text(program: Program, *, header: bool = True) -> str:
@@ -236,7 +236,7 @@ def _plain(value: object) -> object:
     return sorted(map(str, value)) if isinstance(value, set | frozenset) else value
 
 
-# -- parsing ------------------------------------------------------------------------------------------------------------
+# -- parsing ---------------------------------------------------------------------------------------------------------
 
 
 def parse(text: str, store: Mapping[str, Tensor] | None = None) -> Program:
@@ -246,8 +246,8 @@ def parse(text: str, store: Mapping[str, Tensor] | None = None) -> Program:
     hash they were printed with. Symbols get their ranges back, and every op runs on fake tensors, so that the types in
     the text are checked.
 
-    Raises ``TextError`` with the line for anything that is not as ``to_text`` writes it, and ``HashMismatch`` for a weight
-    of the store that is not the one named.
+    Raises ``TextError`` with the line for anything that is not as ``to_text`` writes it, and ``HashMismatch`` for a
+    weight of the store that is not the one named.
     """
     reader = _Reader(text.splitlines(), store)
     return reader.program()
@@ -294,6 +294,7 @@ class _Reader:
             _tuples(json.loads(header.get("notes", "{}"))),  # type: ignore[arg-type]
         )
         self.mode, self.sizes = _environment(self.symbols)
+        self.fake = FakeRunner(self.mode)
         self.graph()
         return self.result
 
@@ -308,7 +309,9 @@ class _Reader:
         while self.advance() and self.line != "weights":
             key, _, rest = self.line.partition(" ")
             if key not in _HEADER or key in header:
-                raise self.error(f"unexpected header line {key!r}; expected one of {', '.join(_HEADER)}, then 'weights'")
+                raise self.error(
+                    f"unexpected header line {key!r}; expected one of {', '.join(_HEADER)}, then 'weights'"
+                )
             header[key] = rest
         return header
 
@@ -342,7 +345,9 @@ class _Reader:
         tensor = self.store[name]
         actual = self.store.hash(name) if isinstance(self.store, WeightStore) else tensor_hash(tensor)
         if actual != hashed:
-            raise HashMismatch(f"line {self.number}: weight {name!r} is #{hashed} in the text and #{actual} in the store")
+            raise HashMismatch(
+                f"line {self.number}: weight {name!r} is #{hashed} in the text and #{actual} in the store"
+            )
         return tensor
 
     def graph(self) -> None:
@@ -489,7 +494,9 @@ class _Reader:
             return self.dtype_of(name)
         if kind == "device":
             return torch.device(name + self.pattern(re.compile(r"(:\d+)?")))
-        if kind in ("layout", "memory_format") and isinstance(getattr(torch, name, None), torch.layout | torch.memory_format):
+        if kind in ("layout", "memory_format") and isinstance(
+            getattr(torch, name, None), torch.layout | torch.memory_format
+        ):
             return getattr(torch, name)
         raise self.error(f"unknown operand {text!r}")
 
@@ -526,17 +533,15 @@ class _Reader:
         return self.sizes[text]
 
     def run(self, node: fx.Node) -> object:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         try:
-            with self.mode, torch.no_grad():
-                return node.target(*args, **kwargs)  # type: ignore[operator]
+            return self.fake.run(node)
         except Exception as error:
             raise self.error(f"{target_text(node.target)} refuses these operands: {error}") from error
 
     def names(self) -> dict[str, str]:
         return {str(size): name for name, size in self.sizes.items()}
 
-    # -- characters -----------------------------------------------------------------------------------------------------
+    # -- characters --------------------------------------------------------------------------------------------------
 
     def advance(self) -> bool:
         """Go to the next line that is not empty."""
@@ -627,10 +632,4 @@ def _tuples(value: object) -> object:
     return {k: _tuples(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
-    """The mode of the graph's fake values; None if it has none."""
-    vals: Iterator[object] = (n.meta.get("val") for n in graph.nodes)
-    return next((v.fake_mode for v in vals if isinstance(v, FakeTensor)), None)
-
-
-__all__ = ["HashMismatch", "Line", "MappingProxyType", "TextError", "graph_lines", "parse", "to_text", "type_text"]
+__all__ = ["HashMismatch", "Line", "TextError", "graph_lines", "parse", "to_text", "type_text"]

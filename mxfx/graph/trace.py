@@ -270,5 +270,6 @@ def _adopt_graph(graph: fx.Graph, module: fx.GraphModule, rename: Mapping[str, s
 def _module_path(node: fx.Node) -> str:
     """Innermost module of the call, without the wrapper's prefix."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = stack[-1][0] if stack else ""
-    return "" if path == "model" else path.removeprefix("model.")
+    # Nodes that no module made carry a placeholder of torch.export's instead of a path.
+    wrapped, _, path = (stack[-1][0] if stack else "").partition(".")
+    return path if wrapped == "model" else ""

@@ -148,6 +148,7 @@ class WeightStore(Mapping[str, Tensor]):
         """Forget a weight that no node reads any more."""
         home = self.canonical(name)
         del self._tensors[home]
+        self.constants -= {home}
         self._aliases = {a: c for a, c in self._aliases.items() if c != home}
 
     def copy(self) -> WeightStore:

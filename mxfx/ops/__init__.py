@@ -9,6 +9,8 @@ from mxfx.ops.quantize import fake_quantize
 from mxfx.ops.rope import rope
 from mxfx.ops.transform import block_transform, hadamard
 
+import mxfx.ops.kernels  # noqa: E402, F401  (last: kernels are providers of the ops above)
+
 __all__ = [
     "DialectOp",
     "all_ops",

@@ -34,7 +34,7 @@ def attention_bias(mask: Tensor | None, query: Tensor, causal: bool, window: int
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:
     """Scaled dot-product attention with grouped key-value heads; see ``attention``."""
     return torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias, is_causal=causal and bias is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=bias, is_causal=causal and bias is None, scale=scale, enable_gqa=bool(q.shape[1] != k.shape[1])
     )
 
 

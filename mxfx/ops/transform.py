@@ -14,20 +14,24 @@ from mxfx.ops.dialect import compute, define
 def block_transform(x: Tensor, matrix: Tensor) -> Tensor:
     """Multiply each block of the last axis by a matrix: ``x_B @ T_B``; same shape and dtype as ``x``.
 
-    ``matrix`` is ``(block, block)``, shared by all blocks; ``(blocks, block, block)``; or ``(heads, blocks, block, block)``
-    for ``x`` of shape ``(batch, heads * group, seq, blocks * block)``, where ``group`` neighbouring heads share a matrix.
+    ``matrix`` is ``(block, block)``, shared by all blocks; ``(blocks, block, block)``; or
+    ``(heads, blocks, block, block)`` for ``x`` of shape ``(batch, heads * group, seq, blocks * block)``, where
+    ``group`` neighbouring heads share a matrix.
     """
     wide = compute(x)
     matrix = matrix.to(wide.dtype)
-    split = wide.unflatten(-1, (-1, matrix.shape[-1]))
+    block = matrix.shape[-1]
     if matrix.dim() == 2:
-        return (split @ matrix).flatten(-2).to(x.dtype)
+        return (wide.unflatten(-1, (-1, block)) @ matrix).flatten(-2).to(x.dtype)
+    # One batched product per block. A broadcasting matmul would expand to sizes, which a trace would fix.
     if matrix.dim() == 3:
-        return (split.unsqueeze(-2) @ matrix).squeeze(-2).flatten(-2).to(x.dtype)
-    grouped = split.unflatten(1, (matrix.shape[0], -1))
-    # (batch, heads, group, blocks, seq, block) @ (heads, 1, blocks, block, block)
-    moved = grouped.transpose(3, 4) @ matrix.unsqueeze(1)
-    return moved.transpose(3, 4).flatten(-2).flatten(1, 2).to(x.dtype)
+        blocks = wide.reshape(-1, matrix.shape[0], block).transpose(0, 1)
+        return torch.bmm(blocks, matrix).transpose(0, 1).reshape(x.shape).to(x.dtype)
+    heads, count = matrix.shape[:2]
+    grouped = wide.unflatten(1, (heads, -1)).unflatten(-1, (count, block))  # (batch, heads, group, seq, blocks, block)
+    batched = grouped.permute(1, 4, 0, 2, 3, 5)
+    moved = torch.bmm(batched.reshape(heads * count, -1, block), matrix.flatten(0, 1))
+    return moved.reshape(batched.shape).permute(2, 0, 3, 4, 1, 5).reshape(x.shape).to(x.dtype)
 
 
 @define("hadamard")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_map_only
 
 from mxfx.algorithms.hadamard import hadamard_matrix
 from mxfx.graph.node import kind, op_name, operands
@@ -81,10 +83,15 @@ def _concretize(program: Program) -> None:
     compute = compute_dtype(program.dtype)
     real = {NOMINAL_MODEL: program.dtype, NOMINAL_COMPUTE: compute}
     for node in program.graph.nodes:
-        val = node.meta.get("val")
-        if isinstance(val, torch.Tensor) and val.dtype in real:
-            with val.fake_mode:
-                node.meta["val"] = val.to(real[val.dtype])
+        if "val" in node.meta:
+            node.meta["val"] = tree_map_only(torch.Tensor, lambda val: _cast(val, real), node.meta["val"])
+
+
+def _cast(val: torch.Tensor, real: Mapping[torch.dtype, torch.dtype]) -> torch.Tensor:
+    if val.dtype not in real:
+        return val
+    with val.fake_mode:
+        return val.to(real[val.dtype])
 
 
 def _lower_cast(rw: Rewriter, node: fx.Node) -> None:

@@ -125,10 +125,11 @@ class Pipeline:
         return len(self.specs)
 
     def completed(self) -> Pipeline:
-        """With the raise passes in front, unless listed."""
-        listed = {spec.name for spec in self.specs}
-        missing = [PassSpec.read(name, {}, NOWHERE) for name in RAISE_PASSES if name not in listed]
-        return self.replace(specs=(*missing, *self.specs)) if missing else self
+        """With all raise passes in front, unless the pipeline lists one of them: then it lists what it wants."""
+        if any(spec.name in RAISE_PASSES for spec in self.specs):
+            return self
+        raised = [PassSpec.read(name, {}, NOWHERE) for name in RAISE_PASSES]
+        return self.replace(specs=(*raised, *self.specs))
 
     def replace(self, **changes: Any) -> Pipeline:
         """A copy with some of ``specs``, ``model``, ``calibration``, ``budget`` changed."""

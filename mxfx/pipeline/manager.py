@@ -37,9 +37,7 @@ class StopPoint:
         """Raises ``ValueError`` for anything but ``n`` or ``n.m``."""
         number, dot, match = text.partition(".")
         if not number.isdecimal() or int(number) < 1 or (dot and not match.isdecimal()):
-            raise ValueError(
-                f"{text!r} is no stop point: expected the number of a pass (3) or pass and match (3.2)"
-            )
+            raise ValueError(f"{text!r} is no stop point: expected the number of a pass (3) or pass and match (3.2)")
         return cls(int(number), int(match) if dot else None)
 
     def __str__(self) -> str:
@@ -50,8 +48,8 @@ class StopPoint:
 class Step:
     """One pass of a run, as instruments see it.
 
-    ``index`` counts from 1. ``after`` and ``record`` are there once the pass has run. ``findings`` holds what instruments
-    measured, by the instrument's name, as JSON values.
+    ``index`` counts from 1. ``after`` and ``record`` are there once the pass has run. ``findings`` holds what
+    instruments measured, by the instrument's name, as JSON values.
     """
 
     run: Run
@@ -138,8 +136,8 @@ def _nowhere(index: int, option: tuple) -> str | None:
 class PassManager:
     """Runs pipelines with a fixed set of instruments, nested like brackets.
 
-    ``enter`` and ``before`` hooks run in the given order, ``after``, ``failed`` and ``exit`` hooks in reverse: the first
-    instrument sees what all others found, the last one stands right around the pass.
+    ``enter`` and ``before`` hooks run in the given order, ``after``, ``failed`` and ``exit`` hooks in reverse: the
+    first instrument sees what all others found, the last one stands right around the pass.
     """
 
     def __init__(self, instruments: Sequence[Instrument] = ()) -> None:
@@ -160,8 +158,8 @@ class PassManager:
         ``locate`` finds places for messages (a ``Pipeline`` brings its own). Before anything runs, the order of all
         passes is checked against the facts that hold.
 
-        Raises ``ConfigError`` or ``FactError`` for an impossible order, ``PassError`` where a pass fails, and whatever an
-        instrument raises (``VerifyError``, ``NumericsError``, ``BudgetError``).
+        Raises ``ConfigError`` or ``FactError`` for an impossible order, ``PassError`` where a pass fails, and
+        whatever an instrument raises (``VerifyError``, ``NumericsError``, ``BudgetError``).
         """
         locate = locate or _locate_in(passes)
         typed = check_pipeline(program, passes, locate)
@@ -218,7 +216,9 @@ def _timed(step: Step, instrument: Instrument, hook: Callable[[Step], None]) -> 
 def check_pipeline(
     program: Program, passes: Pipeline | Iterable[Pass], locate: Locate | None = None
 ) -> tuple[Pass, ...]:
-    """The typed passes, their order checked against the facts of ``program``. Raises ``ConfigError`` or ``FactError``."""
+    """The typed passes, their order checked against the facts of ``program``. Raises ``ConfigError`` or
+    ``FactError``.
+    """
     if isinstance(passes, Pipeline):
         check_order(passes, program.facts)
         return passes.passes
@@ -239,9 +239,7 @@ def _apply(step: Step) -> None:
         applied = apply(step.pass_, step.before, step.ctx, limit=step.limit)
     except Exception as error:
         place = _place_of_error(step, error)
-        raise PassError(
-            f"{place + ': ' if place else ''}pass {step.index} {step.pass_.name!r}: {error}"
-        ) from error
+        raise PassError(f"{place + ': ' if place else ''}pass {step.index} {step.pass_.name!r}: {error}") from error
     step.after, step.record = applied.program, applied.record
 
 

@@ -17,8 +17,8 @@ from mxfx.graph.program import Program
 class Probe:
     """A few token ids, and the logits of the programs that were asked for last.
 
-    ``batch`` × ``length`` random ids unless ``ids`` (int64 ``(batch, seq)``) are given. Logits of a program are computed
-    once: the program after one pass is the program before the next.
+    ``batch`` × ``length`` random ids unless ``ids`` (int64 ``(batch, seq)``) are given. Logits of a program are
+    computed once: the program after one pass is the program before the next.
     """
 
     seed: int = 0
@@ -36,7 +36,9 @@ class Probe:
         return self.ids.to(device)
 
     def logits(self, program: Program) -> Tensor:
-        """``(batch, seq, vocabulary)`` in the program's dtype. Raises ``ValueError`` for a program on the meta device."""
+        """``(batch, seq, vocabulary)`` in the program's dtype. Raises ``ValueError`` for a program on the meta
+        device.
+        """
         for known, logits in self._known:
             if known is program:
                 return logits

@@ -81,7 +81,7 @@ def change_columns(rw: Rewriter, linear: fx.Node, columns: Tensor, blocks: Tenso
 
 
 def change_rows(rw: Rewriter, linear: fx.Node, rows: Tensor, blocks: Tensor) -> None:
-    """``y[rows] <- y[rows] @ blocks`` for a linear's output, by its weight's rows and its bias; shapes as for columns."""
+    """``y[rows] <- y[rows] @ blocks`` for a linear's output, by weight and bias; shapes as for columns."""
     name, bias = rw.program.weight_of(linear), bias_of(linear)
     flat = rows.flatten()
     weight = rw.weights[name].double().clone()
@@ -95,3 +95,12 @@ def change_rows(rw: Rewriter, linear: fx.Node, rows: Tensor, blocks: Tensor) -> 
 
 def _by_block(x: Tensor, blocks: Tensor) -> Tensor:
     return apply_blocks(x, blocks.flatten(0, 1).to(x.device))
+
+
+def free_name(rw: Rewriter, wanted: str) -> str:
+    """``wanted``, or with a number behind it where an earlier pass took the name."""
+    name, count = wanted, 1
+    while name in rw.weights:
+        count += 1
+        name = f"{wanted}_{count}"
+    return name

@@ -63,8 +63,14 @@ def _trace(node: fx.Node, operands: list[fx.Node], definition: Callable) -> fx.G
 
     fakes = [operand.meta["val"] for operand in operands]
     mode = next(f for f in fakes if isinstance(f, FakeTensor)).fake_mode
+    with mode:
+        # make_fx tells operands apart by identity; equal calls may share one fake value.
+        fakes = [fake.detach() if isinstance(fake, FakeTensor) else fake for fake in fakes]
+    shapes = str([f.shape for f in fakes if isinstance(f, FakeTensor)])
     with mode, torch.no_grad():
         traced = make_fx(body, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
+    if str([f.shape for f in fakes if isinstance(f, FakeTensor)]) != shapes:
+        raise ValueError(f"the definition of {node.target} fixes symbolic sizes: {shapes} became those of the example")
     traced.graph.eliminate_dead_code()
     _drop_device_literals(traced.graph)
     constants = [n for n in traced.graph.nodes if n.op == "get_attr"]

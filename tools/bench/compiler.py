@@ -15,6 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mxfx.ops.kernels  # noqa: F401  (registers the fused ops)
+from mxfx.formats import parse
 from mxfx.graph.program import Program
 from mxfx.graph.trace import trace
 from mxfx.graph.verify import verify
@@ -31,10 +32,10 @@ from mxfx.passes.raise_attention import RaiseAttention
 from mxfx.passes.raise_norm import RaiseNorm
 from mxfx.passes.raise_rope import RaiseRope
 from mxfx.passes.rotate_qk import RotateQk
-from mxfx.rewrite import Context, Pass, apply
+from mxfx.rewrite import Context, Pass, Selector, apply
 from tools.bench.measuring import finish, options
 
-FORMAT = "mxint4@32/mse"
+FORMAT = parse("mxint4@32/mse")
 
 
 def llama(layers: int) -> LlamaForCausalLM:
@@ -57,8 +58,8 @@ def llama(layers: int) -> LlamaForCausalLM:
 def passes() -> list[Pass]:
     """Everything that needs no calibration."""
     rules = (
-        Rule(match=r"model\.layers\.\d+\..*proj", weight=FORMAT, input=FORMAT),
-        Rule(match=r"model\.layers\.\d+\.self_attn", kv=FORMAT),
+        Rule(Selector(r"model\.layers\.\d+\..*proj"), weight=FORMAT, input=FORMAT),
+        Rule(Selector(r"model\.layers\.\d+\.self_attn"), kv=FORMAT),
     )
     return [
         RaiseNorm(),

@@ -26,8 +26,8 @@ class Rows:
 
     @property
     def arguments(self) -> tuple[int, ...]:
-        """What the kernels' `row_offset` takes."""
-        return (*self.sizes[1:], *self.strides)
+        """What the kernels' `row_offset` takes; sizes of 1 spare it the divisions."""
+        return (1, 1, self.length, 0, 0) if self.flat else (*self.sizes[1:], *self.strides)
 
 
 def as_rows(x: Tensor) -> Rows:

@@ -13,7 +13,7 @@ from mxfx.graph.node import op_name, path_of
 from mxfx.graph.program import Program
 from mxfx.pipeline.manager import Instrument, Step
 from mxfx.pipeline.probe import relative_error
-from mxfx.rewrite import Close, Exact, Local, Lossy, apply
+from mxfx.rewrite import Close, Exact, Lossy, apply
 
 _fake_quantize = torch.ops.mxfx.fake_quantize.default
 
@@ -95,8 +95,8 @@ def check_exact(step: Step) -> dict[str, object]:
 def check_close(step: Step, tol: float, *, repeat: bool = True) -> dict[str, object]:
     """The programs as real functions agree on the float64 twin to ``tol``. Raises ``NumericsError``.
 
-    The pass is run on the twin (``repeat``); a pass that looks at calibration data is not run twice: its float32 masters
-    are compared, to no less than ``MASTER_TOLERANCE``. Quantizers are read as the identity.
+    The pass is run on the twin (``repeat``); a pass that looks at calibration data is not run twice: its float32
+    masters are compared, to no less than ``MASTER_TOLERANCE``. Quantizers are read as the identity.
     """
     assert step.after is not None
     if "lowered" in step.before.facts:
@@ -112,7 +112,8 @@ def check_close(step: Step, tol: float, *, repeat: bool = True) -> dict[str, obj
     if not error <= tol:
         raise _broken(
             step,
-            f"promises the same real function to {tol:g}; on the float64 twin the logits differ by {error:.3g} of their norm",
+            f"promises the same real function to {tol:g}; "
+            f"on the float64 twin the logits differ by {error:.3g} of their norm",
             _first_difference(before, after, ids, max(tol, 1e-12), quantize=False),
         )
     return {
@@ -126,8 +127,8 @@ def check_local(step: Step, tol: float) -> dict[str, object]:
     """Each rewritten region agrees with its original on recorded inputs. Raises ``NumericsError``.
 
     Values that both graphs compute under one name end the regions: each is computed by the new graph from the *old*
-    graph's values, compared, and then replaced by the old value, so that one flipped code does not spread. Where the old
-    operand is quantized, differing elements are counted as flipped codes, and at most the share ``tol`` may flip.
+    graph's values, compared, and then replaced by the old value, so that one flipped code does not spread. Where the
+    old operand is quantized, differing elements are counted as flipped codes, and at most the share ``tol`` may flip.
     """
     assert step.after is not None
     if not step.changed:
@@ -152,11 +153,7 @@ def check_local(step: Step, tol: float) -> dict[str, object]:
         else:
             error = relative_error(value, old)
         if not error <= tol:
-            what = (
-                f"{error:.2%} of its codes flipped"
-                if anchor.target is _fake_quantize
-                else f"off by {error:.3g}"
-            )
+            what = f"{error:.2%} of its codes flipped" if anchor.target is _fake_quantize else f"off by {error:.3g}"
             raise _broken(step, f"promises regions equal to {tol:g} on recorded inputs", _place(node, what))
         if error > worst:
             worst, where = error, node.name

@@ -10,7 +10,9 @@ from mxfx.pipeline.manager import Instrument, Run, Step
 
 @dataclass
 class Timing(Instrument):
-    """Wall seconds of every pass, in ``findings["timing"]``. Stands last, so that it times the pass and nothing else."""
+    """Wall seconds of every pass, in ``findings["timing"]``. Stands last, so that it times the pass and
+    nothing else.
+    """
 
     passes: list[tuple[str, float]] = field(default_factory=list)
     instruments: dict[str, float] = field(default_factory=dict)
@@ -43,6 +45,4 @@ class Timing(Instrument):
         ]
         width = max(len(name) for name, _ in rows)
         whole = max(self.total, 1e-12)
-        return "\n".join(
-            f"{name:<{width}}  {seconds:9.3f} s  {seconds / whole:6.1%}" for name, seconds in rows
-        )
+        return "\n".join(f"{name:<{width}}  {seconds:9.3f} s  {seconds / whole:6.1%}" for name, seconds in rows)

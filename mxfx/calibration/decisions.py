@@ -1,0 +1,33 @@
+"""Decisions of a search, kept as readable JSON under a key: a file whose key does not fit is never used."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+
+def load_decisions(file: Path | None, key: str) -> tuple[dict[str, object] | None, str | None]:
+    """The decisions that ``file`` holds for ``key``, or None and, where a file is there, why it is not used."""
+    if file is None or not file.exists():
+        return None, None
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return None, f"{file} is no JSON ({error}): searching again"
+    if isinstance(known, dict) and known.get("key") == key:
+        return known, None
+    return None, f"{file} holds the decisions of another program, other tokens or options: searching again"
+
+
+def store_decisions(file: Path | None, key: str, found: dict[str, object]) -> None:
+    """Write decisions so that a reader sees the old file or the new one, never half of one. None writes nothing."""
+    if file is None:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as out:
+        json.dump({"key": key, **found}, out, indent=2)
+        out.flush()
+        os.fsync(out.fileno())
+    Path(out.name).replace(file)

@@ -1,0 +1,51 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+_SUFFIX = ".part"
+
+
+class WriteError(OSError):
+    """A file could not be written; whatever stood under its name before still does."""
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write ``data`` under a temporary name, flush it to the disk, rename it to ``path``, flush the folder.
+
+    A process killed at any moment leaves the old file or the new one. Raises ``WriteError`` if the disk is full or
+    fails; nothing of the attempt stays.
+    """
+    partial = path.with_name(path.name + _SUFFIX)
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise WriteError(
+            error.errno,
+            f"could not write {len(data)} bytes: {error.strerror}; free space or choose another folder",
+            str(path),
+        ) from error
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for leftover in folder.glob("*" + _SUFFIX):
+        leftover.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,134 @@
+"""Calibration tokens through a whole program once, to watch chosen tensors: second moments and samples of rows.
+
+For passes that decide before anything is rounded, where every statistic belongs to one and the same program. (What
+depends on rewritten predecessors comes from ``mxfx.calibration.stream``.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, fx
+
+import mxfx.ops  # noqa: F401  (registers the dialect)
+from mxfx.graph.execute import execute, runtime_weight
+from mxfx.graph.program import Program
+from mxfx.graph.weights import WeightStore
+from mxfx.rewrite import Context
+
+#: Tokens that go through the program at once.
+_BATCH_TOKENS = 4096
+
+Sink = Callable[[Tensor], None]
+
+
+class _LastSeen(Exception):
+    """Every watched node has its value: the rest of the program need not run."""
+
+
+def watch(program: Program, sinks: Mapping[fx.Node, Sink], ctx: Context, tokens: Tensor | None = None) -> None:
+    """Run calibration tokens through ``program`` and hand every value of a watched node to its sink.
+
+    The program runs in its own dtype on ``ctx.device``, up to the last watched node. ``tokens`` are int64
+    ``(samples, length)``; None takes the run's. Raises ``MissingCalibration`` if there are none.
+    """
+    if not sinks:
+        return
+    tokens = ctx.tokens() if tokens is None else tokens
+    there = _on_device(program, ctx.device)
+    last = next(node for node in reversed(program.graph.nodes) if node in sinks)
+
+    def observe(node: fx.Node, value: object) -> object:
+        if node in sinks:
+            assert isinstance(value, Tensor)
+            sinks[node](value)
+        if node is last:
+            raise _LastSeen
+        return value
+
+    batches = tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
+    for ids in ctx.progress(batches, "calibration", len(batches)):
+        try:
+            execute(there, ids.to(ctx.device), observe=observe)
+        except _LastSeen:
+            continue
+
+
+def block_moments(
+    program: Program,
+    blocks: Mapping[fx.Node, int],
+    ctx: Context,
+    tokens: Tensor | None = None,
+    *,
+    unit_rows: bool = False,
+) -> dict[fx.Node, Tensor]:
+    """Second moments within blocks of each node's last axis: mean of ``x_Bᵀ x_B`` over tokens, float64 on CPU.
+
+    ``blocks`` maps a node to its block size b. A ``(batch, seq, n)`` node gives ``(n / b, b, b)``, a
+    ``(batch, heads, seq, n)`` node ``(heads, n / b, b, b)``. With ``unit_rows`` each token's row is first divided by
+    its root mean square, so that a few huge tokens do not speak for all.
+    """
+    sums = {node: _BlockMoment(block, unit_rows) for node, block in blocks.items()}
+    watch(program, sums, ctx, tokens)
+    return {node: moment.value() for node, moment in sums.items()}
+
+
+class _BlockMoment:
+    def __init__(self, block: int, unit_rows: bool) -> None:
+        self._block = block
+        self._unit_rows = unit_rows
+        self._sum: Tensor | None = None
+        self._rows = 0
+
+    def __call__(self, x: Tensor) -> None:
+        wide = _rows(x).to(torch.promote_types(x.dtype, torch.float32))
+        if self._unit_rows:
+            wide = wide * wide.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
+        self._rows += wide.shape[-2]
+        columns = wide.unflatten(-1, (-1, self._block)).transpose(-3, -2)  # (…, blocks, tokens, b)
+        moment = columns.mT @ columns
+        self._sum = moment if self._sum is None else self._sum + moment
+
+    def value(self) -> Tensor:
+        if self._sum is None:
+            raise ValueError("no value of the node was seen")
+        return self._sum.double().cpu() / self._rows
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``(batch, seq, n)`` -> ``(tokens, n)``; ``(batch, heads, seq, n)`` -> ``(heads, tokens, n)``."""
+    return x.flatten(0, -2) if x.dim() < 4 else x.transpose(0, 1).flatten(1, 2)
+
+
+def samples(
+    program: Program, nodes: Mapping[fx.Node, Callable[[Tensor], Tensor]], ctx: Context, rows: int, purpose: str
+) -> dict[fx.Node, Tensor]:
+    """About ``rows`` random tokens' values of each node on ``ctx.device``; the mapped function may reduce them first.
+
+    The same tokens are drawn for every node, from a generator that ``purpose`` seeds.
+    """
+    tokens = ctx.tokens()
+    share = min(1.0, rows / tokens.numel())
+    picked: dict[fx.Node, list[Tensor]] = {node: [] for node in nodes}
+
+    def sink(node: fx.Node) -> Sink:
+        generator = ctx.generator(purpose)
+
+        def take(x: Tensor) -> None:
+            values = _rows(x)
+            keep = torch.rand(values.shape[-2], generator=generator) < share
+            picked[node].append(nodes[node](values[..., keep.to(x.device), :]))
+
+        return take
+
+    watch(program, {node: sink(node) for node in nodes}, ctx, tokens)
+    return {node: torch.cat(parts, dim=-2) for node, parts in picked.items()}
+
+
+def _on_device(program: Program, device: torch.device) -> Program:
+    """The program with its weights on ``device`` in the dtypes that they run in; its nodes are the same objects."""
+    store = program.weights
+    moved = {name: runtime_weight(program, name).to(device) for name in store}
+    weights = WeightStore(moved, store.aliases, store.working, store.constants)
+    return Program(program.graph, weights, program.dtype, program.source, program.symbols, program.facts, program.notes)

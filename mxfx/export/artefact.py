@@ -1,0 +1,180 @@
+"""A program in a folder: printed graph, safetensors, and a manifest that holds both to account. Nothing is pickled.
+
+manifest.json          schema, version, size and hash of the other files; written last
+program.mxir           the printed program (``mxfx.graph.text``): graph, facts, annotations, hash of every weight
+weights.safetensors    the weight store, one tensor a canonical name
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from mxfx.calibration.durable import remove_partial_files, write_file
+from mxfx.graph.program import Program
+from mxfx.graph.text import TextError, parse, to_text
+
+SCHEMA = 1
+MANIFEST, PROGRAM, WEIGHTS = "manifest.json", "program.mxir", "weights.safetensors"
+
+_CALL = re.compile(r"  %\w+ = ([\w.+-]+)")
+_RUNTIME = frozenset({"attend", "attention_bias", "positions"})
+_OPERATOR = frozenset(
+    {"add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "getitem", "eq", "ne", "lt", "le", "gt", "ge"}
+)
+#: Operands that make an op reach outside the program.
+_OUTSIDE_OPERANDS = frozenset({"filename", "path"})
+
+
+class ArtefactError(ValueError):
+    """A folder holds no artefact, or a damaged one; the message names the file, what is wrong and what to do."""
+
+
+def save(program: Program, folder: Path | str) -> None:
+    """Write a program into ``folder`` (created; an artefact that is there is replaced).
+
+    Every file is written whole or not at all, the manifest last, so a killed save leaves no folder that loads.
+
+    Raises ``ArtefactError`` for weights without data or with NaN or Inf, ``WriteError`` for a full or failing disk.
+    """
+    folder = Path(folder)
+    _check_weights(program)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_partial_files(folder)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    text = to_text(program).encode()
+    tensors = to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in program.weights.items()})
+    write_file(folder / WEIGHTS, tensors)
+    write_file(folder / PROGRAM, text)
+    manifest = {
+        "schema": SCHEMA,
+        "mxfx": metadata.version("mxfx"),
+        "files": {PROGRAM: {"bytes": len(text), "blake2b": _hash(text)}, WEIGHTS: {"bytes": len(tensors)}},
+    }
+    write_file(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+
+
+def load(folder: Path | str) -> Program:
+    """The program that was saved in ``folder``: same graph, facts and annotations, bit-equal weights.
+
+    Only ops of ATen and mxfx and the listed runtime functions are resolved; nothing in the files is executed.
+
+    Raises ``ArtefactError`` for anything missing, truncated, changed or made by another version.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ArtefactError(f"{folder} is no folder; give one that a run wrote its model to")
+    _check_files(folder, _read_manifest(folder / MANIFEST))
+    text = _read_text(folder / PROGRAM)
+    _check_ops(folder / PROGRAM, text)
+    weights = _read_weights(folder / WEIGHTS)
+    try:
+        program = parse(text, weights)
+    except TextError as error:
+        raise ArtefactError(f"{folder / PROGRAM}: {error}") from error
+    except Exception as error:
+        # The parser runs every op on fake tensors: a wrong operand can surface as any kind of error.
+        raise ArtefactError(f"{folder / PROGRAM}: is no printed program ({type(error).__name__}: {error})") from error
+    strangers = sorted(set(weights) - set(program.weights))
+    if strangers:
+        raise ArtefactError(f"{folder / WEIGHTS}: holds {strangers[0]!r}, which the program does not name")
+    _check_weights(program)
+    return program
+
+
+def _check_weights(program: Program) -> None:
+    for name, tensor in program.weights.items():
+        if tensor.device.type == "meta":
+            raise ArtefactError(f"weight {name!r} has no data (meta device): there is nothing to keep")
+        # Constants may hold -inf (masks).
+        if name not in program.weights.constants and tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ArtefactError(
+                f"weight {name!r} holds NaN or Inf: the model is broken, find the pass with `mxfx bisect`"
+            )
+
+
+def _read_manifest(path: Path) -> Mapping[str, object]:
+    if not path.is_file():
+        raise ArtefactError(f"{path.parent} holds no {MANIFEST}: no artefact, or one whose writing was cut short")
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(f"{path}: is not JSON ({error})") from error
+    if not isinstance(manifest, dict) or "schema" not in manifest:
+        raise ArtefactError(f"{path}: is no manifest of an artefact: it has no 'schema'")
+    if manifest["schema"] != SCHEMA:
+        raise ArtefactError(
+            f"{path}: schema {manifest['schema']!r}, written by mxfx {manifest.get('mxfx')}; this mxfx reads {SCHEMA}"
+        )
+    return manifest
+
+
+def _check_files(folder: Path, manifest: Mapping[str, object]) -> None:
+    files = manifest.get("files")
+    if not isinstance(files, dict) or set(files) != {PROGRAM, WEIGHTS}:
+        raise ArtefactError(f"{folder / MANIFEST}: 'files' must name {PROGRAM} and {WEIGHTS}")
+    for name, facts in files.items():
+        path = folder / name
+        if not isinstance(facts, dict) or type(facts.get("bytes")) is not int:
+            raise ArtefactError(f"{folder / MANIFEST}: 'files' must give the bytes of {name}")
+        if not path.is_file():
+            raise ArtefactError(f"{path}: is missing")
+        if path.stat().st_size != facts["bytes"]:
+            raise ArtefactError(
+                f"{path}: has {path.stat().st_size} bytes, the manifest says {facts['bytes']}: truncated or changed"
+            )
+    # The weights need no hash of the file: the program names the hash of each tensor.
+    if _hash((folder / PROGRAM).read_bytes()) != files[PROGRAM].get("blake2b"):
+        raise ArtefactError(f"{folder / PROGRAM}: does not have the hash that the manifest names: it was changed")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtefactError(f"{path}: is not UTF-8 (byte {error.start})") from error
+
+
+def _check_ops(path: Path, text: str) -> None:
+    """Let only ops through that compute on tensors: a name in a file must not become a call of anything else."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        found = _CALL.match(line)
+        if found is not None and not _allowed(found[1]):
+            raise ArtefactError(
+                f"{path}: line {number}: {found[1]!r} is no op of a program; programs call aten.…, mxfx.… and "
+                f"{', '.join(sorted(_RUNTIME))}"
+            )
+
+
+def _allowed(target: str) -> bool:
+    module, _, rest = target.partition(".")
+    if target == "input":
+        return True
+    if module in ("runtime", "operator"):
+        return rest in (_RUNTIME if module == "runtime" else _OPERATOR)
+    name, _, overload = rest.partition(".")
+    packet = getattr(getattr(torch.ops, module), name, None) if module in ("aten", "mxfx") else None
+    op = getattr(packet, overload or "default", None)
+    return isinstance(op, torch._ops.OpOverload) and not _OUTSIDE_OPERANDS & {a.name for a in op._schema.arguments}
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        # Cloned off the file's mapping: the file may be replaced, and memory is aligned as everywhere else.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ArtefactError(f"{path}: is no safetensors file ({error})") from error
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=32).hexdigest()

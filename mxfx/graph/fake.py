@@ -1,0 +1,76 @@
+"""Results of ops on fake tensors: shapes and dtypes without numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+import mxfx.ops
+
+_QUANTIZERS = (torch.ops.mxfx.fake_quantize.default, mxfx.ops.fake_quantize)
+_ATTENTION = (torch.ops.mxfx.attention.default, mxfx.ops.attend)
+
+
+class FakeRunner:
+    """Runs calls on the fake values of their operands, each distinct call once: layers repeat.
+
+    A call is known by its op, the shapes, strides and dtypes of its operands, and its constants.
+    """
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.mode = mode
+        self._known: dict[Hashable, object] = {}
+
+    def run(self, node: fx.Node) -> object:
+        """The fake result of a ``call_function`` node. Raises what the op raises for operands that do not fit."""
+        key = (node.target, _key(node.args), _key(node.kwargs))
+        if key not in self._known:
+            self._known[key] = self._run(node)
+        return self._known[key]
+
+    def _run(self, node: fx.Node) -> object:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        # Padding and SDPA on fake tensors would fix symbolic sizes to their example; both keep a shape that is known.
+        if node.target in _QUANTIZERS:
+            return args[0]
+        with self.mode, torch.no_grad():
+            if node.target in _ATTENTION:
+                return _attended(*args[:3])
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
+    """The mode of the graph's fake values; None if it has none."""
+    vals = (n.meta.get("val") for n in graph.nodes)
+    return next((v.fake_mode for v in vals if isinstance(v, FakeTensor)), None)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``(batch, heads, seq, head_dim of v)``. Raises ``ValueError`` for shapes that attention cannot take."""
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(f"attention takes (batch, heads, seq, head_dim), not {q.dim()}, {k.dim()} and {v.dim()} axes")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q has head_dim {q.shape[3]}, k has {k.shape[3]}")
+    if k.shape[1] != v.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads and {v.shape[1]} value heads")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q is {q.dtype}, k is {k.dtype}, v is {v.dtype}")
+    return torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
+
+
+def _key(operand: object) -> Hashable:
+    if isinstance(operand, fx.Node):
+        return _key(operand.meta["val"])
+    if isinstance(operand, Tensor):
+        return (str(operand.shape), str(operand.stride()), operand.dtype)
+    if isinstance(operand, list | tuple):
+        return (type(operand).__name__, *map(_key, operand))
+    if isinstance(operand, dict):
+        return tuple((k, _key(v)) for k, v in operand.items())
+    return (type(operand).__name__, str(operand))
+
+
+__all__ = ["FakeRunner", "fake_mode_of"]

@@ -1,0 +1,61 @@
+"""Which node of a graph gets which kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from mxfx.formats import parse
+from mxfx.ops.kernels import library
+from mxfx.ops.providers import Provider, provide
+
+
+def _argument(node: fx.Node, name: str) -> object:
+    """Operand of a call by its name in the op's schema, defaults filled in."""
+    for position, parameter in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if parameter.name == name:
+            given = node.kwargs.get(name, parameter.default_value)
+            return node.args[position] if position < len(node.args) else given
+    raise KeyError(f"{node.target} has no parameter {name!r}")
+
+
+def _value(operand: object) -> torch.Tensor | None:
+    return operand.meta["val"] if isinstance(operand, fx.Node) else None
+
+
+def _runs(node: fx.Node) -> bool:
+    return library.has_triton() and node.meta["val"].dtype in library.DTYPES
+
+
+def _serves_quantize(node: fx.Node) -> bool:
+    axis = _argument(node, "axis")
+    along_last = axis in (-1, node.meta["val"].dim() - 1)
+    return _runs(node) and along_last and library.takes_format(parse(str(_argument(node, "format"))))
+
+
+def _serves_transform(node: fx.Node) -> bool:
+    return _runs(node) and library.takes_transform(node.meta["val"].shape[-1], _value(_argument(node, "matrix")), None)
+
+
+def _serves_hadamard(node: fx.Node) -> bool:
+    block = int(_argument(node, "block"))  # type: ignore[call-overload]
+    return _runs(node) and block <= library.MAX_TRANSFORM and node.meta["val"].shape[-1] % block == 0
+
+
+def _serves_fused(node: fx.Node) -> bool:
+    fmt = parse(str(_argument(node, "format")))
+    return _runs(node) and library.takes_transform(node.meta["val"].shape[-1], _value(_argument(node, "matrix")), fmt)
+
+
+PROVIDERS = tuple(
+    provide(Provider(f"triton-{op.replace('_', '-')}", op, "cuda", target, serves))
+    for op, target, serves in (
+        ("fake_quantize", library.fake_quantize, _serves_quantize),
+        ("block_transform", library.block_transform, _serves_transform),
+        ("hadamard", library.hadamard, _serves_hadamard),
+        ("transform_quantize", library.transform_quantize, _serves_fused),
+        ("norm_quantize", library.norm_quantize, _serves_fused),
+        ("silu_mul_quantize", library.silu_mul_quantize, _serves_fused),
+        ("rope_quantize", library.rope_quantize, _serves_fused),
+    )
+)

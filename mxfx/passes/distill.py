@@ -1,0 +1,149 @@
+"""``distill``: tune weights on their grids so that the quantized model says what the float model says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from mxfx.calibration.training import fast_float32, trainable
+from mxfx.formats import Format
+from mxfx.graph.node import info, path_of
+from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, register
+from mxfx.rewrite.operands import is_rounded, mark_rounded, readers_of
+
+
+@register
+@dataclass(frozen=True)
+class Distill(Pass):
+    """Tune quantized weights, end to end, against the next-token distribution of the float model.
+
+    Before::
+
+        %x4 = mxfx.fake_quantize(%x, …); %y = linear(%x4, @w)      {weight: mxint4@32}
+
+    After::
+
+        %y = linear(%x4, @w')       # w' on the grid; min KL(float ‖ quantized) on calibration tokens
+
+    Knowledge distillation (arXiv 1503.02531, §2) through straight-through quantizers (arXiv 1308.3432): every forward
+    pass rounds the weights, activations and cache as the emitted model does, the gradient passes them as the identity.
+    It sees logits of the float model, no labels, so it cannot make the model better than its teacher on a domain.
+    ``held_out`` of the samples are kept apart; if the KL on them did not fall, nothing changes and the run is warned.
+    """
+
+    name: ClassVar[str] = "distill"
+    requires: ClassVar[frozenset[str]] = frozenset({"annotated", "activations-quantized"})
+    provides: ClassVar[frozenset[str]] = frozenset({"weights-rounded"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"lowered"})
+    numerics: ClassVar[Numerics] = Lossy()
+    select: Selector = ALL
+    epochs: int = 4
+    learning_rate: float = 5e-5
+    batch_size: int = 8
+    held_out: float = 0.0625
+
+    def __post_init__(self) -> None:
+        for name, low in (("epochs", 1), ("batch_size", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name!r} is {getattr(self, name)}, must be at least {low}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"'learning_rate' is {self.learning_rate}, must be positive")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"'held_out' is {self.held_out}, must lie between 0 and 1")
+
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        if ctx.reference is None:
+            raise ValueError("distill needs the float model that the pipeline started from; run it through a PassManager")
+        targets = self._targets(rw)
+        formats = {weight: info(nodes[0]).formats["weight"].format for weight, nodes in targets.items()}
+        taken = {w: f for w, f in formats.items() if rw.match(targets[w][0], note=str(f))}
+        if not taken:
+            rw.warn("distill took nothing: no selected linear has a weight format")
+            return
+        student, parameters = trainable(rw.program, taken, ctx.device)
+        teacher, _ = trainable(ctx.reference, {}, ctx.device)
+        train, kept = _split(ctx.tokens(), self.held_out)
+        with fast_float32(ctx.device):
+            before = _mean_kl(student, teacher, kept, ctx)
+            self._train(student, teacher, parameters, train, ctx)
+            after = _mean_kl(student, teacher, kept, ctx)
+        rw.record.details |= {"held_out_kl": {"before": before, "after": after}, "held_out_samples": len(kept)}
+        if after >= before:
+            rw.warn(f"distill changed nothing: KL on held-out samples went from {before:.4f} to {after:.4f}")
+            return
+        for weight, parameter in parameters.items():
+            home = rw.weights[weight].device
+            rw.set_weight(weight, taken[weight].fake_quantize(parameter.detach()).to(home))
+            for node in targets[weight]:
+                if not is_rounded(node, "weight"):
+                    mark_rounded(rw, node, "weight")
+
+    def _targets(self, rw: Rewriter) -> dict[str, list[fx.Node]]:
+        """Weight → the linears that read it, all in one format."""
+        found: dict[str, list[fx.Node]] = {}
+        for node in rw.program.nodes("linear"):
+            if not self.select(path_of(node)) or "weight" not in info(node).formats:
+                continue
+            weight = rw.weights.canonical(rw.program.weight_of(node))
+            readers = readers_of(rw.program, weight)
+            if {str(_format(r)) for r in readers} != {str(_format(node))}:
+                rw.skip(node, f"{weight} is read in different formats")
+                continue
+            found[weight] = readers
+        return found
+
+    def _train(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        tokens: Tensor,
+        ctx: Context,
+    ) -> None:
+        optimizer = torch.optim.Adam(parameters.values(), lr=self.learning_rate, betas=(0.9, 0.95))
+        generator = ctx.generator("distill")
+        order = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(self.epochs)])
+        batches = order.split(self.batch_size)
+        warm = max(1, len(batches) // 20)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / len(batches))))
+        )
+        for batch in ctx.progress(batches, "distill", len(batches)):
+            ids = tokens[batch].to(ctx.device)
+            optimizer.zero_grad(set_to_none=True)
+            _kl(student, teacher, ids).mean().backward()
+            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            optimizer.step()
+            schedule.step()
+
+
+def _format(node: fx.Node) -> Format | None:
+    found = info(node).formats.get("weight")
+    return None if found is None else found.format
+
+
+def _split(tokens: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
+    """The last samples, at least one, are kept apart. Raises ``ValueError`` where none is left to train on."""
+    kept = max(1, round(len(tokens) * held_out))
+    if kept >= len(tokens):
+        raise ValueError(f"distill needs at least two calibration samples, got {len(tokens)}")
+    return tokens[:-kept], tokens[-kept:]
+
+
+def _kl(student: nn.Module, teacher: nn.Module, ids: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of the next token at every position, nats, ``(batch, seq)``."""
+    with torch.no_grad():
+        expected = teacher(ids).log_softmax(-1)
+    actual = student(ids).log_softmax(-1)
+    return (expected.exp() * (expected - actual)).sum(-1)
+
+
+def _mean_kl(student: nn.Module, teacher: nn.Module, tokens: Tensor, ctx: Context) -> float:
+    with torch.no_grad():
+        parts = [_kl(student, teacher, ids.to(ctx.device)).flatten() for ids in tokens.split(8)]
+    return float(torch.cat(parts).mean())

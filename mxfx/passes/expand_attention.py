@@ -1,0 +1,115 @@
+"""``expand-attention``: attention as matmul, softmax, matmul, where operands inside it carry formats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from mxfx.graph.node import Annotation, info, operands, path_of
+from mxfx.graph.program import Program
+from mxfx.ops import attention_bias
+from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, fact, register
+
+aten = torch.ops.aten
+_cast = torch.ops.mxfx.cast.default
+
+_INNER = ("q", "probs", "softmax")
+#: Wider than any sequence: with a window the mask is always a tensor, which an explicit softmax needs.
+_NO_WINDOW = 1 << 40
+
+
+@register
+@dataclass(frozen=True)
+class ExpandAttention(Pass):
+    """Spell out attention whose queries, scores or probabilities carry formats.
+
+    Before::
+
+        %o = mxfx.attention(%q, %k, %v, %mask, s)  {q: …, softmax: …, probs: …, k: …, v: …}
+
+    After::
+
+        %s = matmul(%q, transpose(%k)) * s;  %s0 = masked_fill(%s, %hidden, 0)   {output: softmax format}
+        %p = softmax(masked_fill(%s0, %hidden, -inf))                            {output: probs format}
+        %o = matmul(%p, %v)                       %q, %k, %v by casts            {output: their formats}
+
+    ``insert-fake-quant`` then rounds those outputs. Hidden scores are zero when scores are rounded and -inf afterwards:
+    a hidden position neither sets a block's scale nor gets probability. Grouped heads are repeated.
+    """
+
+    name: ClassVar[str] = "expand-attention"
+    requires: ClassVar[frozenset[str]] = frozenset({"raised", "annotated"})
+    provides: ClassVar[frozenset[str]] = frozenset({"attention-expanded"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"activations-quantized", "kv-quantized", "lowered"})
+    numerics: ClassVar[Numerics] = Close(1e-9)
+    select: Selector = ALL
+
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        hidden: dict[tuple, fx.Node] = {}
+        for attention in rw.program.nodes("attention"):
+            if not self.select(path_of(attention)):
+                continue
+            inner = [o for o in _INNER if o in info(attention).formats]
+            if not inner:
+                rw.skip(attention, "neither queries, scores nor probabilities carry a format")
+            elif rw.match(attention, note=", ".join(inner)):
+                _expand(rw, attention, hidden)
+
+
+def _expand(rw: Rewriter, attention: fx.Node, hidden: dict[tuple, fx.Node]) -> None:
+    given = operands(attention)
+    formats = info(attention).formats
+    q, k, v = (_carrying(rw, given[name], formats.get(name), attention) for name in ("q", "k", "v"))
+    group = q.meta["val"].shape[1] // k.meta["val"].shape[1]
+    if group > 1:
+        k, v = (rw.call(aten.repeat_interleave.self_int, x, group, 1, like=attention) for x in (k, v))
+    hide = _hidden(rw, attention, given, hidden)
+    keys = rw.call(aten.transpose.int, k, -2, -1, like=attention)
+    scores = rw.call(
+        aten.mul.Tensor, rw.call(aten.matmul.default, q, keys, like=attention), given["scale"], like=attention
+    )
+    seen = rw.call(aten.masked_fill.Scalar, scores, hide, 0.0, like=attention)
+    _put(rw, seen, formats.get("softmax"))
+    masked = rw.call(aten.masked_fill.Scalar, seen, hide, float("-inf"), like=attention)
+    wide = rw.call(_cast, masked, "compute", like=attention)
+    probs = rw.call(_cast, rw.call(aten.softmax.int, wide, -1, like=attention), "model", like=attention)
+    _put(rw, probs, formats.get("probs"))
+    result = rw.call(aten.matmul.default, probs, v, like=attention)
+    attention.replace_all_uses_with(result)
+    rw.erase(attention)
+
+
+def _carrying(rw: Rewriter, source: object, annotation: Annotation | None, attention: fx.Node) -> fx.Node:
+    """The operand, behind a cast that changes nothing but can carry a format for this reader alone."""
+    assert isinstance(source, fx.Node)
+    if annotation is None:
+        return source
+    own = rw.call(_cast, source, "model", like=attention)
+    _put(rw, own, annotation)
+    return own
+
+
+def _put(rw: Rewriter, node: fx.Node, annotation: Annotation | None) -> None:
+    if annotation is not None:
+        rw.set_info(node, info(node).with_format("output", annotation))
+
+
+def _hidden(rw: Rewriter, attention: fx.Node, given: dict[str, object], known: dict[tuple, fx.Node]) -> fx.Node:
+    """True where a query may not attend; one for all layers that share tokens, causality and window."""
+    mask, causal, window = given["mask"], given["causal"], given["window"]
+    key = (mask, causal, window)
+    if key not in known:
+        allowed = rw.call(attention_bias, mask, given["q"], causal, window or _NO_WINDOW, like=attention)
+        known[key] = rw.call(aten.logical_not.default, allowed, like=attention)
+    return known[key]
+
+
+@fact("attention-expanded", "attention whose inner operands carry formats is spelled out")
+def attention_expanded(program: Program) -> str | None:
+    """One left over beside expanded ones was not selected; none expanded at all breaks the promise."""
+    left = [n for n in program.nodes("attention") if set(_INNER) & set(info(n).formats)]
+    spelled = any(n.target is aten.softmax.int for n in program.graph.nodes)
+    return f"{path_of(left[0])} still is one node" if left and not spelled else None

@@ -1,0 +1,300 @@
+"""``gptq``: calibrated rounding of weights."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+
+from mxfx.algorithms.gptq import GptqResult, asymmetric_target, gptq_batch
+from mxfx.calibration.activations import Placement
+from mxfx.calibration.checkpoints import LayerCheckpoints, open_checkpoints
+from mxfx.calibration.keys import Cone, digest, environment, token_key
+from mxfx.calibration.stream import Group, LayerRun, StreamOptions, stream_layers, without_quantizers
+from mxfx.graph.node import info, layer_of, path_of
+from mxfx.graph.program import Program
+from mxfx.passes.insert_fake_quant import InsertFakeQuant
+from mxfx.passes.quantize_kv_cache import QuantizeKvCache
+from mxfx.rewrite import ALL, Context, ExpectationError, Lossy, Numerics, Pass, Rewriter, Selector, register
+from mxfx.rewrite.context import StrictError
+from mxfx.rewrite.operands import is_rounded, mark_rounded, readers_of
+
+#: λ of the asymmetric target, relative to the mean diagonal of the Hessian.
+_RIDGE = 0.1
+
+
+@register
+@dataclass(frozen=True)
+class Gptq(Pass):
+    """Round the weights of annotated linears so that their outputs on calibration data change least.
+
+    Before::
+
+        %y = linear(%x, @w)     {weight: mxint4@32}
+
+    After::
+
+        %y = linear(%x, @w')    {weight: mxint4@32}     # w' on the grid, min ‖x wᵀ - x w'ᵀ‖²
+
+    GPTQ (arXiv 2210.17323) with the shared exponent of each block searched while its columns are compensated. Layer
+    by layer; each linear's input is measured after everything upstream of it was rewritten. Linears that read one
+    node share its Hessian and the factorization.
+
+    ``samples`` and ``length`` take a part of the run's calibration tokens. ``max_layers`` stops after that many
+    decoder layers. ``quantized_inputs``: None measures the graph as it stands; true also rounds annotated activations,
+    keys and values that no pass has quantized yet; false leaves quantizers out. ``asymmetric`` is the part of the way
+    to the least-squares weight for quantized inputs that the target is moved (0.25 helps at W4A4, 1 overfits).
+    ``refine`` sweeps of block-wise re-optimisation follow each solution. ``checkpoint_dir`` keeps each layer (default:
+    the run's cache). ``precision`` is that of the calibration run: auto is float32 on CPU, the model's own elsewhere.
+
+    A linear whose Hessian cannot be factorized is rounded to nearest, with a warning and a count in ``fallbacks``.
+    """
+
+    name: ClassVar[str] = "gptq"
+    requires: ClassVar[frozenset[str]] = frozenset({"annotated"})
+    provides: ClassVar[frozenset[str]] = frozenset({"weights-rounded"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"lowered"})
+    numerics: ClassVar[Numerics] = Lossy()
+    select: Selector = ALL
+    damp: float = 0.01
+    order: Literal["block", "none"] = "block"
+    exponents: Literal["sweep", "rule"] = "sweep"
+    refine: int = 0
+    asymmetric: float = 0.0
+    quantized_inputs: bool | None = None
+    samples: int | None = None
+    length: int | None = None
+    batch_size: int = 8
+    max_layers: int | None = None
+    activations: Placement = "device"
+    precision: Literal["auto", "model", "float32"] = "auto"
+    checkpoint_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.damp >= 0, "damp", self.damp, "0 or more")
+        _require(self.refine >= 0, "refine", self.refine, "0 or more")
+        _require(0 <= self.asymmetric <= 1, "asymmetric", self.asymmetric, "between 0 and 1")
+        for name in ("samples", "length", "batch_size", "max_layers"):
+            number = getattr(self, name)
+            _require(number is None or number >= 1, name, number, "1 or more")
+
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        targets = self._targets(rw)
+        rw.record.details |= {"fallbacks": 0, "resumed_layers": 0, "linears": []}
+        if not targets:
+            first = f"; {rw.record.skips[0].path}: {rw.record.skips[0].reason}" if rw.record.skips else ""
+            raise ExpectationError(
+                f"gptq takes nothing: no linear that select = {str(self.select)!r} matches has a weight format{first}"
+            )
+        tokens = self._tokens(ctx)
+        options = StreamOptions(
+            self.batch_size, self._dtype(rw.program), self.activations, reference=self.asymmetric > 0
+        )
+        with self._checkpoints(rw, ctx, targets, tokens, options) as checkpoints:
+            layers = stream_layers(rw, ctx, targets, tokens, options, self._view())
+            for layer in ctx.progress(layers, "gptq", total=len({layer_of(node) for node in targets})):
+                self._rewrite_layer(rw, ctx, layer, checkpoints)
+                if rw.record.limited:
+                    break
+
+    def _targets(self, rw: Rewriter) -> list[fx.Node]:
+        found = []
+        for node in rw.program.nodes("linear"):
+            if not self.select(path_of(node)) or "weight" not in info(node).formats:
+                continue
+            reason = _unfit(rw.program, node) or self._beyond(node)
+            if reason:
+                rw.skip(node, reason)
+            else:
+                found.append(node)
+        return found
+
+    def _beyond(self, node: fx.Node) -> str | None:
+        layer = layer_of(node)
+        if self.max_layers is None or (layer is not None and layer < self.max_layers):
+            return None
+        return f"max_layers = {self.max_layers} ends before it"
+
+    def _tokens(self, ctx: Context) -> Tensor:
+        """The calibration tokens that the options ask for, int64 ``(samples, length)``."""
+        ids = ctx.tokens()
+        samples, length = self.samples or ids.shape[0], self.length or ids.shape[1]
+        if samples > ids.shape[0] or length > ids.shape[1]:
+            raise ValueError(
+                f"gptq: samples = {samples}, length = {length} asks for more than the run's calibration data has, "
+                f"{ids.shape[0]} samples of {ids.shape[1]} tokens; raise calibration.samples or calibration.length"
+            )
+        return ids[:samples, :length].contiguous()
+
+    def _dtype(self, program: Program) -> torch.dtype | None:
+        return {"auto": None, "model": program.dtype, "float32": torch.float32}[self.precision]
+
+    def _view(self) -> Callable[[Program], Program]:
+        return {None: as_it_stands, True: with_quantizers, False: without_quantizers}[self.quantized_inputs]
+
+    def _checkpoints(
+        self, rw: Rewriter, ctx: Context, targets: list[fx.Node], tokens: Tensor, options: StreamOptions
+    ) -> AbstractContextManager[LayerCheckpoints | None]:
+        directory = self.checkpoint_dir or (ctx.cache / "gptq" if ctx.cache else None)
+        if directory is None:
+            return nullcontext()
+        # Neither max_layers nor bisect's limit changes what a layer becomes: their runs share a folder.
+        about: dict[str, object] = {
+            "solver": {name: getattr(self, name) for name in ("damp", "order", "exponents", "refine", "asymmetric")},
+            "formats": _formats(rw.program, self.select),
+            "tokens": token_key(tokens),
+            "seed": ctx.seed,
+            "stream": options.result_key() | {"view": self._view().__name__},
+            "environment": environment(ctx.device),
+        }
+        view = self._view()(rw.program.copy())
+        ends = [node for node in view.graph.nodes if node.op == "output"]
+        key = Cone.of(*ends).key(view.weights.hash, {"about": digest(about), "dtype": str(rw.program.dtype)})
+        return open_checkpoints(directory, key, about)
+
+    def _rewrite_layer(self, rw: Rewriter, ctx: Context, layer: LayerRun, checkpoints: LayerCheckpoints | None) -> None:
+        name = "head" if layer.index is None else f"layer-{layer.index:05d}"
+        stored = checkpoints.load(name) if checkpoints else None
+        if checkpoints is not None:
+            rw.record.warnings += checkpoints.problems
+            checkpoints.problems.clear()
+        if stored is not None:
+            self._restore(rw, ctx, layer, *stored)
+            return
+        results: list[dict[str, object]] = []
+        for group in layer.groups():
+            results += self._rewrite_group(rw, ctx, group)
+            if rw.record.limited:
+                return
+        if checkpoints is not None:
+            tensors = {weight: rw.weights[weight] for node in layer.targets for weight in [rw.program.weight_of(node)]}
+            checkpoints.save(name, tensors, results)
+
+    def _restore(
+        self,
+        rw: Rewriter,
+        ctx: Context,
+        layer: LayerRun,
+        tensors: dict[str, Tensor],
+        results: list[dict[str, object]],
+    ) -> None:
+        rw.record.details["resumed_layers"] += 1  # type: ignore[operator]
+        accounts = {account["weight"]: account for account in results}
+        for node in layer.targets:
+            weight = rw.program.weight_of(node)
+            if not rw.match(node, note=str(info(node).formats["weight"].format)):
+                return
+            self._accept(rw, ctx, node, tensors[weight].to(rw.weights[weight].device), accounts[weight])
+
+    def _rewrite_group(self, rw: Rewriter, ctx: Context, group: Group) -> list[dict[str, object]]:
+        """Solve the linears of one group, one batch a format; returns an account of each."""
+        by_format: dict[str, list[fx.Node]] = defaultdict(list)
+        for node in group.linears:
+            fmt = str(info(node).formats["weight"].format)
+            if not rw.match(node, note=fmt):
+                break
+            by_format[fmt].append(node)
+        accounts = []
+        for nodes in by_format.values():
+            for node, result in zip(nodes, self._solve(rw, ctx, group, nodes), strict=True):
+                weight = rw.program.weight_of(node)
+                account = _account(node, weight, result, group.statistics.tokens)
+                # A clone of its own: the result is a view into the solver's stack.
+                rounded = result.weight.to(rw.weights[weight].device, copy=True).contiguous()
+                self._accept(rw, ctx, node, rounded, account)
+                accounts.append(account)
+        return accounts
+
+    def _solve(self, rw: Rewriter, ctx: Context, group: Group, nodes: list[fx.Node]) -> list[GptqResult]:
+        weights = [rw.weights.master(rw.program.weight_of(node)).to(ctx.device) for node in nodes]
+        hessian = group.statistics.hessian(group.source, rw.weights.hash)
+        targets = None
+        if self.asymmetric:
+            cross = group.statistics.cross(group.source, rw.weights.hash)
+            targets = [asymmetric_target(w, hessian, cross, self.asymmetric, _RIDGE) for w in weights]
+        return gptq_batch(
+            weights,
+            hessian,
+            info(nodes[0]).formats["weight"].format,
+            damping=self.damp,
+            order=self.order,
+            exponents=self.exponents,
+            refine=self.refine,
+            targets=targets,
+        )
+
+    def _accept(self, rw: Rewriter, ctx: Context, node: fx.Node, rounded: Tensor, account: dict[str, object]) -> None:
+        """Put a solved weight into the program and its account into the record."""
+        rw.set_weight(str(account["weight"]), rounded)
+        mark_rounded(rw, node, "weight")
+        rw.record.details["linears"].append(account)  # type: ignore[attr-defined]
+        if not account["fell_back"]:
+            return
+        message = (
+            f"{path_of(node)}: its Hessian cannot be factorized even with damping {account['damping']}; "
+            "rounded to nearest instead. Give more calibration data or raise damp"
+        )
+        if ctx.strict:
+            raise StrictError(f"gptq: {message}")
+        rw.record.details["fallbacks"] += 1  # type: ignore[operator]
+        rw.warn(message)
+
+
+def as_it_stands(program: Program) -> Program:
+    """The program with the quantizers that it has."""
+    return program
+
+
+def with_quantizers(program: Program) -> Program:
+    """The program with every annotated activation, key and value rounded."""
+    rw = Rewriter(program, Gptq.name)
+    for pass_ in (InsertFakeQuant(), QuantizeKvCache()):
+        pass_.run(rw, Context())
+    return program
+
+
+def _formats(program: Program, select: Selector) -> dict[str, str]:
+    """Weight formats of the linears that GPTQ takes when nothing stops it."""
+    return {
+        node.name: str(info(node).formats["weight"].format)
+        for node in program.nodes("linear")
+        if select(path_of(node)) and "weight" in info(node).formats and _unfit(program, node) is None
+    }
+
+
+def _unfit(program: Program, node: fx.Node) -> str | None:
+    """Why GPTQ cannot take the weight of a linear; None if it can."""
+    source = node.args[1]
+    if not isinstance(source, fx.Node) or source.op != "get_attr":
+        return "its weight is computed, not stored"
+    if is_rounded(node, "weight"):
+        return "its weight is on the grid already"
+    others = [reader for reader in readers_of(program, str(source.target)) if reader is not node]
+    if others:
+        return f"its weight is read by {path_of(others[0]) or others[0].name} too; untie it, or round-weights takes it"
+    return None
+
+
+def _account(node: fx.Node, weight: str, result: GptqResult, tokens: int) -> dict[str, object]:
+    """What is told about one linear; losses are mean squared output errors, summed over output channels."""
+    return {
+        "path": path_of(node),
+        "weight": weight,
+        "loss": result.loss / tokens,
+        "rtn_loss": result.rtn_loss / tokens,
+        "damping": result.damping_used,
+        "fell_back": result.fell_back,
+        "dead_columns": result.dead_columns,
+        "rtn_rows": result.rtn_rows,
+    }
+
+
+def _require(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {expected}, got {value}")

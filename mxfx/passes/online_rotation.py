@@ -1,0 +1,118 @@
+"""``online-rotation``: rotate, quantize, rotate back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+import torch
+from torch import fx
+
+from mxfx.algorithms.hadamard import hadamard_matrix, has_hadamard
+from mxfx.graph.node import Annotation, info, kind, path_of
+from mxfx.graph.program import Program
+from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, fact, register
+
+_hadamard = torch.ops.mxfx.hadamard.default
+_CACHE = {"k": 1, "v": 2}
+
+
+@register
+@dataclass(frozen=True)
+class OnlineRotation(Pass):
+    """Let activations meet their format in a rotated basis and return from it; weights stay as they are.
+
+    Before::
+
+        %y = linear(%x, @W)  {input: mxint4@32}
+
+    After::
+
+        %h = mxfx.hadamard(%x, n)  {output: mxint4@32}
+        %b = mxfx.block_transform(%h, @H⁻¹)
+        %y = linear(%b, @W)
+
+    ``insert-fake-quant`` then rounds %h. The rotation spreads large channels (QuaRot, arXiv 2404.00456), but the GEMM
+    reads dense numbers: such a linear cannot run in 4 bits (``transform-inputs`` keeps it possible). ``sites`` chooses
+    the inputs of linears, or keys and values (``kv_cache``), of what ``select`` matches; ``block`` is the order of
+    H, 0 the whole axis. Only operands that carry a format are rotated.
+    """
+
+    name: ClassVar[str] = "online-rotation"
+    requires: ClassVar[frozenset[str]] = frozenset({"annotated"})
+    provides: ClassVar[frozenset[str]] = frozenset({"rotated-online"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"activations-quantized", "kv-quantized", "lowered"})
+    numerics: ClassVar[Numerics] = Close(1e-9)
+    sites: tuple[Literal["linear", "kv_cache"], ...] = ("linear",)
+    block: int = 0
+    select: Selector = ALL
+
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        for node in rw.program.nodes("linear", "attention"):
+            site = "linear" if kind(node) == "linear" else "kv_cache"
+            if site in self.sites and self.select(path_of(node)):
+                rotate_operands(rw, node, self.block)
+
+
+def rotated_operands(node: fx.Node) -> dict[str, int]:
+    """Operand → position of what an online rotation of ``node`` would rotate: those that carry a format."""
+    positions = {"input": 0} if kind(node) == "linear" else _CACHE
+    return {operand: at for operand, at in positions.items() if operand in info(node).formats}
+
+
+def rotate_operands(rw: Rewriter, node: fx.Node, block: int) -> None:
+    """Rotate, and rotate back, every annotated operand of a node; formats move to the rotated tensors."""
+    found = rotated_operands(node)
+    if not found:
+        rw.skip(node, "no operand to rotate carries a format")
+    for operand, position in found.items():
+        source = node.args[position]
+        assert isinstance(source, fx.Node)
+        width = source.meta["val"].shape[-1]
+        order = block or width
+        if width % order or not has_hadamard(order):
+            rw.skip(node, f"{operand}: no Hadamard matrix of order {order} fits its {width} channels")
+        elif rw.match(node, note=f"{operand}, order {order}"):
+            annotation = info(node).formats[operand]
+            rw.set_operand(node, position, _rotated_back(rw, source, order, annotation, node))
+            rest = {o: a for o, a in info(node).formats.items() if o != operand}
+            rw.set_info(node, replace(info(node), formats=MappingProxyType(rest)))
+
+
+def _rotated_back(rw: Rewriter, source: fx.Node, order: int, annotation: Annotation, reader: fx.Node) -> fx.Node:
+    """``source`` rotated and rotated back; readers that want the same share the two nodes."""
+    for user in source.users:
+        rotated = info(user).formats.get("output")
+        if (
+            user.target is _hadamard
+            and user.args[1] == order
+            and rotated is not None
+            and rotated.format == annotation.format
+        ):
+            return next(iter(user.users))
+    forward = rw.call(_hadamard, source, order, like=reader, after=source)
+    rw.set_info(forward, info(forward).with_format("output", annotation))
+    if order & (order - 1) == 0:
+        # Sylvester's matrices are symmetric: each is its own inverse.
+        return rw.call(_hadamard, forward, order, like=reader, after=forward)
+    name = f"hadamard_inverse.{order}"
+    if name not in rw.weights:
+        rw.weights.add(name, hadamard_matrix(order, torch.float64).mT.contiguous(), rw.pass_name, constant=True)
+    inverse = rw.weight(name, reader, before=source.next)
+    return rw.call(torch.ops.mxfx.block_transform.default, forward, inverse, like=reader, after=forward)
+
+
+@fact("rotated-online", "rotated tensors carry the formats that their readers gave up")
+def rotated_online(program: Program) -> str | None:
+    for node in program.nodes("linear", "attention"):
+        for operand, position in rotated_operands(node).items():
+            source = node.args[position]
+            if isinstance(source, fx.Node) and kind(source) in ("hadamard", "block_transform") and _is_return(source):
+                return f"{operand} of {path_of(node)} is rotated back and still carries a format"
+    return None
+
+
+def _is_return(node: fx.Node) -> bool:
+    before = node.args[0]
+    return isinstance(before, fx.Node) and before.target is _hadamard and "output" in info(before).formats

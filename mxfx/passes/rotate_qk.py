@@ -1,0 +1,73 @@
+"""``rotate-qk`` (R3): queries and keys rotated after RoPE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from mxfx.algorithms.hadamard import has_hadamard
+from mxfx.graph.node import op_name, operands, path_of
+from mxfx.graph.program import Program
+from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, fact, register
+
+_hadamard = torch.ops.mxfx.hadamard.default
+
+
+@register
+@dataclass(frozen=True)
+class RotateQk(Pass):
+    """Rotate queries and keys by a Hadamard matrix behind RoPE (QuaRot's R3, arXiv 2404.00456, §4.3).
+
+    Before::
+
+        %o = mxfx.attention(%q, %k, %v, …)
+
+    After::
+
+        %qh = mxfx.hadamard(%q, block); %kh = mxfx.hadamard(%k, block)
+        %o  = mxfx.attention(%qh, %kh, %v, …)
+
+    Scores stay as they are, ``(q H)(k H)ᵀ = q kᵀ``; the key cache holds rotated keys. ``block`` is the order of H;
+    0 takes the whole head.
+    """
+
+    name: ClassVar[str] = "rotate-qk"
+    requires: ClassVar[frozenset[str]] = frozenset({"raised"})
+    provides: ClassVar[frozenset[str]] = frozenset({"qk-rotated"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"kv-quantized", "lowered"})
+    numerics: ClassVar[Numerics] = Close(1e-9)
+    block: int = 0
+    select: Selector = ALL
+
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        for attention in rw.program.nodes("attention"):
+            if not self.select(path_of(attention)):
+                continue
+            width = operands(attention)["q"].meta["val"].shape[-1]  # type: ignore[attr-defined]
+            block = self.block or width
+            if width % block or not has_hadamard(block):
+                rw.skip(attention, f"no Hadamard matrix of order {block} fits the head dimension {width}")
+            elif rw.match(attention, note=f"order {block}"):
+                for position in (0, 1):
+                    _rotate(rw, attention, position, block)
+
+
+def _rotate(rw: Rewriter, attention: fx.Node, position: int, block: int) -> None:
+    source = attention.args[position]
+    rw.set_operand(attention, position, rw.call(_hadamard, source, block, like=attention))
+
+
+@fact("qk-rotated", "queries and keys of every attention are rotated alike")
+def qk_rotated(program: Program) -> str | None:
+    for attention in program.nodes("attention"):
+        q, k = (operands(attention)[name] for name in ("q", "k"))
+        if _rotation(q) != _rotation(k):
+            return f"the queries and keys of {path_of(attention)} are rotated differently"
+    return None
+
+
+def _rotation(node: object) -> object:
+    return node.args[1:] if isinstance(node, fx.Node) and op_name(node) == "mxfx.hadamard.default" else None

@@ -1,0 +1,202 @@
+"""``rotation-search``: which kinds of matmul gain from an online rotation, found greedily by perplexity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from mxfx.algorithms.hadamard import hadamard_matrix
+from mxfx.calibration.decisions import load_decisions, store_decisions
+from mxfx.calibration.keys import Cone, digest, environment, token_key
+from mxfx.graph.module import build
+from mxfx.graph.node import info, path_of
+from mxfx.graph.program import Program
+from mxfx.ops.quantize import fake_quantize
+from mxfx.passes.lower import Lower
+from mxfx.passes.online_rotation import rotate_operands, rotated_operands
+from mxfx.rewrite import Close, Context, Numerics, Pass, Rewriter, apply, register
+
+_KV = "kv_cache"
+_ALL_SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj", _KV)
+
+
+@register
+@dataclass(frozen=True)
+class RotationSearch(Pass):
+    """Find greedily which types of matmul to rotate online (as ``online-rotation`` does), and rotate those.
+
+    Before::
+
+        annotated linears and attention, weights rounded or not
+
+    After::
+
+        the operands of the winning types rotated and rotated back; record.details holds every step of the search
+
+    Greedy forward over ``sites`` (the last name of a linear's path, or ``kv_cache``), all layers at once: each round
+    tries every remaining type on the calibration tokens with activations and caches quantized, keeps the one with
+    the lowest perplexity, and stops when that gains no more than ``improvement_eps``. ``samples`` and ``length``
+    limit the tokens. Winners are kept in ``cache_path`` under a key of program, tokens and options: later runs skip the
+    search; a file of another run is replaced with a warning.
+    """
+
+    name: ClassVar[str] = "rotation-search"
+    requires: ClassVar[frozenset[str]] = frozenset({"annotated"})
+    provides: ClassVar[frozenset[str]] = frozenset({"rotated-online"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"activations-quantized", "kv-quantized", "lowered"})
+    numerics: ClassVar[Numerics] = Close(1e-9)
+    sites: tuple[str, ...] = _ALL_SITES
+    improvement_eps: float = 0.0
+    cache_path: Path | None = None
+    samples: int | None = None
+    length: int | None = None
+    block: int = 0
+
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        members = {site: nodes for site in self.sites if (nodes := _members(rw.program, site))}
+        for site in self.sites:
+            if site not in members:
+                rw.warn(f"no {site} carries a format: it is not searched")
+        tokens = ctx.tokens()[: self.samples, : self.length]
+        key = self._key(rw.program, ctx, tokens)
+        file = self._file(ctx, key)
+        found, unusable = load_decisions(file, key)
+        if unusable is not None:
+            rw.warn(unusable)
+        if found is None:
+            found = self._search(rw.program, members, ctx, tokens)
+            store_decisions(file, key, found)
+        rw.record.details.update(found)
+        for site in found["winners"]:  # type: ignore[attr-defined]
+            for node in members.get(site, ()):
+                rotate_operands(rw, node, self.block)
+
+    def _search(
+        self, program: Program, members: dict[str, list[fx.Node]], ctx: Context, tokens: Tensor
+    ) -> dict[str, object]:
+        score = _scorer(program, members, self.block, ctx, tokens)
+        winners: list[str] = []
+        best = baseline = score(winners)
+        steps: list[dict[str, object]] = []
+        while len(winners) < len(members):
+            remaining = [site for site in members if site not in winners]
+            tried = {s: score([*winners, s]) for s in ctx.progress(remaining, "rotation search", len(remaining))}
+            winner = min(tried, key=tried.__getitem__)
+            gained = best - tried[winner] > self.improvement_eps
+            steps.append({"perplexity": tried, "winner": winner if gained else None})
+            if not gained:
+                break
+            winners.append(winner)
+            best = tried[winner]
+        return {"winners": winners, "baseline": baseline, "perplexity": best, "tokens": tokens.numel(), "steps": steps}
+
+    # -- decisions that later runs reuse
+
+    def _key(self, program: Program, ctx: Context, tokens: Tensor) -> str:
+        output = next(n for n in program.graph.nodes if n.op == "output")
+        formats = {
+            n.name: {o: str(a.format) for o, a in info(n).formats.items()}
+            for n in program.graph.nodes
+            if info(n).formats
+        }
+        data = {
+            "tokens": token_key(tokens),
+            "sites": list(self.sites),
+            "eps": self.improvement_eps,
+            "block": self.block,
+            "dtype": str(program.dtype),
+            "formats": digest(formats),
+            "environment": environment(ctx.device),
+        }
+        return Cone.of(output).key(program.weights.hash, data)
+
+    def _file(self, ctx: Context, key: str) -> Path | None:
+        if self.cache_path is not None:
+            return Path(self.cache_path)
+        return None if ctx.cache is None else ctx.cache / f"rotation-search-{key}.json"
+
+
+def _members(program: Program, site: str) -> list[fx.Node]:
+    """Nodes of a type that carry a format where it would rotate."""
+    if site == _KV:
+        candidates = [n for n in program.nodes("attention")]
+    else:
+        candidates = [n for n in program.nodes("linear") if path_of(n).rsplit(".", 1)[-1] == site]
+    return [n for n in candidates if rotated_operands(n)]
+
+
+# -- one module for all candidates: each type's rotation is a switch
+
+
+def switched_quantize(x: Tensor, format: str, rotation: Tensor, on: Tensor) -> Tensor:
+    """``x`` rounded onto ``format``, in the basis of ``rotation`` and back from it where the switch ``on`` says so.
+
+    ``rotation`` is orthonormal ``(block, block)``, acting on blocks of the last axis; ``on`` is a 0-dim bool.
+    """
+    if not bool(on):
+        return fake_quantize(x, format)
+    wide = x.to(rotation.dtype).unflatten(-1, (-1, rotation.shape[-1]))
+    rounded = fake_quantize((wide @ rotation).flatten(-2).to(x.dtype), format).to(rotation.dtype)
+    return (rounded.unflatten(-1, (-1, rotation.shape[-1])) @ rotation.mT).flatten(-2).to(x.dtype)
+
+
+def _scorer(
+    program: Program, members: dict[str, list[fx.Node]], block: int, ctx: Context, tokens: Tensor
+) -> Callable[[Iterable[str]], float]:
+    """Perplexity of the tokens as a function of the types that are rotated."""
+    site_of = {node.name: site for site, nodes in members.items() for node in nodes}
+    rw = Rewriter(program.copy(), "rotation-search")
+    for site in members:
+        rw.weights.add(_switch(site), torch.zeros((), dtype=torch.bool), rw.pass_name)
+    for node in rw.program.nodes("linear", "attention"):
+        for operand, position in rotated_operands(node).items():
+            _insert_switch(rw, node, operand, position, site_of.get(node.name), block)
+    module = build(apply(Lower(), rw.program, ctx).program).to(ctx.device)
+    switches = {site: module.get_buffer(_switch(site)) for site in members}
+    batches = tokens.to(ctx.device).split(max(1, 4096 // tokens.shape[1]))
+
+    def score(rotated: Iterable[str]) -> float:
+        on = set(rotated)
+        for site, switch in switches.items():
+            switch.fill_(site in on)
+        return _perplexity(module, batches)
+
+    return score
+
+
+def _switch(site: str) -> str:
+    return f"switches.{site}"
+
+
+def _insert_switch(rw: Rewriter, node: fx.Node, operand: str, position: int, site: str | None, block: int) -> None:
+    """The quantizer of one operand with a switch; an operand of no searched type is just quantized."""
+    source, fmt = node.args[position], str(info(node).formats[operand].format)
+    assert isinstance(source, fx.Node)
+    if site is None:
+        rw.set_operand(node, position, rw.call(torch.ops.mxfx.fake_quantize.default, source, fmt, -1, like=node))
+        return
+    order = block or source.meta["val"].shape[-1]
+    name = f"hadamard_rotation.{order}"
+    if name not in rw.weights:
+        rw.weights.add(name, hadamard_matrix(order, torch.float64), rw.pass_name, constant=True)
+    rotation, on = rw.weight(name, node), rw.weight(_switch(site), node)
+    new = rw.call(switched_quantize, source, fmt, rotation, on, like=node, val=source.meta["val"])
+    rw.set_operand(node, position, new)
+
+
+def _perplexity(module: fx.GraphModule, batches: tuple[Tensor, ...]) -> float:
+    """exp of the mean next-token cross-entropy, in float32."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for ids in batches:
+            logits = module(ids)[:, :-1].float()
+            total += float(
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+            )
+            count += ids[:, 1:].numel()
+    return float(torch.tensor(total / count, dtype=torch.float64).exp())

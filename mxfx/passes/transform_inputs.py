@@ -1,0 +1,198 @@
+"""``transform-inputs``: an online block transform at the inputs of linears, its inverse in their weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+
+from mxfx.algorithms.block_transform import BlockTransform, apply_blocks, wush
+from mxfx.algorithms.hadamard import hadamard_matrix, has_hadamard, random_signs
+from mxfx.calibration.moments import block_moments
+from mxfx.graph.node import info, kind, layer_of, op_name, path_of
+from mxfx.graph.program import Program
+from mxfx.graph.regions import siblings
+from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, fact, register
+from mxfx.rewrite.basis import change_input, free_name, why_shared
+
+_NOTE = "input-basis"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One tensor and the linears that read it: all of them share one transform."""
+
+    source: fx.Node
+    linears: tuple[fx.Node, ...]
+
+    @property
+    def width(self) -> int:
+        return self.source.meta["val"].shape[-1]
+
+    @property
+    def name(self) -> str:
+        """The first linear's path stands for the site."""
+        return path_of(self.linears[0])
+
+
+@register
+@dataclass(frozen=True)
+class TransformInputs(Pass):
+    """Quantize linears in another basis: x T against W T⁻ᵀ, block by block; siblings that read one tensor share T.
+
+    Before::
+
+        %q = linear(%x, @Wq); %k = linear(%x, @Wk)
+
+    After::
+
+        %xt = mxfx.block_transform(%x, @T)
+        %q  = linear(%xt, @Wq T⁻ᵀ); %k = linear(%xt, @Wk T⁻ᵀ)
+
+    Both operands of each GEMM are what later passes quantize, so it can run in 4 bits. ``hadamard`` takes T = H (block
+    Hadamard, arXiv 2509.23202), ``wush`` the data-aware T in closed form from second moments of activations and of all
+    weights that read them (arXiv 2512.00956); blocks whose T is conditioned worse than ``max_condition`` get H.
+    ``block`` is the order of T, 0 the whole axis (``hadamard`` only). ``unit_rows`` lets every token count alike in the
+    statistics, however large its row is. Sites are the linears whose input carries a format, or all linears of decoder
+    layers where nothing is annotated yet.
+    """
+
+    name: ClassVar[str] = "transform-inputs"
+    requires: ClassVar[frozenset[str]] = frozenset({"raised"})
+    provides: ClassVar[frozenset[str]] = frozenset({"inputs-transformed"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"weights-rounded", "activations-quantized", "lowered"})
+    numerics: ClassVar[Numerics] = Close(1e-9)
+    kind: Literal["hadamard", "wush"] = "hadamard"
+    block: int = 32
+    signs: bool = False
+    damping: float = 1e-4
+    max_condition: float = 1e3
+    unit_rows: bool = False
+    select: Selector = ALL
+
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        found = [site for site in sites(rw, self.select) if self._fits(rw, site)]
+        moments: dict[fx.Node, Tensor] = {}
+        if self.kind == "wush":
+            blocks = {site.source: self.block for site in found}
+            moments = block_moments(rw.program, blocks, ctx, unit_rows=self.unit_rows)
+        generator = ctx.generator("transform-inputs")
+        for site in found:
+            transform = self._transform(rw, site, moments, generator)
+            note = _describe(self.kind, transform, self.block or site.width)
+            if rw.match(site.linears[0], note=f"{note}; {len(site.linears)} linears"):
+                insert(rw, site, transform, plain=self.kind == "hadamard" and not self.signs)
+                rw.record.details[site.name] = _account(self.kind, site, transform)
+
+    def _fits(self, rw: Rewriter, site: Site) -> bool:
+        block = self.block or site.width
+        reason = None
+        if site.width % block or not has_hadamard(block):
+            reason = f"no Hadamard matrix of order {block} fits its {site.width} input channels"
+        elif self.kind == "wush" and not self.block:
+            reason = "a data-aware transform needs block > 0"
+        if reason is not None:
+            rw.skip(site.linears[0], reason)
+        return reason is None
+
+    def _transform(
+        self, rw: Rewriter, site: Site, moments: dict[fx.Node, Tensor], generator: torch.Generator
+    ) -> BlockTransform:
+        block = self.block or site.width
+        mixing = hadamard_matrix(block, torch.float64)
+        if self.signs:
+            mixing = random_signs(block, generator, torch.float64)[:, None] * mixing
+        if self.kind == "wush":
+            return wush(
+                moments[site.source], weight_moments(rw.program, site, block), self.damping, self.max_condition, mixing
+            )
+        return orthogonal(mixing.expand(site.width // block, block, block))
+
+
+def sites(rw: Rewriter, select: Selector) -> list[Site]:
+    """Every tensor that selected linears read, with those linears; linears that may not change are skipped."""
+    annotated = "annotated" in rw.program.facts
+    result = []
+    for source, linears in siblings(rw.program).items():
+        chosen = []
+        for linear in linears:
+            wanted = "input" in info(linear).formats if annotated else layer_of(linear) is not None
+            if not wanted or not select(path_of(linear)):
+                continue
+            reason = why_shared(rw, linear)
+            if reason is None:
+                chosen.append(linear)
+            else:
+                rw.skip(linear, reason)
+        if chosen:
+            result.append(Site(source, tuple(chosen)))
+    return result
+
+
+def weight_moments(program: Program, site: Site, block: int) -> Tensor:
+    """Mean of ``w_Bᵀ w_B`` over the rows of all linears of the site, float64 ``(width / block, block, block)``."""
+    stacked = torch.cat([program.weights[program.weight_of(n)].double() for n in site.linears])
+    columns = stacked.unflatten(-1, (-1, block)).transpose(0, 1)
+    return (columns.mT @ columns / stacked.shape[0]).cpu()
+
+
+def orthogonal(blocks: Tensor) -> BlockTransform:
+    """An orthogonal T as a transform: its inverse is its transpose."""
+    count = blocks.shape[0]
+    return BlockTransform(
+        blocks, blocks.mT, torch.ones(count, dtype=torch.float64), torch.zeros(count, dtype=torch.bool)
+    )
+
+
+def insert(rw: Rewriter, site: Site, transform: BlockTransform, *, plain: bool) -> None:
+    """Put T behind the site's tensor and T⁻ᵀ into its linears; ``plain`` Hadamards need no stored matrix."""
+    inverse = transform.inverse.mT
+    for linear in site.linears:
+        change_input(rw, linear, lambda w: apply_blocks(w, inverse))
+    first = site.linears[0]
+    if plain:
+        new = rw.call(torch.ops.mxfx.hadamard.default, site.source, transform.matrix.shape[-1], like=first)
+    else:
+        matrix = rw.add_weight(free_name(rw, f"transforms.{site.name}.input"), transform.matrix, first, constant=True)
+        new = rw.call(torch.ops.mxfx.block_transform.default, site.source, matrix, like=first)
+    for linear in site.linears:
+        rw.set_operand(linear, 0, new)
+        rw.set_info(linear, info(linear).with_note(_NOTE, new.name))
+
+
+def _describe(kind: str, transform: BlockTransform, block: int) -> str:
+    fallen = int(transform.fell_back.sum())
+    return f"{kind} {block}" + (
+        f", {fallen} of {len(transform.fell_back)} blocks fell back to Hadamard" if fallen else ""
+    )
+
+
+def _account(kind: str, site: Site, transform: BlockTransform) -> dict[str, object]:
+    return {
+        "transform": kind,
+        "block": transform.matrix.shape[-1],
+        "linears": [path_of(n) for n in site.linears],
+        "worst_condition": float(transform.condition.max()),
+        "fallen_back_blocks": int(transform.fell_back.sum()),
+    }
+
+
+@fact("inputs-transformed", "linears with a transformed input read their transform")
+def inputs_transformed(program: Program) -> str | None:
+    for linear in program.nodes("linear"):
+        basis = info(linear).notes.get(_NOTE)
+        if basis is not None and not _reaches(linear.args[0], str(basis)):
+            return f"{path_of(linear)} has its weight in the basis of {basis} and reads {linear.args[0]}"
+    return None
+
+
+def _reaches(node: object, name: str) -> bool:
+    while isinstance(node, fx.Node):
+        if node.name == name:
+            return True
+        if kind(node) not in ("fake_quantize", "block_transform", "hadamard") and op_name(node) != "mxfx.cast.default":
+            return False
+        node = node.args[0]
+    return False

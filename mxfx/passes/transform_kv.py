@@ -1,0 +1,168 @@
+"""``transform-kv``: keys and values in a basis in which their cache loses least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+
+from mxfx.algorithms.block_transform import BlockTransform, wush
+from mxfx.algorithms.hadamard import hadamard_matrix, has_hadamard
+from mxfx.calibration.moments import block_moments
+from mxfx.graph.node import info, operands, path_of
+from mxfx.graph.program import Program
+from mxfx.graph.regions import Refusal, ValueRegion, value_region
+from mxfx.passes.rotate_value import rotate_values
+from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, fact, register
+from mxfx.rewrite.basis import free_name, why_shared
+
+_NOTE = "kv-basis"
+
+
+@register
+@dataclass(frozen=True)
+class TransformKv(Pass):
+    """Keys and values in another basis per key-value head, so that a quantized cache loses less.
+
+    Before::
+
+        %o = mxfx.attention(%q, %k, %v, …)
+
+    After::
+
+        %kt = mxfx.block_transform(%k, @T); %qt = mxfx.block_transform(%q, @T⁻ᵀ)      # behind RoPE
+        %o  = mxfx.attention(%qt, %kt, %v, …)         # values: Tᵥ in v_proj's rows, Tᵥ⁻ᵀ in o_proj's columns
+
+    ``hadamard`` takes T = H; ``wush`` (arXiv 2512.00956) balances keys against the queries of their group, and values
+    against the columns of the output projection that read them. ``block`` divides the head dimension; 0 takes all of
+    it. Keys and values are chosen by ``keys`` and ``values``; a value region with other readers is skipped.
+    """
+
+    name: ClassVar[str] = "transform-kv"
+    requires: ClassVar[frozenset[str]] = frozenset({"raised"})
+    provides: ClassVar[frozenset[str]] = frozenset({"kv-transformed"})
+    forbids: ClassVar[frozenset[str]] = frozenset(
+        {"weights-rounded", "activations-quantized", "kv-quantized", "lowered"}
+    )
+    numerics: ClassVar[Numerics] = Close(1e-9)
+    kind: Literal["hadamard", "wush"] = "hadamard"
+    block: int = 32
+    keys: bool = True
+    values: bool = True
+    damping: float = 1e-4
+    max_condition: float = 1e3
+    select: Selector = ALL
+
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        chosen = [node for node in rw.program.nodes("attention") if self.select(path_of(node)) and self._fits(rw, node)]
+        moments = self._moments(rw.program, chosen, ctx)
+        for attention in chosen:
+            if self.keys:
+                self._keys(rw, attention, moments)
+            if self.values:
+                self._values(rw, attention, moments)
+
+    def _fits(self, rw: Rewriter, attention: fx.Node) -> bool:
+        width = _operand(attention, "k").meta["val"].shape[-1]
+        block = self.block or width
+        if width % block == 0 and has_hadamard(block):
+            return True
+        rw.skip(attention, f"no Hadamard matrix of order {block} fits the head dimension {width}")
+        return False
+
+    def _moments(self, program: Program, chosen: list[fx.Node], ctx: Context) -> dict[fx.Node, Tensor]:
+        if self.kind == "hadamard":
+            return {}
+        names = (("q", "k") if self.keys else ()) + (("v",) if self.values else ())
+        nodes = [_operand(attention, name) for attention in chosen for name in names]
+        return block_moments(program, {n: self.block or n.meta["val"].shape[-1] for n in nodes}, ctx)
+
+    def _keys(self, rw: Rewriter, attention: fx.Node, moments: dict[fx.Node, Tensor]) -> None:
+        q, k = _operand(attention, "q"), _operand(attention, "k")
+        heads, width = k.meta["val"].shape[1], k.meta["val"].shape[-1]
+        block = self.block or width
+        if not rw.match(attention, note=f"keys, {self.kind} {block}"):
+            return
+        if self.kind == "hadamard":
+            for position in (0, 1):
+                new = rw.call(torch.ops.mxfx.hadamard.default, attention.args[position], block, like=attention)
+                rw.set_operand(attention, position, new)
+            return
+        of_group = moments[q].unflatten(0, (heads, -1)).mean(1)
+        found = self._solve(rw, attention, "keys", moments[k], of_group)
+        shape = (heads, width // block, block, block)
+        matrices = (found.inverse.mT.reshape(shape), found.matrix.reshape(shape))
+        for position, (side, matrix) in enumerate(zip("qk", matrices, strict=True)):
+            weight = rw.add_weight(
+                free_name(rw, f"transforms.{path_of(attention)}.{side}"), matrix, attention, constant=True
+            )
+            source = attention.args[position]
+            new = rw.call(torch.ops.mxfx.block_transform.default, source, weight, like=attention)
+            rw.set_operand(attention, position, new)
+
+    def _values(self, rw: Rewriter, attention: fx.Node, moments: dict[fx.Node, Tensor]) -> None:
+        region = value_region(attention)
+        reason = (
+            region.reason
+            if isinstance(region, Refusal)
+            else why_shared(rw, region.value) or why_shared(rw, region.output)
+        )
+        if reason is not None:
+            rw.skip(attention, f"values: {reason}")
+            return
+        assert isinstance(region, ValueRegion)
+        heads, width = region.rows.shape
+        block = self.block or width
+        if not rw.match(attention, note=f"values, {self.kind} {block}"):
+            return
+        shape = (heads, width // block, block, block)
+        if self.kind == "hadamard":
+            matrix = hadamard_matrix(block, torch.float64).expand(shape)
+            basis = (matrix, matrix.mT)
+        else:
+            against = _output_moments(rw.program, region, block)
+            found = self._solve(rw, attention, "values", moments[_operand(attention, "v")], against)
+            basis = (found.matrix.reshape(shape), found.inverse.reshape(shape))
+        rotate_values(rw, region, basis)
+        for node in (region.value, region.output):
+            rw.set_info(node, info(node).with_note(_NOTE, path_of(attention)))
+
+    def _solve(self, rw: Rewriter, attention: fx.Node, what: str, first: Tensor, second: Tensor) -> BlockTransform:
+        found = wush(first.flatten(0, 1), second.flatten(0, 1), self.damping, self.max_condition)
+        rw.record.details[f"{path_of(attention)} {what}"] = {
+            "worst_condition": float(found.condition.max()),
+            "fallen_back_blocks": int(found.fell_back.sum()),
+        }
+        return found
+
+
+def _operand(attention: fx.Node, name: str) -> fx.Node:
+    node = operands(attention)[name]
+    assert isinstance(node, fx.Node)
+    return node
+
+
+def _output_moments(program: Program, region: ValueRegion, block: int) -> Tensor:
+    """Mean of ``w_Bᵀ w_B`` over rows of the output projection, summed over the heads of a group.
+
+    Float64 ``(kv_heads, head_dim / block, block, block)``.
+    """
+    heads, width = region.columns.shape
+    weight = program.weights[program.weight_of(region.output)].double()
+    columns = weight[:, region.columns.flatten()].reshape(-1, heads, width // block, block).permute(1, 2, 0, 3)
+    moment = columns.mT @ columns / weight.shape[0]
+    return moment.unflatten(0, (-1, region.group)).mean(1).cpu()
+
+
+@fact("kv-transformed", "linears around attention agree on the basis of the values")
+def kv_transformed(program: Program) -> str | None:
+    for attention in program.nodes("attention"):
+        region = value_region(attention)
+        if isinstance(region, Refusal):
+            continue
+        bases = [info(n).notes.get(_NOTE) for n in (region.value, region.output)]
+        if bases[0] != bases[1]:
+            return f"{path_of(region.value)} and {path_of(region.output)} are in different bases"
+    return None

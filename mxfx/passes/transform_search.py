@@ -1,0 +1,224 @@
+"""``transform-search``: the best transform for each input, by held-out output error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from mxfx.algorithms.block_transform import BlockTransform, smoothing_scales, wush
+from mxfx.algorithms.hadamard import hadamard_matrix, has_hadamard
+from mxfx.calibration.decisions import load_decisions, store_decisions
+from mxfx.calibration.keys import Cone, digest, environment, token_key
+from mxfx.calibration.moments import block_moments, samples
+from mxfx.formats import Format
+from mxfx.graph.node import info, path_of
+from mxfx.graph.program import Program
+from mxfx.passes.transform_inputs import Site, insert, orthogonal, sites, weight_moments
+from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
+
+_NONE = "none"
+
+
+@register
+@dataclass(frozen=True)
+class TransformSearch(Pass):
+    """Choose a transform per input, by the output error of its linears when both operands are quantized, and insert it.
+
+    Before::
+
+        %q = linear(%x, @Wq) {weight: mxint4@32, input: mxint4@32}; %k = linear(%x, @Wk) {…}
+
+    After::
+
+        %xt = mxfx.block_transform(%x, @T); %q = linear(%xt, @Wq T⁻ᵀ); %k = linear(%xt, @Wk T⁻ᵀ)
+
+    ``candidates``: ``none``; ``hadamard-B`` (blocks of B, or ``full``); ``wush-B`` (data-aware, arXiv 2512.00956);
+    ``scaled-B`` (channels smoothed, arXiv 2211.10438, then Hadamard blocks of B). Data-aware ones are fitted on most
+    of the calibration samples; all are scored on about ``rows`` tokens of the others: mean over tokens of
+    ‖ŷ − y‖² / ‖y‖² of about ``outputs`` output channels of the linears that share the input, rounded to nearest. One
+    run through the model for statistics and one for the held-out rows, no perplexity passes; cost grows with the number
+    of layers. Decisions are readable JSON in the record, kept in ``cache_path`` (or the run's cache) under a key of
+    program, tokens and options.
+    """
+
+    name: ClassVar[str] = "transform-search"
+    requires: ClassVar[frozenset[str]] = frozenset({"raised", "annotated"})
+    provides: ClassVar[frozenset[str]] = frozenset({"inputs-transformed"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"weights-rounded", "activations-quantized", "lowered"})
+    numerics: ClassVar[Numerics] = Close(1e-9)
+    candidates: tuple[str, ...] = (
+        _NONE, "hadamard-32", "hadamard-64", "hadamard-128", "hadamard-full", "wush-32", "wush-64", "scaled-32",
+    )  # fmt: skip
+    rows: int = 256
+    outputs: int = 384
+    held_out: float = 0.25
+    damping: float = 1e-4
+    max_condition: float = 1e3
+    cache_path: Path | None = None
+    select: Selector = ALL
+
+    def __post_init__(self) -> None:
+        for candidate in self.candidates:
+            _parse(candidate)
+        if not 0.0 < self.held_out < 1.0:
+            raise ValueError(f"transform-search: held_out must lie between 0 and 1, got {self.held_out}")
+
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        found = sites(rw, self.select)
+        if not found:
+            return
+        fit, test = self._split(ctx.tokens())
+        moments = self._moments(rw.program, found, ctx, fit)
+        key = self._key(rw.program, found, ctx)
+        file = self.cache_path or (ctx.cache / f"transform-search-{key}.json" if ctx.cache is not None else None)
+        decisions, unusable = load_decisions(file, key)
+        if unusable is not None:
+            rw.warn(unusable)
+        if decisions is None:
+            decisions = self._decide(rw.program, found, moments, ctx, test)
+            store_decisions(file, key, decisions)
+        rw.record.details.update(decisions)
+        for site in found:
+            self._insert(rw, site, decisions[site.name], moments[site.source])  # type: ignore[arg-type]
+
+    def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples to fit on and samples to score on; a single sample is cut in two."""
+        if tokens.shape[0] == 1:
+            cut = max(2, round(tokens.shape[1] * (1 - self.held_out)))
+            return tokens[:, :cut], tokens[:, cut:]
+        cut = min(tokens.shape[0] - 1, max(1, round(tokens.shape[0] * (1 - self.held_out))))
+        return tokens[:cut], tokens[cut:]
+
+    def _moments(self, program: Program, found: list[Site], ctx: Context, tokens: Tensor) -> dict[fx.Node, Tensor]:
+        """Second moments in the widest block that any candidate asks for; smaller blocks are their diagonals."""
+        wanted = [block for kind, block in map(_parse, self.candidates) if kind in ("wush", "scaled") and block]
+        widest = {s.source: max((b for b in wanted if s.width % b == 0), default=1) for s in found}
+        return block_moments(program, widest, ctx, tokens)
+
+    def _decide(
+        self, program: Program, found: list[Site], moments: dict[fx.Node, Tensor], ctx: Context, tokens: Tensor
+    ) -> dict[str, object]:
+        held = Context(seed=ctx.seed, device=ctx.device, tokens=lambda: tokens, progress=ctx.progress)
+        keep: dict[fx.Node, Callable[[Tensor], Tensor]] = {s.source: lambda x: x for s in found}
+        seen = samples(program, keep, held, self.rows, "transform-search")
+        decisions: dict[str, object] = {}
+        for site in ctx.progress(found, "transform search", len(found)):
+            x = seen.pop(site.source)
+            scorer = partial(_error, program, site, x.float().to(ctx.device), self.outputs)
+            errors, skipped = {}, {}
+            for candidate in self.candidates:
+                made = self._make(candidate, program, site, moments[site.source])
+                if isinstance(made, str):
+                    skipped[candidate] = made
+                else:
+                    errors[candidate] = scorer(made)
+            chosen = min(errors, key=errors.__getitem__)
+            decisions[site.name] = {
+                "chosen": chosen,
+                "errors": errors,
+                "skipped": skipped,
+                "linears": [path_of(n) for n in site.linears],
+                "multiplications_per_token": _cost(chosen, site.width),
+            }
+        return decisions
+
+    def _make(self, candidate: str, program: Program, site: Site, moments: Tensor) -> BlockTransform | str | None:
+        """The transform of a candidate at a site, None for no transform, or why there is none."""
+        kind, block = _parse(candidate)
+        block = block or site.width
+        if kind == _NONE:
+            return None
+        if site.width % block or not has_hadamard(block):
+            return f"no Hadamard matrix of order {block} fits {site.width} channels"
+        hadamard = hadamard_matrix(block, torch.float64)
+        blocks = hadamard.expand(site.width // block, block, block)
+        if kind == "hadamard":
+            return orthogonal(blocks)
+        if kind == "wush":
+            return wush(_narrow(moments, block), weight_moments(program, site, block), self.damping, self.max_condition)
+        energy = moments.diagonal(dim1=-2, dim2=-1).flatten()
+        of_weight = weight_moments(program, site, block).diagonal(dim1=-2, dim2=-1).flatten()
+        scale = smoothing_scales(energy.sqrt(), of_weight.sqrt()).reshape(-1, block)
+        plain = orthogonal(blocks)
+        return BlockTransform(
+            blocks / scale[:, :, None], blocks.mT * scale[:, None, :], plain.condition, plain.fell_back
+        )
+
+    def _insert(self, rw: Rewriter, site: Site, decision: dict[str, object], moments: Tensor) -> None:
+        chosen = str(decision["chosen"])
+        made = self._make(chosen, rw.program, site, moments)
+        if made is None:
+            rw.skip(site.linears[0], "no transform is best here")
+        elif isinstance(made, str):
+            raise ValueError(f"transform-search: {site.name}: {chosen} was decided, but {made}")
+        elif rw.match(site.linears[0], note=f"{chosen}; {len(site.linears)} linears"):
+            insert(rw, site, made, plain=chosen.startswith("hadamard"))
+
+    def _key(self, program: Program, found: list[Site], ctx: Context) -> str:
+        data = {
+            "tokens": token_key(ctx.tokens()),
+            "options": {k: str(v) for k, v in vars(self).items() if k != "cache_path"},
+            "formats": digest([[str(a.format) for a in info(n).formats.values()] for s in found for n in s.linears]),
+            "dtype": str(program.dtype),
+            "environment": environment(ctx.device),
+        }
+        return Cone.of(*(n for s in found for n in s.linears)).key(program.weights.hash, data)
+
+
+def _parse(candidate: str) -> tuple[str, int]:
+    """Kind and block of a candidate; block 0 is the whole axis. Raises ``ValueError`` for another spelling."""
+    kind, _, size = candidate.partition("-")
+    if candidate == _NONE:
+        return _NONE, 0
+    if kind == "hadamard" and size == "full":
+        return kind, 0
+    if kind in ("hadamard", "wush", "scaled") and size.isdigit() and int(size) > 1:
+        return kind, int(size)
+    raise ValueError(
+        f"transform-search: unknown candidate {candidate!r}; "
+        "expected none, hadamard-full, hadamard-B, wush-B or scaled-B"
+    )
+
+
+def _narrow(moments: Tensor, block: int) -> Tensor:
+    """Diagonal blocks ``(n / block, block, block)`` of wider ones."""
+    wide = moments.shape[-1]
+    tiles = moments.reshape(-1, wide // block, block, wide // block, block)
+    return tiles.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, block, block)
+
+
+def _cost(candidate: str, width: int) -> int:
+    kind, block = _parse(candidate)
+    return 0 if kind == _NONE else width * (block or width)
+
+
+def _error(program: Program, site: Site, x: Tensor, outputs: int, transform: BlockTransform | None) -> float:
+    """Mean over rows of the relative squared error of about ``outputs`` channels, evenly spaced over all linears."""
+    moved = x if transform is None else transform.activations(x)
+    weights = [program.weights[program.weight_of(linear)] for linear in site.linears]
+    stride = max(1, sum(len(w) for w in weights) // outputs)
+    wrong, right = torch.zeros(len(x), device=x.device), torch.zeros(len(x), device=x.device)
+    inputs = {fmt: _rounded(moved, fmt) for fmt in {_format(linear, "input") for linear in site.linears}}
+    for linear, whole in zip(site.linears, weights, strict=True):
+        weight = whole[::stride].float().to(x.device)
+        target = x @ weight.mT
+        turned = weight if transform is None else transform.weight(weight)
+        got = inputs[_format(linear, "input")] @ _rounded(turned, _format(linear, "weight")).mT
+        wrong += (got - target).square().sum(-1)
+        right += target.square().sum(-1)
+    return float((wrong / right.clamp_min(1e-30)).mean())
+
+
+def _format(linear: fx.Node, operand: str) -> Format | None:
+    annotation = info(linear).formats.get(operand)
+    return None if annotation is None else annotation.format
+
+
+def _rounded(x: Tensor, fmt: Format | None) -> Tensor:
+    return x if fmt is None else fmt.fake_quantize(x)

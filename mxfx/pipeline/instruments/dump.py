@@ -1,0 +1,113 @@
+"""One folder a pass: the graph where it changed, the edited regions, matches, numbers; and an index to start from."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mxfx.graph.diff import diff
+from mxfx.graph.program import Program
+from mxfx.graph.text import graph_lines, to_text
+from mxfx.pipeline.manager import Instrument, Run, Step
+from mxfx.rewrite import ALL, Selector
+
+
+@dataclass
+class Dump(Instrument):
+    """Write ``folder/000_trace``, ``folder/001_raise-norm`` … and ``folder/index.md``. Stands first: it sees all
+    findings.
+
+    ``graph.txt`` and ``diff.txt`` are there only for passes that changed the program. ``passes`` selects passes by
+    name, ``paths`` limits matches and regions to module paths.
+    """
+
+    folder: Path
+    passes: Selector = ALL
+    paths: Selector = ALL
+    _rows: list[str] = field(default_factory=list, repr=False)
+
+    def enter(self, run: Run) -> None:
+        self._rows.clear()
+        write(self.folder / "000_trace" / "graph.txt", to_text(run.source))
+        self._index(f"| 0 | [trace](000_trace/graph.txt) | {_count(run.source)} nodes | | | |")
+
+    def after(self, step: Step) -> None:
+        self._dump(step, "")
+
+    def failed(self, step: Step, error: Exception) -> None:
+        self._dump(step, f"failed: {error}".splitlines()[0].replace("|", "\\|"))
+
+    def _dump(self, step: Step, note: str) -> None:
+        if not self.passes(step.pass_.name):
+            return
+        name = f"{step.index:03d}_{step.pass_.name}"
+        folder = self.folder / name
+        links = []
+        if step.record is not None:
+            write(folder / "matches.json", _json(self._matches(step)))
+            links.append(f"[matches]({name}/matches.json)")
+        if step.changed and step.after is not None:
+            write(folder / "graph.txt", to_text(step.after))
+            write(folder / "diff.txt", diff(step.before, step.after))
+            links += [f"[graph]({name}/graph.txt)", f"[diff]({name}/diff.txt)"]
+        if step.findings:
+            write(folder / "numerics.json", _json(step.findings))
+            links.append(f"[numbers]({name}/numerics.json)")
+        self._index(_row(step, links, note))
+
+    def _matches(self, step: Step) -> dict[str, object]:
+        assert step.record is not None
+        account = step.record.to_json()
+        for key in ("matched", "skipped"):
+            account[key] = [entry for entry in account[key] if self.paths(entry["path"])]  # type: ignore[attr-defined]
+        return account
+
+    def _index(self, row: str) -> None:
+        self._rows.append(row)
+        head = "| # | pass | matched | seconds | numbers | files |\n|---|---|---|---|---|---|\n"
+        write(self.folder / "index.md", head + "\n".join(self._rows) + "\n")
+
+
+def _row(step: Step, links: list[str], note: str) -> str:
+    record = step.record
+    matched = f"{len(record.matches)}, {len(record.skips)} skipped" if record is not None else ""
+    timing = step.findings.get("timing")
+    seconds = f"{timing['seconds']:.3f}" if isinstance(timing, dict) else ""
+    return (
+        f"| {step.index} | {step.pass_.name} | {matched} | {seconds} | {note or _numbers(step)} | {' '.join(links)} |"
+    )
+
+
+def _numbers(step: Step) -> str:
+    ledger, checked = step.findings.get("ledger"), step.findings.get("numerics")
+    if isinstance(ledger, dict) and "kl" in ledger:
+        return f"KL {ledger['kl']:.3g} nats"
+    if not isinstance(checked, dict):
+        return ""
+    return checked["promise"] + (f", error {checked['error']:.2g}" if "error" in checked else "")
+
+
+def _count(program: Program) -> int:
+    return len(graph_lines(program))
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n"
+
+
+def write(path: Path, text: str) -> None:
+    """Write a whole text file or none."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file or none: a temporary name first, flushed, then renamed. Folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

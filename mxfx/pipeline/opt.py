@@ -1,0 +1,140 @@
+"""``mxfx opt``: passes over a program, printed IR out, as ``mlir-opt`` does it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mxfx.graph.diff import diff
+from mxfx.graph.program import Program
+from mxfx.graph.text import parse, to_text
+from mxfx.graph.tiny import FAMILIES, tiny
+from mxfx.graph.trace import trace
+from mxfx.graph.verify import verify
+from mxfx.pipeline.config import Pipeline, load
+from mxfx.pipeline.instruments import Numbers, Timing, Verify
+from mxfx.pipeline.manager import Instrument, PassManager, Step, StopPoint
+from mxfx.pipeline.text import from_text
+from mxfx.rewrite import Context
+
+
+def opt(
+    source: str | Path | Program,
+    passes: str | Path | Pipeline = "",
+    *,
+    print_ir_before: Collection[str] = (),
+    print_ir_after: Collection[str] = (),
+    print_ir_after_change: bool = False,
+    verify_each: bool = False,
+    check_numerics: bool = False,
+    timing: bool = False,
+    stop_after: str | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+    ctx: Context | None = None,
+) -> str:
+    """Run ``passes`` over ``source`` and return what is to be printed.
+
+    ``source`` is a program, a built-in tiny model (``llama-tiny``), a model folder, or a file that ``opt`` printed
+    before.
+    ``passes`` is the one-line form, a pipeline, or the path of a TOML file; the pipeline is what is written, nothing is
+    added. ``print_ir_before`` and ``print_ir_after`` name passes (``"all"`` for every one) around which the whole
+    graph is
+    printed; ``print_ir_after_change`` prints the regions that each pass edited. Without any of these the result is the
+    final program, which ``opt`` reads again. ``stop_after`` is ``n`` or ``n.m``: pass ``n``, match ``m`` of it.
+    ``weights`` are the tensors behind a printed graph; ``dtype`` is for models that are built or loaded.
+
+    Raises ``ValueError`` for a source that is none of these, and what the passes and checks raise.
+    """
+    program = load_source(source, weights=weights, dtype=dtype)
+    pipeline = read_passes(passes)
+    printer = PrintIR(frozenset(print_ir_before), frozenset(print_ir_after), print_ir_after_change)
+    clock = Timing()
+    checks: list[Instrument] = [Numbers()] if check_numerics else []
+    checks += [Verify()] if verify_each else []
+    manager = PassManager([printer, *checks, clock])
+    stop = StopPoint.parse(stop_after) if stop_after else None
+    result = manager.run(program, pipeline, ctx, stop_after=stop)
+    if not verify_each:
+        verify(result.program)
+    if not printer.active:
+        printer.lines.append(to_text(result.program))
+    if timing:
+        printer.lines.append(clock.table() + "\n")
+    return "".join(printer.lines)
+
+
+@dataclass
+class PrintIR(Instrument):
+    """Collects printed IR around passes; each piece starts with a line ``// before|after pass 3 'fuse-norm'``."""
+
+    before_passes: frozenset[str] = frozenset()
+    after_passes: frozenset[str] = frozenset()
+    after_change: bool = False
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def active(self) -> bool:
+        return bool(self.before_passes or self.after_passes or self.after_change)
+
+    def before(self, step: Step) -> None:
+        if self.before_passes & {step.pass_.name, "all"}:
+            self.lines.append(f"// before {step.title}\n{to_text(step.before)}")
+
+    def after(self, step: Step) -> None:
+        assert step.after is not None and step.record is not None
+        counts = f"{len(step.record.matches)} matched, {len(step.record.skips)} skipped"
+        if self.after_passes & {step.pass_.name, "all"}:
+            self.lines.append(f"// after {step.title}: {counts}\n{to_text(step.after)}")
+        if self.after_change and step.changed:
+            self.lines.append(f"// {step.title}: {counts}\n{diff(step.before, step.after)}")
+
+
+def load_source(
+    source: str | Path | Program, *, weights: Mapping[str, Tensor] | None = None, dtype: torch.dtype = torch.float32
+) -> Program:
+    """The program behind what a user typed; see ``opt``. Raises ``ValueError``."""
+    if isinstance(source, Program):
+        return source
+    if str(source) in FAMILIES:
+        return trace(tiny(str(source), dtype=dtype), name=str(source))
+    path = Path(source)
+    if path.is_file():
+        return parse(path.read_text(encoding="utf-8"), weights)
+    if (path / "config.json").is_file():
+        return _load_folder(path, dtype)
+    near = difflib.get_close_matches(str(source), FAMILIES, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"{str(source)!r} is no printed graph, no model folder and no built-in model{hint} "
+        f"(built in: {', '.join(FAMILIES)})"
+    )
+
+
+def _load_folder(path: Path, dtype: torch.dtype) -> Program:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    return trace(model.eval(), name=path.name)
+
+
+def read_passes(passes: str | Path | Pipeline) -> Pipeline:
+    """A pipeline from its one-line form or its file. Raises ``ConfigError``."""
+    if isinstance(passes, Pipeline):
+        return passes
+    if isinstance(passes, Path) or str(passes).endswith(".toml"):
+        return load(passes)
+    return from_text(passes) if passes.strip() else Pipeline([])
+
+
+def command(source: str, passes: str, stop_after: Sequence[int] | str) -> str:
+    """The command line that prints the program at a stop point, quoted for a shell."""
+    import shlex
+
+    point = stop_after if isinstance(stop_after, str) else ".".join(map(str, stop_after))
+    return f"mxfx opt {shlex.quote(source)} --passes {shlex.quote(passes)} --stop-after {point}"

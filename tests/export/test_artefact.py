@@ -1,0 +1,290 @@
+"""A program on disk comes back bit for bit; anything else in the folder gives one clear error."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mxfx.calibration.durable import WriteError
+from mxfx.export.artefact import MANIFEST, PROGRAM, WEIGHTS, ArtefactError, load, save
+from mxfx.formats import parse
+from mxfx.graph.module import build
+from mxfx.graph.program import Program
+from mxfx.graph.text import to_text
+from mxfx.graph.tiny import tiny
+from mxfx.graph.trace import trace
+from mxfx.passes import (
+    Annotate,
+    InsertFakeQuant,
+    Lower,
+    RaiseAttention,
+    RaiseNorm,
+    RaiseRope,
+    RoundWeights,
+    Rule,
+    TransformInputs,
+)
+from mxfx.rewrite import Context, Selector, apply
+
+_IDS = torch.arange(3, 25).view(2, 11)
+_MXINT4 = parse("mxint4@32")
+
+
+@cache
+def _program(family: str = "llama-tiny") -> Program:
+    """A quantized program: annotations, notes, quantizers and rounded weights are all there."""
+    program = trace(tiny(family))
+    rule = Rule(Selector(r"model\.layers\.\d+\.mlp\.\w+"), weight=_MXINT4, input=_MXINT4)
+    for pass_ in (RaiseNorm(), RaiseRope(), RaiseAttention(), Annotate((rule,)), InsertFakeQuant(), RoundWeights()):
+        program = apply(pass_, program).program
+    return program
+
+
+def _logits(program: Program) -> torch.Tensor:
+    with torch.no_grad():
+        return build(apply(Lower(), program).program)(_IDS)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artefact") / "model"
+    save(_program(), folder)
+    return folder
+
+
+@pytest.fixture
+def saved(original: Path, tmp_path: Path) -> Path:
+    """A copy of a good artefact, to be damaged."""
+    return Path(shutil.copytree(original, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("family", ["llama-tiny", "gemma3-tiny", "phi3-tiny"])
+def test_a_program_comes_back_as_it_was(family: str, tmp_path: Path) -> None:
+    save(_program(family), tmp_path)
+    back = load(tmp_path)
+    assert to_text(back) == to_text(_program(family))
+    assert torch.equal(_logits(back), _logits(_program(family)))
+
+
+def test_logits_are_bit_equal_in_a_fresh_process(saved: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys, torch; from safetensors.torch import save_file; import mxfx.passes as p;"
+        "from mxfx.export.artefact import load; from mxfx.graph.module import build; from mxfx.rewrite import apply;"
+        "g = build(apply(p.Lower(), load(sys.argv[1])).program);"
+        "save_file({'y': g(torch.arange(3, 25).view(2, 11)).detach()}, sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", script, str(saved), str(tmp_path / "y.safetensors")], check=True)
+    assert torch.equal(load_file(tmp_path / "y.safetensors")["y"], _logits(_program()))
+
+
+def test_lowered_programs_and_transforms_come_back_too(tmp_path: Path) -> None:
+    tokens = torch.randint(3, 128, (2, 16))
+    rule = Rule(Selector(r".*mlp.*"), weight=_MXINT4, input=_MXINT4)
+    program = trace(tiny("llama-tiny"))
+    for pass_ in (RaiseNorm(), RaiseRope(), RaiseAttention(), Annotate((rule,)), TransformInputs(), Lower()):
+        program = apply(pass_, program, Context(tokens=lambda: tokens)).program
+    save(program, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(build(load(tmp_path))(_IDS), build(program)(_IDS))
+
+
+def test_saving_again_replaces_what_was_there(saved: Path) -> None:
+    save(_program("qwen2-tiny"), saved)
+    assert load(saved).source.name == "qwen2-tiny"
+
+
+def test_nothing_in_the_folder_is_pickled(saved: Path) -> None:
+    assert sorted(path.name for path in saved.iterdir()) == [MANIFEST, PROGRAM, WEIGHTS]
+    assert load_file(saved / WEIGHTS)
+    assert json.loads((saved / MANIFEST).read_text())["schema"] == 1
+
+
+# -- damage ----------------------------------------------------------------------------------------------------------
+
+
+def _seal(folder: Path) -> None:
+    """Make the manifest fit the files again: the damage must be found by what the files say."""
+    text = (folder / PROGRAM).read_bytes()
+    files = {
+        PROGRAM: {"bytes": len(text), "blake2b": hashlib.blake2b(text, digest_size=32).hexdigest()},
+        WEIGHTS: {"bytes": (folder / WEIGHTS).stat().st_size},
+    }
+    (folder / MANIFEST).write_text(json.dumps({"schema": 1, "mxfx": "0", "files": files}))
+
+
+def _cut(name: str, keep: float) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: int(len(data) * keep)])
+
+    return damage
+
+
+def _flip(name: str, where: float) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[int(len(data) * where)] ^= 0x01
+        (folder / name).write_bytes(data)
+
+    return damage
+
+
+def _manifest(**changes: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        manifest = json.loads((folder / MANIFEST).read_text()) | changes
+        (folder / MANIFEST).write_text(json.dumps({k: v for k, v in manifest.items() if v is not None}))
+
+    return damage
+
+
+def _write(name: str, data: bytes, seal: bool = False) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / name).write_bytes(data)
+        if seal:
+            _seal(folder)
+
+    return damage
+
+
+def _text(old: str, new: str) -> Callable[[Path], None]:
+    """Change the program's text and seal the folder again."""
+
+    def damage(folder: Path) -> None:
+        text = (folder / PROGRAM).read_text()
+        assert old in text, f"the damage {old!r} → {new!r} does nothing"
+        (folder / PROGRAM).write_text(text.replace(old, new, 1))
+        _seal(folder)
+
+    return damage
+
+
+def _tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+        _seal(folder)
+
+    return damage
+
+
+def _remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def _add_one(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"] += 1
+
+
+def _swap(tensors: dict[str, torch.Tensor]) -> None:
+    q, k = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
+    tensors[q], tensors[k] = tensors[k], tensors[q]
+
+
+_DAMAGE: dict[str, Callable[[Path], None]] = {
+    "no manifest": _remove(MANIFEST),
+    "no program": _remove(PROGRAM),
+    "no weights": _remove(WEIGHTS),
+    "empty manifest": _write(MANIFEST, b""),
+    "manifest cut": _cut(MANIFEST, 0.5),
+    "manifest is a list": _write(MANIFEST, b"[]"),
+    "manifest is no UTF-8": _write(MANIFEST, b"\xff\xfe"),
+    "manifest nests too deep": _write(MANIFEST, b"[" * 100_000),
+    "manifest without schema": _manifest(schema=None),
+    "newer schema": _manifest(schema=2),
+    "manifest without files": _manifest(files=None),
+    "manifest names another file": _manifest(files={"../evil": {"bytes": 1}}),
+    "manifest without sizes": _manifest(files={PROGRAM: {}, WEIGHTS: {}}),
+    "manifest with a size in words": _manifest(files={PROGRAM: {"bytes": "1"}, WEIGHTS: {"bytes": True}}),
+    "program empty": _cut(PROGRAM, 0),
+    "program cut": _cut(PROGRAM, 0.7),
+    "program changed": _flip(PROGRAM, 0.6),
+    "program is no UTF-8": _write(PROGRAM, b"\xff\xfe\x00", seal=True),
+    "program is another text": _write(PROGRAM, b"hello", seal=True),
+    "program sealed after a cut": lambda folder: (_cut(PROGRAM, 0.7)(folder), _seal(folder)),  # type: ignore[dict-item]
+    "program without return": _text("  return ", "  returm "),
+    "another IR version": _text("mxfx-ir 1", "mxfx-ir 9"),
+    "config is no JSON": _text("config {", "config {{"),
+    "a header line twice": _text("dtype ", "dtype float32\ndtype "),
+    "an op that does not exist": _text("aten.linear(", "aten.linearr("),
+    "a call of Python": _text("aten.linear(", "os.system("),
+    "a call of an operator that calls": _text("aten.linear(", "operator.methodcaller("),
+    "a call that opens a file": _text("aten.linear(", "aten.from_file("),
+    "a call of the registry": _text("aten.linear(", "runtime.define("),
+    "a call into another namespace": _text("aten.linear(", "prims.add("),
+    "an operand too few": _text("aten.silu(%fake_quantize_default_1)", "aten.silu()"),
+    "an operand that is not there": _text("aten.silu(%fake_quantize_default_1)", "aten.silu(%linear_444)"),
+    "an operand that comes later": _text("aten.silu(%fake_quantize_default_1)", "aten.silu(%linear_5)"),
+    "a weight that is not there": _text("@model.norm.weight,", "@model.norm.wait,"),
+    "shapes that do not fit": _text("@model.layers.0.mlp.down_proj.weight)", "@model.layers.0.mlp.up_proj.weight)"),
+    "a format that does not exist": _text("weight: mxint4@32", "weight: mxint4@0"),
+    "a dtype that does not exist": _text(" : f32[64] #", " : f33[64] #"),
+    "weights cut": _cut(WEIGHTS, 0.9),
+    "weights empty": _cut(WEIGHTS, 0),
+    "weights are no safetensors": _write(WEIGHTS, b"PK\x03\x04" * 10, seal=True),
+    "weights with a header of 2^60 bytes": _write(WEIGHTS, (1 << 60).to_bytes(8, "little") + b"{}", seal=True),
+    "weights with a flipped bit": _flip(WEIGHTS, 0.7),
+    "weights with a flipped bit in the header": _flip(WEIGHTS, 0.0005),
+    "a weight changed": _tensors(_add_one),
+    "two weights swapped": _tensors(_swap),
+    "a weight missing": _tensors(lambda tensors: tensors.pop("model.norm.weight")),  # type: ignore[arg-type, return-value]
+    "a weight too many": _tensors(lambda tensors: tensors.update(x=torch.zeros(1))),
+    "a weight of another dtype": _tensors(lambda t: t.update({"model.norm.weight": t["model.norm.weight"].half()})),
+    "a weight of another shape": _tensors(
+        lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:32].clone()})
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", _DAMAGE.values(), ids=_DAMAGE)
+def test_damage_gives_one_clear_error(damage: Callable[[Path], None], saved: Path) -> None:
+    damage(saved)
+    with pytest.raises(ArtefactError) as caught:
+        load(saved)
+    assert str(saved) in str(caught.value), "the error says where"
+
+
+def test_a_sealed_artefact_with_nan_is_refused(saved: Path) -> None:
+    program = _program().copy()
+    program.weights.set("model.norm.weight", torch.full((64,), torch.nan), "test")
+    with pytest.raises(ArtefactError, match=r"model\.norm\.weight.*NaN"):
+        save(program, saved)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="nowhere"):
+        load(tmp_path / "nowhere")
+
+
+def test_programs_without_weights_are_not_saved(tmp_path: Path) -> None:
+    program = _program().copy()
+    program.weights._tensors["model.norm.weight"] = torch.empty(64, device="meta")
+    with pytest.raises(ArtefactError, match="no data"):
+        save(program, tmp_path)
+
+
+def test_a_full_disk_leaves_no_artefact(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(WriteError, match="No space left on device"):
+        save(_program(), saved)
+    assert not list(saved.glob("*.part"))
+    with pytest.raises(ArtefactError, match="cut short"):
+        load(saved)
+
+
+def test_the_artefact_can_be_moved(saved: Path, tmp_path: Path) -> None:
+    shutil.move(saved, tmp_path / "elsewhere")
+    assert torch.equal(_logits(load(tmp_path / "elsewhere")), _logits(_program()))

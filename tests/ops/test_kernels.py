@@ -1,0 +1,98 @@
+"""The kernels as ops: on a CPU they run the definition, in a graph they are one node, elsewhere they say no."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mxfx.ops.kernels
+from mxfx.algorithms.hadamard import hadamard_matrix
+from mxfx.formats import parse
+from mxfx.ops import fused
+from mxfx.ops.kernels import library
+from mxfx.ops.kernels.addressing import as_rows
+
+ops = torch.ops.mxfx_kernels
+
+
+def test_every_kernel_provides_the_dialect_op_of_its_name():
+    for provider in mxfx.ops.kernels.PROVIDERS:
+        assert str(provider.target) == f"mxfx_kernels.{provider.op}.default"
+        assert provider.device == "cuda"
+
+
+@pytest.mark.parametrize("text", ["mxint4@32/mse", "mxfp4_e2m1@20", "minifloat_e4m3"])
+def test_on_a_cpu_the_op_is_the_reference_and_contiguous(text):
+    x = torch.randn(3, 4, 40).transpose(0, 1)
+    got = ops.fake_quantize(x, text, -1)
+    assert got.is_contiguous()
+    assert torch.equal(got, parse(text).fake_quantize(x))
+
+
+def test_on_a_cpu_a_fused_op_is_its_definition():
+    x, gate, matrix = torch.randn(5, 64), torch.randn(5, 64), hadamard_matrix(32)
+    assert torch.equal(
+        ops.silu_mul_quantize(gate, x, matrix, "mxint4@32", True),
+        fused.silu_mul_quantize(gate, x, matrix, "mxint4@32", True),
+    )
+    assert torch.equal(
+        ops.norm_quantize(x, gate[0], None, "mxint4@32", 1e-5), fused.norm_quantize(x, gate[0], None, "mxint4@32", 1e-5)
+    )
+
+
+def test_compiles_as_one_graph_with_dynamic_shapes():
+    matrix = hadamard_matrix(16)
+
+    def chain(x: torch.Tensor) -> torch.Tensor:
+        return ops.transform_quantize(ops.fake_quantize(x, "mxint8@16", -1), matrix, "mxint4@16", True)
+
+    compiled = torch.compile(chain, fullgraph=True, dynamic=True, backend="eager")
+    for length in (3, 5):
+        x = torch.randn(length, 32)
+        assert torch.equal(compiled(x), chain(x))
+
+
+def test_gradient_of_quantization_is_straight_through():
+    x = torch.randn(2, 32, requires_grad=True)
+    ops.fake_quantize(x, "mxint4@32", -1).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize(
+    ("width", "block", "text", "served"),
+    [
+        (128, 32, "mxint4@32", True),
+        (128, 64, "mxint4@32", True),
+        (144, 36, "mxint4@36", True),
+        (144, 36, "mxint4@12", False),  # three blocks of 12 do not tile a power of two
+        (128, 32, "mxint4@64", False),  # a block of the format would span two of the transform
+        (100, 32, "mxint4@32", False),  # a ragged last block has no transform
+        (512, 256, "mxint4@32", False),
+        (128, 32, "minifloat_e4m3", False),
+    ],
+)
+def test_which_transforms_fuse_with_which_formats(width, block, text, served):
+    assert library.takes_transform(width, torch.empty(block, block), parse(text)) is served
+
+
+def test_an_element_as_wide_as_float32_stays_with_the_definition():
+    assert not library.takes_format(parse("minifloat_e8m3"))
+
+
+def test_rows_describe_every_view_that_three_strides_can():
+    base = torch.arange(3 * 5 * 4 * 8, dtype=torch.float32).view(3, 5, 4, 8)
+    views = (base, base.transpose(1, 2), base[:, ::2], base[..., 2:6], base.permute(2, 0, 1, 3), base[0, 0, 0])
+    for view in (*views, base[..., ::2]):
+        rows = as_rows(view)
+        size1, size2, *strides = rows.arguments
+        number = torch.arange(rows.count)
+        index = torch.stack((number // size2 // size1, number // size2 % size1, number % size2), -1)
+        start = (index * torch.tensor(strides)).sum(-1)
+        flat = torch.as_strided(rows.tensor, (rows.tensor.untyped_storage().nbytes() // 4,), (1,), 0)
+        at = rows.tensor.storage_offset() + start[:, None] + torch.arange(rows.length)
+        assert torch.equal(flat[at], view.reshape(-1, view.shape[-1]))
+
+
+def test_a_dense_view_is_never_copied():
+    base = torch.randn(2, 6, 4, 64)
+    assert as_rows(base.transpose(1, 2)).tensor.data_ptr() == base.data_ptr()

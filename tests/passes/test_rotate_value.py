@@ -1,0 +1,62 @@
+"""``rotate-value`` rotates values per key-value head by weights alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mxfx.graph.execute import execute
+from mxfx.passes import RotateValue
+from mxfx.rewrite import Selector, apply
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama-tiny",
+        "qwen2-tiny",
+        "qwen3-tiny",
+        "mistral-tiny",
+        "gemma-tiny",
+        "gemma3-tiny",
+        "phi3-tiny",
+        "olmo2-tiny",
+        "granite-tiny",
+    ],
+)
+@pytest.mark.parametrize("block", [0, 8])
+def test_logits_stay_and_no_node_is_added(family, block, raised, preserved):
+    before = raised(family)
+    program, record = preserved(RotateValue(block=block), before)
+    assert len(record.matches) == 2
+    assert len(program.graph.nodes) == len(before.graph.nodes)
+
+
+def test_attention_reads_rotated_values(raised, ctx):
+    before = raised("qwen2-tiny")
+    after = apply(RotateValue(signs=False), before, ctx).program
+
+    def values(program):
+        seen = []
+
+        def observe(node, value):
+            if node is next(iter(program.nodes("attention"))).args[2]:
+                seen.append(value)
+            return value
+
+        execute(program, torch.arange(3, 20)[None], observe=observe)
+        return seen[0]
+
+    old, new = values(before), values(after)
+    torch.testing.assert_close(new.norm(dim=-1), old.norm(dim=-1))
+    assert (new - old).abs().max() > 0.1
+
+
+def test_select_limits_the_layers(raised, preserved):
+    _, record = preserved(RotateValue(select=Selector(r"model\.layers\.1\..*")), raised("llama-tiny"))
+    assert [m.path for m in record.matches] == ["model.layers.1.self_attn"]
+
+
+def test_a_block_that_does_not_divide_the_head_is_an_error(raised):
+    with pytest.raises(ValueError, match="block = 12 does not divide the head dimension 16"):
+        apply(RotateValue(block=12), raised("llama-tiny"))

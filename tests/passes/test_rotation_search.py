@@ -1,0 +1,78 @@
+"""``rotation-search`` finds greedily which types of matmul to rotate."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from mxfx.formats import parse
+from mxfx.graph.module import build
+from mxfx.graph.node import info, path_of
+from mxfx.passes import Annotate, InsertFakeQuant, Lower, OnlineRotation, QuantizeKvCache, RotationSearch, Rule
+from mxfx.passes import rotation_search as module
+from mxfx.rewrite import Selector, apply
+
+INT4 = parse("mxint4@16")
+RULES = (Rule(Selector(r"model\.layers\..*_proj"), input=INT4), Rule(Selector(r".*self_attn"), kv=INT4))
+SITES = ("q_proj", "down_proj", "kv_cache")
+
+
+@pytest.fixture
+def annotated(raised):
+    return apply(Annotate(rule=RULES), raised("llama-tiny")).program
+
+
+def test_the_search_scores_what_the_pipeline_would_compute(annotated, ctx):
+    tokens = ctx.tokens()
+    members = {site: module._members(annotated, site) for site in SITES}
+    score = module._scorer(annotated, members, 0, ctx, tokens)
+    chosen = OnlineRotation(select=Selector(r".*(down_proj|self_attn)"), sites=("linear", "kv_cache"))
+    program = annotated
+    for pass_ in (chosen, InsertFakeQuant(), QuantizeKvCache(), Lower()):
+        program = apply(pass_, program, ctx).program
+    expected = module._perplexity(build(program), (tokens,))
+    assert score(["down_proj", "kv_cache"]) == pytest.approx(expected, rel=1e-9)
+    assert score([]) != pytest.approx(expected, rel=1e-6)
+
+
+def test_each_round_keeps_the_type_with_the_lowest_perplexity(annotated, preserved):
+    _, record = preserved(RotationSearch(sites=SITES, improvement_eps=-1e9), annotated)
+    found = record.details
+    assert sorted(found["winners"]) == sorted(SITES)
+    for step in found["steps"]:
+        assert step["winner"] == min(step["perplexity"], key=step["perplexity"].get)
+    assert found["perplexity"] == found["steps"][-1]["perplexity"][found["winners"][-1]]
+
+
+def test_no_gain_no_rotation(annotated, preserved):
+    program, record = preserved(RotationSearch(sites=SITES, improvement_eps=1e9), annotated)
+    assert record.details["winners"] == []
+    assert not record.matches
+    assert all("input" in info(n).formats for n in program.nodes("linear") if path_of(n) != "lm_head")
+
+
+def test_later_runs_read_the_winners_and_search_nothing(annotated, ctx, tmp_path, monkeypatch):
+    pass_ = RotationSearch(sites=SITES, cache_path=tmp_path / "made" / "winners.json", improvement_eps=-1e9)
+    first = apply(pass_, annotated, ctx)
+    monkeypatch.setattr(module, "_scorer", lambda *a: pytest.fail("searched again"))
+    again = apply(pass_, annotated, ctx)
+    assert again.record.details["winners"] == first.record.details["winners"]
+    assert [n.name for n in again.program.graph.nodes] == [n.name for n in first.program.graph.nodes]
+
+
+def test_decisions_of_other_tokens_are_not_used(annotated, ctx, tmp_path):
+    file = tmp_path / "winners.json"
+    pass_ = RotationSearch(sites=("q_proj",), cache_path=file)
+    apply(pass_, annotated, ctx)
+    before = json.loads(file.read_text())["key"]
+    ctx.tokens = lambda: torch.full((2, 24), 9)
+    record = apply(pass_, annotated, ctx).record
+    assert "another program" in record.warnings[0]
+    assert json.loads(file.read_text())["key"] != before
+
+
+def test_a_type_that_carries_no_format_is_named(annotated, ctx):
+    record = apply(RotationSearch(sites=("q_proj", "w_proj")), annotated, ctx).record
+    assert "no w_proj carries a format" in record.warnings[0]

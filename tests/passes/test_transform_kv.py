@@ -1,0 +1,53 @@
+"""``transform-kv`` moves keys and values into another basis per key-value head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mxfx.graph.module import build
+from mxfx.graph.node import kind, path_of
+from mxfx.passes import Lower, TransformInputs, TransformKv
+from mxfx.rewrite import apply
+
+FAMILIES = ["llama-tiny", "qwen2-tiny", "qwen3-tiny", "mistral-tiny", "gemma3-tiny", "phi3-tiny", "olmo2-tiny"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["hadamard", "wush"])
+@pytest.mark.parametrize("block", [0, 8])
+def test_logits_stay_with_keys_and_values_in_another_basis(family, kind, block, raised, preserved):
+    _, record = preserved(TransformKv(kind=kind, block=block), raised(family))
+    assert [m.note.split(",")[0] for m in record.matches] == ["keys", "values"] * 2
+
+
+def test_values_cost_no_op_and_keys_two(raised, preserved):
+    program, _ = preserved(TransformKv(kind="wush", block=8), raised("llama-tiny"))
+    transforms = [n for n in program.graph.nodes if kind(n) == "block_transform"]
+    assert len(transforms) == 2 * 2
+    assert [kind(a) for a in next(program.nodes("attention")).args[:2]] == ["block_transform"] * 2
+
+
+def test_every_key_value_head_has_its_own_matrix(raised, preserved):
+    program, _ = preserved(TransformKv(kind="wush", block=8), raised("llama-tiny"))
+    matrix = program.weights["transforms.model.layers.0.self_attn.k"]
+    assert matrix.shape == (2, 2, 8, 8)
+    assert not torch.allclose(matrix[0], matrix[1])
+
+
+def test_the_emitted_module_computes_the_same(raised, ctx):
+    before = raised("llama-tiny")
+    after = apply(
+        TransformInputs(kind="wush", block=16), apply(TransformKv(kind="wush", block=8), before, ctx).program, ctx
+    )
+    ids = torch.arange(3, 20)[None]
+    old, new = (build(apply(Lower(), program, ctx).program)(ids) for program in (before, after.program))
+    assert float((new - old).norm() / old.norm()) < 1e-9
+
+
+def test_keys_alone(raised, preserved):
+    before = raised("llama-tiny")
+    program, record = preserved(TransformKv(block=8, values=False), before)
+    assert len(record.matches) == 2
+    values = [n for n in program.nodes("linear") if path_of(n).endswith("v_proj")]
+    assert all(torch.equal(program.weights[program.weight_of(n)], before.weights[program.weight_of(n)]) for n in values)

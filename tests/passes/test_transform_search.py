@@ -1,0 +1,60 @@
+"""``transform-search`` takes the candidate with the smallest held-out output error at each input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mxfx.formats import parse
+from mxfx.graph.node import kind
+from mxfx.passes import Annotate, FuseNorm, Rule, TransformSearch
+from mxfx.passes import transform_search as module
+from mxfx.rewrite import Selector, apply
+
+INT4 = parse("mxint4@16")
+CANDIDATES = ("none", "hadamard-16", "hadamard-32", "hadamard-full", "wush-16", "wush-32", "scaled-16")
+
+
+@pytest.fixture
+def annotated(raised):
+    rule = Rule(Selector(r"model\.layers\..*_proj"), weight=INT4, input=INT4)
+    return lambda family: apply(Annotate(rule=(rule,)), apply(FuseNorm(), raised(family)).program).program
+
+
+@pytest.mark.parametrize(
+    "family", ["llama-tiny", "qwen2-tiny", "qwen3-tiny", "mistral-tiny", "phi3-tiny", "olmo2-tiny"]
+)
+def test_the_choice_has_the_smallest_error_and_the_function_stays(family, annotated, preserved):
+    _, record = preserved(TransformSearch(candidates=CANDIDATES), annotated(family))
+    assert len(record.details) == 2 * 4
+    for decision in record.details.values():
+        assert set(decision["errors"]) == set(CANDIDATES)
+        assert decision["errors"][decision["chosen"]] == min(decision["errors"].values())
+    json.dumps(record.details)
+
+
+@pytest.mark.parametrize("candidate", CANDIDATES[1:])
+def test_every_candidate_preserves_the_function(candidate, annotated, preserved):
+    program, record = preserved(TransformSearch(candidates=(candidate,)), annotated("llama-tiny"))
+    assert len(record.matches) == 8
+    assert sum(kind(n) in ("hadamard", "block_transform") for n in program.graph.nodes) == 8
+
+
+def test_candidates_that_do_not_fit_are_listed_with_the_reason(annotated, preserved):
+    _, record = preserved(TransformSearch(candidates=("none", "hadamard-64")), annotated("llama-tiny"))
+    assert "96 channels" in record.details["model.layers.0.mlp.down_proj"]["skipped"]["hadamard-64"]
+
+
+def test_an_unknown_candidate_is_refused_at_once():
+    with pytest.raises(ValueError, match="unknown candidate 'wish-32'"):
+        TransformSearch(candidates=("wish-32",))
+
+
+def test_kept_decisions_are_not_searched_again(annotated, ctx, tmp_path, monkeypatch):
+    pass_ = TransformSearch(candidates=CANDIDATES, cache_path=tmp_path / "sites.json")
+    before = annotated("llama-tiny")
+    first = apply(pass_, before, ctx)
+    monkeypatch.setattr(module, "_error", lambda *a: pytest.fail("searched again"))
+    again = apply(pass_, before, ctx)
+    assert {k: v for k, v in again.record.details.items() if k != "key"} == first.record.details

@@ -1,0 +1,155 @@
+"""``apply``: facts before, the rewrite on a copy, facts after; the registry of passes and of facts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from mxfx.graph.program import Program
+from mxfx.rewrite import (
+    Context,
+    FactError,
+    MissingCalibration,
+    Pass,
+    Rewriter,
+    Selector,
+    UnknownPass,
+    apply,
+    fact,
+    find_fact,
+    find_pass,
+    register,
+)
+from mxfx.rewrite.facts import _FACTS
+from mxfx.rewrite.pass_ import _REGISTRY
+from tests.programs import raised, traced
+
+GATES = Selector(r".*gate_proj")
+
+
+@pytest.fixture(autouse=True)
+def _registries() -> Iterator[None]:
+    facts, passes = dict(_FACTS), dict(_REGISTRY)
+    fact("relu-free", "no rectifier")(no_relu)
+    yield
+    for registry, before in ((_FACTS, facts), (_REGISTRY, passes)):
+        registry.clear()
+        registry.update(before)
+
+
+def no_relu(program: Program) -> str | None:
+    found = [n.name for n in program.graph.nodes if n.target is torch.ops.aten.relu.default]
+    return f"{found[0]} is a rectifier" if found else None
+
+
+@dataclass(frozen=True)
+class Rectify(Pass):
+    """Put a rectifier behind linears."""
+
+    name: ClassVar[str] = "test-rectify"
+    requires: ClassVar[frozenset[str]] = frozenset({"raised"})
+    removes: ClassVar[frozenset[str]] = frozenset({"relu-free"})
+    select: Selector = GATES
+
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        from mxfx.graph.node import path_of
+
+        for node in rw.program.nodes("linear"):
+            if self.select(path_of(node)) and rw.match(node):
+                rw.replace(node, rw.call(torch.ops.aten.relu.default, node, like=node, after=node))
+
+
+@dataclass(frozen=True)
+class Promise(Rectify):
+    """Promises what it breaks."""
+
+    name: ClassVar[str] = "test-promise"
+    provides: ClassVar[frozenset[str]] = frozenset({"relu-free"})
+    removes: ClassVar[frozenset[str]] = frozenset()
+
+
+@dataclass(frozen=True)
+class Early(Rectify):
+    """May not follow the raise passes."""
+
+    name: ClassVar[str] = "test-early"
+    requires: ClassVar[frozenset[str]] = frozenset()
+    forbids: ClassVar[frozenset[str]] = frozenset({"raised"})
+
+
+def test_the_pass_gets_a_copy() -> None:
+    program = raised("llama-tiny")
+    before = str(program.graph)
+    applied = apply(Rectify(), program)
+    assert str(program.graph) == before
+    assert [m.path for m in applied.record.matches] == ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.gate_proj"]
+
+
+def test_a_missing_fact_is_named_with_its_meaning() -> None:
+    with pytest.raises(FactError, match=r"'test-rectify' requires 'raised' \(norms, rotary embeddings and attention"):
+        apply(Rectify(), traced("llama-tiny"))
+
+
+def test_a_forbidden_fact_is_named() -> None:
+    with pytest.raises(FactError, match="'test-early' must come before 'raised' holds"):
+        apply(Early(), raised("llama-tiny"))
+
+
+def test_a_broken_promise_is_found_by_the_fact_s_predicate() -> None:
+    with pytest.raises(FactError, match=r"'test-promise' promises 'relu-free', but relu\S* is a rectifier"):
+        apply(Promise(), raised("llama-tiny"))
+
+
+def test_half_a_pass_promises_nothing() -> None:
+    applied = apply(Promise(), raised("llama-tiny"), limit=1)
+    assert len(applied.record.matches) == 1 and applied.record.limited
+
+
+def test_facts_are_added_and_removed() -> None:
+    program = raised("llama-tiny").copy()
+    program.facts |= {"relu-free"}
+    assert apply(Rectify(), program).program.facts == program.facts - {"relu-free"}
+
+
+def test_a_pass_is_found_by_its_name_and_a_typo_by_its_neighbour() -> None:
+    register(Rectify)
+    assert find_pass("test-rectify") is Rectify
+    with pytest.raises(UnknownPass, match="did you mean 'test-rectify'"):
+        find_pass("test-rectfy")
+    with pytest.raises(FactError, match="did you mean 'raised'"):
+        find_fact("raised?")
+
+
+def test_names_of_passes_are_kebab_case_and_unique() -> None:
+    register(Rectify)
+    with pytest.raises(ValueError, match="not kebab-case"):
+        register(type("Bad", (Rectify,), {"name": "Test_Pass"}))
+    with pytest.raises(ValueError, match=r"'test-rectify' is taken by .*\.Rectify"):
+        register(type("Other", (Rectify,), {"name": "test-rectify"}))
+
+
+def test_names_of_facts_are_unique() -> None:
+    with pytest.raises(ValueError, match="'relu-free' is already defined"):
+        fact("relu-free", "again")(lambda program: None)
+
+
+def test_a_selector_matches_whole_paths() -> None:
+    assert Selector(r"model\.layers\.\d+\.mlp")("model.layers.11.mlp")
+    assert not Selector(r"model\.layers\.\d+\.mlp")("model.layers.11.mlp.up_proj")
+    with pytest.raises(ValueError, match=r"is no regular expression: .* at position 0"):
+        Selector("(mlp")
+
+
+def test_calibration_that_is_not_there_is_asked_for() -> None:
+    with pytest.raises(MissingCalibration, match=r"\[calibration\]"):
+        Context().tokens()
+
+
+def test_generators_of_different_purposes_differ_and_repeat() -> None:
+    draw = lambda seed, purpose: torch.rand(3, generator=Context(seed=seed).generator(purpose)).tolist()  # noqa: E731
+    assert draw(0, "signs") == draw(0, "signs")
+    assert draw(0, "signs") != draw(0, "tokens") != draw(1, "tokens")

@@ -1,0 +1,81 @@
+"""The emitted graph as a model of transformers: logits, loss, generation, what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from mxfx.graph.program import Program
+from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm, emit, lower
+from tests.programs import config_a, model, padded_batch, passed, raised
+
+
+@pytest.fixture(scope="module")
+def emitted() -> EmittedCausalLM:
+    return as_causal_lm(raised("llama-tiny"))
+
+
+def test_logits_are_those_of_the_graph(emitted: EmittedCausalLM) -> None:
+    ids, mask, positions = padded_batch()
+    graph = emit(raised("llama-tiny"))
+    assert torch.equal(emitted(ids).logits, graph(ids))
+    assert torch.equal(emitted(input_ids=ids, attention_mask=mask).logits, graph(ids, None, mask))
+    assert torch.equal(emitted(ids, mask, positions).logits, graph(ids, positions, mask))
+
+
+def test_the_loss_is_that_of_the_model(emitted: EmittedCausalLM) -> None:
+    ids, mask, positions = padded_batch()
+    # What a padding token predicts is nobody's business: the first real token is no label.
+    labels = ids.masked_fill(positions == 0, -100)
+    with torch.no_grad():
+        expected = model("llama-tiny")(ids, attention_mask=mask, position_ids=positions, labels=labels).loss
+    assert torch.equal(emitted(ids, mask, labels=labels).loss, expected)
+    assert emitted(ids).loss is None
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_it_generates_what_the_model_generates(emitted: EmittedCausalLM, beams: int) -> None:
+    ids, mask, _ = padded_batch()
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "num_beams": beams}
+    expected = model("llama-tiny").generate(ids, **options)
+    assert torch.equal(emitted.generate(ids, **options), expected)
+
+
+def test_it_has_what_lm_eval_asks_of_a_model(emitted: EmittedCausalLM) -> None:
+    assert isinstance(emitted, PreTrainedModel)
+    assert emitted.config.model_type == "llama" and emitted.config.vocab_size == 128
+    assert (emitted.device.type, emitted.dtype, emitted.training) == ("cpu", torch.float32, False)
+
+
+@pytest.mark.parametrize("family", ["qwen3-tiny", "gemma3-tiny", "mistral-tiny"])
+def test_every_configuration_survives_the_way_through_the_program(family: str) -> None:
+    rebuilt = as_causal_lm(raised(family)).config
+    for key in ("hidden_size", "num_hidden_layers", "sliding_window", "eos_token_id"):
+        assert getattr(rebuilt, key, None) == getattr(model(family).config, key, None), key
+
+
+def test_a_cache_or_embeddings_are_refused(emitted: EmittedCausalLM) -> None:
+    ids, _, _ = padded_batch()
+    with pytest.raises(ValueError, match="cannot take past_key_values"):
+        emitted(ids, past_key_values=object())
+    with pytest.raises(ValueError, match="cannot take inputs_embeds"):
+        emitted(ids, inputs_embeds=torch.zeros(1))
+
+
+def test_a_lowered_program_is_not_lowered_again() -> None:
+    program = lower(raised("llama-tiny"))
+    assert lower(program) is program
+
+
+def quantized_kv(bits: str | None) -> Program:
+    from mxfx.formats import parse
+
+    return passed(raised("llama-tiny"), config_a(kv=None if bits is None else parse(bits)))
+
+
+def test_a_cache_in_four_bits_changes_the_logits_of_the_prefill() -> None:
+    ids, _, _ = padded_batch()
+    free, four, eight = (as_causal_lm(quantized_kv(bits))(ids).logits for bits in (None, "mxint4@16", "mxint8@16"))
+    assert not torch.equal(free, four)
+    assert (free - eight).norm() < (free - four).norm()

@@ -1,0 +1,186 @@
+"""The command line on a tiny local model: what it prints, what it writes, and one clear error for each mistake."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from mxfx import cli
+from tests.local_model import save_model, save_texts
+
+CONFIGS = Path(__file__).parents[1] / "passes_configs"
+CONFIG_A = CONFIGS / "tutorial_a_rtn.toml"
+PIPELINE = r"""
+[model]
+name = "MODEL"
+dtype = "float32"
+
+[[pass]]
+name = "annotate"
+  [[pass.rule]]
+  match  = 'model\.layers\.\d+\.mlp\.(gate|up|down)_proj'
+  weight = "mxint4@32"
+  expect = "3 * layers"
+
+[[pass]]
+name = "round-weights"
+"""
+
+
+@dataclass(frozen=True)
+class Said:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Said]
+
+
+@pytest.fixture
+def mxfx(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run ``mxfx …`` through its entry point."""
+
+    def run(*args: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["mxfx", *map(str, args)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return Said(int(exit_.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path, model: Path) -> Path:
+    file = tmp_path / "p.toml"
+    file.write_text(PIPELINE.replace("MODEL", str(model)))
+    return file
+
+
+def test_run_prints_one_table_for_all_files_and_writes_the_results(
+    mxfx: Run, model: Path, pipeline: Path, tmp_path: Path
+) -> None:
+    texts, out = save_texts(tmp_path / "texts"), tmp_path / "out"
+    same = ("--model", model, "--set", 'model.dtype="float32"')
+    said = mxfx("run", CONFIG_A, pipeline, *same, "--eval", "wikitext", "--eval-data", texts, "--out", out)
+    assert said.code == 0, said.err
+    table = said.out[said.out.index("Perplexity of the emitted models") :]
+    assert [name for name in ("float", "tutorial_a_rtn", "p") if f" {name} " not in table] == []
+    results = json.loads((out / "results.json").read_text())
+    rows = {config["name"]: config["figures"] for config in results["configs"]}
+    assert list(rows) == ["float", "tutorial_a_rtn", "p"]
+    assert rows["float"]["ratio"] == 1
+    assert rows["tutorial_a_rtn"]["bits_per_weight"] < rows["p"]["bits_per_weight"] < 32
+    assert all(row["word_perplexity"] > 1 for row in rows.values())
+    matched = {step["pass"]: step["matched"] for step in results["configs"][2]["passes"]}
+    assert matched == {"raise-norm": 5, "raise-rope": 4, "raise-attention": 2, "annotate": 6, "round-weights": 6}
+
+
+def test_a_run_is_evaluated_again_from_its_files_alone(
+    mxfx: Run, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_texts(Path("texts"))
+    assert mxfx("run", pipeline, "--eval", "wikitext", "--eval-data", "texts", "--out", "out").code == 0
+    figures = json.loads(Path("out/results.json").read_text())["configs"][1]["figures"]
+    said = mxfx("eval", "out", "--eval-data", "texts")
+    assert said.code == 0, said.err
+    assert f"{figures['word_perplexity']:.2f}" in said.out
+
+
+def test_check_needs_no_weights(mxfx: Run, pipeline: Path, model: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((model / "config.json").read_bytes())
+    said = mxfx("check", pipeline, "--model", bare)
+    assert said.code == 0, said.err
+    assert "5 passes, in order: raise-norm, raise-rope, raise-attention, annotate, round-weights" in said.out
+    assert "LlamaForCausalLM" in said.out and "2 layers" in said.out
+    assert "15 linear, 2 attention, 5 rms_norm, 4 rope, 1 embedding" in said.out
+    assert said.out.endswith("ok\n")
+
+
+@pytest.mark.parametrize("name", ["tutorial_a_rtn", "tutorial_b_gptq", "tutorial_c_rotation_search"])
+def test_config_show_prints_the_pipeline_of_a_tutorial_file(mxfx: Run, name: str, tmp_path: Path) -> None:
+    said = mxfx("config", "show", CONFIGS / f"{name}.toml")
+    assert said.code == 0, said.err
+    shown = tmp_path / "shown.toml"
+    shown.write_text(said.out)
+    assert mxfx("config", "show", shown).out == said.out
+    assert said.out.index('"raise-norm"') < said.out.index('"annotate"')
+
+
+def test_config_show_applies_overrides(mxfx: Run, pipeline: Path) -> None:
+    said = mxfx("config", "show", pipeline, "--set", "calibration.samples=8")
+    assert "samples = 8" in said.out
+
+
+def test_config_schema_is_json(mxfx: Run) -> None:
+    assert "properties" in json.loads(mxfx("config", "schema").out)
+
+
+def test_passes_lists_all_and_describes_one(mxfx: Run) -> None:
+    said = mxfx("passes")
+    assert [n for n in ("raise-norm", "annotate", "round-weights", "lower") if n not in said.out] == []
+    one = mxfx("passes", "round-weights")
+    assert one.code == 0
+    assert "annotated" in one.out and "weights-rounded" in one.out and "input axis" in one.out
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+@pytest.mark.parametrize(
+    ("old", "new", "place", "said"),
+    [
+        ("match ", "mach ", "9:3", ["unknown key 'mach'", "did you mean 'match'?"]),
+        ("mxint4@32", "mxint4@", "10:12", ["unknown format 'mxint4@'", "did you mean 'mxint4@32'?"]),
+        (r"\d+\.mlp", r"(\d+", "9:12", ["is no regular expression", "missing )"]),
+        ("round-weights", "round-weihgts", "14:8", ["unknown pass", "did you mean 'round-weights'?"]),
+        ("/llama", "/lama", "3:8", ["no folder", "did you mean 'llama'?"]),
+        ("gate|up|down)_proj", "gate|up|down)_porj", "9:12", ["fits 0 nodes", "'3 * layers' asks for 6"]),
+        ('  expect = "3 * layers"\n', '  expect = "4 * layers"\n', "9:12", ["fits 6 nodes", "asks for 8"]),
+    ],
+    ids=["key", "format", "regex", "pass", "model", "nothing", "count"],
+)  # fmt: skip
+def test_a_mistake_is_one_error_with_its_place(
+    mxfx: Run, pipeline: Path, command: str, old: str, new: str, place: str, said: list[str]
+) -> None:
+    text = pipeline.read_text()
+    assert old in text
+    pipeline.write_text(text.replace(old, new))
+    answer = mxfx(command, pipeline)
+    assert answer.code == 2
+    assert f"error: {pipeline}:{place}: " in answer.err
+    assert [part for part in said if part not in answer.err] == []
+    assert "Traceback" not in answer.err
+
+
+def test_a_file_that_does_not_exist_is_named(mxfx: Run, tmp_path: Path) -> None:
+    answer = mxfx("run", tmp_path / "nope.toml")
+    assert answer.code == 2 and "nope.toml" in answer.err and "Traceback" not in answer.err
+
+
+def test_an_unknown_pass_is_named_with_its_neighbour(mxfx: Run) -> None:
+    answer = mxfx("passes", "gptqq")
+    assert answer.code == 2 and "did you mean 'gptq'?" in answer.err
+
+
+def test_an_unknown_device_is_refused_before_anything_is_read(mxfx: Run, tmp_path: Path) -> None:
+    answer = mxfx("run", tmp_path / "nope.toml", "--device", "gpu")
+    assert answer.code == 2 and "unknown device 'gpu'" in answer.err and "cuda" in answer.err
+
+
+def test_without_a_command_the_help_is_shown(mxfx: Run) -> None:
+    answer = mxfx("--help")
+    assert answer.code == 0
+    assert [c for c in ("run", "check", "config", "passes", "eval") if c not in answer.out] == []

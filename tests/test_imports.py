@@ -1,0 +1,62 @@
+"""Imports between the rooms of mxfx point one way (the order of the design), imports inside functions included."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "mxfx"
+#: A room may import itself and those before it. `mxfx/__init__.py` names what the others define, so it is no room.
+ROOMS = (
+    "formats", "algorithms", "ops", "graph", "rewrite", "calibration", "passes", "pipeline",
+    "runtime", "export", "report", "compat", "api", "cli",
+)  # fmt: skip
+
+
+def room(parts: tuple[str, ...]) -> str:
+    return parts[0].removesuffix(".py")
+
+
+FILES = [path for path in sorted(ROOT.rglob("*.py")) if path.relative_to(ROOT).parts != ("__init__.py",)]
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of every module of mxfx that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names if alias.name.split(".")[0] == "mxfx")
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            yield node.lineno, "." * node.level + (node.module or "")
+        elif isinstance(node, ast.ImportFrom) and node.module == "mxfx":
+            yield from ((node.lineno, f"mxfx.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mxfx."):
+            yield node.lineno, node.module
+
+
+def is_earlier(name: str, here: int) -> bool:
+    target = name.split(".")[1]
+    return target in ROOMS and ROOMS.index(target) <= here
+
+
+def test_every_file_lies_in_a_room_of_the_design() -> None:
+    assert {room(path.relative_to(ROOT).parts) for path in FILES} <= set(ROOMS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_to_earlier_rooms(path: Path) -> None:
+    here = ROOMS.index(room(path.relative_to(ROOT).parts))
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for line, name in imported(path)
+        if name != "mxfx" and not is_earlier(name, here)
+    ]
+    assert wrong == []
+
+
+def test_imports_in_functions_are_seen(tmp_path: Path) -> None:
+    file = tmp_path / "late.py"
+    file.write_text("def f():\n    from mxfx.cli import app\n    import mxfx.api\n    from . import x\n")
+    assert list(imported(file)) == [(2, "mxfx.cli"), (3, "mxfx.api"), (4, ".")]
