@@ -1,7 +1,7 @@
 """mxfx: a torch.fx compiler that rewrites Hugging Face causal LMs into Microscaling (MX) formats.
 
-``trace``, ``load_pipeline``, ``compile``, ``run``, ``load``, ``as_causal_lm``, ``Pipeline`` are loaded on first use, so that
-``import mxfx.formats`` alone stays light.
+``trace``, ``load_pipeline``, ``compile``, ``run``, ``load``, ``as_causal_lm``, ``Pipeline`` are loaded on first use, so
+that ``import mxfx.formats`` alone stays light.
 """
 
 from __future__ import annotations

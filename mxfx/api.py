@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,15 +16,24 @@ import torch
 from torch import Tensor, fx, nn
 
 from mxfx.calibration.datasets import TokenSet, load_tokens
+from mxfx.calibration.durable import write_file
 from mxfx.compat import load_any
 from mxfx.graph.program import Program
+from mxfx.graph.tiny import FAMILIES
 from mxfx.graph.trace import bind, trace
 from mxfx.passes import Annotate
 from mxfx.pipeline import ConfigError, Pipeline, Place, apply_overrides, check_order, to_toml
-from mxfx.pipeline.instruments import Numbers, Timing, Verify
+from mxfx.pipeline.bisect import Culprit, bisect
+from mxfx.pipeline.instruments import Dump, Ledger, Numbers, Reproduce, Timing, Verify
 from mxfx.pipeline.manager import Instrument, PassManager, PipelineResult
+from mxfx.pipeline.opt import load_source, opt, read_passes
+from mxfx.pipeline.probe import Probe, vocabulary
+from mxfx.pipeline.weight_history import FILE as WEIGHT_HISTORY
+from mxfx.pipeline.weight_history import History
+from mxfx.report.html import page
+from mxfx.report.results import coverage_json, pass_json
 from mxfx.report.table import Row
-from mxfx.rewrite import Context
+from mxfx.rewrite import Context, MissingCalibration
 from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.causal_lm import as_causal_lm, emit
 from mxfx.runtime.evaluate import EvalResult, evaluate, ratio_with_stderr
@@ -49,8 +57,8 @@ def compile(
     """One call: trace, run the pipeline, lower, build.
 
     ``tokens`` are calibration ids, int64 ``(samples, length)``, or a function that gives them. The result is called as
-    ``gm(input_ids, position_ids=None, attention_mask=None)`` and has ``.program`` (before lowering) and ``.report`` (the
-    account of every pass). The model given is not changed.
+    ``gm(input_ids, position_ids=None, attention_mask=None)``; it has ``.program`` (before lowering) and ``.report``
+    (the account of every pass). The model given is not changed.
 
     Raises ``ConfigError``, ``PassError`` or what an instrument raises.
     """
@@ -78,7 +86,8 @@ class Checked:
 def check(pipeline: Pipeline, *, trust_remote_code: bool = False) -> Checked:
     """Everything that can be checked without weights.
 
-    Options and facts, and the rules against the graph traced on the meta device. Raises ``ConfigError`` that cites the line.
+    Options and facts, and the rules against the graph traced on the meta device. Raises ``ConfigError``, which cites
+    the line.
     """
     passes = pipeline.passes
     name = pipeline.model_source()
@@ -199,7 +208,7 @@ def load(folder: str | Path) -> Program:
 
 
 def model_folder(folder: str | Path) -> Path:
-    """The emitted model's folder inside a run directory: the folder itself, ``DIR/model``, or the only ``DIR/*/model``."""
+    """The emitted model's folder in a run directory: the folder itself, ``DIR/model``, or the only ``DIR/*/model``."""
     folder = Path(folder)
     inside = [folder / "model", *sorted(folder.glob("*/model"))]
     found = [path for path in inside if path.is_dir()]
@@ -207,6 +216,87 @@ def model_folder(folder: str | Path) -> Path:
         names = ", ".join(str(path.parent) for path in found)
         raise ValueError(f"{folder} holds several emitted models; name one: {names}")
     return found[0] if found else folder
+
+
+def write_report(folder: str | Path) -> Path:
+    """Make ``report.html`` from what a run left in its directory. Raises ``ValueError`` for a folder that is none."""
+    folder = Path(folder)
+    if not (folder / "results.json").is_file():
+        raise NoRun(f"{folder} has no results.json; give the folder that `mxfx run --out` wrote")
+    _write_text(folder / "report.html", page(folder))
+    return folder / "report.html"
+
+
+class NoRun(ValueError):
+    """A folder is not what a run leaves."""
+
+
+def run_folder(folder: str | Path) -> Path:
+    """The folder of one pipeline inside a run directory: itself, or the only one in it. Raises ``NoRun``."""
+    folder = Path(folder)
+    found = [
+        path.parent for path in (folder / "pipeline.toml", *sorted(folder.glob("*/pipeline.toml"))) if path.is_file()
+    ]
+    if not found:
+        raise NoRun(f"{folder} holds no pipeline.toml; give the folder that `mxfx run --out` wrote")
+    if len(found) > 1 and found[0] != folder:
+        raise NoRun(f"{folder} holds several pipelines; name one: {', '.join(map(str, found))}")
+    return found[0]
+
+
+def find_culprit(target: str | Path, options: RunOptions, max_kl: float = 0.05) -> Culprit:
+    """Which pass, and which match in it, takes KL over ``max_kl`` nats: of a run directory, or of a pipeline file.
+
+    Raises ``NothingFound`` if none does, ``ConfigError`` and ``NoRun``.
+    """
+    file = run_folder(target) / "pipeline.toml" if Path(target).is_dir() else target
+    ((_, pipeline),) = prepare([file], options)
+    checked = check(pipeline, trust_remote_code=options.trust_remote_code)
+    loaded = _load(pipeline, checked, options)
+    ctx = Context(
+        seed=pipeline.calibration.seed,
+        device=torch.device(options.device),
+        tokens=lambda: _tokens(pipeline, loaded).ids,
+        progress=track,
+    )
+    source = str(pipeline.model_source())
+    return bisect(loaded.program, pipeline, ctx, max_kl=max_kl, probe=_probe(pipeline, loaded), source=source)
+
+
+#: Calibration of a built-in model: it has no tokenizer that text could pass.
+_TINY_TOKENS = (4, 64)
+
+
+def optimize(source: str | Path, passes: str | Path | Pipeline, *, dtype: str = "float32", **prints: Any) -> str:
+    """``mxfx opt``: see ``mxfx.pipeline.opt.opt``, which takes ``prints``; calibration data are found for the source.
+
+    A model's tokenizer reads the pipeline's ``calibration.dataset``; a built-in tiny model is calibrated with random
+    ids; a printed graph has no tokenizer.
+    """
+    pipeline = read_passes(passes)
+    program = _opt_program(source, pipeline, dtype)
+    ctx = Context(seed=pipeline.calibration.seed, tokens=lambda: _opt_tokens(source, program, pipeline))
+    return opt(program, pipeline, ctx=ctx, **prints)
+
+
+def _opt_program(source: str | Path, pipeline: Pipeline, dtype: str) -> Program:
+    is_hub_id = str(source).count("/") == 1 and not Path(source).exists() and not str(source).startswith(".")
+    if is_hub_id:
+        return trace(load_model(source, dtype, revision=pipeline.model.revision), name=str(source))
+    return load_source(source, dtype=getattr(torch, dtype))
+
+
+def _opt_tokens(source: str | Path, program: Program, pipeline: Pipeline) -> Tensor:
+    calibration = pipeline.calibration
+    if str(source) in FAMILIES:
+        generator = torch.Generator().manual_seed(calibration.seed)
+        return torch.randint(vocabulary(program), _TINY_TOKENS, generator=generator)
+    if calibration.dataset is None or Path(source).is_file():
+        raise MissingCalibration(
+            "a pass needs calibration data: give a model (not a printed graph), "
+            "and calibration{dataset=…} among the passes"
+        )
+    return _tokens(pipeline, _Loaded(program, load_tokenizer(source))).ids
 
 
 @dataclass
@@ -242,13 +332,18 @@ def _run_one(name: str, file: str, pipeline: Pipeline, loaded: _Loaded, options:
         device=torch.device(options.device),
         tokens=lambda: _tokens(pipeline, loaded).ids,
         cache=None if folder is None else folder / "cache",
+        strict=options.strict,
         progress=track,
     )
-    started = time.perf_counter()
-    result = PassManager(_instruments(folder, pipeline)).run(loaded.program, pipeline, ctx)
-    seconds = time.perf_counter() - started
     if folder is not None:
         _write_text(folder / "pipeline.toml", to_toml(pipeline))
+    started = time.perf_counter()
+    manager = PassManager(default_instruments(folder, pipeline))
+    result = manager.run(loaded.program, pipeline, ctx, probe=_probe(pipeline, loaded))
+    seconds = time.perf_counter() - started
+    if folder is not None:
+        history = History.of(loaded.program, result.program).to_json()
+        _write_text(folder / WEIGHT_HISTORY, json.dumps(history, indent=1) + "\n")
         if options.save:
             _save(result.program, loaded.tokenizer, folder / "model")
     options.say(f"evaluating {name}") if options.eval else None
@@ -263,8 +358,21 @@ def _note(program: Program) -> str:
     return str(program.source.config.get("mxfx_note", ""))
 
 
-def _instruments(folder: Path | None, pipeline: Pipeline) -> list[Instrument]:
-    return [Verify(), Numbers(), Timing()]
+def default_instruments(folder: Path | None, pipeline: Pipeline) -> list[Instrument]:
+    """What stands around the passes of every run; dumps and reproducers need a ``folder`` to go to."""
+    kept: list[Instrument] = [] if folder is None else [Dump(folder / "ir"), Reproduce(folder / "repro")]
+    return [*kept, Ledger(pipeline.budget), Numbers(), Verify(), Timing()]
+
+
+#: Real text as probe, where the pipeline names some: what a model does with random ids says little of its loss.
+_PROBE_SHAPE = (2, 64)
+
+
+def _probe(pipeline: Pipeline, loaded: _Loaded) -> Probe:
+    samples, length = _PROBE_SHAPE
+    if pipeline.calibration.dataset is None:
+        return Probe(seed=pipeline.calibration.seed)
+    return Probe(seed=pipeline.calibration.seed, ids=_tokens(pipeline, loaded).ids[:samples, :length])
 
 
 def _tokens(pipeline: Pipeline, loaded: _Loaded) -> TokenSet:
@@ -339,6 +447,7 @@ def _write_results(outcomes: Sequence[Outcome], options: RunOptions) -> None:
         "configs": [_as_json(outcome, rows[outcome.name]) for outcome in outcomes],
     }
     _write_text(options.out / "results.json", json.dumps(document, indent=2, default=str) + "\n")
+    write_report(options.out)
 
 
 def _as_json(outcome: Outcome, row: Row) -> dict[str, Any]:
@@ -348,32 +457,15 @@ def _as_json(outcome: Outcome, row: Row) -> dict[str, Any]:
         "file": outcome.file,
         "model_note": outcome.model_note,
         "figures": vars(row),
-        "passes": [
-            {
-                "pass": step.pass_.name,
-                "place": step.place,
-                "matched": len(step.record.matches),
-                "skipped": len(step.record.skips),
-                "warnings": step.record.warnings,
-                "details": step.record.details,
-                "findings": step.findings,
-            }
-            for step in steps
-        ],
+        "passes": [pass_json(step) for step in steps],
+        "coverage": None if not steps or outcome.result is None else coverage_json(outcome.result),
         "evaluation": None if outcome.evaluation is None else outcome.evaluation.to_json(),
     }
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Write a whole file or none of it: a temporary name in the same folder, flushed, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
-    ) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    write_file(path, text.encode())
 
 
 def _assignments(options: RunOptions) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,7 +51,9 @@ def run(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that the model's repository ships.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Every skip, with the best partial match.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="What instruments found and why places were skipped, pass by pass.")
+    ] = False,
 ) -> None:
     """The whole job: trace, rewrite, evaluate; one table for all files."""
     from mxfx import api
@@ -113,7 +116,8 @@ def check(file: Annotated[Path, typer.Argument(help="Pipeline file.")], model: M
     hidden = max((n.meta["val"].shape[-1] for n in program.graph.nodes if kind(n) == "embedding"), default=0)
     out.print(
         f"memory: {weights * size / 1e9:.2f} GB of weights in {str(program.dtype).removeprefix('torch.')}; "
-        f"calibration holds one layer ({largest * 4 / 1e9:.2f} GB in float32) and {tokens * hidden * 4 / 1e9:.2f} GB of activations"
+        f"calibration holds one layer ({largest * 4 / 1e9:.2f} GB in float32) "
+        f"and {tokens * hidden * 4 / 1e9:.2f} GB of activations"
     )
     # One calibration token costs two passes over each weight: statistics, then the rewritten layer.
     flops = 4 * weights * tokens
@@ -135,8 +139,10 @@ def passes(name: Annotated[str | None, typer.Argument(help="Only this pass.")] =
 
 @config_app.command("show")
 def config_show(
-    file: Annotated[Path, typer.Argument(help="Pipeline file.")], model: Model = None, set_: Set = []
-) -> None:  # noqa: B006
+    file: Annotated[Path, typer.Argument(help="Pipeline file.")],
+    model: Model = None,
+    set_: Set = [],  # noqa: B006
+) -> None:
     """The pipeline that a file stands for, as canonical TOML."""
     from mxfx import api
     from mxfx.pipeline import to_toml
@@ -190,6 +196,125 @@ def eval_(
     out.print(results_table([row], "Perplexity", f"{result.tokens:,} tokens of {result.source}"))
 
 
+@app.command("opt")
+def opt_(
+    source: Annotated[
+        str, typer.Argument(help="Printed graph, model folder, hub id, or a built-in model: llama-tiny …")
+    ],
+    passes: Annotated[
+        str,
+        typer.Option("--passes", help="'a,b{x=1}' or a pipeline file. Only what is written runs, nothing is added."),
+    ] = "",
+    print_ir_before: Annotated[list[str], typer.Option(help="Print the graph before a pass; 'all'.")] = [],  # noqa: B006
+    print_ir_after: Annotated[list[str], typer.Option(help="Print the graph after a pass; 'all'.")] = [],  # noqa: B006
+    print_ir_after_change: Annotated[
+        bool, typer.Option("--print-ir-after-change", help="Print the regions that each pass edited.")
+    ] = False,
+    verify_each: Annotated[bool, typer.Option("--verify-each", help="Verify the graph after every pass.")] = False,
+    check_numerics: Annotated[
+        bool, typer.Option("--check-numerics", help="Hold every pass to its promise about numbers.")
+    ] = False,
+    timing: Annotated[bool, typer.Option("--timing", help="Add the seconds of each pass, as comments.")] = False,
+    stop_after: Annotated[
+        str | None, typer.Option(metavar="n[.m]", help="Stop after pass n, or after match m of it; both count from 1.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Precision that a model is loaded in.")] = "float32",
+) -> None:
+    """Passes over a graph or a model, printed IR out; what it prints it reads again."""
+    from mxfx import api
+    from mxfx.pipeline.manager import StopPoint
+
+    _or_config_error("--stop-after", lambda: stop_after and StopPoint.parse(stop_after))
+    text = api.optimize(
+        source,
+        passes,
+        dtype=_dtype(dtype),
+        print_ir_before=print_ir_before,
+        print_ir_after=print_ir_after,
+        print_ir_after_change=print_ir_after_change,
+        verify_each=verify_each,
+        check_numerics=check_numerics,
+        timing=timing,
+        stop_after=stop_after,
+    )
+    sys.stdout.write(text)
+
+
+@app.command("bisect")
+def bisect_(
+    target: Annotated[Path, typer.Argument(help="Run directory (of one pipeline), or a pipeline file.")],
+    model: Model = None,
+    data: Annotated[str | None, typer.Option(help="Calibration data, and the text that KL is measured on.")] = None,
+    max_kl: Annotated[float, typer.Option(min=0.0, help="Threshold in nats a token.")] = 0.05,
+    device: str = "cpu",
+    set_: Set = [],  # noqa: B006
+) -> None:
+    """Which pass, and which match inside it (n.m), takes KL from the float model over a threshold."""
+    from mxfx import api
+
+    _check_device(device)
+    options = api.RunOptions(model=model, data=data, device=device, overrides=tuple(set_))
+    sys.stdout.write(f"{api.find_culprit(target, options, max_kl)}\n")
+
+
+@app.command()
+def repro(
+    folder: Annotated[Path, typer.Argument(help="Folder that a failed pass left: OUT/NAME/repro.")],
+    shrink: Annotated[bool, typer.Option("--shrink", help="Cut it to one layer if it still fails there.")] = False,
+) -> None:
+    """Run a failed pass again; exit code 0 if it fails as it was recorded, 1 if not."""
+    from mxfx.pipeline.reproduce import reproduce
+
+    found = reproduce(folder, shrink)
+    sys.stdout.write(f"{found}\n")
+    if not found.same:
+        raise typer.Exit(1)
+
+
+@app.command()
+def weights(
+    folder: Annotated[Path, typer.Argument(help="Run directory (of one pipeline).")],
+    changed: Annotated[str | None, typer.Option(help="Name of a weight; tied names find each other.")] = None,
+) -> None:
+    """Which passes changed a weight, with hashes and relative change; without --changed, one line a weight."""
+    from mxfx import api
+    from mxfx.pipeline.weight_history import History
+
+    history = History.read(api.run_folder(folder))
+    if changed is None:
+        for name, changes in history.by_weight().items():
+            sys.stdout.write(f"{name}: {', '.join(change.pass_name for change in changes)}\n")
+        return
+    found = history.changed(changed)
+    sys.stdout.write("".join(f"{change}\n" for change in found) or f"no pass changed {changed}\n")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
+    """Write report.html of a run again, from its files."""
+    from mxfx import api
+
+    out.print(str(api.write_report(folder)), highlight=False, soft_wrap=True)
+
+
+def _or_config_error(option: str, check: Callable[[], object]) -> None:
+    from mxfx.pipeline import ConfigError, Place
+
+    try:
+        check()
+    except ValueError as error:
+        raise ConfigError(Place(option), str(error)) from error
+
+
+def _dtype(name: str) -> str:
+    from mxfx.pipeline import ConfigError, Place
+
+    known = ("bfloat16", "float16", "float32", "float64")
+    if name not in known:
+        raise ConfigError(Place("--dtype"), f"unknown dtype {name!r}", f"one of {', '.join(known)}")
+    return name
+
+
 def _quiet_imports() -> None:
     """transformers imports torchao where it is installed, and torchao reports kernels that nobody asked for."""
     import logging
@@ -199,13 +324,32 @@ def _quiet_imports() -> None:
 
 
 def main() -> None:
-    """Entry point: known errors are one message and exit code 2, everything else is a traceback."""
+    """Entry point: known errors are one message, everything else is a traceback.
+
+    Exit code 2: what the user gave is wrong. Exit code 1: a check stopped the run (numerics, verifier, budget,
+    --strict).
+    """
     _quiet_imports()
     try:
         app(standalone_mode=True)
-    except _user_errors() as error:
+    except (*_user_errors(), *_broken_checks()) as error:
         err.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
-        raise SystemExit(2) from None
+        for note in getattr(error, "__notes__", ()):
+            err.print(_plain(note), soft_wrap=True)
+        stopped = isinstance(error, _broken_checks()) or isinstance(error.__cause__, _broken_checks())
+        raise SystemExit(1 if stopped else 2) from None
+
+
+def _broken_checks() -> tuple[type[Exception], ...]:
+    """Errors that say: the run was stopped because something that was checked does not hold."""
+    if "torch" not in sys.modules:
+        return ()
+    from mxfx.graph.verify import VerifyError
+    from mxfx.pipeline.bisect import NothingFound
+    from mxfx.pipeline.instruments import BudgetError, NumericsError
+    from mxfx.rewrite.context import StrictError
+
+    return BudgetError, NothingFound, NumericsError, StrictError, VerifyError
 
 
 def _plain(text: str) -> str:
@@ -218,23 +362,34 @@ def _user_errors() -> tuple[type[Exception], ...]:
     """Errors that are about what the user gave. Imported late: the help must not load torch."""
     if "torch" not in sys.modules:
         return ()
+    from mxfx.api import NoRun
     from mxfx.calibration.datasets import DatasetError
+    from mxfx.export.artefact import ArtefactError
     from mxfx.formats import FormatError
+    from mxfx.graph.text import TextError
     from mxfx.graph.trace import TraceError
     from mxfx.pipeline import ConfigError
     from mxfx.pipeline.manager import PassError
+    from mxfx.pipeline.opt import PrintError, SourceError
+    from mxfx.pipeline.weight_history import HistoryError
     from mxfx.rewrite import FactError, UnknownPass
     from mxfx.runtime.evaluate import EvaluationError
     from mxfx.runtime.pretrained import ModelError
 
     return (
+        ArtefactError,
         ConfigError,
         DatasetError,
         EvaluationError,
         FactError,
         FormatError,
+        HistoryError,
         ModelError,
+        NoRun,
         PassError,
+        PrintError,
+        SourceError,
+        TextError,
         TraceError,
         UnknownPass,
         OSError,
@@ -255,12 +410,13 @@ def _check_device(device: str) -> None:
 
 
 def _print_passes(outcome: Outcome, verbose: bool) -> None:
-    from mxfx.report.passes import pass_table, skip_lines
+    from mxfx.report.passes import account_lines, pass_table
 
+    assert outcome.result is not None
     out.print(pass_table(outcome.result, outcome.name))
     if verbose:
-        for line in skip_lines(outcome.result):
-            out.print(line, highlight=False)
+        for line in account_lines(outcome.result):
+            out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _evaluated(summary: RunSummary) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +13,61 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-_DESELECTED = pytest.StashKey[int]()
+import torch
+
+_DESELECTED = pytest.StashKey[dict[str, int]]()
+
+#: Marker: what its tests need, and how to have them run.
+_NEEDS = {
+    "thorough": "add --thorough",
+    "cuda": "they need a CUDA device",
+    "triton": "they need the package triton",
+    "browser": "they need chromium",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--thorough", action="store_true", help="also run the tests marked `thorough`")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    config.addinivalue_line("markers", "triton: needs the package triton, but no device")
+    config.addinivalue_line(
+        "markers", "browser: looks at a page in chromium; runs, and fails without it, where CI is set"
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    thorough = [item for item in items if item.get_closest_marker("thorough")]
-    if config.getoption("--thorough") or not thorough:
-        return
-    items[:] = [item for item in items if item not in thorough]
-    config.hook.pytest_deselected(items=thorough)
-    config.stash[_DESELECTED] = len(thorough)
+    present = {
+        "thorough": config.getoption("--thorough"),
+        "cuda": torch.cuda.is_available(),
+        "triton": importlib.util.find_spec("triton") is not None,
+        "browser": shutil.which("chromium") is not None or bool(os.environ.get("CI")),
+    }
+    missing = [marker for marker, found in present.items() if not found]
+    kept: list[pytest.Item] = []
+    left_out: dict[str, list[pytest.Item]] = {marker: [] for marker in missing}
+    for item in items:
+        reason = next((marker for marker in missing if item.get_closest_marker(marker)), None)
+        (kept if reason is None else left_out[reason]).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=[item for group in left_out.values() for item in group])
+    counts = {marker: len(group) for marker, group in left_out.items() if group}
+    config.stash[_DESELECTED] = counts
     if hasattr(config, "workeroutput"):
-        config.workeroutput["thorough"] = len(thorough)
+        config.workeroutput["deselected"] = counts
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
     """pytest-xdist collects in its workers only; each has the same tests."""
-    node.config.stash[_DESELECTED] = getattr(node, "workeroutput", {}).get("thorough", 0)
+    node.config.stash[_DESELECTED] = getattr(node, "workeroutput", {}).get("deselected", {})
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    count = config.stash.get(_DESELECTED, 0)
-    if count:
-        terminalreporter.write_line(f"{count} thorough tests did not run: add --thorough")
+    for marker, count in config.stash.get(_DESELECTED, {}).items():
+        terminalreporter.write_line(f"{count} tests marked {marker} did not run: {_NEEDS[marker]}")
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 
 import torch
 from torch import Tensor, fx
@@ -32,14 +33,20 @@ def token_key(ids: Tensor) -> str:
     return hashlib.blake2b(repr(tuple(ids.shape)).encode() + data, digest_size=16).hexdigest()
 
 
+def _version() -> str:
+    """The installed version; a tree that runs without being installed has none."""
+    try:
+        return metadata.version("mxfx")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def environment(device: torch.device) -> dict[str, object]:
     """What decides the bytes of a result beside program, options and data: versions, device, determinism flags."""
-    import mxfx
-
     on_cuda = device.type == "cuda"
     return {
         "schema": SCHEMA,
-        "mxfx": getattr(mxfx, "__version__", "0"),
+        "mxfx": _version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if on_cuda else torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.version.cuda if on_cuda else None,

@@ -18,7 +18,7 @@ _fake_quantize = torch.ops.mxfx.fake_quantize.default
 
 
 def straight_through(x: Tensor, format: str, axis: int = -1) -> Tensor:
-    """``mxfx::fake_quantize`` with the gradient of the identity (arXiv 1308.3432). A plain call, so ``lower`` keeps it."""
+    """``mxfx::fake_quantize`` with the gradient of the identity (arXiv 1308.3432). ``lower`` keeps this call."""
     return torch.ops.mxfx.fake_quantize(x, format, axis)
 
 

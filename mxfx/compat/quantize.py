@@ -22,8 +22,8 @@ def quantize_module_transform_pass(
 ) -> tuple[EmittedCausalLM, dict[str, Any]]:
     """Compile ``model`` as ``pass_args`` says; returns ``(model, {})`` like the tutorial's function of that name.
 
-    The returned model has ``.config``, ``.device``, ``generate`` and goes into ``HFLM(pretrained=…)`` as it is. Unlike in
-    the tutorial the model given is not changed. Calibration data come from the hub, or from the local file that
+    The returned model has ``.config``, ``.device``, ``generate`` and goes into ``HFLM(pretrained=…)`` as it is. Unlike
+    in the tutorial the model given is not changed. Calibration data come from the hub, or from the local file that
     ``[gptq] dataset`` names.
 
     Raises ``ConfigError`` for arguments that cannot be honoured, before any weight is touched.

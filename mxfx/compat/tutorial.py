@@ -148,9 +148,12 @@ class _Emitter:
         operands = {key for one in self.chosen for key in one.formats}
         specs = [*rules, *optimized]
         specs += self._plain("round-weights", operands & {"weight", "bias"})
-        specs += [*search, *self._online_rotations()]
+        rotations = [*search, *self._online_rotations()]
+        specs += rotations
         specs += self._plain("expand-attention", operands & {"q", "probs", "softmax"})
-        specs += self._plain("insert-fake-quant", operands & {"input", "q", "probs", "softmax", "rope"})
+        # A rotated cache is quantized by insert-fake-quant: the rotation back stands between it and attention.
+        activations = {"input", "q", "probs", "softmax", "rope"} | ({"kv", "k", "v"} if rotations else set())
+        specs += self._plain("insert-fake-quant", operands & activations)
         specs += self._plain("quantize-kv-cache", operands & {"kv", "k", "v"})
         root = Cursor(self.at.source, self.marks)
         return Pipeline(specs, self.model, self.calibration, root=root).completed()

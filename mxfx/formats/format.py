@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -71,9 +72,7 @@ class Format:
         if self.block is not None and self.block < 1:
             raise FormatError(f"a block has 1 or more elements, not {self.block}")
         if self.block is None and isinstance(self.element, IntElement):
-            raise FormatError(
-                f"{self.element.name} needs a block size: an integer without a scale is no format"
-            )
+            raise FormatError(f"{self.element.name} needs a block size: an integer without a scale is no format")
         if self.block is None and self.rule is not ScaleRule.FLOOR:
             raise FormatError(f"a minifloat has no shared scale, so no scale rule; got /{self.rule}")
 
@@ -167,9 +166,7 @@ class Format:
         expected = packed_length(length, self.bits)
         if packed.dtype != torch.uint8 or packed.shape[-1] != expected:
             given = f"{packed.dtype} with {packed.shape[-1]}"
-            raise FormatError(
-                f"{self} unpacks {length} codes from uint8 rows of {expected} bytes, not {given}"
-            )
+            raise FormatError(f"{self} unpacks {length} codes from uint8 rows of {expected} bytes, not {given}")
         return unpack_codes(packed, self.bits, length, self.element.code_dtype)
 
     def shared_exponent(self, blocks: Tensor) -> Tensor:
@@ -222,9 +219,9 @@ class Format:
         """Whether exponent - 1 has the smaller squared error, (...) bool; an equal error keeps the exponent.
 
         The errors are compared by their difference, factored, in units of the scale: what both candidates
-        round alike drops out and huge or tiny blocks neither overflow nor underflow. Each float32 factor is
-        exact, and for MXINT so is the float64 sum: every backend and every order of summation finds the same
-        answer.
+        round alike drops out and huge or tiny blocks neither overflow nor underflow. Each factor is exact for
+        float32 and narrower input, and the sum is taken in integers: every backend and every order of summation
+        finds the same answer.
         """
         scaled = blocks * inverse_power_of_two(exponent, blocks.dtype).unsqueeze(-1)
         upper = self.element.round(scaled)
@@ -232,7 +229,20 @@ class Format:
         # (scaled - lower)^2 - (scaled - upper)^2, with a^2 - b^2 = (a - b)(a + b)
         difference = (upper - lower).to(torch.float64) * ((scaled - lower) + (scaled - upper))
         searchable = (exponent != NAN_EXPONENT) & (exponent > MIN_EXPONENT)
-        return searchable & (difference.sum(-1) < 0)
+        return searchable & (self._in_fixed_point(difference, blocks.dtype).sum(-1) < 0)
+
+    def _in_fixed_point(self, difference: Tensor, compute: torch.dtype) -> Tensor:
+        """int64, in the finest fraction of a squared scale with which the sum of a block fits.
+
+        Before scaling, a squared error is less than 2^(2 · max_exponent + 1).
+        """
+        assert self.block is not None
+        room = 62 - math.ceil(math.log2(self.block))
+        counted = difference * 2.0 ** (room - 2 * self.element.max_exponent - 1)
+        if compute == torch.float64:
+            # Only float64 exceeds the largest scale, where it saturates.
+            counted = counted.clamp(-(2.0**room), 2.0**room)
+        return counted.to(torch.int64)
 
     def _compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         # With 8 exponent bits the element is as wide as float32, so that rounding has no headroom in float32.
@@ -268,9 +278,7 @@ class Format:
         if x.dtype not in FLOAT_DTYPES:
             raise FormatError(f"{self} takes float64, float32, float16 or bfloat16, not {x.dtype}")
         if not -x.dim() <= axis < x.dim():
-            raise FormatError(
-                f"{self} along axis {axis} needs a tensor that has it, not shape {tuple(x.shape)}"
-            )
+            raise FormatError(f"{self} along axis {axis} needs a tensor that has it, not shape {tuple(x.shape)}")
 
     def _check_no_nan(self, x: Tensor) -> None:
         count = int(x.isnan().sum())

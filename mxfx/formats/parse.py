@@ -25,6 +25,9 @@ _MINIFLOAT = re.compile(r"minifloat_e(\d+)m(\d+)")
 _BLOCK = re.compile(r"[1-9]\d{0,5}")
 _EXPECTED = "expected ELEMENT@BLOCK or ELEMENT@BLOCK/RULE, such as mxint4@32/mse, or minifloat_eXmY"
 
+# Not list(ScaleRule): torch.compile on torch 2.11 cannot trace a class as an iterable.
+_RULES = [str(rule) for rule in ScaleRule.__members__.values()]
+
 
 @lru_cache(maxsize=256)
 def parse(text: str) -> Format:
@@ -49,7 +52,7 @@ def parse(text: str) -> Format:
         raise _error(text, "the block size is missing", parts)
     if _BLOCK.fullmatch(block) is None:
         raise _error(text, f"the block size {block!r} is no whole number from 1 to 999999", parts)
-    if rule is not None and rule not in list(ScaleRule):
+    if rule is not None and rule not in _RULES:
         raise _error(text, f"no scale rule {rule!r} (there are {', '.join(ScaleRule)})", parts)
     return Format(MX_ELEMENTS[stem], int(block), ScaleRule(rule) if rule else ScaleRule.FLOOR)
 
@@ -71,7 +74,7 @@ def _parse_minifloat(text: str, parts: re.Match[str]) -> Format:
 def _error(text: str, reason: str, parts: re.Match[str]) -> FormatError:
     stem = _nearest(parts["stem"].lower(), list(MX_ELEMENTS), "mxint4")
     block = parts["block"] if _BLOCK.fullmatch(parts["block"] or "") else "32"
-    rule = "" if parts["rule"] is None else "/" + _nearest(parts["rule"].lower(), list(ScaleRule), "floor")
+    rule = "" if parts["rule"] is None else "/" + _nearest(parts["rule"].lower(), _RULES, "floor")
     return FormatError(
         f"unknown format {text!r}: {reason}; did you mean {f'{stem}@{block}{rule}'!r}? ({_EXPECTED})"
     )

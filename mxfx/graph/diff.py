@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from mxfx.graph.program import Program
-from mxfx.graph.text import Line, graph_lines, header_lines
+from mxfx.graph.text import Line, Printout, graph_lines
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,15 @@ class Region:
         ) or "".join(self.lines)
 
 
-def diff(before: Program, after: Program, context: int = 3, *, collapse: bool = True) -> str:
+def diff(before: Program | Printout, after: Program | Printout, context: int = 3, *, collapse: bool = True) -> str:
     """The regions that differ, ``@@ module path @@`` above each; ``""`` if the programs print alike.
 
     ``collapse`` shows an edit that repeats in every layer once, and names the other places.
     """
-    parts = [_header_diff(before, after)]
-    regions = regions_between(graph_lines(before), graph_lines(after), context)
+    old = before if isinstance(before, Printout) else Printout.of(before)
+    new = after if isinstance(after, Printout) else Printout.of(after)
+    parts = [_header_diff(old.header, new.header)]
+    regions = regions_between(old.graph, new.graph, context)
     for alike in _grouped(regions) if collapse else [[r] for r in regions]:
         parts.append(_shown(alike))
     return "".join(parts)
@@ -89,7 +91,9 @@ def _region(old: list[Line], new: list[Line], change: tuple[int, int, int, int],
 
 def _kept_by_name(old: list[Line], line: Line) -> str:
     before = next((candidate for candidate in old if candidate.name == line.name), None)
-    return f"  {line.text}" if before is not None and _whole(before) == _whole(line) else f"~ {line.text}"
+    if before is None:
+        return f"+ {line.text}"  # the next change begins within the context of this one
+    return f"  {line.text}" if _whole(before) == _whole(line) else f"~ {line.text}"
 
 
 def _whole(line: Line) -> str:
@@ -105,9 +109,8 @@ def _structure(line: Line) -> str:
 _PASSES = re.compile(r" <[\w, -]*>$")
 
 
-def _header_diff(before: Program, after: Program) -> str:
+def _header_diff(old: list[str], new: list[str]) -> str:
     """Changed header lines and weights, without context."""
-    old, new = header_lines(before), header_lines(after)
     gone, come = set(old) - set(new), set(new) - set(old)
     changed = [f"- {line.strip()}" for line in old if line in gone] + [
         f"+ {line.strip()}" for line in new if line in come

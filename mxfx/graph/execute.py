@@ -17,6 +17,31 @@ _fake_quantize = torch.ops.mxfx.fake_quantize.default
 Observer = Callable[[fx.Node, object], object]
 
 
+class CastCache:
+    """Weights in the dtype that they run in, kept between executions of programs that share tensors.
+
+    Holds at most ``limit`` bytes; what does not fit is cast again each time.
+    """
+
+    def __init__(self, limit: int = 1 << 29) -> None:
+        self.limit = limit
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self._bytes = 0
+
+    def __call__(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """``tensor.to(dtype)``."""
+        if tensor.dtype == dtype:
+            return tensor
+        known = self._known.get(id(tensor))
+        if known is not None and known[0] is tensor and known[1].dtype == dtype:
+            return known[1]
+        cast = tensor.to(dtype)
+        if self._bytes + cast.nbytes <= self.limit:
+            self._bytes += cast.nbytes
+            self._known[id(tensor)] = (tensor, cast)
+        return cast
+
+
 def execute(
     program: Program,
     input_ids: Tensor,
@@ -25,11 +50,13 @@ def execute(
     *,
     observe: Observer | None = None,
     quantize: bool = True,
+    casts: CastCache | None = None,
 ) -> Tensor:
     """Logits ``(batch, seq, vocabulary)`` of a program in its own dtype, from the definitions of its ops.
 
     ``input_ids``, ``position_ids`` and ``attention_mask`` are int64 ``(batch, seq)``. ``quantize=False`` reads every
-    ``fake_quantize`` as the identity: the real function behind a program with quantizers.
+    ``fake_quantize`` as the identity: the real function behind a program with quantizers. ``casts`` is kept by a caller
+    that executes several programs with the same weights.
 
     Raises ``ValueError`` if a weight is on the meta device: there are no numbers to compute with.
     """
@@ -40,7 +67,7 @@ def execute(
         for node in program.graph.nodes:
             if node.op == "output":
                 return env[node.args[0]]  # type: ignore[index, return-value]
-            value = _value(program, node, env, given, quantize)
+            value = _value(program, node, env, given, quantize, casts)
             env[node] = value if observe is None or node.op == "get_attr" else observe(node, value)
             for operand in last_reader.get(node, ()):
                 del env[operand]
@@ -59,7 +86,7 @@ def executable(program: Program) -> str | None:
 _INPUTS = ("input_ids", "position_ids", "attention_mask")
 
 
-def runtime_weight(program: Program, name: str) -> Tensor:
+def runtime_weight(program: Program, name: str, casts: CastCache | None = None) -> Tensor:
     """A weight in the dtype that it runs in: the model's, or compute precision for constants such as ``inv_freq``."""
     tensor = program.weights[name]
     if tensor.device.type == "meta":
@@ -67,14 +94,22 @@ def runtime_weight(program: Program, name: str) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     constant = program.weights.canonical(name) in program.weights.constants
-    return tensor.to(compute_dtype(program.dtype) if constant else program.dtype)
+    dtype = compute_dtype(program.dtype) if constant else program.dtype
+    return tensor.to(dtype) if casts is None else casts(tensor, dtype)
 
 
-def _value(program: Program, node: fx.Node, env: dict[fx.Node, object], given: dict, quantize: bool) -> object:
+def _value(
+    program: Program,
+    node: fx.Node,
+    env: dict[fx.Node, object],
+    given: dict,
+    quantize: bool,
+    casts: CastCache | None,
+) -> object:
     if node.op == "placeholder":
         return given[str(node.target)]
     if node.op == "get_attr":
-        return runtime_weight(program, str(node.target))
+        return runtime_weight(program, str(node.target), casts)
     if node.op != "call_function":
         raise ValueError(f"{node.name}: cannot execute a {node.op} node")
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])  # type: ignore[misc]

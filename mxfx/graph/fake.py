@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import lru_cache
 
 import torch
 from torch import Tensor, fx
@@ -42,6 +43,24 @@ class FakeRunner:
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
+def size_text(size: object) -> str:
+    """A dimension as text, ``7`` or ``s27 + 1``: printing a symbolic expression is slow, so each is printed once."""
+    if isinstance(size, int):
+        return str(size)
+    expression = getattr(getattr(size, "node", None), "expr", None)
+    return str(size) if expression is None else _printed(expression)
+
+
+def sizes_text(tensor: Tensor) -> tuple[str, ...]:
+    """``size_text`` of every dimension."""
+    return tuple(map(size_text, tensor.shape))
+
+
+@lru_cache(maxsize=4096)
+def _printed(expression: object) -> str:
+    return str(expression)
+
+
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
     """The mode of the graph's fake values; None if it has none."""
     vals = (n.meta.get("val") for n in graph.nodes)
@@ -65,12 +84,14 @@ def _key(operand: object) -> Hashable:
     if isinstance(operand, fx.Node):
         return _key(operand.meta["val"])
     if isinstance(operand, Tensor):
-        return (str(operand.shape), str(operand.stride()), operand.dtype)
+        return (sizes_text(operand), tuple(map(size_text, operand.stride())), operand.dtype)
     if isinstance(operand, list | tuple):
         return (type(operand).__name__, *map(_key, operand))
     if isinstance(operand, dict):
         return tuple((k, _key(v)) for k, v in operand.items())
+    if isinstance(operand, torch.SymInt):
+        return ("SymInt", size_text(operand))
     return (type(operand).__name__, str(operand))
 
 
-__all__ = ["FakeRunner", "fake_mode_of"]
+__all__ = ["FakeRunner", "fake_mode_of", "size_text", "sizes_text"]

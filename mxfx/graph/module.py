@@ -11,7 +11,8 @@ from mxfx.graph.program import Program, compute_dtype, copy_graph
 def build(program: Program) -> fx.GraphModule:
     """The ``GraphModule`` of a lowered program, weights cast to the program's dtype.
 
-    Call it as ``gm(input_ids, position_ids=None, attention_mask=None)``; it returns logits ``(batch, seq, vocabulary)``.
+    Call it as ``gm(input_ids, position_ids=None, attention_mask=None)``; it returns logits
+    ``(batch, seq, vocabulary)``.
     Raises ``ValueError`` if the program is not lowered.
     """
     if "lowered" not in program.facts:

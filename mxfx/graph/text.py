@@ -4,7 +4,7 @@
     source "llama-tiny" LlamaForCausalLM
     config {"hidden_size": 64, …}
     dtype f32
-    symbols batch in [1, 4096], seq in [2, 256]
+    symbols batch in [1, 4096], seq in [1, 256]
     facts norms-raised
     weights
       @model.norm.weight : f32[64] #0123456789abcdef
@@ -39,7 +39,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 import mxfx.ops
 from mxfx.formats import FormatError
 from mxfx.formats import parse as parse_format
-from mxfx.graph.fake import FakeRunner
+from mxfx.graph.fake import FakeRunner, size_text
 from mxfx.graph.node import Annotation, NodeInfo, info, path_of, set_info
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, Source, Symbol, compute_dtype
 from mxfx.graph.weights import WeightStore, tensor_hash
@@ -79,8 +79,22 @@ def to_text(program: Program, *, header: bool = True) -> str:
 
     Values in notes that JSON cannot say are written by their ``repr`` and come back as strings.
     """
-    body = ["graph", *_sections(graph_lines(program))]
-    return "\n".join((header_lines(program) if header else []) + body) + "\n"
+    return str(Printout.of(program)) if header else "\n".join(["graph", *_sections(graph_lines(program))]) + "\n"
+
+
+@dataclass(frozen=True)
+class Printout:
+    """A program's lines, printed once for all who read them: text, differences."""
+
+    header: list[str]
+    graph: list[Line]
+
+    @classmethod
+    def of(cls, program: Program) -> Printout:
+        return cls(header_lines(program), graph_lines(program))
+
+    def __str__(self) -> str:
+        return "\n".join([*self.header, "graph", *_sections(self.graph)]) + "\n"
 
 
 @dataclass(frozen=True)
@@ -141,7 +155,11 @@ def type_text(val: object, names: Mapping[str, str]) -> str:
 
 
 def _dim(size: object, names: Mapping[str, str]) -> str:
-    return re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m[0], m[0]), str(size))
+    text = size_text(size)
+    return text if text.isdigit() else _SYMBOL_NAME.sub(lambda m: names.get(m[0], m[0]), text)
+
+
+_SYMBOL_NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 def _sections(lines: list[Line]) -> list[str]:
@@ -544,12 +562,12 @@ class _Reader:
     # -- characters --------------------------------------------------------------------------------------------------
 
     def advance(self) -> bool:
-        """Go to the next line that is not empty."""
+        """Go to the next line that is neither empty nor a comment (``// …``)."""
         while self.number < len(self.lines):
             self.line = self.lines[self.number].rstrip()
             self.number += 1
             self.at = 0
-            if self.line:
+            if self.line and not self.line.startswith("//"):
                 return True
         self.line = ""
         return False

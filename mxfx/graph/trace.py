@@ -33,8 +33,9 @@ class TraceError(ValueError):
 def trace(model: nn.Module, *, name: str | None = None) -> Program:
     """Trace a Hugging Face causal LM (or any module with its call signature) into a ``Program``.
 
-    The program takes ``input_ids``, ``position_ids``, ``attention_mask``, each int64 ``(batch, seq)``, and returns logits
-    ``(batch, seq, vocabulary)``; batch and sequence length are dynamic. Its weights share storage with the model.
+    The program takes ``input_ids``, ``position_ids``, ``attention_mask``, each int64 ``(batch, seq)``, and returns
+    logits ``(batch, seq, vocabulary)``; batch and sequence length are dynamic. Its weights share storage with the
+    model.
 
     Raises ``TraceError`` for a model that is no causal LM or uses attention that the dialect cannot express.
     """
@@ -47,7 +48,7 @@ def trace(model: nn.Module, *, name: str | None = None) -> Program:
     module = exported.module(check_guards=False)
     weights, rename = _weights(model, module)
     graph = _adopt_graph(module.graph, module, rename)
-    symbols = (Symbol("batch", 1, _MAX_BATCH), Symbol("seq", 2, longest))
+    symbols = (Symbol("batch", 1, _MAX_BATCH), Symbol("seq", 1, longest))
     source = Source(
         name or getattr(config, "name_or_path", "") or type(model).__name__,
         type(model).__name__,
@@ -169,7 +170,7 @@ def _attention(
 def _mask(
     *args: object, attention_mask: Tensor | None = None, use_vmap: bool = False, **extra: object
 ) -> Tensor | None:
-    """transformers' mask interface: the plain ``(batch, seq)`` mask; ``mxfx::attention`` knows causality and windows."""
+    """transformers' mask interface: the plain ``(batch, seq)`` mask; ``mxfx::attention`` knows the rest."""
     if use_vmap:
         raise TraceError(
             "the model composes its attention mask from custom functions, which the dialect cannot express yet"

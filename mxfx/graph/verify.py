@@ -24,7 +24,7 @@ from torch import Tensor, fx
 import mxfx.ops
 from mxfx.formats import Format, FormatError
 from mxfx.formats import parse as parse_format
-from mxfx.graph.fake import FakeRunner, fake_mode_of
+from mxfx.graph.fake import FakeRunner, fake_mode_of, sizes_text
 from mxfx.graph.node import META_KEY, OPERANDS, NodeInfo, info, kind, op_name, path_of
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, compute_dtype
 from mxfx.ops import find_op
@@ -55,8 +55,10 @@ class VerifyError(ValueError):
     """A program that is not sound; the message names node, module path, what is wrong and what to do."""
 
 
-def verify(program: Program, touched: Collection[str] | None = None) -> int:
+def verify(program: Program, touched: Collection[str] | None = None, runner: FakeRunner | None = None) -> int:
     """Check ``program``; only ``touched`` nodes (by name) and their readers are executed again if given.
+
+    A ``runner`` that is kept between calls remembers calls that it has run already: layers and passes repeat them.
 
     Returns the number of nodes that were executed on fake tensors. Raises ``VerifyError`` at the first fault.
     """
@@ -67,7 +69,7 @@ def verify(program: Program, touched: Collection[str] | None = None) -> int:
     lowered = "lowered" in program.facts
     for node in nodes:
         _schema(node, lowered)
-    executed = _types(program, nodes)
+    executed = _types(program, nodes, runner)
     for node in nodes:
         _formats(node, lowered)
     if lowered:
@@ -376,11 +378,12 @@ def _flat(operands: Iterable[object]) -> Iterable[object]:
 # -- 5. types --------------------------------------------------------------------------------------------------------
 
 
-def _types(program: Program, nodes: list[fx.Node]) -> int:
+def _types(program: Program, nodes: list[fx.Node], kept: FakeRunner | None) -> int:
     mode = fake_mode_of(program.graph)
     if mode is None:
         raise VerifyError("the graph carries no fake tensors; make programs with mxfx.trace or the IR parser")
-    runner = FakeRunner(mode)
+    # Symbols of another trace may have the same names: what was run for them says nothing here.
+    runner = kept if kept is not None and kept.mode is mode else FakeRunner(mode)
     executed = 0
     for node in nodes:
         if node.op == "placeholder":
@@ -418,7 +421,7 @@ def _logits_type(node: fx.Node) -> None:
 
 def _same(actual: object, stated: object) -> bool:
     if isinstance(actual, Tensor) and isinstance(stated, Tensor):
-        return actual.dtype == stated.dtype and [str(d) for d in actual.shape] == [str(d) for d in stated.shape]
+        return actual.dtype == stated.dtype and sizes_text(actual) == sizes_text(stated)
     if isinstance(actual, list | tuple) and isinstance(stated, list | tuple):
         return len(actual) == len(stated) and all(map(_same, actual, stated))
     return not isinstance(actual, Tensor) and not isinstance(stated, Tensor) and str(actual) == str(stated)
@@ -466,7 +469,9 @@ def _quantizer(node: fx.Node) -> None:
         )
     if not val.is_floating_point():
         raise _fault(node, f"it rounds {_described(val)}", "quantize floating values only")
-    if fmt.block is not None and not isinstance(val.shape[axis], int):
+    # The last axis is what a reader sums over; of probabilities it is the keys, where the future is zero.
+    inner = axis in (-1, val.dim() - 1) and val.dim() == 4
+    if fmt.block is not None and not isinstance(val.shape[axis], int) and not inner:
         raise _fault(
             node,
             f"blocks of {fmt.block} run along axis {axis} of {_described(val)}, whose length is not fixed",
@@ -487,6 +492,12 @@ def _contraction(node: fx.Node) -> None:
 
 def _annotated(node: fx.Node, operand: str, fmt: Format) -> None:
     of_kind = kind(node)
+    if operand == "output":
+        # Any value may carry the format that it is to be rounded to: a rotated input, scores of spelled-out attention.
+        val = node.meta["val"]
+        if not (isinstance(val, Tensor) and val.is_floating_point()):
+            raise _fault(node, f"output carries {fmt} and is {_described(val)}", "annotate floating values only")
+        return
     if of_kind not in OPERANDS:
         raise _fault(
             node,

@@ -1,5 +1,6 @@
 """The dialect: semantic ops ``mxfx::…``, each with a schema, a fake kernel and an ATen definition."""
 
+import mxfx.ops.kernels  # noqa: F401  (last: kernels are providers of the ops above)
 from mxfx.ops.attention import attend, attention, attention_bias
 from mxfx.ops.cast import cast
 from mxfx.ops.dialect import DialectOp, all_ops, define, find_op
@@ -8,8 +9,6 @@ from mxfx.ops.positions import positions
 from mxfx.ops.quantize import fake_quantize
 from mxfx.ops.rope import rope
 from mxfx.ops.transform import block_transform, hadamard
-
-import mxfx.ops.kernels  # noqa: E402, F401  (last: kernels are providers of the ops above)
 
 __all__ = [
     "DialectOp",

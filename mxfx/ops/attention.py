@@ -11,8 +11,8 @@ from mxfx.ops.dialect import define
 def attention_bias(mask: Tensor | None, query: Tensor, causal: bool, window: int | None) -> Tensor | None:
     """Boolean mask ``(batch | 1, 1, seq, seq)``, True where a query may attend; None where ``is_causal`` says it all.
 
-    ``mask`` is the tokenizer's ``(batch, seq)`` mask (nonzero: a real token) or a ready 4-D boolean mask; ``query`` gives
-    sequence length and device. A query that may attend to nothing (left padding) attends to itself, so that its
+    ``mask`` is the tokenizer's ``(batch, seq)`` mask (nonzero: a real token) or a ready 4-D boolean mask; ``query``
+    gives sequence length and device. A query that may attend to nothing (left padding) attends to itself, so that its
     row stays finite; nobody reads it.
     """
     if mask is None and window is None:
@@ -33,8 +33,9 @@ def attention_bias(mask: Tensor | None, query: Tensor, causal: bool, window: int
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:
     """Scaled dot-product attention with grouped key-value heads; see ``attention``."""
+    grouped = bool(q.shape[1] != k.shape[1])
     return torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias, is_causal=causal and bias is None, scale=scale, enable_gqa=bool(q.shape[1] != k.shape[1])
+        q, k, v, attn_mask=bias, is_causal=causal and bias is None, scale=scale, enable_gqa=grouped
     )
 
 

@@ -76,7 +76,7 @@ def _fresh(definition: Definition) -> Definition:
     def kernel(*args: object, **kwargs: object) -> Tensor:
         out = definition(*args, **kwargs)
         inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        shared = any(out is a or out._is_view() and out._base is a for a in inputs)
+        shared = any(out is a or (out._is_view() and out._base is a) for a in inputs)
         return out.clone() if shared else out
 
     kernel.__signature__ = inspect.signature(definition, eval_str=True)  # type: ignore[attr-defined]

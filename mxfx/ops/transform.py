@@ -10,7 +10,12 @@ from mxfx.algorithms.hadamard import hadamard_factors, hadamard_transform
 from mxfx.ops.dialect import compute, define
 
 
-@define("block_transform")
+def _same_shape(x: Tensor, *operands: object) -> Tensor:
+    """All that a trace needs to know; the products on symbolic sizes would cost it seconds."""
+    return x.new_empty(x.shape)
+
+
+@define("block_transform", fake=_same_shape)
 def block_transform(x: Tensor, matrix: Tensor) -> Tensor:
     """Multiply each block of the last axis by a matrix: ``x_B @ T_B``; same shape and dtype as ``x``.
 

@@ -39,9 +39,10 @@ _KEYS: dict[str, tuple[tuple[str, str], ...]] = {
 class Rule:
     """One rule: nodes whose module path matches ``match`` get the formats named.
 
-    ``weight``, ``bias``, ``input``, ``output`` speak of linears (and norms, embeddings, activations); ``q``, ``k``, ``v``,
-    ``kv`` (k and v), ``softmax`` (the scores before the softmax), ``probs`` (after it) speak of attention; ``rope`` of the
-    rotary embedding's input. ``expect`` is integer arithmetic over ``layers``: the number of nodes that must match.
+    ``weight``, ``bias``, ``input``, ``output`` speak of linears (and norms, embeddings, activations); ``q``, ``k``,
+    ``v``, ``kv`` (k and v), ``softmax`` (the scores before the softmax), ``probs`` (after it) speak of attention;
+    ``rope`` of the rotary embedding's input. ``expect`` is integer arithmetic over ``layers``: the number of nodes that
+    must match.
     """
 
     match: Selector = field(default=ALL)
@@ -96,7 +97,8 @@ class Annotate(Pass):
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         for index, rule in enumerate(self.rule, start=1):
-            count = self._apply(rw, rule, f"annotate rule {index}")
+            place = ctx.where(("rule", index - 1))
+            count = self._apply(rw, rule, f"annotate rule {index}" + (f" ({place})" if place else ""))
             _check_count(rw, rule, index, count)
 
     def _apply(self, rw: Rewriter, rule: Rule, by: str) -> int:

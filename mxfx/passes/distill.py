@@ -33,7 +33,8 @@ class Distill(Pass):
     Knowledge distillation (arXiv 1503.02531, §2) through straight-through quantizers (arXiv 1308.3432): every forward
     pass rounds the weights, activations and cache as the emitted model does, the gradient passes them as the identity.
     It sees logits of the float model, no labels, so it cannot make the model better than its teacher on a domain.
-    ``held_out`` of the samples are kept apart; if the KL on them did not fall, nothing changes and the run is warned.
+    ``learning_rate`` is in units of each weight's root mean square. ``held_out`` of the samples are kept apart; if the
+    KL on them did not fall, nothing changes and the run is warned.
     """
 
     name: ClassVar[str] = "distill"
@@ -43,7 +44,7 @@ class Distill(Pass):
     numerics: ClassVar[Numerics] = Lossy()
     select: Selector = ALL
     epochs: int = 4
-    learning_rate: float = 5e-5
+    learning_rate: float = 1e-3
     batch_size: int = 8
     held_out: float = 0.0625
 
@@ -58,7 +59,7 @@ class Distill(Pass):
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         if ctx.reference is None:
-            raise ValueError("distill needs the float model that the pipeline started from; run it through a PassManager")
+            raise ValueError("distill needs the float model that the pipeline began with; run it through a PassManager")
         targets = self._targets(rw)
         formats = {weight: info(nodes[0]).formats["weight"].format for weight, nodes in targets.items()}
         taken = {w: f for w, f in formats.items() if rw.match(targets[w][0], note=str(f))}
@@ -105,7 +106,10 @@ class Distill(Pass):
         tokens: Tensor,
         ctx: Context,
     ) -> None:
-        optimizer = torch.optim.Adam(parameters.values(), lr=self.learning_rate, betas=(0.9, 0.95))
+        # A step of Adam moves every weight about alike; only against a weight's own scale does that mean the same.
+        scales = {p: float(p.detach().square().mean().sqrt()) for p in parameters.values()}
+        groups = [{"params": [p], "lr": self.learning_rate * scale} for p, scale in scales.items()]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         generator = ctx.generator("distill")
         order = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(self.epochs)])
         batches = order.split(self.batch_size)

@@ -47,6 +47,8 @@ class QuantizeKvCache(Pass):
                 annotation = info(node).formats.get(operand)
                 if annotation is None:
                     rw.skip(node, f"{operand} carries no format")
+                elif is_quantized(node.args[position], annotation.format):
+                    rw.skip(node, f"{operand} is in {annotation.format} already")
                 elif rw.match(node, note=f"{operand} {annotation.format}"):
                     rw.set_operand(node, position, quantized(rw, node.args[position], annotation.format))
 

@@ -48,12 +48,10 @@ class RaiseAttention(Pass):
                 self._raise(rw, node)
 
     def _raise(self, rw: Rewriter, node: fx.Node) -> None:
-        q, k, v, mask, dropout, causal, scale, _ = operands(node).values()
-        if dropout:
-            rw.skip(node, f"attention with dropout {dropout}")
-            return
-        if isinstance(mask, fx.Node) and mask.meta["val"].dtype != torch.bool:
-            rw.skip(node, "its mask is additive, not boolean")
+        q, k, v, mask, _, causal, scale, _ = operands(node).values()
+        reason = _refused(node)
+        if reason is not None:
+            rw.skip(node, reason)
             return
         if not rw.match(node, note="from scaled_dot_product_attention"):
             return
@@ -77,14 +75,20 @@ def _unrepeated(node: fx.Node) -> fx.Node:
 @fact("attention-raised", "every attention is one node")
 def attention_raised(program: Program) -> str | None:
     for node in program.graph.nodes:
-        if node.target is _sdpa and not _refused(node):
+        if node.target is _sdpa and _refused(node) is None:
             return f"{node.name} still is a scaled_dot_product_attention"
     return None
 
 
-def _refused(node: fx.Node) -> bool:
-    mask = node.args[3] if len(node.args) > 3 else None
-    return isinstance(mask, fx.Node) and mask.meta["val"].dtype != torch.bool
+def _refused(node: fx.Node) -> str | None:
+    """Why ``mxfx.attention`` cannot stand for this call; None if it can."""
+    bound = operands(node)
+    mask, dropout = bound["attn_mask"], bound["dropout_p"]
+    if dropout:
+        return f"attention with dropout {dropout}"
+    if isinstance(mask, fx.Node) and mask.meta["val"].dtype != torch.bool:
+        return "its mask is additive, not boolean"
+    return None
 
 
 @fact("raised", "norms, rotary embeddings and attention are single nodes")

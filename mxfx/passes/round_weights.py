@@ -9,8 +9,8 @@ from torch import fx
 
 from mxfx.graph.node import info, kind, path_of
 from mxfx.graph.program import Program
-from mxfx.rewrite.operands import POSITION, is_rounded, mark_rounded, readers_of, weight_format
 from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, fact, register
+from mxfx.rewrite.operands import POSITION, is_rounded, mark_rounded, readers_of, weight_format
 
 
 @register
@@ -56,8 +56,9 @@ class RoundWeights(Pass):
         readers = readers_of(rw.program, str(source.target))
         stranger = next((r for r in readers if weight_format(r, str(source.target), rw.program) != fmt), None)
         if stranger is not None:
+            found = weight_format(stranger, str(source.target), rw.program)
             raise ValueError(
-                f"round-weights: {source.target} is {fmt} at {path_of(node)} and {weight_format(stranger, str(source.target), rw.program) or 'unquantized'} "
+                f"round-weights: {source.target} is {fmt} at {path_of(node)} and {found or 'unquantized'} "
                 f"at {path_of(stranger)}, which reads the same tensor; untie it (fuse-norm does) or annotate both alike"
             )
         if rw.match(node, note=f"{operand} {fmt}"):

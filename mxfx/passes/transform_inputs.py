@@ -54,9 +54,8 @@ class TransformInputs(Pass):
     Both operands of each GEMM are what later passes quantize, so it can run in 4 bits. ``hadamard`` takes T = H (block
     Hadamard, arXiv 2509.23202), ``wush`` the data-aware T in closed form from second moments of activations and of all
     weights that read them (arXiv 2512.00956); blocks whose T is conditioned worse than ``max_condition`` get H.
-    ``block`` is the order of T, 0 the whole axis (``hadamard`` only). ``unit_rows`` lets every token count alike in the
-    statistics, however large its row is. Sites are the linears whose input carries a format, or all linears of decoder
-    layers where nothing is annotated yet.
+    ``block`` is the order of T, 0 the whole axis (``hadamard`` only). Sites are the linears whose input carries a
+    format, or all linears of decoder layers where nothing is annotated yet.
     """
 
     name: ClassVar[str] = "transform-inputs"
@@ -69,7 +68,6 @@ class TransformInputs(Pass):
     signs: bool = False
     damping: float = 1e-4
     max_condition: float = 1e3
-    unit_rows: bool = False
     select: Selector = ALL
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
@@ -77,7 +75,7 @@ class TransformInputs(Pass):
         moments: dict[fx.Node, Tensor] = {}
         if self.kind == "wush":
             blocks = {site.source: self.block for site in found}
-            moments = block_moments(rw.program, blocks, ctx, unit_rows=self.unit_rows)
+            moments = block_moments(rw.program, blocks, ctx)
         generator = ctx.generator("transform-inputs")
         for site in found:
             transform = self._transform(rw, site, moments, generator)

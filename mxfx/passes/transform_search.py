@@ -40,8 +40,8 @@ class TransformSearch(Pass):
 
     ``candidates``: ``none``; ``hadamard-B`` (blocks of B, or ``full``); ``wush-B`` (data-aware, arXiv 2512.00956);
     ``scaled-B`` (channels smoothed, arXiv 2211.10438, then Hadamard blocks of B). Data-aware ones are fitted on most
-    of the calibration samples; all are scored on about ``rows`` tokens of the others: mean over tokens of
-    ‖ŷ − y‖² / ‖y‖² of about ``outputs`` output channels of the linears that share the input, rounded to nearest. One
+    of the calibration samples; all are scored on about ``rows`` tokens of the others:
+    Σ‖ŷ − y‖² / Σ‖y‖² of about ``outputs`` output channels of the linears that share the input, rounded to nearest. One
     run through the model for statistics and one for the held-out rows, no perplexity passes; cost grows with the number
     of layers. Decisions are readable JSON in the record, kept in ``cache_path`` (or the run's cache) under a key of
     program, tokens and options.
@@ -199,7 +199,7 @@ def _cost(candidate: str, width: int) -> int:
 
 
 def _error(program: Program, site: Site, x: Tensor, outputs: int, transform: BlockTransform | None) -> float:
-    """Mean over rows of the relative squared error of about ``outputs`` channels, evenly spaced over all linears."""
+    """Relative squared error, summed over rows, of about ``outputs`` channels, evenly spaced over all linears."""
     moved = x if transform is None else transform.activations(x)
     weights = [program.weights[program.weight_of(linear)] for linear in site.linears]
     stride = max(1, sum(len(w) for w in weights) // outputs)
@@ -212,7 +212,7 @@ def _error(program: Program, site: Site, x: Tensor, outputs: int, transform: Blo
         got = inputs[_format(linear, "input")] @ _rounded(turned, _format(linear, "weight")).mT
         wrong += (got - target).square().sum(-1)
         right += target.square().sum(-1)
-    return float((wrong / right.clamp_min(1e-30)).mean())
+    return float(wrong.sum() / right.sum().clamp_min(1e-30))
 
 
 def _format(linear: fx.Node, operand: str) -> Format | None:

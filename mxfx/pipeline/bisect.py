@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mxfx.graph.execute import executable
 from mxfx.graph.program import Program
-from mxfx.pipeline.config import Pipeline
+from mxfx.pipeline.config import BudgetConfig, ModelConfig, Pipeline
 from mxfx.pipeline.manager import StopPoint, check_pipeline
 from mxfx.pipeline.opt import command
 from mxfx.pipeline.probe import Probe, mean_kl
@@ -77,13 +77,18 @@ def bisect(
             points = (
                 (StopPoint(number, good), StopPoint(number, bad)) if bad else (StopPoint(number, 0), StopPoint(number))
             )
-            name, text = source or program.source.name, to_text(pipeline, settings=False)
+            name, text = source or program.source.name, to_text(_unnamed(pipeline))
             commands = (command(name, text, str(points[0])), command(name, text, str(points[1])))
             return Culprit(pass_, *points, kl_good, kl_bad, match, commands)
         before, kl_before = applied.program, kl
     raise NothingFound(
         f"KL ends at {kl_before:.4g} nats, which is within {max_kl:g}; lower the threshold to look closer"
     )
+
+
+def _unnamed(pipeline: Pipeline) -> Pipeline:
+    """Without model and budget: the command names its source itself, and a half-run pipeline has no budget to keep."""
+    return pipeline.replace(model=ModelConfig(), budget=BudgetConfig())
 
 
 class _Search:

@@ -101,9 +101,7 @@ class Pipeline:
     ) -> None:
         specs = tuple(p if isinstance(p, PassSpec) else PassSpec.of(p) for p in passes)
         object.__setattr__(self, "specs", specs)
-        object.__setattr__(
-            self, "model", ModelConfig(name=model) if isinstance(model, str) else model or ModelConfig()
-        )
+        object.__setattr__(self, "model", ModelConfig(name=model) if isinstance(model, str) else model or ModelConfig())
         object.__setattr__(self, "calibration", calibration or CalibrationConfig())
         object.__setattr__(self, "budget", budget or BudgetConfig())
         object.__setattr__(self, "root", root)
@@ -149,9 +147,7 @@ class Pipeline:
         """
         return self._at(index, option).place()
 
-    def error(
-        self, index: int, option: KeyPath, problem: str, expected: str = "", hint: str = ""
-    ) -> ConfigError:
+    def error(self, index: int, option: KeyPath, problem: str, expected: str = "", hint: str = "") -> ConfigError:
         """An error about an option of pass ``index``, found later than on reading, citing its line."""
         return self._at(index, option).error(problem, expected, hint)
 
@@ -194,9 +190,7 @@ def from_document(document: Document) -> Pipeline:
     for key in raw:
         if key not in valid:
             hint = did_you_mean(key, valid)
-            raise (root / key).error(
-                f"unknown table {key!r}", "[model], [calibration], [budget] or [[pass]]", hint
-            )
+            raise (root / key).error(f"unknown table {key!r}", "[model], [calibration], [budget] or [[pass]]", hint)
     settings = {
         name: options.read_dataclass(cls, raw[name], root / name, f"[{name}]")
         for name, cls in SETTINGS.items()
@@ -243,9 +237,7 @@ def find_model(name: str, at: Cursor) -> Path | str:
     if _HUB_ID.fullmatch(name) and not name.startswith("."):
         return name
     near = _near_folder(folder)
-    raise at.error(
-        f"no folder {name!r}", "a local model folder, or a hub id such as 'unsloth/Llama-3.2-1B'", near
-    )
+    raise at.error(f"no folder {name!r}", "a local model folder, or a hub id such as 'unsloth/Llama-3.2-1B'", near)
 
 
 def _near_folder(folder: Path) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from mxfx.formats import Format, parse
-from mxfx.graph.node import OPERANDS, info, kind, op_name, path_of
+from mxfx.graph.node import OPERANDS, info, kind, op_name, operands, path_of
 from mxfx.graph.program import Program
 from mxfx.rewrite import PassRecord
 from mxfx.rewrite.operands import POSITION, is_quantized, is_rounded
@@ -27,12 +27,14 @@ _ACTIVATION = {
 
 @dataclass(frozen=True)
 class Row:
-    """One operand. ``by`` is who set the format; ``state`` is ``quantized``, ``rounded``, ``annotated`` or
-    ``float``.
+    """One operand of a node of some ``kind`` (``linear``, ``rope`` …).
+
+    ``by`` is who set the format; ``state`` is ``quantized``, ``rounded``, ``annotated`` or ``float``.
     """
 
     node: str
     path: str
+    kind: str
     operand: str
     format: str
     by: str
@@ -63,7 +65,7 @@ class Coverage:
         """Markdown: one line an operand, then one a product, then the bits per weight."""
         lines = ["| operand | format | state | set by, or why not |", "|---|---|---|---|"]
         lines += [
-            f"| {r.path or r.node}:{r.operand} | {r.format or '–'} | {r.state} | {r.by or r.reason} |"
+            f"| {r.path or r.node} {r.kind}:{r.operand} | {r.format or '–'} | {r.state} | {r.by or r.reason} |"
             for r in self.rows
         ]
         lines += ["", "| product | 4-bit executable | why |", "|---|---|---|"]
@@ -76,7 +78,8 @@ class Coverage:
 def coverage(program: Program, records: Sequence[PassRecord] = ()) -> Coverage:
     """The report of a program that is not lowered yet; ``records`` give the reasons of what passes skipped."""
     skipped = {skip.node: f"{record.name}: {skip.reason}" for record in records for skip in record.skips}
-    rows = tuple(row for node in program.nodes(*OPERANDS) for row in _rows(node, skipped))
+    carriers = [n for n in program.graph.nodes if kind(n) in OPERANDS or info(n).formats]
+    rows = tuple(row for node in carriers for row in _rows(node, skipped))
     gemms = tuple(_gemm(node) for node in program.nodes("linear")) + tuple(
         product for node in program.nodes("attention") for product in _attention_gemms(node)
     )
@@ -85,17 +88,31 @@ def coverage(program: Program, records: Sequence[PassRecord] = ()) -> Coverage:
 
 
 def _rows(node: fx.Node, skipped: dict[str, str]) -> Iterable[Row]:
-    of_kind = kind(node)
-    for operand in OPERANDS[of_kind]:
+    of_kind = kind(node) or op_name(node)
+    for operand in OPERANDS.get(of_kind, tuple(info(node).formats)):
         if not _exists(node, operand):
             continue
         annotation = info(node).formats.get(operand)
         if annotation is None:
-            reason = skipped.get(node.name, "no rule speaks of it")
-            yield Row(node.name, path_of(node), operand, "", "", "float", reason)
+            reason = skipped.get(node.name) or _moved(node, operand) or "no rule speaks of it"
+            yield Row(node.name, path_of(node), of_kind, operand, "", "", "float", reason)
         else:
             state = _state(node, operand, annotation.format)
-            yield Row(node.name, path_of(node), operand, str(annotation.format), annotation.by, state)
+            yield Row(node.name, path_of(node), of_kind, operand, str(annotation.format), annotation.by, state)
+
+
+def _moved(node: fx.Node, operand: str) -> str:
+    """Why an operand carries no format although it was rounded: the format moved up, to a rotated value."""
+    position = _ACTIVATION.get((kind(node), operand))
+    source = node.args[position] if position is not None else None
+    if isinstance(source, fx.Node) and _quantizer_format(source) is None and _quantized_above(source):
+        return f"rounded in another basis, read behind {op_name(source)}"
+    return ""
+
+
+def _quantizer_format(node: fx.Node) -> str | None:
+    """The format that a node rounds to, alone or fused with what comes before; None if it rounds nothing."""
+    return str(operands(node)["format"]) if kind(node).endswith("quantize") else None
 
 
 def _exists(node: fx.Node, operand: str) -> bool:
@@ -110,7 +127,9 @@ def _state(node: fx.Node, operand: str, fmt: Format) -> str:
     if operand == "output":
         return "quantized" if any(is_quantized(u, fmt) for u in node.users) else "annotated"
     position = _ACTIVATION.get((of_kind, operand))
-    return "quantized" if position is not None and is_quantized(node.args[position], fmt) else "annotated"
+    source = node.args[position] if position is not None else None
+    rounded = isinstance(source, fx.Node) and _quantizer_format(source) == str(fmt)
+    return "quantized" if rounded else "annotated"
 
 
 def _gemm(node: fx.Node) -> Gemm:
@@ -134,14 +153,15 @@ def _weight_problem(node: fx.Node) -> str:
 def _input_problem(node: fx.Node, operand: str, position: int) -> str:
     """4-bit operands are read straight from a quantizer: anything in between leaves the grid."""
     source = node.args[position]
-    if not isinstance(source, fx.Node) or op_name(source) != "mxfx.fake_quantize.default":
+    rounded = _quantizer_format(source) if isinstance(source, fx.Node) else None
+    if not isinstance(source, fx.Node) or rounded is None:
         after = op_name(source) if isinstance(source, fx.Node) else repr(source)
         hidden = isinstance(source, fx.Node) and _quantized_above(source)
         return f"{operand} is read behind {after}, off the grid" if hidden else f"{operand} is float"
-    fmt = parse(str(source.args[1]))
+    fmt = parse(rounded)
     if not fmt.is_four_bit:
         return f"{operand} is {fmt}"
-    axis = source.args[2] if len(source.args) > 2 else -1
+    axis = operands(source).get("axis", -1)
     return "" if axis in (-1, source.meta["val"].dim() - 1) else f"{operand} has blocks along axis {axis}"
 
 
@@ -152,7 +172,7 @@ def _quantized_above(node: fx.Node, steps: int = 3) -> bool:
         if len(above) != 1:
             return False
         (node,) = above
-        if op_name(node) == "mxfx.fake_quantize.default":
+        if _quantizer_format(node) is not None:
             return True
     return False
 

@@ -251,9 +251,7 @@ class _Scanner:
         while not self.text.startswith(fence, self.at):
             self.at += 2 if quote == '"' and self.text[self.at] == "\\" else 1
         self.at += len(fence)
-        while len(fence) == 3 and self.text.startswith(
-            quote, self.at
-        ):  # up to two quotes may end the text itself
+        while len(fence) == 3 and self.text.startswith(quote, self.at):  # up to two quotes may end the text itself
             self.at += 1
 
     def skip(self, pattern: re.Pattern[str]) -> None:

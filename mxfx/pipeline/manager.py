@@ -10,6 +10,8 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
 
 from mxfx.graph.program import Program
 from mxfx.pipeline.config import Pipeline
@@ -19,6 +21,9 @@ from mxfx.rewrite import Context, FactError, Pass, PassRecord, apply, check_fact
 
 #: ``(position of the pass from 0, path of an option)`` → ``FILE:LINE:COLUMN`` where it stands, None if nobody knows.
 Locate = Callable[[int, tuple], "str | None"]
+
+
+_About = TypeVar("_About")
 
 
 class PassError(ValueError):
@@ -166,7 +171,7 @@ class PassManager:
         ctx = dataclasses.replace(ctx or Context(), reference=program)
         run = Run(program, typed, ctx, locate, probe or Probe(seed=ctx.seed))
         for instrument in self.instruments:
-            instrument.enter(run)
+            _timed(run, instrument, instrument.enter, run)
         try:
             return self._run(run, stop_after)
         finally:
@@ -180,7 +185,7 @@ class PassManager:
             if stop is not None and index > stop.number:
                 break
             limit = stop.match if stop is not None and index == stop.number else None
-            step = Step(run, index, pass_, program, _place(run.locate, index), limit, run.ctx)
+            step = Step(run, index, pass_, program, _place(run.locate, index), limit, _context(run, index))
             run.steps.append(step)
             program = self._step(step)
             assert step.record is not None
@@ -192,10 +197,10 @@ class PassManager:
         inner = tuple(reversed(self.instruments))
         try:
             for instrument in self.instruments:
-                _timed(step, instrument, instrument.before)
+                _timed(step.run, instrument, instrument.before, step)
             _apply(step)
             for instrument in inner:
-                _timed(step, instrument, instrument.after)
+                _timed(step.run, instrument, instrument.after, step)
         except Exception as error:
             for instrument in inner:
                 instrument.failed(step, error)
@@ -204,13 +209,13 @@ class PassManager:
         return step.after
 
 
-def _timed(step: Step, instrument: Instrument, hook: Callable[[Step], None]) -> None:
+def _timed(run: Run, instrument: Instrument, hook: Callable[[_About], None], about: _About) -> None:
     started = time.perf_counter()
     try:
-        hook(step)
+        hook(about)
     finally:
         name = type(instrument).__name__
-        step.run.costs[name] = step.run.costs.get(name, 0.0) + time.perf_counter() - started
+        run.costs[name] = run.costs.get(name, 0.0) + time.perf_counter() - started
 
 
 def check_pipeline(
@@ -262,6 +267,18 @@ def _text_of(place: object) -> str | None:
 
 def _place(locate: Locate, index: int) -> str | None:
     return locate(index - 1, ("name",))
+
+
+def _context(run: Run, index: int) -> Context:
+    def where(option: tuple) -> str | None:
+        place = run.locate(index - 1, option)
+        if place is None:
+            return None
+        # The file's name alone: what a program records must not depend on where its pipeline lay.
+        file, line, _ = place.rsplit(":", 2)
+        return None if file.startswith(("-", "<")) else f"{Path(file).name}:{line}"
+
+    return dataclasses.replace(run.ctx, where=where)
 
 
 def _without_programs(step: Step) -> Step:

@@ -23,6 +23,14 @@ from mxfx.pipeline.text import from_text
 from mxfx.rewrite import Context
 
 
+class SourceError(ValueError):
+    """What ``mxfx opt`` was given is no printed graph, no model folder and no built-in model."""
+
+
+class PrintError(ValueError):
+    """IR was to be printed around a pass that the pipeline does not have."""
+
+
 def opt(
     source: str | Path | Program,
     passes: str | Path | Pipeline = "",
@@ -47,12 +55,15 @@ def opt(
     graph is
     printed; ``print_ir_after_change`` prints the regions that each pass edited. Without any of these the result is the
     final program, which ``opt`` reads again. ``stop_after`` is ``n`` or ``n.m``: pass ``n``, match ``m`` of it.
-    ``weights`` are the tensors behind a printed graph; ``dtype`` is for models that are built or loaded.
+    ``weights`` are the tensors behind a printed graph; ``dtype`` is for models that are built or loaded. ``timing``
+    adds comment lines with the seconds of each pass.
 
-    Raises ``ValueError`` for a source that is none of these, and what the passes and checks raise.
+    Raises ``SourceError`` for a source that is none of these, ``ValueError`` for a malformed ``stop_after``,
+    ``PrintError`` for the name of a pass that is not in the pipeline, and what the passes and checks raise.
     """
     program = load_source(source, weights=weights, dtype=dtype)
     pipeline = read_passes(passes)
+    _check_names(pipeline, [*print_ir_before, *print_ir_after])
     printer = PrintIR(frozenset(print_ir_before), frozenset(print_ir_after), print_ir_after_change)
     clock = Timing()
     checks: list[Instrument] = [Numbers()] if check_numerics else []
@@ -65,8 +76,17 @@ def opt(
     if not printer.active:
         printer.lines.append(to_text(result.program))
     if timing:
-        printer.lines.append(clock.table() + "\n")
+        printer.lines += [f"// {line}\n" for line in clock.table().splitlines()]
     return "".join(printer.lines)
+
+
+def _check_names(pipeline: Pipeline, names: Collection[str]) -> None:
+    present = [spec.name for spec in pipeline.specs]
+    for name in names:
+        if name not in (*present, "all"):
+            raise PrintError(
+                f"no pass {name!r} in this pipeline to print around; it has {', '.join(present) or 'none'}"
+            )
 
 
 @dataclass
@@ -98,7 +118,7 @@ class PrintIR(Instrument):
 def load_source(
     source: str | Path | Program, *, weights: Mapping[str, Tensor] | None = None, dtype: torch.dtype = torch.float32
 ) -> Program:
-    """The program behind what a user typed; see ``opt``. Raises ``ValueError``."""
+    """The program behind what a user typed; see ``opt``. Raises ``SourceError``, or ``TextError`` for a bad graph."""
     if isinstance(source, Program):
         return source
     if str(source) in FAMILIES:
@@ -110,7 +130,7 @@ def load_source(
         return _load_folder(path, dtype)
     near = difflib.get_close_matches(str(source), FAMILIES, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(
+    raise SourceError(
         f"{str(source)!r} is no printed graph, no model folder and no built-in model{hint} "
         f"(built in: {', '.join(FAMILIES)})"
     )

@@ -147,9 +147,7 @@ def _read_choice(choices: tuple[object, ...], raw: object, at: Cursor) -> object
     if any(raw == choice and type(raw) is type(choice) for choice in choices):
         return raw
     words = [str(choice) for choice in choices]
-    raise at.error(
-        f"{_shown(raw)} is not one of the choices", f"one of {listed(words)}", did_you_mean(str(raw), words)
-    )
+    raise at.error(f"{_shown(raw)} is not one of the choices", f"one of {listed(words)}", did_you_mean(str(raw), words))
 
 
 def _read_tuple(hint: Any, raw: object, at: Cursor) -> tuple:
@@ -221,11 +219,7 @@ def expected(hint: Any) -> str:
         return expected(_without_none(hint))
     if get_origin(hint) is tuple:
         inner = get_args(hint)[0]
-        return (
-            "an array of tables"
-            if dataclasses.is_dataclass(inner)
-            else f"an array, each item {expected(inner)}"
-        )
+        return "an array of tables" if dataclasses.is_dataclass(inner) else f"an array, each item {expected(inner)}"
     if inspect.isclass(hint) and issubclass(hint, enum.Enum):
         return f"one of {listed([str(member.value) for member in hint])}"
     return f"a table with {listed(fields(hint))}"

@@ -92,9 +92,7 @@ def picture(pipeline: Pipeline, passes: tuple[Pass, ...]) -> str:
 
 def _reason(passes: tuple[Pass, ...], before: int, after: int, why: str) -> str:
     return (
-        f"({passes[before].name} {why})"
-        if why.startswith("must")
-        else f"({why}, which {passes[after].name} requires)"
+        f"({passes[before].name} {why})" if why.startswith("must") else f"({why}, which {passes[after].name} requires)"
     )
 
 
@@ -109,16 +107,10 @@ def _order_error(
         expected = _who_provides(problem.fact, passes, pipeline)
     else:
         provider = _provider(passes, problem)
-        cause = (
-            f"{_label(pipeline, provider)} makes it true"
-            if provider is not None
-            else "it holds from the start"
-        )
+        cause = f"{_label(pipeline, provider)} makes it true" if provider is not None else "it holds from the start"
         said = f"pass {name!r} must come before {problem.fact!r}{meaning} holds; {cause}"
         expected = (
-            f"{name} before {passes[provider].name}"
-            if provider is not None
-            else f"a program without {problem.fact!r}"
+            f"{name} before {passes[provider].name}" if provider is not None else f"a program without {problem.fact!r}"
         )
     return pipeline.error(problem.index, ("name",), said, expected, _advice(pipeline, passes, facts))
 
@@ -133,18 +125,12 @@ def _who_provides(fact: str, passes: tuple[Pass, ...], pipeline: Pipeline) -> st
     if inside:
         return f"{' or '.join(inside)} before it, and nothing between that removes the fact"
     outside = sorted(name for name, cls in all_passes().items() if fact in cls.provides)
-    return (
-        f"{' or '.join(outside)} before it"
-        if outside
-        else f"a program in which {fact!r} holds: no pass provides it"
-    )
+    return f"{' or '.join(outside)} before it" if outside else f"a program in which {fact!r} holds: no pass provides it"
 
 
 def _advice(pipeline: Pipeline, passes: tuple[Pass, ...], facts: frozenset[str]) -> str:
     drawn = picture(pipeline, passes)
-    lines = (
-        ["which passes must precede which:", *("  " + line for line in drawn.splitlines())] if drawn else []
-    )
+    lines = ["which passes must precede which:", *("  " + line for line in drawn.splitlines())] if drawn else []
     order = possible_order(passes, facts)
     if order is not None:
         lines.append("an order that is possible: " + ", ".join(passes[i].name for i in order))

@@ -95,9 +95,7 @@ def _set_in_passes(pipeline: Pipeline, path: KeyPath, raw: object, at: Cursor) -
     chosen = _chosen(pipeline, path[0], at)
     if len(path) < 2:
         raise at.error("no key of the pass is named", _FORMS, of_key=True)
-    specs = [
-        spec.with_option(path[1:], raw, at) if i in chosen else spec for i, spec in enumerate(pipeline.specs)
-    ]
+    specs = [spec.with_option(path[1:], raw, at) if i in chosen else spec for i, spec in enumerate(pipeline.specs)]
     return pipeline.replace(specs=specs)
 
 
@@ -110,7 +108,5 @@ def _chosen(pipeline: Pipeline, which: str | int, at: Cursor) -> set[int]:
         return {which}
     chosen = {i for i, name in enumerate(names) if name == which}
     if not chosen:
-        raise at.error(
-            f"the pipeline has no pass {which!r}", listing, did_you_mean(which, names), of_key=True
-        )
+        raise at.error(f"the pipeline has no pass {which!r}", listing, did_you_mean(which, names), of_key=True)
     return chosen

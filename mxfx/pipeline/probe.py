@@ -76,6 +76,9 @@ def sqnr(actual: Tensor, expected: Tensor) -> float:
 
 def mean_kl(actual: Tensor, expected: Tensor) -> float:
     """Mean KL(expected ‖ actual) of the next-token distributions in nats, over logits ``(batch, seq, vocabulary)``."""
-    p = torch.log_softmax(expected.double(), -1)
-    q = torch.log_softmax(actual.double(), -1)
-    return float((p.exp() * (p - q)).sum(-1).mean().clamp_min(0))
+    # A half-precision logit carries 8 to 11 bits: float32 is exact enough for it, and three times as fast as float64.
+    wide = torch.promote_types(torch.float32, torch.promote_types(actual.dtype, expected.dtype))
+    wide = torch.float64 if wide == torch.float32 and torch.float32 in (actual.dtype, expected.dtype) else wide
+    p = torch.log_softmax(expected.to(wide), -1)
+    q = torch.log_softmax(actual.to(wide), -1)
+    return float((p.exp() * (p - q)).sum(-1, dtype=torch.float64).mean().clamp_min(0))

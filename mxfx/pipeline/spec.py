@@ -72,9 +72,7 @@ class PassSpec:
         if self.value is None:
             return PassSpec(self.name, {**self.options, _only(path, at): raw}, here)
         value = _replace(self.value, path, raw, at, f"pass {self.name!r}")
-        return PassSpec(
-            self.name, options.write_fields(value, frozenset(self.options) | {str(path[0])}), here, value
-        )
+        return PassSpec(self.name, options.write_fields(value, frozenset(self.options) | {str(path[0])}), here, value)
 
 
 def unknown_pass(name: str, at: Cursor) -> ConfigError:
@@ -105,11 +103,7 @@ def _replace(value: Any, path: tuple[str | int, ...], raw: object, at: Cursor, w
             of_key=True,
         )
     old = getattr(value, str(name))
-    new = (
-        _replace_item(old, rest, raw, at, f"{name} of {what}")
-        if rest
-        else _read_field(value, str(name), raw, at)
-    )
+    new = _replace_item(old, rest, raw, at, f"{name} of {what}") if rest else _read_field(value, str(name), raw, at)
     try:
         return dataclasses.replace(value, **{str(name): new})
     except ConfigError:
@@ -127,9 +121,7 @@ def _replace_item(old: Any, path: tuple[str | int, ...], raw: object, at: Cursor
         return _replace(old, path, raw, at, what) if dataclasses.is_dataclass(old) else _no_item(at, what)
     index, rest = path[0], path[1:]
     if not isinstance(index, int) or not rest or index >= len(old):
-        raise at.error(
-            f"{what} has {len(old)} items", f"[0] … [{len(old) - 1}] and a key of that item", of_key=True
-        )
+        raise at.error(f"{what} has {len(old)} items", f"[0] … [{len(old) - 1}] and a key of that item", of_key=True)
     return (*old[:index], _replace(old[index], rest, raw, at, what), *old[index + 1 :])
 
 

@@ -111,9 +111,7 @@ class _Reader:
     @property
     def named(self) -> dict[KeyPath, Mark]:
         return {
-            (self.names[int(p[0])], *p[1:]): m
-            for p, m in self.marks.items()
-            if p and self.names[int(p[0])] in SETTINGS
+            (self.names[int(p[0])], *p[1:]): m for p, m in self.marks.items() if p and self.names[int(p[0])] in SETTINGS
         }
 
     def pipeline(self) -> list[tuple[str, dict[str, Any]]]:
@@ -183,9 +181,7 @@ class _Reader:
         try:
             value = tomllib.loads("v=" + found[0])["v"]
         except tomllib.TOMLDecodeError as error:
-            raise self.error(
-                f"bad escape in {found[0]}", "the escapes of TOML, or a 'literal' string"
-            ) from error
+            raise self.error(f"bad escape in {found[0]}", "the escapes of TOML, or a 'literal' string") from error
         self.at = found.end()
         return value
 

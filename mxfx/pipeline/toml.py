@@ -64,11 +64,7 @@ def _value(item: Any) -> str:
     if isinstance(item, bool):
         return str(item).lower()
     if isinstance(item, str):
-        return (
-            json_string(item)
-            if _LITERAL.fullmatch(item) and "\\" not in item and '"' not in item
-            else quoted(item)
-        )
+        return json_string(item) if _LITERAL.fullmatch(item) and "\\" not in item and '"' not in item else quoted(item)
     if isinstance(item, list | tuple):
         return "[" + ", ".join(_value(entry) for entry in item) + "]"
     if isinstance(item, Mapping):

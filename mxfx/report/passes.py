@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from mxfx.pipeline.manager import PipelineResult
-from mxfx.rewrite import Pass
+from mxfx.rewrite import Pass, Skip
 
 
 def summary(passes: Mapping[str, type[Pass]]) -> Table:
@@ -41,42 +41,95 @@ def describe(cls: type[Pass]) -> Group:
 
 
 def pass_table(result: PipelineResult, title: str) -> Table:
-    """One row a pass of a run: matches, skips, time, warnings."""
+    """One row a pass of a run: matches, skips, time, whether its promise held, and what a lossy pass costs."""
     table = Table(title=title, title_justify="left")
     table.add_column("#", justify="right")
-    table.add_column("pass")
+    table.add_column("pass", no_wrap=True)
     for heading in ("matched", "skipped", "seconds"):
         table.add_column(heading, justify="right")
-    table.add_column("numbers")
+    table.add_column("promise")
+    for heading in ("KL nats", "SQNR dB"):
+        table.add_column(heading, justify="right")
     for step in result.steps:
         timing = step.findings.get("timing")
-        seconds = timing.get("seconds") if isinstance(timing, Mapping) else timing
+        seconds = timing.get("seconds") if isinstance(timing, Mapping) else None
         table.add_row(
             str(step.index),
             step.pass_.name,
             str(len(step.record.matches)),
             str(len(step.record.skips)),
             f"{seconds:.2f}" if isinstance(seconds, int | float) else "–",
-            Text(_numbers(step.findings)),
+            Text(promise(step.findings)),
+            *lost(step.findings),
         )
     return table
 
 
-def skip_lines(result: PipelineResult) -> Iterator[str]:
-    """Every skip with its reason; near misses of a pattern (the deepest) first."""
+def promise(findings: Mapping[str, object]) -> str:
+    """What a pass promised and how it was held: ``close, error 3.1e-15``; ``exact``; ``lossy``."""
+    found = findings.get("numerics")
+    if not isinstance(found, Mapping):
+        return "unchecked"
+    name = str(found["promise"])
+    if "unchecked" in found:
+        return f"{name}, unchecked: {found['unchecked']}"
+    error = found.get("error")
+    flipped = f", {found['flipped']} of {found['codes']} codes flipped" if found.get("codes") else ""
+    return name + (f", error {error:.2g}" if isinstance(error, float) and name != "exact" else "") + flipped
+
+
+def lost(findings: Mapping[str, object]) -> tuple[str, str]:
+    """KL in nats and SQNR in dB against the float program after a lossy pass; ``–`` for any other."""
+    ledger = findings.get("ledger")
+    if not isinstance(ledger, Mapping) or "kl" not in ledger:
+        return "–", "–"
+    sqnr = ledger["sqnr"]
+    return f"{ledger['kl']:.3g}", "∞" if sqnr is None else f"{sqnr:.1f}"
+
+
+def account_lines(result: PipelineResult) -> Iterator[str]:
+    """For each pass: what it matched, what instruments found, and each reason for skips, the nearest miss first."""
     for step in result.steps:
-        for skip in sorted(step.record.skips, key=lambda s: -s.depth):
-            yield f"{step.pass_.name}: skipped {skip.node} ({skip.path or 'top level'}): {skip.reason}"
+        record = step.record
+        yield f"{step.index} {record.name}: {len(record.matches)} matched, {len(record.skips)} skipped"
+        for name, found in step.findings.items():
+            if isinstance(found, Mapping):
+                yield f"    {name}: {_flat(found)}"
+        for key, value in record.details.items():
+            yield f"    {key}: {_short(value)}"
+        yield from _skip_lines(record.skips)
 
 
-def _numbers(findings: Mapping[str, object]) -> str:
+def _skip_lines(skips: Sequence[Skip]) -> Iterator[str]:
+    nearest = max((skip for skip in skips if skip.depth > 0), key=lambda skip: skip.depth, default=None)
+    if nearest is not None:
+        place = f"{nearest.node} ({nearest.path or 'top level'})"
+        yield f"    best partial match, {nearest.depth} deep: {place}: {nearest.reason}"
+    alike: dict[tuple[str, str], list[Skip]] = {}
+    for skip in sorted(skips, key=lambda s: -s.depth):
+        alike.setdefault((skip.rule, skip.reason), []).append(skip)
+    for (rule, reason), group in alike.items():
+        places = ", ".join(skip.path or skip.node for skip in group[:3])
+        more = f" and {len(group) - 3} more" if len(group) > 3 else ""
+        yield f"    skipped {places}{more}: {f'{rule}: ' if rule else ''}{reason}"
+
+
+def _flat(found: Mapping[str, object]) -> str:
+    """Scalars in full; tables (one figure a layer) by their smallest entry."""
     parts = []
-    for name in ("numerics", "ledger"):
-        found = findings.get(name)
-        if isinstance(found, Mapping):
-            shown = {k: v for k, v in found.items() if isinstance(v, str | int | float)}
-            parts += [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()]
+    for key, value in found.items():
+        if isinstance(value, Mapping):
+            numbers = {k: v for k, v in value.items() if isinstance(v, int | float)}
+            if numbers:
+                least = min(numbers, key=numbers.__getitem__)
+                parts.append(f"{key} lowest {numbers[least]:.3g} ({least})")
+        else:
+            parts.append(f"{key} {_short(value)}")
     return ", ".join(parts)
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)[:200]
 
 
 def _default(field: dataclasses.Field) -> str:

@@ -30,6 +30,10 @@ def _no_tokens() -> Tensor:
     )
 
 
+def _nowhere(option: tuple) -> str | None:
+    return None
+
+
 def _silent(items: Iterable[_T], description: str, total: int | None = None) -> Iterator[_T]:
     return iter(items)
 
@@ -41,8 +45,9 @@ class Context:
     ``tokens`` gives calibration ids, int64 ``(samples, length)``, and raises ``MissingCalibration`` if there are
     none. ``cache`` is the folder for results that later runs reuse (None: nothing is kept). ``progress`` wraps an
     iterable of long steps and shows a bar. ``strict`` turns every fallback that a pass would warn of into an error
-    (``StrictError``), so that the run ends with a non-zero exit code. ``reference`` is the program before the first pass,
-    the float model that later passes may compare with.
+    (``StrictError``), so that the run ends with a non-zero exit code. ``reference`` is the program before the first
+    pass, the float model that later passes may compare with. ``where`` gives the place of an option in the pipeline
+    file, as ``FILE:LINE``, for records of who decided what; None where nobody knows.
     """
 
     seed: int = 0
@@ -52,6 +57,7 @@ class Context:
     strict: bool = False
     progress: Callable[..., Iterator] = _silent
     reference: Program | None = None
+    where: Callable[[tuple], str | None] = _nowhere
 
     def generator(self, purpose: str) -> torch.Generator:
         """A CPU generator seeded by the run's seed and the purpose, so that passes do not disturb each other."""

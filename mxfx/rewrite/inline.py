@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -67,7 +68,8 @@ def _trace(node: fx.Node, operands: list[fx.Node], definition: Callable) -> fx.G
         # make_fx tells operands apart by identity; equal calls may share one fake value.
         fakes = [fake.detach() if isinstance(fake, FakeTensor) else fake for fake in fakes]
     shapes = str([f.shape for f in fakes if isinstance(f, FakeTensor)])
-    with mode, torch.no_grad():
+    # The Python dispatcher decomposes on symbolic sizes what torch 2.11 would ask for as numbers.
+    with mode, torch.no_grad(), enable_python_dispatcher():
         traced = make_fx(body, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
     if str([f.shape for f in fakes if isinstance(f, FakeTensor)]) != shapes:
         raise ValueError(f"the definition of {node.target} fixes symbolic sizes: {shapes} became those of the example")

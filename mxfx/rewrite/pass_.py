@@ -33,7 +33,8 @@ class Pass(ABC):
 
     Class variables
         name: kebab-case; the same in TOML, on the command line, in dumps and as the test's file name.
-        requires: facts that must hold before. provides: facts that hold after. forbids: facts that must not hold before.
+        requires: facts that must hold before. provides: facts that hold after.
+        forbids: facts that must not hold before.
         removes: facts that no longer hold after (a pass that adds unlowered nodes removes ``lowered``).
         numerics: the promise, checked by the manager.
         required: the pass may not be skipped by ``bisect``: later passes could not run without it.

@@ -23,7 +23,7 @@ def lower(program: Program, device: torch.device | str = "cpu") -> Program:
 
 
 def emit(program: Program, device: torch.device | str = "cpu") -> fx.GraphModule:
-    """Lower and build: ``gm(input_ids, position_ids=None, attention_mask=None)`` gives logits ``(batch, seq, vocabulary)``."""
+    """Lower and build: ``gm(input_ids, position_ids=None, attention_mask=None)`` gives ``(batch, seq, vocabulary)``."""
     return build(lower(program, device)).to(device)
 
 
@@ -76,9 +76,8 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _config(program: Program) -> PreTrainedConfig:
-    values = {
-        k: v for k, v in program.source.config.items() if k not in ("transformers_version", "_attn_implementation")
-    }
+    dropped = ("transformers_version", "_attn_implementation", "loss_type")
+    values = {key: value for key, value in program.source.config.items() if key not in dropped}
     model_type = str(values.pop("model_type"))
     config = AutoConfig.for_model(model_type, **values)
     config.use_cache = False

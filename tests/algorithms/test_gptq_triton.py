@@ -8,7 +8,7 @@ from mxfx.algorithms.gptq import candidate_exponents, gptq
 from mxfx.formats import parse
 from tests.algorithms.synthetic_layer import correlated_layer
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.cuda
 
 CASES = [
     ("mxint4@32", 32),

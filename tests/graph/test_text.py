@@ -63,7 +63,7 @@ def test_types_formats_and_module_paths_are_on_the_page(program):
     assert " model.layers.0.mlp.up_proj:\n" in text
     assert ": bf16[batch, seq, 64] in mxint4@32" in text
     assert '{weight: mxint4@32 by "annotate rule 1", input: mxint4@32}' in text
-    assert "symbols batch in [1, 4096], seq in [2, 256]" in text
+    assert "symbols batch in [1, 4096], seq in [1, 256]" in text
 
 
 def test_another_weight_under_the_same_name_is_refused(program):
@@ -98,7 +98,7 @@ def test_a_missing_weight_is_named(program):
         ("(%embedding, @model.layers.0", "(%embedding; @model.layers.0", "unexpected ';"),
         ("by \"annotate rule 1\"", "by annotate", "expected JSON"),
         ("{weight: mxint4@32", "{weight: mxint9000@32", "mxint9000"),
-        ("seq in [2, 256]", "sek in [2, 256]", "the size 'seq' is not among"),
+        ("seq in [1, 256]", "sek in [1, 256]", "the size 'seq' is not among"),
     ],
 )  # fmt: skip
 def test_a_damaged_text_is_refused_with_its_line(program, old, new, message):

@@ -10,7 +10,7 @@ from mxfx.algorithms.hadamard import hadamard_matrix
 from mxfx.formats import parse
 from mxfx.ops import fused
 from mxfx.ops.kernels import library
-from mxfx.ops.kernels.addressing import as_rows
+from mxfx.ops.kernels.addressing import as_rows, is_walkable
 
 ops = torch.ops.mxfx_kernels
 
@@ -82,17 +82,33 @@ def test_an_element_as_wide_as_float32_stays_with_the_definition():
 def test_rows_describe_every_view_that_three_strides_can():
     base = torch.arange(3 * 5 * 4 * 8, dtype=torch.float32).view(3, 5, 4, 8)
     views = (base, base.transpose(1, 2), base[:, ::2], base[..., 2:6], base.permute(2, 0, 1, 3), base[0, 0, 0])
-    for view in (*views, base[..., ::2]):
-        rows = as_rows(view)
+    for view in views:
+        assert is_walkable(view)
+        rows = as_rows(view.shape, view.stride())
         size1, size2, *strides = rows.arguments
         number = torch.arange(rows.count)
         index = torch.stack((number // size2 // size1, number // size2 % size1, number % size2), -1)
         start = (index * torch.tensor(strides)).sum(-1)
-        flat = torch.as_strided(rows.tensor, (rows.tensor.untyped_storage().nbytes() // 4,), (1,), 0)
-        at = rows.tensor.storage_offset() + start[:, None] + torch.arange(rows.length)
+        flat = torch.as_strided(view, (base.numel(),), (1,), 0)
+        at = view.storage_offset() + start[:, None] + torch.arange(rows.length)
         assert torch.equal(flat[at], view.reshape(-1, view.shape[-1]))
 
 
-def test_a_dense_view_is_never_copied():
+def test_a_view_is_copied_only_where_rows_do_not_describe_it():
     base = torch.randn(2, 6, 4, 64)
-    assert as_rows(base.transpose(1, 2)).tensor.data_ptr() == base.data_ptr()
+    assert is_walkable(base.transpose(1, 2))
+    assert not is_walkable(base[..., ::2])
+    assert not is_walkable(base.view(2, 3, 2, 4, 64).permute(3, 1, 0, 2, 4)[:, :, :, :1].expand(4, 3, 2, 2, 64))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_the_dispatcher_finds_a_well_behaved_op(requires_grad):
+    x = torch.randn(4, 64)
+    torch.library.opcheck(ops.fake_quantize.default, (x.clone().requires_grad_(requires_grad), "mxint4@32/mse", -1))
+    torch.library.opcheck(ops.transform_quantize.default, (x, hadamard_matrix(32), "mxint4@32/mse", True))
+
+
+def test_an_op_without_a_derivative_says_where_to_find_one():
+    x = torch.randn(4, 64, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"differentiate mxfx::hadamard, before `lower`"):
+        ops.hadamard(x, 32).sum().backward()

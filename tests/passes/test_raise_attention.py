@@ -10,7 +10,8 @@ from mxfx.graph.execute import execute
 from mxfx.graph.program import Program
 from mxfx.graph.tiny import FAMILIES
 from mxfx.passes import RaiseAttention, RaiseNorm, RaiseRope
-from mxfx.rewrite import FactError, Rewriter, apply
+from mxfx.rewrite import Context, FactError, Rewriter, apply
+from mxfx.rewrite.rewriter import clean
 from tests.filecheck import check_printed
 from tests.programs import padded_batch, passed, raised, traced
 
@@ -33,11 +34,12 @@ def with_own_attention(*, additive: bool = False, dropout: float = 0.0, scale: f
         mask = rw.call(aten.mul.Tensor, q, 0.0, like=node) if additive else None
         own = rw.call(SDPA, q, *repeated, mask, dropout, not additive, scale=scale, like=node, val=node.meta["val"])
         rw.replace(node, own)
+    clean(program)
     return program
 
 
 def _repeat(rw: Rewriter, source: fx.Node, like: fx.Node) -> fx.Node:
-    batch, heads, length, dim = source.meta["val"].shape
+    _, heads, _, dim = source.meta["val"].shape
     sizes = [n for n in rw.graph.nodes if n.target is aten.sym_size.int][:2]
     wide = rw.call(aten.unsqueeze.default, source, 2, like=like)
     shape = [sizes[0], heads, 2, sizes[1], dim]
@@ -81,7 +83,7 @@ def test_the_scale_that_sdpa_takes_by_default_is_written_out() -> None:
 def test_attention_that_the_dialect_cannot_express_is_skipped_with_the_reason(given: dict, reason: str) -> None:
     program = with_own_attention(**given)
     rw = Rewriter(program.copy(), "raise-attention")
-    RaiseAttention().run(rw, None)
+    RaiseAttention().run(rw, Context())
     assert rw.record.matches == [] and len(rw.record.skips) == 2
     assert all(reason in skip.reason for skip in rw.record.skips)
 

@@ -7,7 +7,8 @@ import torch
 
 from mxfx.graph.execute import execute
 from mxfx.graph.node import path_of
-from mxfx.graph.tiny import FAMILIES
+from mxfx.graph.tiny import FAMILIES, tiny
+from mxfx.graph.trace import trace
 from mxfx.passes import RaiseRope
 from mxfx.rewrite import apply, find_fact
 from tests.filecheck import check_printed
@@ -59,9 +60,6 @@ def test_at_a_limit_the_fact_does_not_hold() -> None:
 
 
 def test_partial_rotation_rotates_the_sliced_channels_alone() -> None:
-    from mxfx.graph.tiny import tiny
-    from mxfx.graph.trace import trace
-
     hf = tiny("phi3-tiny", partial_rotary_factor=0.5)
     applied = apply(RaiseRope(), trace(hf))
     assert {n.meta["val"].shape[-1] for n in applied.program.nodes("rope")} == {8}

@@ -13,7 +13,7 @@ from mxfx.pipeline import from_text
 from mxfx.pipeline.bisect import NothingFound, bisect
 from mxfx.pipeline.config import BudgetConfig, Pipeline
 from mxfx.pipeline.instruments import BudgetError, Ledger, Numbers, NumericsError, Verify
-from mxfx.pipeline.manager import PassManager, check_pipeline
+from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Close, Exact, Local, Lossy, Pass
 from mxfx.rewrite.pass_ import _REGISTRY, register
 
@@ -83,7 +83,7 @@ def plugged_in():
 def test_a_gain_folded_twice_breaks_close_and_is_named(program):
     with pytest.raises(
         NumericsError,
-        match=r"pass 1 'fold-twice'.* first difference: rms_norm_default = mxfx.rms_norm.default in model.layers.0",
+        match=r"pass 1 'fold-twice'.* first difference: linear = aten.linear.default in model.layers.0.self_attn",
     ):
         PassManager([Numbers()]).run(program("llama-tiny", "raised"), [FoldTwice()])
 
@@ -180,31 +180,6 @@ def test_a_pass_that_breaks_the_graph_is_named_by_the_verifier(program):
 
     with pytest.raises(VerifyError, match=r"pass 1 'break' left a broken program: linear = aten.linear.default"):
         PassManager([Verify()]).run(program("llama-tiny", "raised"), [Break()])
-
-
-def test_random_orders_are_refused_or_keep_their_promises(program):
-    """Thirty random pipelines; whatever passes the static check runs with all checks on."""
-    from random import Random
-
-    names = [
-        "annotate{rule=[{match='.*_proj',weight=mxint4@32,input=mxint4@32}]}",
-        "insert-fake-quant",
-        "round-weights",
-        "lower",
-    ]
-    ran = refused = 0
-    for seed in range(30):
-        random = Random(seed)
-        pipeline = from_text(",".join(random.choices(names, k=random.randint(1, 4))))
-        try:
-            check_pipeline(program("llama-tiny", "raised"), pipeline)
-        except ValueError as error:
-            assert "requires" in str(error) or "must come before" in str(error)
-            refused += 1
-            continue
-        PassManager([Numbers(), Verify()]).run(program("llama-tiny", "raised"), pipeline)
-        ran += 1
-    assert ran and refused
 
 
 def test_a_pipeline_of_values_works_like_text(program):

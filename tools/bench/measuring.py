@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,15 +28,62 @@ def machine() -> dict[str, str]:
 
 
 def median_ms(call: Callable[[], object], rep: int = 100) -> float:
-    """Median milliseconds of `call` on the GPU, the L2 cache flushed before each run."""
+    """Median milliseconds of `call` on the GPU, the L2 cache flushed before each run; launches included."""
     from triton.testing import do_bench
 
     return float(do_bench(call, warmup=25, rep=rep, return_mode="median"))
 
 
-def options(description: str) -> argparse.Namespace:
-    """The command line of every benchmark."""
+def kernel_ms(call: Callable[[], object], replays: int = 7, seconds: float = 0.004) -> float:
+    """Median milliseconds of what `call` runs on the GPU, launches left out.
+
+    A CUDA graph holds `call` a few times and is replayed. The operands of one call have to exceed the L2 cache.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # compiles
+        once = _elapsed(call)
+        repeats = max(2, min(50, round(seconds * 1e3 / max(once, 1e-3))))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(repeats):
+                call()
+        graph.replay()
+        found = sorted(_elapsed(graph.replay) / repeats for _ in range(replays))
+    torch.cuda.current_stream().wait_stream(stream)
+    return found[len(found) // 2]
+
+
+def host_us(call: Callable[[], object], count: int = 200) -> float:
+    """Microseconds that the host needs to launch `call`, the GPU not waited for; for calls on small tensors."""
+    for _ in range(10):
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    took = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return took / count * 1e6
+
+
+def _elapsed(call: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def options(description: str, *, rehearsal: bool = False) -> argparse.Namespace:
+    """The command line of every benchmark; with `rehearsal` it can also run small, on a CPU, to see that it runs."""
     parser = argparse.ArgumentParser(description=description)
+    if rehearsal:
+        parser.add_argument(
+            "--rehearse", action="store_true", help="everything once, tiny, on the CPU; times say nothing"
+        )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--plot", type=Path, help="write a plot to this file")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repetitions")

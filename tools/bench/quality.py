@@ -4,8 +4,8 @@
         [--seeds 0 1 2] [--tokens 105000] [--device cuda] [--set k=v] [--json FILE]
 
 Prints the machine and the versions, then one row a configuration: token perplexity over 2048-token windows of the
-evaluation documents (joined by blank lines, float32 log-softmax), its ratio to the float model in the same run, the median
-over seeds, and the seconds that the passes took. Needs neither the hub nor lm-eval.
+evaluation documents (joined by blank lines, float32 log-softmax), its ratio to the float model in the same run, the
+median over seeds, and the seconds that the passes took. Needs neither the hub nor lm-eval.
 """
 
 from __future__ import annotations

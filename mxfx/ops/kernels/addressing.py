@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+MAX_AXES = 3
 
 
 @dataclass(frozen=True)
 class Rows:
     """A tensor as rows: row `r` starts at element `Σ index_i(r) · strides[i]` over the `sizes` of three axes."""
 
-    tensor: Tensor
     length: int
     count: int
     sizes: tuple[int, int, int]
@@ -30,36 +29,29 @@ class Rows:
         return (1, 1, self.length, 0, 0) if self.flat else (*self.sizes[1:], *self.strides)
 
 
-def as_rows(x: Tensor) -> Rows:
-    """`x`, any shape with at least one axis, as rows; copied only where three strides do not describe it."""
-    axes = _collapse(x)
-    if x.stride(-1) != 1 or len(axes) > 3:
-        x = x.contiguous()
-        axes = _collapse(x)
-    axes = [(1, 0)] * (3 - len(axes)) + axes
-    length = x.shape[-1]
-    sizes, strides = zip(*axes, strict=True)
-    return Rows(x, length, x.numel() // max(length, 1), sizes, strides)
+def is_walkable(x: Tensor) -> bool:
+    """Whether rows of adjacent elements at no more than three strides describe `x`; else copy it first."""
+    return x.is_contiguous() or (x.stride(-1) == 1 and len(_collapse(x.shape, x.stride())) <= MAX_AXES)
 
 
-def _collapse(x: Tensor) -> list[tuple[int, int]]:
+def as_rows(shape: tuple[int, ...], stride: tuple[int, ...]) -> Rows:
+    """The rows of a walkable tensor with at least one axis and one element."""
+    axes = _collapse(shape, stride)
+    count = 1
+    for size, _ in axes:
+        count *= size
+    sizes, strides = zip(*[(1, 0)] * (MAX_AXES - len(axes)), *axes, strict=True)
+    return Rows(shape[-1], count, sizes, strides)
+
+
+def _collapse(shape: tuple[int, ...], stride: tuple[int, ...]) -> list[tuple[int, int]]:
     """(size, stride) of the leading axes, neighbours merged where one stride steps through both."""
     axes: list[tuple[int, int]] = []
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+    for size, step in zip(shape[:-1], stride[:-1], strict=True):
         if size == 1:
             continue
-        if axes and axes[-1][1] == size * stride:
-            axes[-1] = (axes[-1][0] * size, stride)
+        if axes and axes[-1][1] == size * step:
+            axes[-1] = (axes[-1][0] * size, step)
         else:
-            axes.append((size, stride))
+            axes.append((size, step))
     return axes
-
-
-def on_device_of(x: Tensor) -> AbstractContextManager:
-    """Kernels launch on the current device, which need not be the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def multiprocessors(x: Tensor) -> int:
-    """Streaming multiprocessors of the tensor's device; 1 where it has none."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1

@@ -27,6 +27,8 @@ MAX_TRANSFORM = 128
 
 Kernel = Callable[..., Tensor]
 
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
 
 @lru_cache(maxsize=1)
 def has_triton() -> bool:
@@ -37,35 +39,44 @@ def has_triton() -> bool:
 def kernel_op(definition: Kernel, *, backward: Callable | None = None) -> Callable[[Kernel], torch._ops.OpOverload]:
     """Decorator: make `mxfx_kernels::<name>` of a CUDA implementation and the definition that it stands for.
 
-    The implementation returns `NotImplemented` for operands that its kernel does not take.
+    The implementation returns `NotImplemented` for operands that its kernel does not take. Registered with the
+    dispatcher directly: the checks of `torch.library.custom_op` take the host longer than most kernels run.
     """
 
     def register(cuda: Kernel) -> torch._ops.OpOverload:
-        def on_cpu(*args, **kwargs):
+        name = definition.__name__
+
+        def anywhere(*args, **kwargs):
             return definition(*args, **kwargs).contiguous()
 
         def on_cuda(*args, **kwargs):
             out = cuda(*args, **kwargs) if has_triton() else NotImplemented
-            return on_cpu(*args, **kwargs) if out is NotImplemented else out
+            return anywhere(*args, **kwargs) if out is NotImplemented else out
 
         def on_fake(x, *rest, **kwargs):
             return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
-        signature = inspect.signature(definition, eval_str=True)
-        for implementation in (on_cpu, on_cuda, on_fake):
-            implementation.__signature__ = signature
-            implementation.__annotations__ = inspect.get_annotations(definition, eval_str=True)
-        name = definition.__name__
-        op = torch.library.custom_op(f"{NAMESPACE}::{name}", on_cpu, mutates_args=())
-        op.register_kernel("cuda")(on_cuda)
-        op.register_fake(on_fake)
-        if backward is not None:
-            op.register_autograd(backward)
+        def no_backward(ctx, grad):
+            raise RuntimeError(
+                f"{NAMESPACE}::{name} has no derivative; differentiate mxfx::{name}, before `lower` replaces it"
+            )
+
+        def signature(*args, **kwargs): ...
+
+        signature.__signature__ = inspect.signature(definition, eval_str=True)  # type: ignore[attr-defined]
+        schema = torch.library.infer_schema(signature, mutates_args=())
+        _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, on_cuda, "CUDA")
+        qualified = f"{NAMESPACE}::{name}"
+        torch.library.register_fake(qualified, on_fake, lib=_LIBRARY)
+        torch.library.register_autograd(qualified, backward or no_backward, lib=_LIBRARY)
         return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     return register
 
 
+@lru_cache(maxsize=256)
 def takes_format(fmt: Format) -> bool:
     """Whether the kernels round onto a format (an element as wide as float32 needs float64)."""
     wide = isinstance(fmt.element, FloatElement) and fmt.element.exponent_bits == 8
@@ -83,6 +94,11 @@ def takes_transform(width: int, matrix: Tensor | None, fmt: Format | None) -> bo
     return takes_format(fmt) and divides and block & (block - 1) == 0
 
 
+@lru_cache(maxsize=256)
+def _format(text: str) -> Format:
+    return parse(text)
+
+
 def _straight_through(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
     return grad, None, None
 
@@ -91,7 +107,7 @@ def _straight_through(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
 def fake_quantize(x: Tensor, format: str, axis: int = -1) -> Tensor:
     from mxfx.ops.kernels.quantize_triton import fake_quantize_triton
 
-    fmt = parse(format)
+    fmt = _format(format)
     if x.dtype not in DTYPES or not takes_format(fmt) or x.dim() == 0:
         return NotImplemented
     if axis in (-1, x.dim() - 1) or fmt.block is None:
@@ -127,7 +143,7 @@ def hadamard(x: Tensor, block: int) -> Tensor:
 def transform_quantize(x: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False) -> Tensor:
     from mxfx.ops.kernels.transform_triton import transform_triton
 
-    fmt = parse(format)
+    fmt = _format(format)
     if x.dtype not in DTYPES or not takes_transform(x.shape[-1], matrix, fmt):
         return NotImplemented
     return transform_triton(x, matrix, hadamard, fmt)
@@ -147,7 +163,7 @@ def norm_quantize(
     from mxfx.ops.kernels.norm_triton import fits, norm_triton
     from mxfx.ops.kernels.transform_triton import transform_triton
 
-    fmt = parse(format)
+    fmt = _format(format)
     same = weight is None or weight.dtype == x.dtype
     if x.dtype not in DTYPES or not same or not takes_transform(x.shape[-1], matrix, fmt):
         return NotImplemented
@@ -166,7 +182,7 @@ def norm_quantize(
 def silu_mul_quantize(gate: Tensor, up: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False) -> Tensor:
     from mxfx.ops.kernels.transform_triton import transform_triton
 
-    fmt = parse(format)
+    fmt = _format(format)
     same = gate.dtype == up.dtype and gate.shape == up.shape
     if up.dtype not in DTYPES or not same or not takes_transform(up.shape[-1], matrix, fmt):
         return NotImplemented
@@ -179,7 +195,7 @@ def rope_quantize(
 ) -> Tensor:
     from mxfx.ops.kernels.rope_triton import rope_triton
 
-    fmt = parse(format)
+    fmt = _format(format)
     shared = matrix is None or matrix.dim() == 2
     fits = x.dim() == 4 and cos.dim() == 3 and cos.shape[-1] == x.shape[-1] and cos.dtype == x.dtype
     if x.dtype not in DTYPES or not shared or not fits or not takes_transform(x.shape[-1], matrix, fmt):

@@ -5,13 +5,17 @@ Importable only where `triton` is.
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mxfx.formats import Format
-from mxfx.ops.kernels.addressing import as_rows, on_device_of
+from mxfx.ops.kernels.addressing import as_rows, is_walkable
+from mxfx.ops.kernels.launch import KEPT_SHAPES, Launch
 from mxfx.ops.kernels.rounding_triton import clamp, grid_constants, quantize_tile, round_to_element
 
 #: Elements of one program; 32 a thread keep four 16-byte loads of bfloat16 in flight.
@@ -25,41 +29,50 @@ def fake_quantize_triton(x: Tensor, fmt: Format) -> Tensor:
     `x` is bfloat16, float16 or float32 of any shape and strides.
     """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
+    if out.numel() == 0:
         return out
+    if not is_walkable(x) or fmt.block is None:
+        x = x.contiguous()
+    _launch(x.shape, x.stride(), x.dtype, x.device, fmt)(x, out)
+    return out
+
+
+@lru_cache(maxsize=KEPT_SHAPES)
+def _launch(
+    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device, fmt: Format
+) -> Launch:
     if fmt.block is None:
-        return _round_elements(x.contiguous(), out, fmt)
-    rows = as_rows(x)
+        return _launch_elements(math.prod(shape), dtype, fmt)
+    rows = as_rows(shape, stride)
     padded = triton.next_power_of_2(fmt.block)
     per_row = triton.cdiv(rows.length, fmt.block)
     blocks = rows.count * per_row
     tile = max(TILE_ELEMENTS // padded, 1)
-    with on_device_of(x):
-        _quantize_kernel[(triton.cdiv(blocks, tile),)](
-            rows.tensor,
-            out,
-            blocks,
-            per_row,
-            rows.length,
-            *rows.arguments,
-            TILE=tile,
-            B=fmt.block,
-            PADDED=padded,
-            FLAT=rows.flat and rows.length % fmt.block == 0,
-            **grid_constants(fmt, x.dtype),
-            num_warps=WARPS,
-        )
-    return out
+    return Launch(
+        _quantize_kernel,
+        lambda at_a_time: triton.cdiv(blocks, tile),
+        (blocks, per_row, rows.length, *rows.arguments),
+        {
+            "TILE": tile,
+            "B": fmt.block,
+            "PADDED": padded,
+            "FLAT": rows.flat and rows.length % fmt.block == 0,
+            **grid_constants(fmt, dtype),
+        },
+        num_warps=WARPS,
+    )
 
 
-def _round_elements(x: Tensor, out: Tensor, fmt: Format) -> Tensor:
-    constants = grid_constants(fmt, x.dtype)
+def _launch_elements(count: int, dtype: torch.dtype, fmt: Format) -> Launch:
+    constants = grid_constants(fmt, dtype)
     names = ("LOW", "HIGH", "MIN_BINADE", "MAGIC", "FLOAT", "LARGEST")
-    with on_device_of(x):
-        _round_kernel[(triton.cdiv(x.numel(), TILE_ELEMENTS),)](
-            x, out, x.numel(), TILE=TILE_ELEMENTS, **{name: constants[name] for name in names}, num_warps=WARPS
-        )
-    return out
+    return Launch(
+        _round_kernel,
+        lambda at_a_time: triton.cdiv(count, TILE_ELEMENTS),
+        (count,),
+        {"TILE": TILE_ELEMENTS, **{name: constants[name] for name in names}},
+        num_warps=WARPS,
+    )
 
 
 @triton.jit

@@ -5,17 +5,20 @@ Importable only where `triton` is.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mxfx.formats import Format, parse
-from mxfx.ops.kernels.addressing import on_device_of
+from mxfx.ops.kernels.launch import KEPT_SHAPES, Launch
 from mxfx.ops.kernels.rounding_triton import grid_constants
 from mxfx.ops.kernels.transform_triton import load_matrix, multiply, quantize_blocks
 
 TILE_ELEMENTS = 4096
+MIN_ROWS = 16
 ELEMENTS_PER_THREAD = 32
 
 
@@ -25,41 +28,55 @@ def rope_triton(x: Tensor, cos: Tensor, sin: Tensor, matrix: Tensor | None, sign
     `x` is (batch, heads, seq, head_dim) of any strides, last 1; `cos` and `sin` are (batch | 1, seq, head_dim).
     `matrix` is (b, b) or None, b divides head_dim, and the block of `fmt` divides b (or head_dim).
     """
-    batch, heads, length, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
+    if out.numel() == 0:
         return out
     x = x if x.stride(-1) == 1 else x.contiguous()
     cos, sin = cos.to(x.dtype).contiguous(), sin.to(x.dtype).contiguous()
-    block = matrix.shape[-1] if matrix is not None else fmt.block if fmt and fmt.block else width
-    padded = triton.next_power_of_2(block) if matrix is None else max(triton.next_power_of_2(block), 16)
-    blocks = batch * heads * length * (width // block)
-    tile = max(TILE_ELEMENTS // padded, 16)
-    with on_device_of(x):
-        _rope_kernel[(triton.cdiv(blocks, tile),)](
-            x,
-            cos,
-            sin,
-            x if matrix is None else matrix.contiguous(),
-            out,
-            blocks,
-            heads,
-            length,
-            *x.stride()[:3],
-            0 if cos.shape[0] == 1 else length * width,
-            WIDTH=width,
-            SCALE=block**-0.5,
-            TILE=tile,
-            B=block,
-            PADDED=padded,
-            FORMAT_BLOCK=padded if fmt is None or fmt.block == block else fmt.block,
-            TRANSFORM=matrix is not None,
-            SIGNS=signs,
-            QUANTIZE=fmt is not None,
-            **grid_constants(fmt or parse("mxint8@32"), x.dtype),
-            num_warps=max(1, tile * padded // (32 * ELEMENTS_PER_THREAD)),
-        )
+    block = matrix.shape[-1] if matrix is not None else fmt.block if fmt and fmt.block else x.shape[-1]
+    transform = "none" if matrix is None else "signs" if signs else "full"
+    launch = _launch(x.shape, x.stride(), x.dtype, x.device, cos.shape[0] == 1, block, transform, fmt)
+    launch(x, cos, sin, x if matrix is None else matrix.contiguous(), out)
     return out
+
+
+@lru_cache(maxsize=KEPT_SHAPES)
+def _launch(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    one_angle: bool,
+    block: int,
+    transform: str,
+    fmt: Format | None,
+) -> Launch:
+    batch, heads, length, width = shape
+    padded = triton.next_power_of_2(block)
+    if transform != "none":
+        padded = max(padded, 16)
+    blocks = batch * heads * length * (width // block)
+    tile = max(TILE_ELEMENTS // padded, MIN_ROWS)
+    return Launch(
+        _rope_kernel,
+        lambda at_a_time: triton.cdiv(blocks, tile),
+        (blocks, heads, length, *stride[:3], 0 if one_angle else length * width),
+        {
+            "WIDTH": width,
+            "SCALE": block**-0.5,
+            "TILE": tile,
+            "B": block,
+            "PADDED": padded,
+            "FORMAT_BLOCK": padded if fmt is None or fmt.block == block else fmt.block,
+            "TRANSFORM": transform != "none",
+            "SIGNS": transform == "signs",
+            "QUANTIZE": fmt is not None,
+            **grid_constants(fmt or parse("mxint8@32"), dtype),
+        },
+        num_warps=max(1, tile * padded // (32 * ELEMENTS_PER_THREAD)),
+        # A product that meets its sum in one FMA would skip a rounding that the separate ops make.
+        enable_fp_fusion=False,
+    )
 
 
 @triton.jit
@@ -128,7 +145,8 @@ def _rope_kernel(
     y = (x * cos).to(narrow).to(tl.float32) + (turned * sin).to(narrow).to(tl.float32)
     y = y.to(narrow).to(tl.float32)
     if TRANSFORM:
-        y = multiply(y.to(narrow), load_matrix(matrix_ptr, B, PADDED, SIGNS), SCALE, SIGNS).to(narrow).to(tl.float32)
+        high, low = load_matrix(matrix_ptr, B, PADDED, SIGNS, narrow)
+        y = multiply(y.to(narrow), high, low, SCALE, SIGNS).to(narrow).to(tl.float32)
     if QUANTIZE:
         y = quantize_blocks(
             y,

@@ -10,21 +10,27 @@ Importable only where `triton` is.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mxfx.formats import Format, parse
-from mxfx.ops.kernels.addressing import Rows, as_rows, multiprocessors, on_device_of
+from mxfx.ops.kernels.addressing import Rows, as_rows, is_walkable
+from mxfx.ops.kernels.launch import KEPT_SHAPES, Launch
 from mxfx.ops.kernels.quantize_triton import row_offset
 from mxfx.ops.kernels.rounding_triton import grid_constants, quantize_tile
 
 TILE_ELEMENTS = 4096
 MIN_ROWS = 64
 ELEMENTS_PER_THREAD = 32
-PROGRAMS_PER_MULTIPROCESSOR = 8
 STAGES = 2
+#: With blocks as wide as this, two programs fit a multiprocessor only if each has this many registers a thread,
+#: and, where the matrix has two terms, one tile at a time in shared memory.
+WIDE = 128
+REGISTERS_OF_WIDE = 128
 
 
 def transform_triton(
@@ -44,88 +50,95 @@ def transform_triton(
         gate: like `x`, or None.
     """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
+    if out.numel() == 0:
         return out
+    if not is_walkable(x):
+        x = x.contiguous()
     if gate is not None and gate.stride() != x.stride():
         x, gate = x.contiguous(), gate.contiguous()
-    rows = as_rows(x)
-    if gate is not None and rows.tensor is not x:
-        gate = gate.contiguous()
-    block = matrix.shape[-1] if matrix is not None else fmt.block if fmt else None
-    assert block is not None, "a transform needs a matrix or a format with blocks"
-    shared = matrix is None or matrix.dim() == 2
-    columns = rows.length // block
-    if shared and rows.flat:
-        rows, columns = Rows(rows.tensor, block, rows.count * columns, (1, 1, rows.count * columns), (0, 0, block)), 1
-    _launch(rows, gate, matrix, out, columns, block, signs, fmt)
+    if matrix is not None:
+        matrix = matrix.contiguous()
+    kind = None if matrix is None else matrix.shape
+    launch = _launch(x.shape, x.stride(), x.dtype, x.device, kind, signs, fmt, gate is not None)
+    launch(x, x if gate is None else gate, x if matrix is None else matrix, out)
     return out
 
 
+@lru_cache(maxsize=KEPT_SHAPES)
 def _launch(
-    rows: Rows,
-    gate: Tensor | None,
-    matrix: Tensor | None,
-    out: Tensor,
-    columns: int,
-    block: int,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    matrix: tuple[int, ...] | None,
     signs: bool,
     fmt: Format | None,
-) -> None:
+    gated: bool,
+) -> Launch:
+    rows = as_rows(shape, stride)
+    block = matrix[-1] if matrix is not None else fmt.block if fmt else None
+    assert block is not None, "a transform needs a matrix or a format with blocks"
+    own = matrix is not None and len(matrix) == 3
+    columns = rows.length // block
+    if not own and rows.flat:
+        rows, columns = Rows(block, rows.count * columns, (1, 1, rows.count * columns), (0, 0, block)), 1
     padded = triton.next_power_of_2(block) if matrix is None else max(triton.next_power_of_2(block), 16)
     tile = max(TILE_ELEMENTS // padded, MIN_ROWS if matrix is not None else 1)
     tiles = triton.cdiv(rows.count, tile)
-    wanted = multiprocessors(out) * PROGRAMS_PER_MULTIPROCESSOR
-    programs = min(max(wanted // columns, 1), tiles)
-    with on_device_of(out):
-        _transform_kernel[(programs * columns,)](
-            rows.tensor,
-            rows.tensor if gate is None else gate,
-            rows.tensor if matrix is None else matrix.contiguous(),
-            out,
-            rows.count,
-            columns,
-            triton.cdiv(tiles, programs),
-            block * block if matrix is not None and matrix.dim() == 3 else 0,
-            *rows.arguments,
-            SCALE=block**-0.5,
-            TILE=tile,
-            B=block,
-            PADDED=padded,
-            FORMAT_BLOCK=padded if fmt is None or fmt.block == block else fmt.block,
-            TRANSFORM=matrix is not None,
-            SIGNS=signs,
-            SILU=gate is not None,
-            QUANTIZE=fmt is not None,
-            STAGES=STAGES,
-            **grid_constants(fmt or parse("mxint8@32"), out.dtype),
-            num_warps=max(1, tile * padded // (32 * ELEMENTS_PER_THREAD)),
-        )
+    return Launch(
+        _transform_kernel,
+        # Each keeps one matrix and takes many tiles.
+        lambda at_a_time: columns * min(max(at_a_time // columns, 1), tiles),
+        (rows.count, columns, block * block if own else 0, *rows.arguments),
+        {
+            "SCALE": block**-0.5,
+            "TILE": tile,
+            "B": block,
+            "PADDED": padded,
+            "FORMAT_BLOCK": padded if fmt is None or fmt.block == block else fmt.block,
+            "TRANSFORM": matrix is not None,
+            "SIGNS": signs,
+            "SILU": gated,
+            "QUANTIZE": fmt is not None,
+            "STAGES": 1 if padded >= WIDE and not signs else STAGES,
+            **grid_constants(fmt or parse("mxint8@32"), dtype),
+        },
+        tasks=columns * tiles,
+        num_warps=max(1, tile * padded // (32 * ELEMENTS_PER_THREAD)),
+        maxnreg=REGISTERS_OF_WIDE if padded >= WIDE else None,
+    )
 
 
 @triton.jit
-def load_matrix(matrix_ptr, B: tl.constexpr, PADDED: tl.constexpr, SIGNS: tl.constexpr):
-    """(PADDED, PADDED) float32, zero outside the block; only the signs if `SIGNS`."""
+def load_matrix(matrix_ptr, B: tl.constexpr, PADDED: tl.constexpr, SIGNS: tl.constexpr, NARROW: tl.constexpr):
+    """Two (PADDED, PADDED) terms that `multiply` takes, zero outside the block; of a Hadamard matrix the signs."""
     line = tl.arange(0, PADDED)
     inside = (line < B)[:, None] & (line < B)[None, :]
     matrix = tl.load(matrix_ptr + line[:, None] * B + line[None, :], mask=inside, other=0.0).to(tl.float32)
     if SIGNS:
         matrix = tl.where(matrix > 0, 1.0, tl.where(matrix < 0, -1.0, 0.0))
-    return matrix
+        high = matrix.to(NARROW)
+        low = high
+    elif tl.bfloat16 == NARROW:
+        high = matrix.to(NARROW)
+        low = (matrix - high.to(tl.float32)).to(NARROW)
+    else:
+        high = matrix
+        low = matrix
+    return high, low
 
 
 @triton.jit
-def multiply(x, matrix, SCALE: tl.constexpr, SIGNS: tl.constexpr):
-    """`x @ matrix` in float32 for a tile of x's own dtype."""
+def multiply(x, high, low, SCALE: tl.constexpr, SIGNS: tl.constexpr):
+    """`x` (rows, PADDED), of its own dtype, times the matrix of `load_matrix`; float32."""
     if SIGNS and x.dtype != tl.float32:
-        product = tl.dot(x, matrix.to(x.dtype))
+        product = tl.dot(x, high) * SCALE
+    elif SIGNS:
+        product = tl.dot(x, high, input_precision="tf32x3") * SCALE
     elif x.dtype == tl.bfloat16:
-        high = matrix.to(tl.bfloat16)
-        low = (matrix - high.to(tl.float32)).to(tl.bfloat16)
         product = tl.dot(x, high, tl.dot(x, low))
     else:
-        product = tl.dot(x.to(tl.float32), matrix, input_precision="tf32x3")
-    if SIGNS:
-        product = product * SCALE
+        product = tl.dot(x.to(tl.float32), high, input_precision="tf32x3")
     return product
 
 
@@ -165,7 +178,7 @@ def quantize_blocks(
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["turns"])
 def _transform_kernel(
     x_ptr,
     gate_ptr,
@@ -173,13 +186,13 @@ def _transform_kernel(
     y_ptr,
     rows,
     columns,
-    turns,
     matrix_stride,
     size1,
     size2,
     stride0,
     stride1,
     stride2,
+    turns,
     SCALE: tl.constexpr,
     TILE: tl.constexpr,
     B: tl.constexpr,
@@ -207,7 +220,8 @@ def _transform_kernel(
     column = tl.program_id(0) % columns
     lane = tl.arange(0, PADDED)
     if TRANSFORM:
-        matrix = load_matrix(matrix_ptr + column.to(tl.int64) * matrix_stride, B, PADDED, SIGNS)
+        start = matrix_ptr + column.to(tl.int64) * matrix_stride
+        high, low = load_matrix(start, B, PADDED, SIGNS, x_ptr.dtype.element_ty)
     first = tl.program_id(0) // columns
     step = tl.num_programs(0) // columns
     for turn in tl.range(0, turns, num_stages=STAGES):
@@ -221,7 +235,7 @@ def _transform_kernel(
             gate = tl.load(gate_ptr + source, mask=inside, other=0.0)
             x = silu_times(gate, x).to(x_ptr.dtype.element_ty)
         if TRANSFORM:
-            y = multiply(x, matrix, SCALE, SIGNS).to(x_ptr.dtype.element_ty).to(tl.float32)
+            y = multiply(x, high, low, SCALE, SIGNS).to(x_ptr.dtype.element_ty).to(tl.float32)
         else:
             y = x.to(tl.float32)
         if QUANTIZE:

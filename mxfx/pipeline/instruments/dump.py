@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mxfx.calibration.durable import write_file
 from mxfx.graph.diff import diff
 from mxfx.graph.program import Program
-from mxfx.graph.text import graph_lines, to_text
+from mxfx.graph.text import Printout
 from mxfx.pipeline.manager import Instrument, Run, Step
 from mxfx.rewrite import ALL, Selector
 
@@ -28,10 +28,22 @@ class Dump(Instrument):
     paths: Selector = ALL
     _rows: list[str] = field(default_factory=list, repr=False)
 
+    _printed: tuple[Program, Printout] | None = field(default=None, repr=False)
+
     def enter(self, run: Run) -> None:
         self._rows.clear()
-        write(self.folder / "000_trace" / "graph.txt", to_text(run.source))
-        self._index(f"| 0 | [trace](000_trace/graph.txt) | {_count(run.source)} nodes | | | |")
+        printed = self._print(run.source)
+        write(self.folder / "000_trace" / "graph.txt", str(printed))
+        self._index(f"| 0 | [trace](000_trace/graph.txt) | {len(printed.graph)} nodes | | | |")
+
+    def exit(self, run: Run) -> None:
+        self._printed = None
+
+    def _print(self, program: Program) -> Printout:
+        """The program after one pass is the program before the next: it is printed once."""
+        if self._printed is None or self._printed[0] is not program:
+            self._printed = (program, Printout.of(program))
+        return self._printed[1]
 
     def after(self, step: Step) -> None:
         self._dump(step, "")
@@ -49,8 +61,9 @@ class Dump(Instrument):
             write(folder / "matches.json", _json(self._matches(step)))
             links.append(f"[matches]({name}/matches.json)")
         if step.changed and step.after is not None:
-            write(folder / "graph.txt", to_text(step.after))
-            write(folder / "diff.txt", diff(step.before, step.after))
+            before, after = self._print(step.before), self._print(step.after)
+            write(folder / "graph.txt", str(after))
+            write(folder / "diff.txt", diff(before, after))
             links += [f"[graph]({name}/graph.txt)", f"[diff]({name}/diff.txt)"]
         if step.findings:
             write(folder / "numerics.json", _json(step.findings))
@@ -89,10 +102,6 @@ def _numbers(step: Step) -> str:
     return checked["promise"] + (f", error {checked['error']:.2g}" if "error" in checked else "")
 
 
-def _count(program: Program) -> int:
-    return len(graph_lines(program))
-
-
 def _json(value: object) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n"
 
@@ -103,11 +112,6 @@ def write(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a whole file or none: a temporary name first, flushed, then renamed. Folders are made."""
+    """Write a whole file or none. Folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_file(path, data)

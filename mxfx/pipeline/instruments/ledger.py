@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from mxfx.graph.execute import executable, execute
+from mxfx.graph.execute import CastCache, executable, execute
 from mxfx.graph.node import kind, layer_of, path_of
 from mxfx.graph.program import Program
 from mxfx.pipeline.config import BudgetConfig
@@ -38,11 +38,18 @@ class Ledger(Instrument):
     _reference: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _logits: Tensor | None = field(default=None, repr=False)
     _reason: str | None = field(default=None, repr=False)
+    _casts: CastCache = field(default_factory=CastCache, repr=False)
 
     def enter(self, run: Run) -> None:
         self._logits = None
+        self._casts = CastCache()
         self._reference.clear()
         self._reason = executable(run.source)
+
+    def exit(self, run: Run) -> None:
+        self._logits = None
+        self._casts = CastCache()
+        self._reference.clear()
 
     def before(self, step: Step) -> None:
         """Record the float program right before the first lossy pass: raised, not yet rounded, so that names agree."""
@@ -64,7 +71,7 @@ class Ledger(Instrument):
             step.findings["ledger"] = {"unmeasured": reason}
             return
         ids = step.run.probe.tokens(step.after)
-        logits, values = residual_stream(step.after, ids)
+        logits, values = residual_stream(step.after, ids, self._casts)
         entry = self._entry(logits, values, ids)
         step.findings["ledger"] = entry
         self._hold(step, entry)
@@ -95,7 +102,7 @@ class Ledger(Instrument):
                 )
 
 
-def residual_stream(program: Program, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def residual_stream(program: Program, ids: Tensor, casts: CastCache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits, and values by ``layer/operand``: results of linears and attention, and the residual stream after
     a layer.
     """
@@ -107,7 +114,7 @@ def residual_stream(program: Program, ids: Tensor) -> tuple[Tensor, dict[str, Te
             values[wanted[node.name]] = value
         return value
 
-    return execute(program, ids, observe=observe), values
+    return execute(program, ids, observe=observe, casts=casts), values
 
 
 def _labels(program: Program) -> dict[str, str]:

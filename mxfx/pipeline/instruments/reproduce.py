@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,28 +16,39 @@ from mxfx.graph.program import Program
 from mxfx.graph.text import to_text
 from mxfx.pipeline.config import Pipeline
 from mxfx.pipeline.instruments.dump import write, write_bytes
-from mxfx.pipeline.manager import Instrument, Step
+from mxfx.pipeline.manager import Instrument, Run, Step
 from mxfx.pipeline.text import to_text as pipeline_text
-from mxfx.rewrite import MissingCalibration
 
 
 @dataclass
 class Reproduce(Instrument):
     """Write ``folder/graph.txt``, ``weights.safetensors``, ``passes.txt``, ``repro.json`` when a pass fails.
 
-    The graph is the one before the pass, the pipeline starts with it. ``mxfx repro folder`` runs it again.
+    The graph is the one before the pass, the pipeline starts with it; calibration tokens are in it if a pass has asked for
+    them (they may come from the network: nothing is fetched for a failure). ``mxfx repro folder`` runs it again.
     """
 
     folder: Path
+    _tokens: Tensor | None = field(default=None, repr=False)
+
+    def enter(self, run: Run) -> None:
+        self._tokens = None
+
+    def before(self, step: Step) -> None:
+        given = step.ctx.tokens
+
+        def asked() -> Tensor:
+            self._tokens = given()
+            return self._tokens
+
+        step.ctx = replace(step.ctx, tokens=asked)
 
     def failed(self, step: Step, error: Exception) -> None:
         run = step.run
         remaining = Pipeline(run.passes[step.index - 1 :])
-        try:
-            tokens = run.ctx.tokens()
-        except MissingCalibration:
-            tokens = None
-        save_reproducer(self.folder, step.before, remaining, error, run.ctx.seed, run.probe.ids, tokens, step.limit)
+        save_reproducer(
+            self.folder, step.before, remaining, error, run.ctx.seed, run.probe.ids, self._tokens, step.limit
+        )
         error.add_note(f"reproducer: {self.folder} (run `mxfx repro {self.folder}`)")
 
 

@@ -1,0 +1,100 @@
+"""A kernel bound to everything but its tensors, so that a call costs the host a few microseconds.
+
+Triton's own launch specializes on each argument at every call, which for some thirty arguments takes longer than
+the kernels run. Here it happens once for a shape; after that only pointers change.
+
+Importable only where `triton` is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+
+#: Shapes whose launches are kept; a program in eager mode meets a few dozen.
+KEPT_SHAPES = 4096
+_ALIGNMENT = 16
+_SHARED_PER_PROGRAM = 1024
+_REGISTERS = 65536
+_REGISTER_UNIT = 8
+_WARP = 32
+
+
+class Launch:
+    """`kernel` with its scalars and compile-time constants; call it with the tensors that come before them.
+
+    Args:
+        kernel: takes tensors first, then `scalars`, then, with `tasks`, turns (not specialized on), then constants.
+        programs: programs to launch, given how many the device can run at a time.
+        scalars: run-time arguments.
+        constants: compile-time arguments by name.
+        tasks: what all programs have to do together; turns is its share of one of them. 0: no such argument.
+        options: of the compiler (`num_warps`, `enable_fp_fusion`).
+    """
+
+    def __init__(
+        self,
+        kernel: triton.JITFunction,
+        programs: Callable[[int], int],
+        scalars: tuple,
+        constants: dict[str, object],
+        tasks: int = 0,
+        **options: object,
+    ) -> None:
+        self._kernel = kernel
+        self._programs = programs
+        self._scalars = scalars
+        self._constants = constants
+        self._tasks = tasks
+        self._options = options
+        self._runners: dict[tuple[bool, ...], Callable] = {}
+
+    def __call__(self, *tensors: Tensor) -> None:
+        # Whether pointers allow 16-byte loads is compiled in.
+        aligned = tuple([tensor.data_ptr() % _ALIGNMENT == 0 for tensor in tensors])
+        device = tensors[0].device
+        # Kernels launch on the current device, which need not be the tensors'.
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._run(aligned, tensors)
+        else:
+            self._run(aligned, tensors)
+
+    def _run(self, aligned: tuple[bool, ...], tensors: tuple[Tensor, ...]) -> None:
+        runner = self._runners.get(aligned)
+        if runner is None:
+            runner = self._runners[aligned] = self._prepare(tensors)
+        runner(*tensors)
+
+    def _prepare(self, tensors: tuple[Tensor, ...]) -> Callable[..., None]:
+        given = {**self._constants, **self._options}
+        if not isinstance(self._kernel, triton.JITFunction):  # the interpreter's
+            programs = self._programs(1)
+            interpreted = self._kernel[(programs,)]
+            return lambda *tensors: interpreted(*tensors, *self._with_turns(programs), **given)
+        compiled = self._kernel.warmup(*tensors, *self._with_turns(1), grid=(1,), **given)
+        assert compiled.run is not None  # loads it, and with that knows its registers
+        programs = self._programs(_at_a_time(compiled, tensors[0].device))
+        start, scalars = compiled[(programs, 1, 1)], self._with_turns(programs)
+        names = self._kernel.arg_names[len(tensors) + len(scalars) :]
+        rest = (*scalars, *(self._constants[name] for name in names))
+        return lambda *tensors: start(*tensors, *rest)
+
+    def _with_turns(self, programs: int) -> tuple:
+        return (*self._scalars, triton.cdiv(self._tasks, programs)) if self._tasks else self._scalars
+
+
+def _at_a_time(compiled: triton.compiler.CompiledKernel, device: torch.device) -> int:
+    """Programs of a loaded kernel that run at the same time on a device."""
+    limits = torch.cuda.get_device_properties(device)
+    warps = compiled.metadata.num_warps
+    registers = -(-compiled.n_regs // _REGISTER_UNIT) * _REGISTER_UNIT * _WARP * warps
+    each = min(
+        limits.shared_memory_per_multiprocessor // (compiled.metadata.shared + _SHARED_PER_PROGRAM),
+        _REGISTERS // registers,
+        limits.max_threads_per_multi_processor // (_WARP * warps),
+    )
+    return max(each, 1) * limits.multi_processor_count

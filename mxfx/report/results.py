@@ -1,0 +1,57 @@
+"""The figures of a run as JSON: what ``results.json`` says of each pass, and what the page is made from."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from mxfx.graph.program import Program
+from mxfx.pipeline.coverage import Coverage, coverage
+from mxfx.pipeline.manager import PipelineResult, StepResult
+from mxfx.rewrite import Skip
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def pass_json(step: StepResult) -> dict[str, object]:
+    """One pass: matches, skips by reason, warnings, findings of instruments."""
+    return {
+        "pass": step.pass_.name,
+        "place": step.place,
+        "matched": len(step.record.matches),
+        "skipped": len(step.record.skips),
+        "reasons": [{"reason": reason, "count": count} for reason, count in _reasons(step.record.skips)],
+        "warnings": step.record.warnings,
+        "details": step.record.details,
+        "findings": step.findings,
+    }
+
+
+def coverage_json(result: PipelineResult) -> dict[str, object] | None:
+    """The coverage of a run's program, alike layers in one row; None once it is lowered, for operands are then gone."""
+    if "lowered" in result.program.facts:
+        return None
+    return fold(coverage(result.program, result.records), result.program)
+
+
+def fold(report: Coverage, program: Program) -> dict[str, object]:
+    """Rows that say the same of every layer become one row whose path has ``*`` for the layer, with their count."""
+    rows = Counter(
+        (_NUMBER.sub("*", r.path) or r.node, r.kind, r.operand, r.format, r.by, r.state, r.reason) for r in report.rows
+    )
+    gemms = Counter((_NUMBER.sub("*", g.path) or g.node, g.four_bit, g.reason) for g in report.gemms)
+    keys = ("path", "kind", "operand", "format", "by", "state", "reason")
+    return {
+        "operands": [{**dict(zip(keys, row, strict=True)), "count": count} for row, count in rows.items()],
+        "products": [
+            {"path": path, "four_bit": four, "reason": why, "count": n} for (path, four, why), n in gemms.items()
+        ],
+        "bits_per_weight": report.weight_bits,
+        "parameters": report.parameters,
+        "layers": program.layers,
+    }
+
+
+def _reasons(skips: Sequence[Skip]) -> list[tuple[str, int]]:
+    return Counter(skip.reason for skip in skips).most_common()

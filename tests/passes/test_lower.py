@@ -1,0 +1,159 @@
+"""``lower`` leaves no dialect op, gives the bits of their definitions, and knows no device."""
+
+from __future__ import annotations
+
+from operator import getitem
+
+import pytest
+import torch
+from torch import fx
+
+import mxfx.ops
+from mxfx.graph.execute import execute
+from mxfx.graph.node import path_of
+from mxfx.graph.program import Program
+from mxfx.graph.tiny import FAMILIES, tiny
+from mxfx.graph.trace import trace
+from mxfx.graph.verify import verify
+from mxfx.ops import find_op
+from mxfx.ops.providers import _PROVIDERS, Provider, provide
+from mxfx.passes import Lower, RotateQk
+from mxfx.passes.lower import RUNTIME_FUNCTIONS
+from mxfx.rewrite import FactError, apply, find_fact
+from tests.filecheck import check_printed
+from tests.programs import RAISE, config_a, padded_batch, passed, raised, traced
+
+aten = torch.ops.aten
+
+
+def lowered(program: Program) -> Program:
+    return apply(Lower(), program).program
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_aten_and_the_runtime_s_functions_are_left(family: str) -> None:
+    program = lowered(raised(family))
+    calls = {n.target for n in program.graph.nodes if n.op == "call_function"}
+    strangers = [t for t in calls if not str(t).startswith("aten.") and t not in {*RUNTIME_FUNCTIONS, getitem}]
+    assert strangers == []
+    verify(program)
+
+
+@pytest.mark.parametrize("family", ["llama-tiny", "gemma3-tiny", "olmo2-tiny"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_inlined_definitions_give_the_bits_of_the_eager_ops(family: str, dtype: torch.dtype) -> None:
+    program = passed(raised(family), config_a()).twin(dtype)
+    ids, mask, _ = padded_batch()
+    assert torch.equal(execute(lowered(program), ids, None, mask), execute(program, ids, None, mask))
+
+
+def test_a_norm_becomes_its_formula_and_roles_become_dtypes() -> None:
+    check_printed(
+        lowered(raised("llama-tiny").twin(torch.bfloat16)),
+        """
+        CHECK: model.layers.0.input_layernorm:
+        CHECK-NEXT: %[[W:.+]] = aten._to_copy(%embedding, dtype=dtype.f32) : f32[batch, seq, 64] <lower>
+        CHECK-NEXT: %[[P:.+]] = aten.pow.Tensor_Scalar(%[[W]], 2)
+        CHECK-NEXT: %[[M:.+]] = aten.mean.dim(%[[P]], [-1], True)
+        CHECK-NEXT: %[[E:.+]] = aten.add.Tensor(%[[M]], 1e-06)
+        CHECK-NEXT: %[[R:.+]] = aten.rsqrt(%[[E]])
+        CHECK-NEXT: %[[N:.+]] = aten.mul.Tensor(%[[W]], %[[R]])
+        CHECK-NEXT: %[[B:.+]] = aten._to_copy(%[[N]], dtype=dtype.bf16)
+        CHECK-NEXT: aten.mul.Tensor(@model.layers.0.input_layernorm.weight, %[[B]]) : bf16[batch, seq, 64]
+        CHECK-NOT: mxfx.
+        CHECK: return
+        """,
+    )
+
+
+def test_all_layers_share_one_mask() -> None:
+    check_printed(
+        lowered(raised("qwen2-tiny")),
+        """
+        CHECK: %[[BIAS:.+]] = runtime.attention_bias(%attention_mask, %{{.+}}, True, None) : b1[batch, 1, seq, seq]
+        CHECK: runtime.attend(%{{.+}}, %[[BIAS]], 0.25, True)
+        CHECK-NOT: attention_bias(
+        CHECK: runtime.attend(%{{.+}}, %[[BIAS]], 0.25, True)
+        """,
+    )
+
+
+def test_layers_with_different_windows_have_a_mask_each_kind() -> None:
+    model = tiny("gemma3-tiny", layers=4, layer_types=["sliding_attention", "full_attention"] * 2)
+    program = lowered(passed(trace(model), RAISE))
+    biases = [n for n in program.graph.nodes if n.target is mxfx.ops.attention_bias]
+    assert len(biases) == 2 and {n.args[3] for n in biases} == {5, None}
+
+
+def test_every_inlined_node_stays_in_its_module() -> None:
+    program = lowered(raised("llama-tiny"))
+    roots = [path_of(n) for n in program.graph.nodes if n.target is aten.rsqrt.default]
+    assert roots == [path_of(n) for n in raised("llama-tiny").nodes("rms_norm")]
+
+
+def test_a_float32_program_has_no_cast_that_changes_nothing() -> None:
+    targets = (aten.to.dtype, aten._to_copy.default)
+    casts = [n for n in lowered(raised("llama-tiny")).graph.nodes if n.target in targets]
+    assert all(n.args[0].meta["val"].dtype != n.meta["val"].dtype for n in casts)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_fake_values_have_the_dtypes_of_the_run(dtype: torch.dtype) -> None:
+    program = lowered(raised("llama-tiny").twin(dtype))
+    ids, mask, _ = padded_batch()
+
+    def observe(node: fx.Node, value: object) -> object:
+        if isinstance(value, torch.Tensor):
+            assert node.meta["val"].dtype == value.dtype, node.name
+            assert node.meta["val"].dim() == value.dim(), node.name
+        return value
+
+    execute(program, ids, None, mask, observe=observe)
+
+
+def test_no_device_is_named() -> None:
+    for node in lowered(passed(raised("gemma3-tiny"), config_a())).graph.nodes:
+        assert not [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.device)], node.name
+
+
+def test_a_hadamard_transform_becomes_a_product_with_its_stored_matrix() -> None:
+    program = passed(raised("llama-tiny"), (RotateQk(),))
+    after = lowered(program)
+    matrices = [name for name in after.weights if name.startswith("hadamard.")]
+    assert len(matrices) == 1 and matrices[0] in after.weights.constants
+    ids, mask, _ = padded_batch()
+    expected = execute(program, ids, None, mask)
+    assert (execute(after, ids, None, mask) - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_provider_serves_its_device_and_its_nodes_alone() -> None:
+    def wide_norm(x, weight, eps, offset=0.0, gain_first=False):
+        return mxfx.ops.rms_norm(x, weight, eps, offset, gain_first)
+
+    serves = lambda node: path_of(node) == "model.norm"  # noqa: E731
+    try:
+        provide(Provider("test", "rms_norm", "cpu", wide_norm, serves=serves))
+        provide(Provider("elsewhere", "rope", "cuda", wide_norm))
+        program = lowered(raised("llama-tiny"))
+        assert [path_of(n) for n in program.graph.nodes if n.target is wide_norm] == ["model.norm"]
+        ids, _, _ = padded_batch()
+        assert torch.equal(execute(program, ids), execute(raised("llama-tiny"), ids))
+    finally:
+        del _PROVIDERS[-2:]
+
+
+def test_it_needs_a_raised_program_that_is_not_lowered() -> None:
+    with pytest.raises(FactError, match="requires 'raised'"):
+        lowered(traced("llama-tiny"))
+    with pytest.raises(FactError, match="before 'lowered' holds"):
+        lowered(lowered(raised("llama-tiny")))
+
+
+def test_the_fact_names_what_is_left() -> None:
+    assert "is not lowered" in str(find_fact("lowered").check(raised("llama-tiny")))
+
+
+def test_each_op_is_a_match() -> None:
+    program = raised("llama-tiny")
+    ops = [n for n in program.graph.nodes if n.op == "call_function" and find_op(n.target)]
+    assert len(apply(Lower(), program).record.matches) == len(ops)

@@ -1,0 +1,1 @@
+"""A pass for mxfx in a package of its own."""
