@@ -26,6 +26,7 @@ from mxfx.pipeline import ConfigError, Pipeline, Place, apply_overrides, check_o
 from mxfx.pipeline.bisect import Culprit, bisect
 from mxfx.pipeline.instruments import Dump, Ledger, Numbers, Reproduce, Timing, Verify
 from mxfx.pipeline.manager import Instrument, PassManager, PipelineResult
+from mxfx.pipeline.overrides import NoSuchPass
 from mxfx.pipeline.opt import load_source, opt, read_passes
 from mxfx.pipeline.probe import Probe, vocabulary
 from mxfx.pipeline.weight_history import FILE as WEIGHT_HISTORY
@@ -156,11 +157,25 @@ def prepare(files: Sequence[str | Path], options: RunOptions) -> list[tuple[str,
         name = Path(file).stem
         if name in found:
             raise ConfigError(_command_line(), f"two pipelines are called {name!r}", "files with different names")
-        pipeline = apply_overrides(load_any(file), _assignments(options))
+        found[name] = load_any(file)
+    for assignment in _assignments(options):
+        _override(found, assignment)
+    for pipeline in found.values():
         check_order(pipeline)
         _ = pipeline.passes
-        found[name] = pipeline
     return list(found.items())
+
+
+def _override(pipelines: dict[str, Pipeline], assignment: str) -> None:
+    """Apply one assignment to every pipeline that has the pass it names; one that none has is an error."""
+    missing: list[NoSuchPass] = []
+    for name, pipeline in pipelines.items():
+        try:
+            pipelines[name] = apply_overrides(pipeline, [assignment])
+        except NoSuchPass as error:
+            missing.append(error)
+    if len(missing) == len(pipelines):
+        raise missing[0]
 
 
 def run(files: Sequence[str | Path], options: RunOptions) -> RunSummary:

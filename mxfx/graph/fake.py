@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import mxfx.ops
@@ -37,7 +38,8 @@ class FakeRunner:
         # Padding and SDPA on fake tensors would fix symbolic sizes to their example; both keep a shape that is known.
         if node.target in _QUANTIZERS:
             return args[0]
-        with self.mode, torch.no_grad():
+        # Composite ops (linear) meet symbolic sizes only through the Python dispatcher before torch 2.13.
+        with self.mode, enable_python_dispatcher(), torch.no_grad():
             if node.target in _ATTENTION:
                 return _attended(*args[:3])
             return node.target(*args, **kwargs)  # type: ignore[operator]

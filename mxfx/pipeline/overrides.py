@@ -17,6 +17,10 @@ _PART = re.compile(r"([A-Za-z0-9_-]+)((?:\[\d+\])*)(?:\.|$)")
 _FORMS = "TABLE.KEY=VALUE, pass.NAME.KEY=VALUE or pass[INDEX].KEY=VALUE"
 
 
+class NoSuchPass(ConfigError):
+    """An assignment names a pass that the pipeline does not have; another pipeline of the same run may."""
+
+
 def apply_overrides(pipeline: Pipeline, assignments: Iterable[str], source: str = "--set") -> Pipeline:
     """The pipeline with each ``key=value`` applied in turn.
 
@@ -108,5 +112,6 @@ def _chosen(pipeline: Pipeline, which: str | int, at: Cursor) -> set[int]:
         return {which}
     chosen = {i for i, name in enumerate(names) if name == which}
     if not chosen:
-        raise at.error(f"the pipeline has no pass {which!r}", listing, did_you_mean(which, names), of_key=True)
+        error = at.error(f"the pipeline has no pass {which!r}", listing, did_you_mean(which, names), of_key=True)
+        raise NoSuchPass(error.place, error.problem, error.expected, error.hint)
     return chosen

@@ -24,8 +24,8 @@ from mxfx.pipeline.text import to_text as pipeline_text
 class Reproduce(Instrument):
     """Write ``folder/graph.txt``, ``weights.safetensors``, ``passes.txt``, ``repro.json`` when a pass fails.
 
-    The graph is the one before the pass, the pipeline starts with it; calibration tokens are in it if a pass has asked for
-    them (they may come from the network: nothing is fetched for a failure). ``mxfx repro folder`` runs it again.
+    The graph is the one before the pass, the pipeline starts with it; calibration tokens are in it if a pass has asked
+    for them (they may come from the network: nothing is fetched for a failure). ``mxfx repro folder`` runs it again.
     """
 
     folder: Path
