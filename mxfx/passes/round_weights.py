@@ -32,7 +32,7 @@ class RoundWeights(Pass):
 
     name: ClassVar[str] = "round-weights"
     requires: ClassVar[frozenset[str]] = frozenset({"annotated"})
-    provides: ClassVar[frozenset[str]] = frozenset({"weights-rounded"})
+    provides: ClassVar[frozenset[str]] = frozenset({"weights-rounded", "rounded-to-nearest"})
     numerics: ClassVar[Numerics] = Lossy()
     select: Selector = ALL
 
@@ -65,6 +65,11 @@ class RoundWeights(Pass):
             rw.set_weight(str(source.target), fmt.fake_quantize(rw.weights.master(str(source.target))))
             for reader in readers:
                 mark_rounded(rw, reader, operand)
+
+
+@fact("rounded-to-nearest", "every annotated weight is rounded: there is nothing left to calibrate")
+def rounded_to_nearest(program: Program) -> str | None:
+    return weights_rounded(program)
 
 
 @fact("weights-rounded", "annotated weights lie on their grids")
