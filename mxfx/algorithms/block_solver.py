@@ -60,9 +60,7 @@ def solve_block(
         from mxfx.algorithms.gptq_triton import solve_block_triton
 
         return BlockSolution(*solve_block_triton(columns, exponents, feedback, precision, element))
-    solutions = [
-        _solve_one(columns[g], exponents[g], feedback[g], precision[g], element) for g in range(len(columns))
-    ]
+    solutions = [_solve_one(columns[g], exponents[g], feedback[g], precision[g], element) for g in range(len(columns))]
     return BlockSolution(
         torch.stack([s.values for s in solutions]),
         torch.stack([s.residual for s in solutions]),

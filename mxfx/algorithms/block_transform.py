@@ -105,9 +105,7 @@ def apply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
     b = blocks.shape[-1]
     count = blocks.shape[0] if blocks.ndim == 3 else x.shape[-1] // b
     if count * b != x.shape[-1]:
-        raise ValueError(
-            f"apply_blocks: {tuple(blocks.shape)} blocks do not fill the last axis of {tuple(x.shape)}"
-        )
+        raise ValueError(f"apply_blocks: {tuple(blocks.shape)} blocks do not fill the last axis of {tuple(x.shape)}")
     columns = x.to(compute).reshape(-1, count, b)
     matrices = blocks.to(x.device, compute)
     if blocks.ndim == 2:
@@ -124,9 +122,7 @@ def block_second_moments(gram: Tensor, block: int) -> Tensor:
     return tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
-def smoothing_scales(
-    magnitude_x: Tensor, magnitude_w: Tensor, alpha: float = 0.5, max_ratio: float = 1e4
-) -> Tensor:
+def smoothing_scales(magnitude_x: Tensor, magnitude_w: Tensor, alpha: float = 0.5, max_ratio: float = 1e4) -> Tensor:
     """Scales s of input channels: x / s and W * s share the burden (SmoothQuant, arXiv 2211.10438, eq. 4).
 
     s_j = |x_j|^α / |w_j|^(1-α), divided by its geometric mean. Channels that are zero on either side

@@ -110,15 +110,11 @@ def gptq_batch(
     """
     _check(weights, hessian, fmt, damping, order, exponents, refine, targets)
     shared = hessian.ndim == 2
-    join = (
-        (lambda parts: torch.cat(list(parts))[None]) if shared else (lambda parts: torch.stack(list(parts)))
-    )
+    join = (lambda parts: torch.cat(list(parts))[None]) if shared else (lambda parts: torch.stack(list(parts)))
     dtype = _compute_dtype(weights, fmt)
     weight = join(w.to(dtype) for w in weights)
     goal = weight if targets is None else join(t.to(dtype) for t in targets)
-    solved = _solve(
-        weight, goal, hessian[None] if shared else hessian, fmt, damping, order, exponents, refine
-    )
+    solved = _solve(weight, goal, hessian[None] if shared else hessian, fmt, damping, order, exponents, refine)
     pieces = [solved]
     if shared:
         bounds = [0, *torch.tensor([len(w) for w in weights]).cumsum(0).tolist()]
@@ -346,9 +342,7 @@ def _check(
     n = hessian.shape[-1]
     own = hessian.ndim == 3
     if not shapes or any(len(shape) != 2 or shape[1] != n for shape in shapes):
-        raise ValueError(
-            f"gptq: weights must be (rows, {n}) for a Hessian {tuple(hessian.shape)}, got {shapes}"
-        )
+        raise ValueError(f"gptq: weights must be (rows, {n}) for a Hessian {tuple(hessian.shape)}, got {shapes}")
     if hessian.shape != ((len(weights), n, n) if own else (n, n)) or (own and len(set(shapes)) > 1):
         raise ValueError(
             f"gptq: the Hessian must be (cols, cols), or ({len(weights)}, cols, cols) for weights of one "

@@ -136,9 +136,7 @@ def _solve_block_kernel(  # type: ignore[no-untyped-def]
             current = tl.sum(tl.where(here, work, 0.0), axis=0)
             rounded = _round(current, low, high, min_binade, magic, FLOAT)
             error = current - rounded
-            feed = tl.load(
-                feedback_ptr + (group * b + j) * b + column, mask=in_block & (column > j), other=0.0
-            )
+            feed = tl.load(feedback_ptr + (group * b + j) * b + column, mask=in_block & (column > j), other=0.0)
             work = tl.where(here, rounded[None, :], work - feed[:, None] * error[None, :])
             residual = tl.where(here, error[None, :], residual)
         # In units of the first candidate's scale: candidates lie within a few powers of two of each other.

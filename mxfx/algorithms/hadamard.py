@@ -47,9 +47,7 @@ def has_hadamard(order: int) -> bool:
     return order >= 1 and _factorize(order) is not None
 
 
-def hadamard_matrix(
-    order: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
-) -> Tensor:
+def hadamard_matrix(order: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
     """The orthonormal Hadamard matrix `(order, order)`: H Hᵀ = I.
 
     A power of two gives Sylvester's symmetric matrix in natural order.

@@ -51,6 +51,8 @@ def trainable(
     module = build(twin).to(device)
     parameters = {name: module.get_parameter(name) for name in weights}
     for parameter in parameters.values():
+        # Built modules share storage with the store; an optimizer writes in place.
+        parameter.data = parameter.data.clone()
         parameter.requires_grad_()
     return module, parameters
 

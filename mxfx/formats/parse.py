@@ -75,9 +75,7 @@ def _error(text: str, reason: str, parts: re.Match[str]) -> FormatError:
     stem = _nearest(parts["stem"].lower(), list(MX_ELEMENTS), "mxint4")
     block = parts["block"] if _BLOCK.fullmatch(parts["block"] or "") else "32"
     rule = "" if parts["rule"] is None else "/" + _nearest(parts["rule"].lower(), _RULES, "floor")
-    return FormatError(
-        f"unknown format {text!r}: {reason}; did you mean {f'{stem}@{block}{rule}'!r}? ({_EXPECTED})"
-    )
+    return FormatError(f"unknown format {text!r}: {reason}; did you mean {f'{stem}@{block}{rule}'!r}? ({_EXPECTED})")
 
 
 def _nearest(given: str, valid: list[str], otherwise: str) -> str:

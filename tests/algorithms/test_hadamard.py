@@ -56,9 +56,7 @@ def test_transform_equals_the_dense_product(order: int) -> None:
     torch.testing.assert_close(hadamard_transform(x), x @ hadamard_matrix(order, x.dtype), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "width", [576, 1536, 2048, 3072, 4864, 8192, 8960, 11008, 13824, 14336, 18944, 28672, 53248]
-)
+@pytest.mark.parametrize("width", [576, 1536, 2048, 3072, 4864, 8192, 8960, 11008, 13824, 14336, 18944, 28672, 53248])
 def test_width_of_a_current_model_is_reachable(width: int) -> None:
     factors = hadamard_factors(width)
     assert torch.tensor(factors).prod() == width

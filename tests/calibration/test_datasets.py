@@ -54,9 +54,7 @@ def test_a_folder_gives_its_txt_files_sorted_by_name(folder: Path) -> None:
 def test_jsonl_parquet_and_txt_give_the_same_documents(tmp_path: Path) -> None:
     texts = ["one\nline", "zwölf 零"]
     jsonl = tmp_path / "a.jsonl"
-    jsonl.write_text(
-        "\n".join(json.dumps({"text": text, "id": 1}, ensure_ascii=False) for text in texts) + "\n"
-    )
+    jsonl.write_text("\n".join(json.dumps({"text": text, "id": 1}, ensure_ascii=False) for text in texts) + "\n")
     parquet = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2], "text": texts}), parquet)
     txt = tmp_path / "a.txt"
@@ -82,9 +80,7 @@ def test_windows_are_parts_of_the_joined_documents_and_do_not_overlap(
     assert len({text for text in texts}) > 10
 
 
-def test_the_seed_decides_the_windows_and_the_hash_follows_them(
-    folder: Path, plain: PreTrainedTokenizerFast
-) -> None:
+def test_the_seed_decides_the_windows_and_the_hash_follows_them(folder: Path, plain: PreTrainedTokenizerFast) -> None:
     def load(seed: int):
         return load_tokens(folder, plain, samples=4, length=16, seed=seed)
 

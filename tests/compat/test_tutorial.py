@@ -152,9 +152,7 @@ def test_the_loader_gives_what_the_tutorial_s_loader_gives(name: str) -> None:
 def test_pass_args_of_either_loader_make_the_same_pipeline_and_stay_as_they_are(name: str) -> None:
     args = tutorial_loader(CONFIGS / name)
     before = deepcopy(args)
-    assert (
-        from_pass_args(args) == from_pass_args(load_quant_config(CONFIGS / name)) == load_any(CONFIGS / name)
-    )
+    assert from_pass_args(args) == from_pass_args(load_quant_config(CONFIGS / name)) == load_any(CONFIGS / name)
     assert args == before
 
 
@@ -254,10 +252,7 @@ def test_the_sites_of_a_rotation_search_are_kept() -> None:
 
 
 def test_a_rotation_search_alone_brings_its_calibration() -> None:
-    text = (
-        selector(LINEAR + INPUT)
-        + "[rotation_search]\ncalib_data = 'c4'\ncalib_nsamples = 7\nmodel_name = 'a/b'\n"
-    )
+    text = selector(LINEAR + INPUT) + "[rotation_search]\ncalib_data = 'c4'\ncalib_nsamples = 7\nmodel_name = 'a/b'\n"
     pipeline = pipeline_of(text)
     assert (pipeline.calibration.dataset, pipeline.calibration.samples, pipeline.model.name) == (
         "c4",

@@ -27,9 +27,7 @@ def float_magnitudes(exponent_bits: int, mantissa_bits: int, bias: int) -> np.nd
     for field in range(2**exponent_bits):
         for mantissa in range(2**mantissa_bits):
             fraction = mantissa / 2**mantissa_bits
-            values.append(
-                fraction * 2.0 ** (1 - bias) if field == 0 else (1 + fraction) * 2.0 ** (field - bias)
-            )
+            values.append(fraction * 2.0 ** (1 - bias) if field == 0 else (1 + fraction) * 2.0 ** (field - bias))
     return np.array(values)
 
 
@@ -119,9 +117,7 @@ class Reference:
         gap = (at_lower**2).sum(-1) - (at_floor**2).sum(-1)
         unsure = np.abs(gap) < 1e-9
         for row in np.flatnonzero(unsure & (at_lower != at_floor).any(-1)):
-            exact = sum(Fraction(d) ** 2 for d in at_lower[row]) - sum(
-                Fraction(d) ** 2 for d in at_floor[row]
-            )
+            exact = sum(Fraction(d) ** 2 for d in at_lower[row]) - sum(Fraction(d) ** 2 for d in at_floor[row])
             gap[row] = float(exact)
         gap[unsure & (at_lower == at_floor).all(-1)] = 0.0
         return gap < 0

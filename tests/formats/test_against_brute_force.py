@@ -34,9 +34,7 @@ def hard_blocks(rows: int, block: int, dtype: torch.dtype, seed: int = 0) -> tor
     sparse = torch.where(
         torch.rand(rows, block, generator=generator) < 0.8, torch.copysign(torch.zeros(()), normal), normal
     )
-    tiny = (
-        torch.randint(-40, 40, (rows, block), generator=generator) * torch.finfo(dtype).smallest_normal / 32
-    )
+    tiny = torch.randint(-40, 40, (rows, block), generator=generator) * torch.finfo(dtype).smallest_normal / 32
     return torch.cat([normal * sizes, integers, powers, sparse, tiny.double()]).to(dtype)
 
 

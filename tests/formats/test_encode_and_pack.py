@@ -12,10 +12,7 @@ MINIFLOATS = ("minifloat_e3m4", "minifloat_e1m2", "minifloat_e5m10", "minifloat_
 def wide_tensor(dtype: torch.dtype) -> torch.Tensor:
     """(3, 40, 5): values over many binades, with zeros of both signs, NaN and Inf; 16 does not divide 40."""
     generator = torch.Generator().manual_seed(0)
-    x = (
-        torch.randn(3, 40, 5, generator=generator, dtype=torch.float64)
-        * torch.logspace(-9, 4, 40, 2.0)[:, None]
-    )
+    x = torch.randn(3, 40, 5, generator=generator, dtype=torch.float64) * torch.logspace(-9, 4, 40, 2.0)[:, None]
     x[0, :2, 0] = torch.tensor([0.0, -0.0])
     x[1, 3, 2], x[2, 20, 1] = float("nan"), float("inf")
     return x.to(dtype)
@@ -73,9 +70,7 @@ def test_four_bit_codes_lie_two_a_byte_the_first_one_low() -> None:
 def test_packing_is_dense_little_endian_at_every_width(bits: int, length: int) -> None:
     fmt = parse(f"mxint{bits}@32")
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
-    codes = torch.randint(
-        low, high, (2, length), generator=torch.Generator().manual_seed(bits), dtype=torch.int8
-    )
+    codes = torch.randint(low, high, (2, length), generator=torch.Generator().manual_seed(bits), dtype=torch.int8)
     packed = fmt.pack(codes)
     expected = [sum((code % 2**bits) << (bits * i) for i, code in enumerate(row)) for row in codes.tolist()]
     assert [int.from_bytes(bytes(row), "little") for row in packed.tolist()] == expected

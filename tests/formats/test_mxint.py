@@ -34,9 +34,7 @@ def test_floor_and_ceil_differ_at_exact_powers_of_two_only() -> None:
     assert parse("mxint4@4/floor").fake_quantize(power).tolist() == [1.0, 0.5, 0.25, 0.0]
     assert parse("mxint4@4/ceil").fake_quantize(power).tolist() == [0.875, 0.5, 0.25, 0.0]
     other = torch.tensor([1.0625, 0.5, 0.3, 0.0])
-    assert torch.equal(
-        parse("mxint4@4/floor").fake_quantize(other), parse("mxint4@4/ceil").fake_quantize(other)
-    )
+    assert torch.equal(parse("mxint4@4/floor").fake_quantize(other), parse("mxint4@4/ceil").fake_quantize(other))
 
 
 @pytest.mark.parametrize(

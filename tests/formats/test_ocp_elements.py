@@ -67,14 +67,10 @@ def test_a_minifloat_uses_every_code_for_a_finite_number(
     fmt = parse(f"minifloat_e{exponent_bits}m{mantissa_bits}")
     sizes = torch.linspace(-140, 127, 4001, dtype=torch.float64).exp2()
     middles = torch.from_numpy((grid[1:] + grid[:-1]) / 2)
-    values = torch.cat(
-        [sizes, -sizes, torch.from_numpy(grid), middles, -middles, torch.zeros(1, dtype=torch.float64)]
-    )
+    values = torch.cat([sizes, -sizes, torch.from_numpy(grid), middles, -middles, torch.zeros(1, dtype=torch.float64)])
     x = values[values.abs() <= torch.finfo(dtype).max].to(dtype)
     exact = x.double().numpy()
-    expected = torch.from_numpy(
-        np.copysign(nearest(np.abs(exact), grid, np.arange(len(grid)) % 2 == 0), exact)
-    )
+    expected = torch.from_numpy(np.copysign(nearest(np.abs(exact), grid, np.arange(len(grid)) % 2 == 0), exact))
     largest = torch.finfo(dtype).max
     assert same_bits(fmt.fake_quantize(x), expected.clamp(-largest, largest).to(dtype))
 

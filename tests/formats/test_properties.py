@@ -10,9 +10,7 @@ from tests.formats.reference import MX_FLOATS, MX_INTS, RULES, same_bits
 
 ELEMENTS = st.sampled_from(MX_INTS + MX_FLOATS)
 BLOCKS = st.lists(
-    st.one_of(
-        st.floats(-8, 8, width=32, allow_subnormal=False), st.integers(-512, 512).map(lambda n: n / 64)
-    ),
+    st.one_of(st.floats(-8, 8, width=32, allow_subnormal=False), st.integers(-512, 512).map(lambda n: n / 64)),
     min_size=8,
     max_size=8,
 ).map(torch.tensor)
@@ -70,9 +68,7 @@ def test_the_most_negative_code_makes_floor_not_idempotent() -> None:
 
 @fast
 @given(stem=ELEMENTS, rule=st.sampled_from(RULES), x=BLOCKS)
-def test_every_value_is_an_element_times_the_scale_and_within_its_range(
-    stem: str, rule: str, x: torch.Tensor
-) -> None:
+def test_every_value_is_an_element_times_the_scale_and_within_its_range(stem: str, rule: str, x: torch.Tensor) -> None:
     fmt = parse(f"{stem}@8/{rule}")
     scale = 2.0 ** fmt.shared_exponent(x).item()
     elements = fmt.fake_quantize(x).double() / scale

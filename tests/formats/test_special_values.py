@@ -7,11 +7,7 @@ from mxfx.formats import NAN_EXPONENT, FormatError, parse
 from tests.formats.reference import MX_FLOATS, MX_INTS, RULES, same_bits
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-FORMATS = [
-    f"{stem}@4/{rule}"
-    for stem in ("mxint2", "mxint4", "mxint8", "mxfp4_e2m1", "mxfp8_e5m2")
-    for rule in RULES
-]
+FORMATS = [f"{stem}@4/{rule}" for stem in ("mxint2", "mxint4", "mxint8", "mxfp4_e2m1", "mxfp8_e5m2") for rule in RULES]
 
 
 @pytest.mark.parametrize("text", FORMATS)
@@ -51,9 +47,7 @@ def test_a_negative_number_that_rounds_to_zero_keeps_its_sign_in_float_elements_
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_finite_input_never_gives_infinity(text: str, dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
-    x = torch.tensor(
-        [[largest, -largest, 1.0, 0.0], [largest * 0.51, -largest * 0.99, 0.0, 0.0]], dtype=dtype
-    )
+    x = torch.tensor([[largest, -largest, 1.0, 0.0], [largest * 0.51, -largest * 0.99, 0.0, 0.0]], dtype=dtype)
     assert parse(text).fake_quantize(x).isfinite().all()
 
 

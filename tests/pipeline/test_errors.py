@@ -85,9 +85,7 @@ def test_a_later_check_can_cite_the_line_of_a_rule() -> None:
     index = [spec.name for spec in pipeline.specs].index("stub-mark")
     assert str(pipeline.location(index, ("rule", 0, "match"))) == "p.toml:8:12"
     assert str(pipeline.location(index, ("rule", 0, "input"))) == "p.toml:7:3"
-    assert str(pipeline.error(index, ("rule", 0, "match"), "fits nothing")).startswith(
-        "p.toml:8:12: fits nothing\n"
-    )
+    assert str(pipeline.error(index, ("rule", 0, "match"), "fits nothing")).startswith("p.toml:8:12: fits nothing\n")
 
 
 def test_a_model_path_that_does_not_exist_is_refused_without_reading_weights(tmp_path: Path) -> None:

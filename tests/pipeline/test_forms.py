@@ -26,9 +26,7 @@ from tests.pipeline.stubs import Mark, Need, Rule, Solve
 
 words = st.text(max_size=12)
 formats = st.sampled_from(["mxint4@32", "mxint8@16/mse", "mxfp4_e2m1@32", "minifloat_e3m4"]).map(parse)
-selectors = st.sampled_from([r".*", r"model\.layers\.\d+\.(q|k)_proj", "a'b", 'a"b', "x,y={z}[w]"]).map(
-    Selector
-)
+selectors = st.sampled_from([r".*", r"model\.layers\.\d+\.(q|k)_proj", "a'b", 'a"b', "x,y={z}[w]"]).map(Selector)
 rules = st.builds(
     Rule,
     match=selectors,
@@ -54,14 +52,11 @@ passes = st.one_of(
 pipelines = st.builds(
     Pipeline,
     st.lists(passes, max_size=4),
-    model=st.none()
-    | st.builds(ModelConfig, name=st.none() | words, dtype=st.sampled_from(["bfloat16", "float32"])),
+    model=st.none() | st.builds(ModelConfig, name=st.none() | words, dtype=st.sampled_from(["bfloat16", "float32"])),
     calibration=st.none()
     | st.builds(CalibrationConfig, dataset=words, samples=st.integers(1, 99), seed=st.integers(0, 9)),
     budget=st.none()
-    | st.builds(
-        BudgetConfig, max_ppl_ratio=st.none() | st.floats(1, 9), max_kl=st.none() | st.floats(0.1, 9)
-    ),
+    | st.builds(BudgetConfig, max_ppl_ratio=st.none() | st.floats(1, 9), max_kl=st.none() | st.floats(0.1, 9)),
 )
 
 

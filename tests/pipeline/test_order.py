@@ -67,9 +67,7 @@ def test_a_fact_that_was_removed_does_not_hold() -> None:
 
 
 def test_passes_that_wait_for_each_other_are_shown_as_a_circle() -> None:
-    with pytest.raises(
-        ConfigError, match=r"go round in a circle: \[0\] stub-egg → \[1\] stub-hen → \[0\] stub-egg"
-    ):
+    with pytest.raises(ConfigError, match=r"go round in a circle: \[0\] stub-egg → \[1\] stub-hen → \[0\] stub-egg"):
         check_order(Pipeline([Egg(), Hen()]))
 
 

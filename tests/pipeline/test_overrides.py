@@ -9,9 +9,7 @@ from mxfx.pipeline import ConfigError, Pipeline, apply_overrides, loads, to_toml
 from mxfx.rewrite import Selector
 from tests.pipeline.stubs import Mark, Rule, Solve
 
-PIPELINE = Pipeline(
-    [Mark(rule=(Rule(Selector("a")), Rule(Selector("b")))), Solve(), Solve(damp=0.5)], model="org/m"
-)
+PIPELINE = Pipeline([Mark(rule=(Rule(Selector("a")), Rule(Selector("b")))), Solve(), Solve(damp=0.5)], model="org/m")
 
 
 def test_a_setting_is_replaced() -> None:
@@ -36,9 +34,7 @@ def test_a_part_of_a_rule_can_be_set() -> None:
 
 
 def test_values_are_toml_or_else_strings() -> None:
-    changed = apply_overrides(
-        PIPELINE, ["pass[1].sites=['a', 'b']", "pass[1].note=a = b", "pass[1].sweep=false"]
-    )
+    changed = apply_overrides(PIPELINE, ["pass[1].sites=['a', 'b']", "pass[1].note=a = b", "pass[1].sweep=false"])
     assert changed.passes[1] == Solve(sites=("a", "b"), note="a = b", sweep=False)
 
 

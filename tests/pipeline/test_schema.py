@@ -27,14 +27,8 @@ def test_nested_rules_are_described_down_to_their_words() -> None:
     rule = schema()["$defs"]["stub-mark"]["properties"]["rule"]["items"]
     assert rule["required"] == ["match"]
     assert rule["properties"]["match"]["format"] == "regex"
-    assert (
-        rule["properties"]["weight"]["description"]
-        == "format of the weight, which the docstring continues here."
-    )
+    assert rule["properties"]["weight"]["description"] == "format of the weight, which the docstring continues here."
 
 
 def test_it_is_json() -> None:
-    assert (
-        json.loads(json.dumps(schema()))["properties"]["model"]["properties"]["dtype"]["default"]
-        == "bfloat16"
-    )
+    assert json.loads(json.dumps(schema()))["properties"]["model"]["properties"]["dtype"]["default"] == "bfloat16"

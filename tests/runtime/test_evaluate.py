@@ -145,9 +145,7 @@ def test_the_hubs_task_is_lm_evals_own(model, tokenizer, monkeypatch: pytest.Mon
     assert (result.source, result.task) == ("hub", "wikitext")
 
 
-def test_an_unreachable_hub_says_to_give_local_documents(
-    model, tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreachable_hub_says_to_give_local_documents(model, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(*_, **__):
         raise ConnectionError("no route to host")
 
@@ -254,9 +252,7 @@ def test_the_ratio_of_a_result_to_itself_is_one_without_error() -> None:
 def test_the_ratio_is_that_of_the_perplexities(model, tokenizer, pages: Path) -> None:
     one = evaluate(model, tokenizer, eval_data=pages, max_length=32)
     other = evaluate(tiny_model(seed=1), tokenizer, eval_data=pages, max_length=32)
-    assert ratio_with_stderr(other, one).ratio == pytest.approx(
-        other.word_perplexity / one.word_perplexity, rel=1e-6
-    )
+    assert ratio_with_stderr(other, one).ratio == pytest.approx(other.word_perplexity / one.word_perplexity, rel=1e-6)
     assert ratio_with_stderr(other, one, "token_perplexity").ratio == pytest.approx(
         other.token_perplexity / one.token_perplexity, rel=1e-6
     )
@@ -279,9 +275,7 @@ def test_the_error_of_the_ratio_is_what_resampling_shows() -> None:
         words = (100 + 300 * torch.rand(40, generator=generator)).int().tolist()
         noise = torch.randn(40, generator=generator).tolist()
         float_scores = [-3.0 * count for count in words]
-        worse = [
-            score - 0.2 * count - 10 * z for score, count, z in zip(float_scores, words, noise, strict=True)
-        ]
+        worse = [score - 0.2 * count - 10 * z for score, count, z in zip(float_scores, words, noise, strict=True)]
         ratio = ratio_with_stderr(scored(worse, words), scored(float_scores, words))
         estimates.append(ratio.ratio)
         errors.append(ratio.stderr)
