@@ -26,8 +26,8 @@ from mxfx.pipeline import ConfigError, Pipeline, Place, apply_overrides, check_o
 from mxfx.pipeline.bisect import Culprit, bisect
 from mxfx.pipeline.instruments import Dump, Ledger, Numbers, Reproduce, Timing, Verify
 from mxfx.pipeline.manager import Instrument, PassManager, PipelineResult
-from mxfx.pipeline.overrides import NoSuchPass
 from mxfx.pipeline.opt import load_source, opt, read_passes
+from mxfx.pipeline.overrides import NoSuchPass
 from mxfx.pipeline.probe import Probe, vocabulary
 from mxfx.pipeline.weight_history import FILE as WEIGHT_HISTORY
 from mxfx.pipeline.weight_history import History

@@ -115,9 +115,8 @@ def _print_machine(args) -> None:
     name = (
         torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or platform.machine()
     )
-    print(
-        f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, python {platform.python_version()}"
-    )
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{name}, {versions}, python {platform.python_version()}")
     print(f"model {args.model} in {args.dtype}; calibration {args.data}; evaluation {args.eval_data}", flush=True)
 
 
