@@ -169,5 +169,5 @@ class WeightStore(Mapping[str, Tensor]):
 def _relative_change(before: Tensor, after: Tensor) -> float | None:
     if before.device.type == "meta" or before.shape != after.shape or not before.is_floating_point():
         return None
-    norm = torch.linalg.vector_norm(before, dtype=torch.float64 if before.numel() < 1 << 16 else torch.float32)
+    norm = torch.linalg.vector_norm(before, dtype=torch.promote_types(before.dtype, torch.float32))
     return float(torch.linalg.vector_norm(after.to(before.device).float() - before.float()) / norm.clamp_min(1e-30))
