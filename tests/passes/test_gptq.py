@@ -290,7 +290,7 @@ def test_the_cache_of_the_run_is_the_default_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"damping": 0.02},
+        {"damp": 0.02},
         {"order": "none"},
         {"exponents": "rule"},
         {"refine": 1},
