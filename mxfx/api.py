@@ -137,6 +137,8 @@ class Outcome:
     evaluation: EvalResult | None
     bits_per_weight: float
     compile_seconds: float
+    baseline: str
+    """Name of the float model's outcome that this one is compared with."""
     model_note: str = ""
 
 
@@ -193,7 +195,10 @@ def run(files: Sequence[str | Path], options: RunOptions) -> RunSummary:
             options.say(f"loading {key[0]} in {key[1]}")
             loaded[key] = _load(pipeline, checked, options)
             if options.float_row:
-                outcomes.append(_float_outcome(loaded[key], pipeline, options))
+                # A run over several models or precisions has a float row for each.
+                float_name = "float" if len(loaded) == 1 else f"float {Path(key[0]).name} {key[1]}"
+                loaded[key].baseline = float_name
+                outcomes.append(_float_outcome(float_name, loaded[key], options))
         outcomes.append(
             _run_one(
                 name,
@@ -319,6 +324,7 @@ class _Loaded:
     program: Program
     tokenizer: Any
     token_sets: dict[tuple, TokenSet] = field(default_factory=dict)
+    baseline: str = ""
 
 
 def _load(pipeline: Pipeline, checked: Checked, options: RunOptions) -> _Loaded:
@@ -330,13 +336,12 @@ def _load(pipeline: Pipeline, checked: Checked, options: RunOptions) -> _Loaded:
     return _Loaded(program, tokenizer)
 
 
-def _float_outcome(loaded: _Loaded, pipeline: Pipeline, options: RunOptions) -> Outcome:
+def _float_outcome(name: str, loaded: _Loaded, options: RunOptions) -> Outcome:
     raised = Pipeline([]).completed()
     program = PassManager().run(loaded.program, raised).program
     options.say("evaluating the float model") if options.eval else None
-    return Outcome(
-        "float", "", raised, None, _evaluate(program, loaded, options), bits_per_weight(program), 0.0, _note(program)
-    )
+    evaluation = _evaluate(program, loaded, options)
+    return Outcome(name, "", raised, None, evaluation, bits_per_weight(program), 0.0, name, _note(program))
 
 
 def _run_one(name: str, file: str, pipeline: Pipeline, loaded: _Loaded, options: RunOptions) -> Outcome:
@@ -363,9 +368,8 @@ def _run_one(name: str, file: str, pipeline: Pipeline, loaded: _Loaded, options:
             _save(result.program, loaded.tokenizer, folder / "model")
     options.say(f"evaluating {name}") if options.eval else None
     evaluation = _evaluate(result.program, loaded, options)
-    return Outcome(
-        name, file, pipeline, result, evaluation, bits_per_weight(result.program), seconds, _note(result.program)
-    )
+    bits, note = bits_per_weight(result.program), _note(result.program)
+    return Outcome(name, file, pipeline, result, evaluation, bits, seconds, loaded.baseline, note)
 
 
 def _note(program: Program) -> str:
@@ -424,11 +428,10 @@ def _save(program: Program, tokenizer: Any, folder: Path) -> None:
 
 def _rows(outcomes: Sequence[Outcome]) -> list[Row]:
     rows = []
-    baseline: EvalResult | None = None
+    evaluations = {outcome.name: outcome.evaluation for outcome in outcomes}
     for outcome in outcomes:
         evaluation = outcome.evaluation
-        if outcome.name == "float":
-            baseline = evaluation
+        baseline = evaluations.get(outcome.baseline)
         row = {
             "name": outcome.name,
             "bits_per_weight": outcome.bits_per_weight,

@@ -25,7 +25,7 @@ def page(folder: Path) -> str:
     """
     document = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     configs = document["configs"]
-    run = [config for config in configs if config["name"] != "float"]
+    run = [config for config in configs if config["file"]]
     title = "mxfx: " + ", ".join(config["name"] for config in run)
     parts = [f"<h1>{escape(title)}</h1>", _about(document), _results(configs)]
     parts += [_config(config, folder / config["name"]) for config in run]
@@ -75,7 +75,7 @@ def _results(configs: Sequence[Mapping[str, Any]]) -> str:
 
 def _link(config: Mapping[str, Any]) -> str:
     name = escape(config["name"])
-    return name if config["name"] == "float" else f'<a href="#{name}">{name}</a>'
+    return name if not config["file"] else f'<a href="#{name}">{name}</a>'
 
 
 def _evaluated(evaluation: Mapping[str, Any]) -> str:

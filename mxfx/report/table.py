@@ -26,7 +26,7 @@ class Row:
 def results_table(rows: Sequence[Row], title: str, note: str = "") -> Table:
     """A rich table; ``note`` stands below it (what the float model is, how much text was read)."""
     table = Table(title=title, caption=note or None, caption_justify="left", title_justify="left")
-    table.add_column("config", no_wrap=True)
+    table.add_column("config", overflow="fold")
     for heading in ("word ppl", "× float", "± se", "token ppl", "× float", "bits/weight", "compile s", "eval s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:

@@ -1,0 +1,44 @@
+"""What README shows works: its first pipeline, its pass, its formats."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from mxfx.graph.tiny import tiny
+from mxfx.graph.trace import trace
+from mxfx.pipeline import Pipeline, loads
+from mxfx.pipeline.instruments import Numbers
+from mxfx.pipeline.manager import PassManager
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_first_pipeline_loads_and_fits_a_llama() -> None:
+    (text,) = _blocks("toml")
+    program = PassManager().run(trace(tiny("llama-tiny")), loads(text)).program
+    assert {"weights-rounded", "activations-quantized"} <= program.facts
+
+
+def test_the_pass_in_20_lines_runs_and_keeps_its_promise() -> None:
+    (source,) = [block for block in _blocks("python") if "class HalveAndDouble" in block]
+    # dataclasses looks its module up by name.
+    space: dict[str, object] = {"__name__": __name__}
+    exec(compile(source, "README.md", "exec", dont_inherit=True), space)
+    pipeline = Pipeline([space["HalveAndDouble"]()]).completed()
+    result = PassManager([Numbers()]).run(trace(tiny("llama-tiny")), pipeline)
+    assert len(result.records[-1].matches) == 2
+    assert result.steps[-1].findings["numerics"]["error"] < 1e-12
+
+
+def test_the_format_example_keeps_shape_and_dtype() -> None:
+    (source,) = [block for block in _blocks("python") if "fake_quantize" in block]
+    space: dict[str, object] = {"x": torch.randn(2, 64)}
+    exec(compile(source.replace("parse(", "y = parse(", 1), "README.md", "exec", dont_inherit=True), space)
+    assert space["y"].shape == (2, 64) and space["y"].dtype == torch.float32
