@@ -57,6 +57,7 @@ def trace(model: nn.Module, *, name: str | None = None) -> Program:
     program = Program(graph, weights, _dtype(model), source, symbols)
     normalize(program)
     _make_optional(program)
+    _drop_unread(program)
     return program
 
 
@@ -235,6 +236,13 @@ def _make_optional(program: Program) -> None:
     counted.meta = {"val": position_ids.meta["val"]}
     set_info(counted, NodeInfo())
     position_ids.replace_all_uses_with(counted, delete_user_cb=lambda user: user is not counted)
+
+
+def _drop_unread(program: Program) -> None:
+    """Forget buffers that the model keeps and its logits do not depend on."""
+    read = {program.weights.canonical(str(n.target)) for n in program.graph.nodes if n.op == "get_attr"}
+    for name in [name for name in program.weights if name not in read]:
+        program.weights.drop(name)
 
 
 def _lookup(module: nn.Module, target: str) -> object:
