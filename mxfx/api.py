@@ -94,7 +94,9 @@ def check(pipeline: Pipeline, *, trust_remote_code: bool = False) -> Checked:
     name = pipeline.model_source()
     check_order(pipeline)
     started = time.perf_counter()
-    program = trace(load_meta_model(name, pipeline.model.dtype, revision=pipeline.model.revision), name=str(name))
+    settings = pipeline.model
+    model = load_meta_model(name, settings.dtype, revision=settings.revision, trust_remote_code=trust_remote_code)
+    program = trace(model, name=str(name))
     seconds = time.perf_counter() - started
     last = max((i for i, p in enumerate(passes) if isinstance(p, Annotate)), default=-1)
     head = pipeline.replace(specs=pipeline.specs[: last + 1])
@@ -188,7 +190,7 @@ def run(files: Sequence[str | Path], options: RunOptions) -> RunSummary:
     pipelines = prepare(files, options)
     outcomes: list[Outcome] = []
     loaded: dict[tuple[str, str], _Loaded] = {}
-    for name, pipeline in pipelines:
+    for file, (name, pipeline) in zip(files, pipelines, strict=True):
         checked = check(pipeline, trust_remote_code=options.trust_remote_code)
         key = (str(pipeline.model_source()), pipeline.model.dtype)
         if key not in loaded:
@@ -199,15 +201,7 @@ def run(files: Sequence[str | Path], options: RunOptions) -> RunSummary:
                 float_name = "float" if len(loaded) == 1 else f"float {Path(key[0]).name} {key[1]}"
                 loaded[key].baseline = float_name
                 outcomes.append(_float_outcome(float_name, loaded[key], options))
-        outcomes.append(
-            _run_one(
-                name,
-                str(dict(zip([n for n, _ in pipelines], files, strict=True))[name]),
-                pipeline,
-                loaded[key],
-                options,
-            )
-        )
+        outcomes.append(_run_one(name, str(file), pipeline, loaded[key], options))
         _write_results(outcomes, options)
     rows = tuple(_rows(outcomes))
     warnings = tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +27,8 @@ def quantize_module_transform_pass(
     in the tutorial the model given is not changed. Calibration data come from the hub, or from the local file that
     ``[gptq] dataset`` names.
 
-    Raises ``ConfigError`` for arguments that cannot be honoured, before any weight is touched.
+    What a pass warns of is warned of in Python. Raises ``ConfigError`` for arguments that cannot be honoured, before any
+    weight is touched.
     """
     pipeline = from_pass_args(pass_args)
     passes = pipeline.passes
@@ -46,4 +48,7 @@ def quantize_module_transform_pass(
 
     ctx = Context(seed=pipeline.calibration.seed, device=device, tokens=tokens, progress=track)
     done = PassManager().run(program, passes, ctx, locate=None)
+    for record in done.records:
+        for warning in record.warnings:
+            warnings.warn(f"{record.name}: {warning}", stacklevel=2)
     return as_causal_lm(done.program, device), {}

@@ -32,14 +32,19 @@ def load_model(
     return model.eval()
 
 
-def load_meta_model(name: str | Path, dtype: str = "bfloat16", *, revision: str | None = None) -> nn.Module:
+def load_meta_model(
+    name: str | Path, dtype: str = "bfloat16", *, revision: str | None = None, trust_remote_code: bool = False
+) -> nn.Module:
     """The model's structure on the meta device: its configuration is read, none of its weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(str(name), revision=revision)
+        config = AutoConfig.from_pretrained(str(name), revision=revision, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+            )
+        return model.eval()
     except Exception as error:
         raise ModelError(_message("model", name, error)) from error
 
