@@ -27,8 +27,8 @@ def quantize_module_transform_pass(
     in the tutorial the model given is not changed. Calibration data come from the hub, or from the local file that
     ``[gptq] dataset`` names.
 
-    What a pass warns of is warned of in Python. Raises ``ConfigError`` for arguments that cannot be honoured, before any
-    weight is touched.
+    What a pass warns of is warned of in Python. Raises ``ConfigError`` for arguments that cannot be honoured, before
+    any weight is touched.
     """
     pipeline = from_pass_args(pass_args)
     passes = pipeline.passes
