@@ -85,6 +85,8 @@ def takes_format(fmt: Format) -> bool:
 
 def takes_transform(width: int, matrix: Tensor | None, fmt: Format | None) -> bool:
     """Whether one kernel can transform rows of `width` elements and round them onto `fmt`."""
+    if matrix is not None and matrix.dim() > 3:
+        return False  # a matrix for each head
     block = matrix.shape[-1] if matrix is not None else fmt.block if fmt else None
     if block is None or width % block or block > MAX_TRANSFORM:
         return False
