@@ -39,6 +39,20 @@ def block_transform(x: Tensor, matrix: Tensor) -> Tensor:
     return moved.reshape(batched.shape).permute(2, 0, 3, 4, 1, 5).reshape(x.shape).to(x.dtype)
 
 
+def matrix_gradient(x: Tensor, matrix: Tensor, grad: Tensor) -> Tensor:
+    """Derivative of ``block_transform(x, matrix)`` by ``matrix``: ``x_Bᵀ grad_B`` over tokens; like ``matrix``."""
+    block = matrix.shape[-1]
+
+    def rows(t: Tensor) -> Tensor:
+        if matrix.dim() < 4:
+            return t.reshape(-1, t.shape[-1] // block, block).transpose(0, 1)
+        grouped = t.unflatten(1, (matrix.shape[0], -1)).unflatten(-1, (-1, block))
+        return grouped.permute(1, 4, 0, 2, 3, 5).flatten(2, 4).flatten(0, 1)
+
+    moment = torch.bmm(rows(x).mT, rows(grad))
+    return (moment.sum(0) if matrix.dim() == 2 else moment.reshape(matrix.shape)).to(matrix.dtype)
+
+
 @define("hadamard")
 def hadamard(x: Tensor, block: int) -> Tensor:
     """Multiply each block of the last axis by the orthonormal Hadamard matrix of that order; ``block`` divides it.

@@ -8,7 +8,7 @@ import torch
 import mxfx.ops.kernels
 from mxfx.algorithms.hadamard import hadamard_matrix
 from mxfx.formats import parse
-from mxfx.ops import fused
+from mxfx.ops import block_transform, fused
 from mxfx.ops.kernels import library
 from mxfx.ops.kernels.addressing import as_rows, is_walkable
 
@@ -56,6 +56,26 @@ def test_gradient_of_quantization_is_straight_through():
     x = torch.randn(2, 32, requires_grad=True)
     ops.fake_quantize(x, "mxint4@32", -1).sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize(
+    ("shape", "matrices"),
+    [((3, 5, 64), (32, 32)), ((3, 5, 64), (2, 32, 32)), ((2, 4, 5, 64), (2, 2, 32, 32))],
+)
+def test_gradient_of_a_block_transform_is_its_definitions(shape, matrices):
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    matrix = torch.randn(matrices, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(shape, dtype=torch.float64)
+    wanted = torch.autograd.grad(block_transform(x, matrix), (x, matrix), grad)
+    got = torch.autograd.grad(ops.block_transform(x, matrix), (x, matrix), grad)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [12, 32])
+def test_gradient_of_a_hadamard_transform(order):
+    x = torch.randn(3, 96, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: ops.hadamard(x, order), x)
 
 
 @pytest.mark.parametrize(

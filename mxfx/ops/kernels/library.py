@@ -36,10 +36,13 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def kernel_op(definition: Kernel, *, backward: Callable | None = None) -> Callable[[Kernel], torch._ops.OpOverload]:
+def kernel_op(
+    definition: Kernel, *, backward: Callable | None = None, save: Callable | None = None
+) -> Callable[[Kernel], torch._ops.OpOverload]:
     """Decorator: make `mxfx_kernels::<name>` of a CUDA implementation and the definition that it stands for.
 
-    The implementation returns `NotImplemented` for operands that its kernel does not take. Registered with the
+    `backward` and `save` are autograd's formula and what it keeps; without them the op has no derivative. The
+    implementation returns `NotImplemented` for operands that its kernel does not take. Registered with the
     dispatcher directly: the checks of `torch.library.custom_op` take the host longer than most kernels run.
     """
 
@@ -70,7 +73,7 @@ def kernel_op(definition: Kernel, *, backward: Callable | None = None) -> Callab
         _LIBRARY.impl(name, on_cuda, "CUDA")
         qualified = f"{NAMESPACE}::{name}"
         torch.library.register_fake(qualified, on_fake, lib=_LIBRARY)
-        torch.library.register_autograd(qualified, backward or no_backward, lib=_LIBRARY)
+        torch.library.register_autograd(qualified, backward or no_backward, setup_context=save, lib=_LIBRARY)
         return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     return register
@@ -117,7 +120,18 @@ def fake_quantize(x: Tensor, format: str, axis: int = -1) -> Tensor:
     return fake_quantize_triton(x.movedim(axis, -1), fmt).movedim(-1, axis).contiguous()
 
 
-@kernel_op(transform.block_transform)
+def _save_operands(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _transform_backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x, matrix = ctx.saved_tensors
+    of_x = block_transform(grad, matrix.mT.contiguous()) if ctx.needs_input_grad[0] else None
+    of_matrix = transform.matrix_gradient(x, matrix, grad) if ctx.needs_input_grad[1] else None
+    return of_x, of_matrix
+
+
+@kernel_op(transform.block_transform, backward=_transform_backward, save=_save_operands)
 def block_transform(x: Tensor, matrix: Tensor) -> Tensor:
     from mxfx.ops.kernels.transform_triton import transform_triton
 
@@ -131,7 +145,15 @@ def _hadamard(block: int, device: torch.device) -> Tensor:
     return hadamard_matrix(block, torch.float32, device)
 
 
-@kernel_op(transform.hadamard)
+def _save_order(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.order = inputs[1]
+
+
+def _hadamard_backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    return block_transform(grad, _hadamard(ctx.order, grad.device).mT.contiguous()), None
+
+
+@kernel_op(transform.hadamard, backward=_hadamard_backward, save=_save_order)
 def hadamard(x: Tensor, block: int) -> Tensor:
     from mxfx.ops.kernels.transform_triton import transform_triton
 
