@@ -130,5 +130,5 @@ def test_the_dispatcher_finds_a_well_behaved_op(requires_grad):
 
 def test_an_op_without_a_derivative_says_where_to_find_one():
     x = torch.randn(4, 64, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"differentiate mxfx::hadamard, before `lower`"):
-        ops.hadamard(x, 32).sum().backward()
+    with pytest.raises(RuntimeError, match=r"differentiate mxfx::transform_quantize, before `lower`"):
+        ops.transform_quantize(x, None, "mxint4@32").sum().backward()
