@@ -2,67 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+import mxfx.ops.kernels  # noqa: F401  (registers the kernels that have derivatives)
 from mxfx.formats import Format
 from mxfx.graph.module import build
 from mxfx.graph.node import operands
 from mxfx.graph.program import Program
 from mxfx.rewrite import Context, Rewriter, find_pass
 
+#: Rows of logits that are in float32 at one time.
+_ROWS = 2048
+
 _fake_quantize = torch.ops.mxfx.fake_quantize.default
 
 
 def straight_through(x: Tensor, format: str, axis: int = -1) -> Tensor:
     """``mxfx::fake_quantize`` with the gradient of the identity (arXiv 1308.3432). ``lower`` keeps this call."""
-    return torch.ops.mxfx.fake_quantize(x, format, axis)
+    return torch.ops.mxfx_kernels.fake_quantize(x, format, axis)
+
+
+def rounded_weight(weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
+    """A parameter of training precision on its grid, in the dtype that the model runs in; straight-through."""
+    return straight_through(weight, format).to(dtype)
 
 
 def trainable(
-    program: Program, weights: Mapping[str, Format], device: torch.device
-) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """A float32 module of ``program`` on ``device``, and its parameters by weight name.
+    program: Program, weights: Mapping[str, Format], device: torch.device, transforms: Collection[str] = ()
+) -> tuple[fx.GraphModule, dict[str, nn.Parameter]]:
+    """The program as it is emitted for ``device``, but differentiable, and its float32 parameters by weight name.
 
     Each weight in ``weights`` is rounded onto its format in every forward pass; its parameter is what stands behind the
-    rounding. All other weights are constants.
+    rounding. ``transforms`` name matrices that are parameters too. All other weights are constants. Activations are of
+    the dtype that the model runs in.
     """
-    twin = program.twin(torch.float32)
-    rw = Rewriter(twin, "trainable")
-    for node in list(twin.graph.nodes):
+    # Gradients underflow in float16.
+    copy = program.twin(torch.float32) if program.dtype == torch.float16 else program.copy()
+    rw = Rewriter(copy, "trainable")
+    for node in list(copy.graph.nodes):
         if node.target is _fake_quantize:
             bound = operands(node)
             call = rw.call(
                 straight_through, bound["x"], bound["format"], bound["axis"], like=node, val=node.meta["val"]
             )
             rw.replace(node, call)
-        elif node.op == "get_attr" and twin.weights.canonical(str(node.target)) in weights:
-            fmt = weights[twin.weights.canonical(str(node.target))]
+        elif node.op == "get_attr" and copy.weights.canonical(str(node.target)) in weights:
+            fmt = weights[copy.weights.canonical(str(node.target))]
             readers = list(node.users)
-            call = rw.call(straight_through, node, str(fmt), -1, like=node, after=node, val=node.meta["val"])
+            call = rw.call(rounded_weight, node, str(fmt), copy.dtype, like=node, after=node, val=node.meta["val"])
             for reader in readers:
                 reader.replace_input_with(node, call)
-    find_pass("lower")().run(rw, Context())
-    twin.graph.eliminate_dead_code()
-    twin.facts = twin.facts | {"lowered"}
-    module = build(twin).to(device)
-    parameters = {name: module.get_parameter(name) for name in weights}
-    for parameter in parameters.values():
-        # Built modules share storage with the store; an optimizer writes in place.
-        parameter.data = parameter.data.clone()
-        parameter.requires_grad_()
-    return module, parameters
+    find_pass("lower")().run(rw, Context(device=device))
+    copy.graph.eliminate_dead_code()
+    copy.facts = copy.facts | {"lowered"}
+    module = build(copy).to(device)
+    return module, {name: _parameter(module, copy, name, device) for name in (*weights, *transforms)}
 
 
-@contextmanager
-def fast_float32(device: torch.device) -> Iterator[None]:
-    """TF32 matrix products on CUDA while training: ten bits of mantissa are finer than any grid trained for."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = device.type == "cuda"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+def _parameter(module: fx.GraphModule, program: Program, name: str, device: torch.device) -> nn.Parameter:
+    """Put a parameter of its own, float32 or better, behind every name that a weight has in the module."""
+    wide = torch.promote_types(program.dtype, torch.float32)
+    parameter = nn.Parameter(program.weights[name].detach().to(device, wide, copy=True))
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for alias in {program.weights.canonical(name), *program.weights.tied_to(name)} & read:
+        path, _, leaf = alias.rpartition(".")
+        owner = module.get_submodule(path)
+        owner._buffers.pop(leaf, None)
+        setattr(owner, leaf, parameter)
+    return parameter
+
+
+class _Divergence(torch.autograd.Function):
+    """Mean KL(expected ‖ actual) of next-token distributions, a few rows of logits in float32 at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, actual: Tensor, expected: Tensor) -> Tensor:
+        rows = actual.numel() // actual.shape[-1]
+        total = actual.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(actual)
+        parts = (t.flatten(0, -2).split(_ROWS) for t in (actual, expected, gradient))
+        for a, e, g in zip(*parts, strict=True):
+            log_a, log_e = a.float().log_softmax(-1), e.float().log_softmax(-1)
+            share = log_e.exp()
+            total += (share * (log_e - log_a)).sum()
+            g.copy_(log_a.exp_().sub_(share).div_(rows))
+        ctx.save_for_backward(gradient)
+        return total / rows
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype), None
+
+
+def divergence(actual: Tensor, expected: Tensor) -> Tensor:
+    """Mean over positions of KL(softmax(expected) ‖ softmax(actual)) in nats; logits ``(…, vocabulary)``, 0-dim result.
+
+    The gradient flows to ``actual`` alone.
+    """
+    result: Tensor = _Divergence.apply(actual, expected)
+    return result

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from mxfx.calibration.training import fast_float32, trainable
+from mxfx.calibration.training import divergence, trainable
 from mxfx.formats import Format
 from mxfx.graph.node import info, path_of
 from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, register
@@ -47,6 +47,7 @@ class Distill(Pass):
     learning_rate: float = 1e-3
     batch_size: int = 8
     held_out: float = 0.0625
+    transforms: bool = False
 
     def __post_init__(self) -> None:
         for name, low in (("epochs", 1), ("batch_size", 1)):
@@ -60,29 +61,40 @@ class Distill(Pass):
     def run(self, rw: Rewriter, ctx: Context) -> None:
         if ctx.reference is None:
             raise ValueError("distill needs the float model that the pipeline began with; run it through a PassManager")
-        targets = self._targets(rw)
-        formats = {weight: info(nodes[0]).formats["weight"].format for weight, nodes in targets.items()}
-        taken = {w: f for w, f in formats.items() if rw.match(targets[w][0], note=str(f))}
-        if not taken:
+        found = self._targets(rw)
+        formats = {weight: info(nodes[0]).formats["weight"].format for weight, nodes in found.items()}
+        targets = {weight: nodes for weight, nodes in found.items() if rw.match(nodes[0], note=str(formats[weight]))}
+        taken = {weight: formats[weight] for weight in targets}
+        if not targets:
             rw.warn("distill took nothing: no selected linear has a weight format")
             return
-        student, parameters = trainable(rw.program, taken, ctx.device)
+        matrices = _matrices(rw) if self.transforms else []
+        student, parameters = trainable(rw.program, taken, ctx.device, matrices)
         teacher, _ = trainable(ctx.reference, {}, ctx.device)
         train, kept = _split(ctx.tokens(), self.held_out)
-        with fast_float32(ctx.device):
-            before = _mean_kl(student, teacher, kept, ctx)
-            self._train(student, teacher, parameters, train, ctx)
-            after = _mean_kl(student, teacher, kept, ctx)
+        before = _mean_kl(student, teacher, kept, ctx)
+        self._train(student, teacher, parameters, train, ctx)
+        after = _mean_kl(student, teacher, kept, ctx)
         rw.record.details |= {"held_out_kl": {"before": before, "after": after}, "held_out_samples": len(kept)}
-        if after >= before:
-            rw.warn(f"distill changed nothing: KL on held-out samples went from {before:.4f} to {after:.4f}")
+        if not after < before:
+            rw.warn(f"distill tuned nothing: KL on held-out samples went from {before:.4f} to {after:.4f}")
+            parameters = {}
+        for weight, nodes in targets.items():
+            self._round(rw, weight, nodes, parameters.get(weight))
+        for matrix in matrices:
+            if matrix in parameters:
+                rw.set_weight(matrix, parameters[matrix].detach().to(rw.weights[matrix].device))
+
+    def _round(self, rw: Rewriter, weight: str, nodes: list[fx.Node], tuned: Tensor | None) -> None:
+        """Put a tuned weight on its grid into the program; without one, the weight that it began with."""
+        if tuned is None and all(is_rounded(node, "weight") for node in nodes):
             return
-        for weight, parameter in parameters.items():
-            home = rw.weights[weight].device
-            rw.set_weight(weight, taken[weight].fake_quantize(parameter.detach()).to(home))
-            for node in targets[weight]:
-                if not is_rounded(node, "weight"):
-                    mark_rounded(rw, node, "weight")
+        latent = rw.weights.master(weight) if tuned is None else tuned.detach()
+        fmt = info(nodes[0]).formats["weight"].format
+        rw.set_weight(weight, fmt.fake_quantize(latent).to(rw.weights[weight].device))
+        for node in nodes:
+            if not is_rounded(node, "weight"):
+                mark_rounded(rw, node, "weight")
 
     def _targets(self, rw: Rewriter) -> dict[str, list[fx.Node]]:
         """Weight → the linears that read it, all in one format."""
@@ -109,7 +121,7 @@ class Distill(Pass):
         # A step of Adam moves every weight about alike; only against a weight's own scale does that mean the same.
         scales = {p: float(p.detach().square().mean().sqrt()) for p in parameters.values()}
         groups = [{"params": [p], "lr": self.learning_rate * scale} for p, scale in scales.items()]
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=ctx.device.type == "cuda")
         generator = ctx.generator("distill")
         order = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(self.epochs)])
         batches = order.split(self.batch_size)
@@ -120,7 +132,7 @@ class Distill(Pass):
         for batch in ctx.progress(batches, "distill", len(batches)):
             ids = tokens[batch].to(ctx.device)
             optimizer.zero_grad(set_to_none=True)
-            _kl(student, teacher, ids).mean().backward()
+            _kl(student, teacher, ids).backward()
             torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             optimizer.step()
             schedule.step()
@@ -140,14 +152,19 @@ def _split(tokens: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
 
 
 def _kl(student: nn.Module, teacher: nn.Module, ids: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of the next token at every position, nats, ``(batch, seq)``."""
+    """Mean KL(teacher ‖ student) of the next token, nats."""
     with torch.no_grad():
-        expected = teacher(ids).log_softmax(-1)
-    actual = student(ids).log_softmax(-1)
-    return (expected.exp() * (expected - actual)).sum(-1)
+        expected = teacher(ids)
+    return divergence(student(ids), expected)
 
 
 def _mean_kl(student: nn.Module, teacher: nn.Module, tokens: Tensor, ctx: Context) -> float:
     with torch.no_grad():
-        parts = [_kl(student, teacher, ids.to(ctx.device)).flatten() for ids in tokens.split(8)]
-    return float(torch.cat(parts).mean())
+        parts = [_kl(student, teacher, ids.to(ctx.device)) * len(ids) for ids in tokens.split(8)]
+    return float(torch.stack(parts).sum()) / len(tokens)
+
+
+def _matrices(rw: Rewriter) -> list[str]:
+    """Names of the stored matrices that block transforms read."""
+    found = (node.args[1] for node in rw.program.nodes("block_transform"))
+    return list(dict.fromkeys(rw.weights.canonical(str(m.target)) for m in found if m.op == "get_attr"))
