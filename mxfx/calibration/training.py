@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -106,3 +106,51 @@ def divergence(actual: Tensor, expected: Tensor) -> Tensor:
     """
     result: Tensor = _Divergence.apply(actual, expected)
     return result
+
+
+class GradientStep:
+    """Gradients of a loss of token ids ``(batch, seq)``, anew at each call, in ``parameters``' ``grad``.
+
+    On CUDA the first call records one graph of kernels and every call replays it: the host takes longer to launch
+    thousands of small kernels than the device to run them. So all batches have one shape there.
+    """
+
+    def __init__(
+        self, loss: Callable[[Tensor], Tensor], parameters: Sequence[nn.Parameter], device: torch.device
+    ) -> None:
+        self._loss = loss
+        self._parameters = parameters
+        self._device = device
+        self._recorded: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
+
+    def __call__(self, ids: Tensor) -> None:
+        if self._device.type != "cuda":
+            self._clear()
+            self._loss(ids.to(self._device)).backward()
+            return
+        if self._recorded is None:
+            self._recorded = self._record(ids.to(self._device, copy=True))
+        graph, place = self._recorded
+        place.copy_(ids)
+        graph.replay()
+
+    def _clear(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _record(self, ids: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """The graph, and where it reads its ids. Warms up on a stream of its own, as recording demands."""
+        current, aside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            for _ in range(2):
+                self._clear()
+                self._loss(ids).backward()
+        current.wait_stream(aside)
+        # Gradients must be born inside the graph, where each replay writes them again.
+        self._clear()
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._loss(ids).backward()
+        return graph, ids

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from mxfx.calibration.training import divergence, trainable
+from mxfx.calibration.training import GradientStep, divergence, trainable
 from mxfx.formats import Format
 from mxfx.graph.node import info, path_of
 from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, register
@@ -124,16 +124,17 @@ class Distill(Pass):
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=ctx.device.type == "cuda")
         generator = ctx.generator("distill")
         order = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(self.epochs)])
-        batches = order.split(self.batch_size)
+        size = min(self.batch_size, len(tokens))
+        batches = order[: len(order) // size * size].split(size)
         warm = max(1, len(batches) // 20)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / len(batches))))
         )
+        tuned = list(parameters.values())
+        step = GradientStep(lambda ids: _kl(student, teacher, ids), tuned, ctx.device)
         for batch in ctx.progress(batches, "distill", len(batches)):
-            ids = tokens[batch].to(ctx.device)
-            optimizer.zero_grad(set_to_none=True)
-            _kl(student, teacher, ids).backward()
-            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            step(tokens[batch])
+            torch.nn.utils.clip_grad_norm_(tuned, 1.0)
             optimizer.step()
             schedule.step()
 
