@@ -33,8 +33,9 @@ class GptqResult:
 
     Attributes:
         weight: `(rows, cols)` on the format's grid; float64 for float64 weights, else float32.
-        exponents: `(rows, blocks)` int32, the shared exponent of each block, which packing needs: a searched
-            exponent cannot be told from the values. None for a format without blocks.
+        exponents: `(rows, blocks)` int32, the shared exponent that each block was rounded with; None for a format
+            without blocks. Packing needs only the weight: the rule `mse` encodes it without loss, whichever exponent
+            was searched. Other rules may not: MXINT's lowest code alone makes `floor` and `ceil` pick a wider scale.
         loss: tr((Q - W) H (Q - W)ᵀ) with the undamped H; never above `rtn_loss`.
         rtn_loss: the same for rounding to nearest.
         damping_used: relative damping that the factorization took.

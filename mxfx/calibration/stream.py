@@ -132,7 +132,9 @@ class _Stream:
         self._device = ctx.device
         self._targets = {node.name: node for node in targets}
         start = rw.program.copy()
-        self._cones = {node.name: Cone.of(_named(start.graph, str(_input(node).name))) for node in targets}
+        sources = {_input(node).name for node in targets}
+        #: Of the program as it is now, by the name of the tensor that is measured.
+        self._cones = {node.name: Cone.of(node) for node in start.graph.nodes if node.name in sources}
         self._start_hash = start.weights.hash
         dtype = options.dtype or (torch.float32 if ctx.device.type == "cpu" else rw.program.dtype)
         self._data = {
@@ -210,9 +212,10 @@ class _Stream:
     def _group(self, linears: list[fx.Node], gram: Gram, cross: CrossMoment | None) -> Group:
         targets = tuple(self._targets[node.name] for node in linears)
         used = self._used
-        key = self._cones[targets[0].name].key(lambda name: used.get(name) or self._start_hash(name), self._data)
+        source = _input(targets[0])
+        key = self._cones[source.name].key(lambda name: used.get(name) or self._start_hash(name), self._data)
         moments = Statistics(key, gram.rows, self._data, gram.value(), None if cross is None else cross.value())
-        return Group(_input(targets[0]), targets, moments)
+        return Group(source, targets, moments)
 
 
 class _Runner:
@@ -307,10 +310,6 @@ def _input(linear: fx.Node) -> fx.Node:
     source = linear.args[0]
     assert isinstance(source, fx.Node)
     return source
-
-
-def _named(graph: fx.Graph, name: str) -> fx.Node:
-    return next(node for node in graph.nodes if node.name == name)
 
 
 def _check(program: Program, targets: Sequence[fx.Node], tokens: Tensor) -> None:

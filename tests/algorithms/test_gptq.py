@@ -1,5 +1,7 @@
 """GPTQ: its optimality conditions, its grid, its guards, and equality with a plain float64 reference."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from mxfx.algorithms.gptq import GptqResult, asymmetric_target, candidate_exponents, gptq, gptq_batch
 from mxfx.algorithms.gptq_refine import refine_blocks
 from mxfx.algorithms.hessian_factor import factorize, permute_symmetric, revive_dead_columns, rounding_order
-from mxfx.formats import Format, parse
+from mxfx.formats import Format, ScaleRule, parse
 from tests.algorithms.gptq_reference import gptq_reference
 from tests.algorithms.synthetic_layer import correlated_inputs, correlated_layer
 
@@ -55,6 +57,15 @@ def test_every_block_lies_on_its_grid_and_loss_stays_below_rtn(name: str, cols: 
     assert mine.sum() < 0.7 * rtn.sum()
     assert result.loss == pytest.approx(mine.sum().item(), rel=1e-4)
     assert result.rtn_loss == pytest.approx(rtn.sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if "@" in name])
+@pytest.mark.parametrize("refine", [0, 2])
+def test_the_values_alone_are_enough_to_pack_the_weight(name: str, refine: int) -> None:
+    fmt = dataclasses.replace(parse(name), rule=ScaleRule.MSE)
+    weight, hessian = correlated_layer(64, 96)
+    rounded = gptq(weight, hessian, parse(name), refine=refine).weight
+    assert torch.equal(fmt.decode(fmt.encode(rounded)), rounded)
 
 
 @pytest.mark.parametrize("name", FORMATS)

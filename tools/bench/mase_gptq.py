@@ -5,6 +5,8 @@ D_B moves the columns behind it by D_B diag(U_BB)⁻¹ U_BR instead of D_B U_BB�
 block, and only the diagonal of U_BB acts outside. Columns go left to right. The shared exponent of a block is the one
 of a few candidates with the smallest ‖X_B (w - q)‖², taken before rounding ("clip search on y"). All Hessians of a
 decoder layer come from one pass over it with unquantized weights; then the layer runs again, quantized.
+
+``rotate`` first puts the model in the basis of block Hadamards, so that the same formula solves the rotated problem.
 """
 
 from __future__ import annotations
@@ -21,11 +23,44 @@ def mase_gptq(model: nn.Module, ids: Tensor, *, batch_size: int = 8, bits: int =
     """Round all linears in the decoder layers of a Llama-like Hugging Face model in place, onto MXINT``bits``@32."""
     states, keywords = _layer_inputs(model, ids.split(batch_size))
     for layer in model.model.layers:  # type: ignore[union-attr]
-        linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+        linears = _linears(layer)
         for linear, hessian in zip(linears, _hessians(layer, linears, states, keywords), strict=True):
             rounded = _round_weight(linear.weight.float(), hessian, bits, clip_search)
             linear.weight.copy_(rounded.to(linear.weight.dtype))
         states = [_run(layer, x, k) for x, k in zip(states, keywords, strict=True)]
+
+
+@torch.no_grad()
+def rotate(model: nn.Module, block: int = _BLOCK) -> None:
+    """Change the basis of every decoder linear's input to that of a block Hadamard H; the model computes the same.
+
+    In the output projection H is absorbed for good, through the values: W_v becomes H W_v, W_o becomes W_o H. The
+    others compute (x H)(W H)ᵀ: their weight becomes W H, and a hook turns what they read.
+    """
+    matrix = _hadamard(block).to(next(model.parameters()).device)
+
+    def turned(x: Tensor) -> Tensor:
+        return (x.float().unflatten(-1, (-1, block)) @ matrix).flatten(-2).to(x.dtype)
+
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        attention = layer.self_attn
+        attention.v_proj.weight.copy_(turned(attention.v_proj.weight.mT).mT)
+        for linear in _linears(layer):
+            linear.weight.copy_(turned(linear.weight))
+            if linear is not attention.o_proj:
+                linear.register_forward_pre_hook(lambda _, args: (turned(args[0]), *args[1:]))
+
+
+def _hadamard(order: int) -> Tensor:
+    """Sylvester's matrix, orthonormal and symmetric; ``order`` is a power of two."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < order:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / 2**0.5
+    return matrix
+
+
+def _linears(layer: nn.Module) -> list[nn.Linear]:
+    return [module for module in layer.modules() if isinstance(module, nn.Linear)]
 
 
 class _Stop(Exception):
@@ -56,7 +91,7 @@ def _run(layer: nn.Module, x: Tensor, keywords: dict) -> Tensor:
     return y[0] if isinstance(y, tuple) else y
 
 
-def _hessians(layer: nn.Module, linears: list[nn.Module], states: list[Tensor], keywords: list[dict]) -> list[Tensor]:
+def _hessians(layer: nn.Module, linears: list[nn.Linear], states: list[Tensor], keywords: list[dict]) -> list[Tensor]:
     sums: dict[nn.Module, Tensor | float] = dict.fromkeys(linears, 0.0)
 
     def add(module: nn.Module, args: tuple, output: object) -> None:
