@@ -9,7 +9,7 @@ import mxfx.ops.kernels
 from mxfx.algorithms.hadamard import hadamard_matrix
 from mxfx.formats import parse
 from mxfx.ops import block_transform, fused
-from mxfx.ops.kernels import library
+from mxfx.ops.kernels import limits
 from mxfx.ops.kernels.addressing import as_rows, is_walkable
 
 ops = torch.ops.mxfx_kernels
@@ -72,6 +72,12 @@ def test_gradient_of_a_block_transform_is_its_definitions(shape, matrices):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_gradient_of_rope():
+    x, angle = torch.randn(2, 3, 5, 8, dtype=torch.float64), torch.randn(2, 1, 5, 8, dtype=torch.float64)
+    operands = [t.requires_grad_() for t in (x, *angle)]
+    assert torch.autograd.gradcheck(ops.rope, operands)
+
+
 @pytest.mark.parametrize("order", [12, 32])
 def test_gradient_of_a_hadamard_transform(order):
     x = torch.randn(3, 96, dtype=torch.float64, requires_grad=True)
@@ -92,11 +98,17 @@ def test_gradient_of_a_hadamard_transform(order):
     ],
 )
 def test_which_transforms_fuse_with_which_formats(width, block, text, served):
-    assert library.takes_transform(width, torch.empty(block, block), parse(text)) is served
+    assert limits.takes_transform(torch.empty(5, width), torch.empty(block, block), parse(text)) is served
+
+
+def test_a_matrix_for_each_head_fits_a_tensor_of_heads_only():
+    matrix = torch.empty(2, 2, 32, 32)
+    assert limits.takes_transform(torch.empty(3, 4, 5, 64), matrix, None)
+    assert not limits.takes_transform(torch.empty(3, 5, 64), matrix, None)
 
 
 def test_an_element_as_wide_as_float32_stays_with_the_definition():
-    assert not library.takes_format(parse("minifloat_e8m3"))
+    assert not limits.takes_format(parse("minifloat_e8m3"))
 
 
 def test_rows_describe_every_view_that_three_strides_can():

@@ -35,10 +35,9 @@ else:
 
     from mxfx.algorithms.hadamard import hadamard_matrix
     from mxfx.formats import parse
-    from mxfx.ops import fused
-    from mxfx.ops.kernels.norm_triton import norm_triton
+    from mxfx.ops import block_transform, fused, rope
+    from mxfx.ops.kernels import cuda
     from mxfx.ops.kernels.quantize_triton import fake_quantize_triton
-    from mxfx.ops.kernels.rope_triton import rope_triton
     from mxfx.ops.kernels.transform_triton import transform_triton
 
     @pytest.fixture(autouse=True)
@@ -101,18 +100,55 @@ else:
         close = lambda got, wanted: torch.testing.assert_close(got, wanted, rtol=0, atol=0.2)  # noqa: E731
         close(transform_triton(x, shared, True, fmt), fused.transform_quantize(x, shared, text))
         close(transform_triton(x, own, False, fmt), fused.transform_quantize(x, own, text))
-        close(transform_triton(x, own, False, fmt, gate), fused.silu_mul_quantize(gate, x, own, text))
+        close(transform_triton(x, own, False, fmt, gate=gate), fused.silu_mul_quantize(gate, x, own, text))
         weight = torch.rand(4 * block)
-        close(
-            norm_triton(x, weight, 1e-5, 1.0, True, shared, True, fmt),
-            fused.norm_quantize(x, weight, shared, text, 1e-5, 1.0, True),
-        )
+        for matrix, signs in ((shared, True), (own, False)):
+            close(
+                cuda.norm_quantize(x, weight, matrix, text, 1e-5, 1.0, True, signs),
+                fused.norm_quantize(x, weight, matrix, text, 1e-5, 1.0, True),
+            )
+        close(cuda.norm_quantize(x, None, own, text, 1e-5), fused.norm_quantize(x, None, own, text, 1e-5))
 
-    @pytest.mark.parametrize(("width", "block"), [(64, 32), (64, 64), (64, 0), (128, 64)])
-    def test_rope_rounds_like_its_definition(width, block):
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_a_matrix_of_the_inputs_dtype_is_used_as_it_is(dtype):
+        x, own = torch.randn(6, 128).to(dtype), (torch.randn(4, 32, 32) / 6).to(dtype)
+        torch.testing.assert_close(transform_triton(x, own), block_transform(x, own), rtol=2e-3, atol=2e-3)
+
+    @pytest.mark.parametrize("block", [16, 32, 64])
+    @pytest.mark.parametrize("text", [None, "mxint8@16"])
+    def test_a_matrix_for_each_head(block, text):
+        x = torch.randn(2, 9, 6, 64).transpose(1, 2)
+        matrix = torch.randn(3, 64 // block, block, block) / block**0.5
+        wanted = block_transform(x, matrix) if text is None else fused.transform_quantize(x, matrix, text)
+        for strided in (x, x.contiguous(), x.transpose(2, 3).contiguous().transpose(2, 3)):
+            got = transform_triton(strided, matrix, False, text and parse(text))
+            assert got.is_contiguous()
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4 if text is None else 0.2)
+
+    def test_matrices_side_by_side_in_one_tile():
+        """Four of 16 fill a tile; three of 32 do not divide into tiles of two."""
+        for blocks, block in ((8, 16), (3, 32), (2, 20)):
+            x, own = torch.randn(5, 7, blocks * block), torch.randn(blocks, block, block)
+            torch.testing.assert_close(transform_triton(x, own), block_transform(x, own), rtol=1e-5, atol=1e-4)
+
+    @pytest.mark.parametrize(("width", "matrix"), [(64, (32, 32)), (64, (64, 64)), (64, None), (128, (64, 64))])
+    def test_rope_rounds_like_its_definition(width, matrix):
+        _check_rope(width, None if matrix is None else hadamard_matrix(matrix[-1]), True)
+
+    @pytest.mark.parametrize(("width", "shape"), [(64, (3, 2, 32, 32)), (96, (3, 3, 32, 32)), (40, (1, 2, 20, 20))])
+    def test_rope_with_a_matrix_for_each_head(width, shape):
+        _check_rope(width, torch.randn(shape) / 5, False)
+
+    def _check_rope(width: int, matrix: torch.Tensor | None, signs: bool) -> None:
         x = torch.randn(2, 9, 3, width).transpose(1, 2)
         cos, sin = torch.randn(2, 2, 9, width)
-        matrix = hadamard_matrix(block) if block else None
-        got = rope_triton(x, cos, sin, matrix, block > 0, parse("mxint8@32"))
-        wanted = fused.rope_quantize(x, cos, sin, matrix, "mxint8@32")
+        text = "mxint8@20" if width == 40 else "mxint8@32"
+        got = cuda.rope_quantize(x, cos, sin, matrix, text, signs)
+        wanted = fused.rope_quantize(x, cos, sin, matrix, text)
         torch.testing.assert_close(got, wanted, rtol=0, atol=0.2)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_rope_alone_is_bit_equal(dtype):
+        x = torch.randn(2, 9, 3, 80).to(dtype).transpose(1, 2)
+        cos, sin = torch.randn(2, 1, 9, 80).to(dtype)
+        assert _equal(cuda.rope(x, cos, sin), rope(x, cos, sin))

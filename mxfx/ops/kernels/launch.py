@@ -50,28 +50,31 @@ class Launch:
         self._constants = constants
         self._tasks = tasks
         self._options = options
+        self._compiles = isinstance(kernel, triton.JITFunction)  # else it is the interpreter's
         self._runners: dict[tuple[bool, ...], Callable] = {}
 
     def __call__(self, *tensors: Tensor) -> None:
-        # Whether pointers allow 16-byte loads is compiled in.
-        aligned = tuple([tensor.data_ptr() % _ALIGNMENT == 0 for tensor in tensors])
-        device = tensors[0].device
+        device = tensors[0].get_device()  # -1: the interpreter's
         # Kernels launch on the current device, which need not be the tensors'.
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
+        if device >= 0 and device != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self._run(aligned, tensors)
+                self._run(tensors)
         else:
-            self._run(aligned, tensors)
+            self._run(tensors)
 
-    def _run(self, aligned: tuple[bool, ...], tensors: tuple[Tensor, ...]) -> None:
+    def _run(self, tensors: tuple[Tensor, ...]) -> None:
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        # Whether pointers allow 16-byte loads is compiled in.
+        aligned = tuple([pointer % _ALIGNMENT == 0 for pointer in pointers])
         runner = self._runners.get(aligned)
         if runner is None:
             runner = self._runners[aligned] = self._prepare(tensors)
-        runner(*tensors)
+        # Of a tensor the launcher would ask the driver whether its memory is the device's.
+        runner(*(pointers if self._compiles else tensors))
 
     def _prepare(self, tensors: tuple[Tensor, ...]) -> Callable[..., None]:
         given = {**self._constants, **self._options}
-        if not isinstance(self._kernel, triton.JITFunction):  # the interpreter's
+        if not self._compiles:
             programs = self._programs(1)
             interpreted = self._kernel[(programs,)]
             return lambda *tensors: interpreted(*tensors, *self._with_turns(programs), **given)
@@ -81,7 +84,7 @@ class Launch:
         start, scalars = compiled[(programs, 1, 1)], self._with_turns(programs)
         names = self._kernel.arg_names[len(tensors) + len(scalars) :]
         rest = (*scalars, *(self._constants[name] for name in names))
-        return lambda *tensors: start(*tensors, *rest)
+        return lambda *pointers: start(*pointers, *rest)
 
     def _with_turns(self, programs: int) -> tuple:
         return (*self._scalars, triton.cdiv(self._tasks, programs)) if self._tasks else self._scalars

@@ -1,5 +1,8 @@
 """RMSNorm, a block transform shared by all blocks, and `fake_quantize`, in one pass over memory.
 
+Where every block has a matrix of its own, one program cannot hold them all: then `row_scales` reads the rows once for
+what the norm divides by, and the kernel of transforms does the rest in a second pass.
+
 Importable only where `triton` is.
 """
 
@@ -12,23 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxfx.formats import Format, parse
+from mxfx.formats import Format
 from mxfx.ops.kernels.addressing import as_rows, is_walkable
 from mxfx.ops.kernels.launch import KEPT_SHAPES, Launch
 from mxfx.ops.kernels.quantize_triton import row_offset
-from mxfx.ops.kernels.rounding_triton import grid_constants
-from mxfx.ops.kernels.transform_triton import load_matrix, multiply, quantize_blocks
+from mxfx.ops.kernels.rounding_triton import as_stored, grid_of
+from mxfx.ops.kernels.transform_triton import load_matrix, multiply, quantize_blocks, terms_of
 
-#: A row is held in registers.
-MAX_ROW = 16384
 ELEMENTS_PER_THREAD = 16
 STAGES = 2
-
-
-def fits(length: int, block: int) -> bool:
-    """Whether rows of `length` elements in blocks of `block` are short enough for the kernel."""
-    blocks = triton.next_power_of_2(triton.cdiv(length, block))
-    return max(blocks, 16) * max(triton.next_power_of_2(block), 16) <= MAX_ROW
+SCALES_ELEMENTS = 4096
+SCALES_PER_THREAD = 32
 
 
 def norm_triton(
@@ -53,10 +50,57 @@ def norm_triton(
         x = x.contiguous()
     block = matrix.shape[-1] if matrix is not None else fmt.block if fmt and fmt.block else 32
     gain = "none" if weight is None else "first" if gain_first else "last"
-    transform = "none" if matrix is None else "signs" if signs else "full"
-    launch = _launch(x.shape, x.stride(), x.dtype, x.device, block, transform, gain, float(offset), eps, fmt)
+    terms = 0 if matrix is None else terms_of(matrix.dtype, x.dtype, signs)
+    launch = _launch(x.shape, x.stride(), x.dtype, x.device, block, terms, signs, gain, float(offset), eps, fmt)
     launch(x, x if weight is None else weight.contiguous(), x if matrix is None else matrix.contiguous(), out)
     return out
+
+
+def row_scales(x: Tensor, eps: float) -> Tensor:
+    """`rsqrt(mean(x²) + eps)` over the last axis: float32 of `x.shape[:-1]`; x is (..., hidden) and not empty."""
+    out = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    if not is_walkable(x):
+        x = x.contiguous()
+    _launch_scales(x.shape, x.stride(), x.device, eps)(x, out)
+    return out
+
+
+@lru_cache(maxsize=KEPT_SHAPES)
+def _launch_scales(shape: tuple[int, ...], stride: tuple[int, ...], device: torch.device, eps: float) -> Launch:
+    rows = as_rows(shape, stride)
+    padded = triton.next_power_of_2(rows.length)
+    tile = max(SCALES_ELEMENTS // padded, 1)
+    return Launch(
+        _scales_kernel,
+        lambda at_a_time: triton.cdiv(rows.count, tile),
+        (rows.count, rows.length, eps, *rows.arguments),
+        {"TILE": tile, "PADDED": padded},
+        num_warps=max(1, tile * padded // (32 * SCALES_PER_THREAD)),
+    )
+
+
+@triton.jit
+def _scales_kernel(
+    x_ptr,
+    y_ptr,
+    rows,
+    length,
+    eps,
+    size1,
+    size2,
+    stride0,
+    stride1,
+    stride2,
+    TILE: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """One program, `TILE` rows."""
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    lane = tl.arange(0, PADDED)
+    inside = (row < rows)[:, None] & (lane < length)[None, :]
+    start = row_offset(row, size1, size2, stride0, stride1, stride2)
+    x = tl.load(x_ptr + start[:, None] + lane[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row, tl.rsqrt(tl.sum(x * x, axis=1) / length + eps), mask=row < rows)
 
 
 @lru_cache(maxsize=KEPT_SHAPES)
@@ -66,7 +110,8 @@ def _launch(
     dtype: torch.dtype,
     device: torch.device,
     block: int,
-    transform: str,
+    terms: int,
+    signs: bool,
     gain: str,
     offset: float,
     eps: float,
@@ -74,7 +119,7 @@ def _launch(
 ) -> Launch:
     rows = as_rows(shape, stride)
     padded, blocks = triton.next_power_of_2(block), triton.next_power_of_2(triton.cdiv(rows.length, block))
-    if transform != "none":
+    if terms:
         padded, blocks = max(padded, 16), max(blocks, 16)
     return Launch(
         _norm_kernel,
@@ -89,11 +134,10 @@ def _launch(
             "FORMAT_BLOCK": padded if fmt is None or fmt.block == block else fmt.block,
             "GAIN": gain != "none",
             "GAIN_FIRST": gain == "first",
-            "TRANSFORM": transform != "none",
-            "SIGNS": transform == "signs",
-            "QUANTIZE": fmt is not None,
+            "SIGNS": signs,
+            "TERMS": terms,
             "STAGES": STAGES,
-            **grid_constants(fmt or parse("mxint8@32"), dtype),
+            "GRID": fmt and grid_of(fmt, dtype),
         },
         tasks=rows.count,
         num_warps=min(max(blocks * padded // (32 * ELEMENTS_PER_THREAD), 1), 16),
@@ -123,30 +167,18 @@ def _norm_kernel(
     FORMAT_BLOCK: tl.constexpr,
     GAIN: tl.constexpr,
     GAIN_FIRST: tl.constexpr,
-    TRANSFORM: tl.constexpr,
     SIGNS: tl.constexpr,
-    QUANTIZE: tl.constexpr,
+    TERMS: tl.constexpr,
     STAGES: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    MIN_BINADE: tl.constexpr,
-    MAGIC: tl.constexpr,
-    OFFSET: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    CLAMP: tl.constexpr,
-    LARGEST: tl.constexpr,
-    FLOAT: tl.constexpr,
-    MSE: tl.constexpr,
-    SUM: tl.constexpr,
-    UNIT: tl.constexpr,
+    GRID: tl.constexpr,
 ):
     """A program takes one row at a time as (blocks, block); weight and matrix stay in registers."""
     narrow = x_ptr.dtype.element_ty
     lane = tl.arange(0, PADDED)
     column = tl.arange(0, TILE)[:, None] * B + lane[None, :]
     inside = (lane < B)[None, :] & (column < length)
-    if TRANSFORM:
-        high, low = load_matrix(matrix_ptr, B, PADDED, SIGNS, narrow)
+    if TERMS > 0:
+        high, low = load_matrix(matrix_ptr, None, B, B, PADDED, False, SIGNS, TERMS, narrow)
     if GAIN:
         gain = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
         if GAIN_FIRST:
@@ -160,28 +192,11 @@ def _norm_kernel(
         y = x * tl.rsqrt(mean + eps)
         if GAIN:
             if not GAIN_FIRST:
-                y = y.to(narrow).to(tl.float32)
+                y = as_stored(y, narrow)
             y = y * gain
-        y = y.to(narrow).to(tl.float32)
-        if TRANSFORM:
-            y = multiply(y.to(narrow), high, low, SCALE, SIGNS).to(narrow).to(tl.float32)
-        if QUANTIZE:
-            y = quantize_blocks(
-                y,
-                TILE,
-                PADDED,
-                FORMAT_BLOCK,
-                LOW,
-                HIGH,
-                MIN_BINADE,
-                MAGIC,
-                OFFSET,
-                THRESHOLD,
-                CLAMP,
-                LARGEST,
-                FLOAT,
-                MSE,
-                SUM,
-                UNIT,
-            )
+        if TERMS > 0:
+            y = multiply(y.to(narrow), high, low, SCALE, SIGNS, TERMS)
+        y = as_stored(y, narrow)
+        if GRID is not None:
+            y = quantize_blocks(y, FORMAT_BLOCK, GRID)
         tl.store(y_ptr + row.to(tl.int64) * length + column, y.to(narrow), mask=here)

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from mxfx.formats import parse
-from mxfx.ops.kernels import library
+from mxfx.ops.kernels import library, limits
 from mxfx.ops.providers import Provider, provide
 
 
@@ -24,27 +24,32 @@ def _value(operand: object) -> torch.Tensor | None:
 
 
 def _runs(node: fx.Node) -> bool:
-    return library.has_triton() and node.meta["val"].dtype in library.DTYPES
+    return limits.has_triton() and node.meta["val"].dtype in limits.DTYPES
 
 
 def _serves_quantize(node: fx.Node) -> bool:
     axis = _argument(node, "axis")
     along_last = axis in (-1, node.meta["val"].dim() - 1)
-    return _runs(node) and along_last and library.takes_format(parse(str(_argument(node, "format"))))
+    return _runs(node) and along_last and limits.takes_format(parse(str(_argument(node, "format"))))
 
 
 def _serves_transform(node: fx.Node) -> bool:
-    return _runs(node) and library.takes_transform(node.meta["val"].shape[-1], _value(_argument(node, "matrix")), None)
+    return _runs(node) and limits.takes_transform(node.meta["val"], _value(_argument(node, "matrix")), None)
 
 
 def _serves_hadamard(node: fx.Node) -> bool:
     block = int(_argument(node, "block"))  # type: ignore[call-overload]
-    return _runs(node) and block <= library.MAX_TRANSFORM and node.meta["val"].shape[-1] % block == 0
+    return _runs(node) and block <= limits.MAX_TRANSFORM and node.meta["val"].shape[-1] % block == 0
+
+
+def _serves_rope(node: fx.Node) -> bool:
+    cos = _value(_argument(node, "cos"))
+    return _runs(node) and cos is not None and limits.takes_rope(node.meta["val"], cos)
 
 
 def _serves_fused(node: fx.Node) -> bool:
     fmt = parse(str(_argument(node, "format")))
-    return _runs(node) and library.takes_transform(node.meta["val"].shape[-1], _value(_argument(node, "matrix")), fmt)
+    return _runs(node) and limits.takes_transform(node.meta["val"], _value(_argument(node, "matrix")), fmt)
 
 
 PROVIDERS = tuple(
@@ -53,6 +58,7 @@ PROVIDERS = tuple(
         ("fake_quantize", library.fake_quantize, _serves_quantize),
         ("block_transform", library.block_transform, _serves_transform),
         ("hadamard", library.hadamard, _serves_hadamard),
+        ("rope", library.rope, _serves_rope),
         ("transform_quantize", library.transform_quantize, _serves_fused),
         ("norm_quantize", library.norm_quantize, _serves_fused),
         ("silu_mul_quantize", library.silu_mul_quantize, _serves_fused),

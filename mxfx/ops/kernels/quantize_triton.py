@@ -16,7 +16,7 @@ from torch import Tensor
 from mxfx.formats import Format
 from mxfx.ops.kernels.addressing import as_rows, is_walkable
 from mxfx.ops.kernels.launch import KEPT_SHAPES, Launch
-from mxfx.ops.kernels.rounding_triton import clamp, grid_constants, quantize_tile, round_to_element
+from mxfx.ops.kernels.rounding_triton import grid_of, quantize_tile, round_to_element
 
 #: Elements of one program; 32 a thread keep four 16-byte loads of bfloat16 in flight.
 TILE_ELEMENTS = 4096
@@ -57,31 +57,35 @@ def _launch(
             "B": fmt.block,
             "PADDED": padded,
             "FLAT": rows.flat and rows.length % fmt.block == 0,
-            **grid_constants(fmt, dtype),
+            "GRID": grid_of(fmt, dtype),
         },
         num_warps=WARPS,
     )
 
 
 def _launch_elements(count: int, dtype: torch.dtype, fmt: Format) -> Launch:
-    constants = grid_constants(fmt, dtype)
-    names = ("LOW", "HIGH", "MIN_BINADE", "MAGIC", "FLOAT", "LARGEST")
     return Launch(
         _round_kernel,
         lambda at_a_time: triton.cdiv(count, TILE_ELEMENTS),
         (count,),
-        {"TILE": TILE_ELEMENTS, **{name: constants[name] for name in names}},
+        {"TILE": TILE_ELEMENTS, "GRID": grid_of(fmt, dtype)},
         num_warps=WARPS,
     )
 
 
 @triton.jit
-def row_offset(row, size1, size2, stride0, stride1, stride2):
-    """Where row number `row` starts, in elements, int64."""
+def row_index(row, size1, size2):
+    """Where row number `row` lies along the three axes of `Rows`."""
     outer = row // size2
     index0 = outer // size1
-    offset = index0.to(tl.int64) * stride0 + (outer - index0 * size1).to(tl.int64) * stride1
-    return offset + (row - outer * size2).to(tl.int64) * stride2
+    return index0, outer - index0 * size1, row - outer * size2
+
+
+@triton.jit
+def row_offset(row, size1, size2, stride0, stride1, stride2):
+    """Where row number `row` starts, in elements, int64."""
+    index0, index1, index2 = row_index(row, size1, size2)
+    return index0.to(tl.int64) * stride0 + index1.to(tl.int64) * stride1 + index2.to(tl.int64) * stride2
 
 
 @triton.jit
@@ -100,18 +104,7 @@ def _quantize_kernel(
     B: tl.constexpr,
     PADDED: tl.constexpr,
     FLAT: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    MIN_BINADE: tl.constexpr,
-    MAGIC: tl.constexpr,
-    OFFSET: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    CLAMP: tl.constexpr,
-    LARGEST: tl.constexpr,
-    FLOAT: tl.constexpr,
-    MSE: tl.constexpr,
-    SUM: tl.constexpr,
-    UNIT: tl.constexpr,
+    GRID: tl.constexpr,
 ):
     """One program, `TILE` consecutive blocks; `y` is contiguous."""
     start = tl.program_id(0).to(tl.int64) * TILE
@@ -133,9 +126,7 @@ def _quantize_kernel(
         source = row_offset(row, size1, size2, stride0, stride1, stride2)[:, None] + column
         target = row.to(tl.int64)[:, None] * length + column
     x = tl.load(x_ptr + source, mask=inside, other=0.0)
-    y = quantize_tile(
-        x.to(tl.float32), LOW, HIGH, MIN_BINADE, MAGIC, OFFSET, THRESHOLD, CLAMP, LARGEST, FLOAT, MSE, SUM, UNIT
-    )
+    y = quantize_tile(x.to(tl.float32), GRID)
     tl.store(y_ptr + target, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -145,17 +136,14 @@ def _round_kernel(
     y_ptr,
     count,
     TILE: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    MIN_BINADE: tl.constexpr,
-    MAGIC: tl.constexpr,
-    FLOAT: tl.constexpr,
-    LARGEST: tl.constexpr,
+    GRID: tl.constexpr,
 ):
     """Elements without a shared scale."""
     start = tl.program_id(0).to(tl.int64) * TILE
     local = tl.arange(0, TILE)
     inside = local < count - start
     x = tl.load(x_ptr + start + local, mask=inside, other=0.0).to(tl.float32)
-    y = clamp(round_to_element(x, LOW, HIGH, MIN_BINADE, MAGIC, FLOAT), -LARGEST, LARGEST)
+    y = round_to_element(x, GRID)
+    y = tl.maximum(y, -GRID.value.largest, propagate_nan=tl.PropagateNan.ALL)
+    y = tl.minimum(y, GRID.value.largest, propagate_nan=tl.PropagateNan.ALL)
     tl.store(y_ptr + start + local, y.to(y_ptr.dtype.element_ty), mask=inside)

@@ -10,6 +10,7 @@ Importable only where `triton` is.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -22,20 +23,49 @@ _FLOAT32_MANTISSA = 23
 _PRECISION = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}
 
 _SIGN = tl.constexpr(-(2**31))
-_MAGNITUDE = tl.constexpr(2**31 - 1)
 _EXPONENT = tl.constexpr(0x7F80_0000)
-_MANTISSA = tl.constexpr(0x007F_FFFF)
 _SMALLEST_NORMAL = tl.constexpr(0x0080_0000)
 _TWO_TO_64 = tl.constexpr(2.0**64)
+# Powers of two by their bits; the least is subnormal.
+_TWO_TO_127 = tl.constexpr(254 << 23)
+_TWO_TO_MINUS_127 = tl.constexpr(1 << 22)
+_NAN = tl.constexpr(0x7FC0_0000)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What the kernels know of a format at compile time.
+
+    `low`, `high`: the least and the greatest element. `min_binade`: the binade of the smallest normal element.
+    `magic`: times a binade (1 for integers), a number beside which float32 is as coarse as the element.
+    `offset`, `carry`: the shared exponent is that of amax, its bits plus `carry`, less `offset`.
+    `overflow`: which results may exceed the dtype's `largest`: none, "low" or "both".
+    `sum`: how squared errors of `mse` are compared: 0 in float32 and 1 in int32, where either holds every partial
+    sum exactly; 2 and 3 in 64-bit fixed point (one float32 factor, two float64 factors), in fractions `unit`.
+    """
+
+    low: float
+    high: float
+    min_binade: float
+    magic: float
+    offset: int
+    carry: int
+    overflow: str
+    largest: float
+    is_float: bool
+    mse: bool
+    sum: int
+    unit: float
+
+    @property
+    def value(self) -> Grid:
+        """Itself: a kernel meets its constants wrapped, `GRID.value`, except in the interpreter."""
+        return self
 
 
 @lru_cache(maxsize=512)
-def grid_constants(fmt: Format, dtype: torch.dtype) -> dict[str, object]:
-    """Compile-time constants of a format for input of `dtype` (bfloat16, float16 or float32).
-
-    `SUM` says how the squared errors of `mse` are compared: 0 in float32 and 1 in int32, where either holds
-    every partial sum exactly; 2 and 3 in 64-bit fixed point (one float32 factor, two float64 factors).
-    """
+def grid_of(fmt: Format, dtype: torch.dtype) -> Grid:
+    """The grid of a format for input of `dtype` (bfloat16, float16 or float32)."""
     element = fmt.element
     integer = isinstance(element, IntElement)
     if isinstance(element, IntElement):
@@ -45,34 +75,41 @@ def grid_constants(fmt: Format, dtype: torch.dtype) -> dict[str, object]:
         low, min_binade = -element.max_value, 2.0**element.min_exponent
         magic = 1.5 * 2.0 ** (_FLOAT32_MANTISSA - element.mantissa_bits)
     kind, unit = _sum_of_errors(fmt, dtype)
-    return {
-        "LOW": low,
-        "HIGH": element.max_value,
-        "MIN_BINADE": min_binade,
-        "MAGIC": magic,
-        "OFFSET": element.max_exponent + int(integer and fmt.rule is ScaleRule.CEIL),
-        "THRESHOLD": _carry_threshold(fmt),
-        # Only these can round past the largest finite value of the dtype.
-        "CLAMP": integer or fmt.block is None or fmt.rule not in (ScaleRule.FLOOR, ScaleRule.MSE),
-        "LARGEST": torch.finfo(dtype).max,
-        "FLOAT": not integer,
-        "MSE": fmt.rule is ScaleRule.MSE,
-        "SUM": kind,
-        "UNIT": unit,
-    }
+    return Grid(
+        low=low,
+        high=element.max_value,
+        min_binade=min_binade,
+        magic=magic,
+        offset=element.max_exponent + int(integer and fmt.rule is ScaleRule.CEIL),
+        carry=_carry(fmt),
+        overflow=_overflow(fmt),
+        largest=torch.finfo(dtype).max,
+        is_float=not integer,
+        mse=fmt.rule is ScaleRule.MSE,
+        sum=kind,
+        unit=unit,
+    )
 
 
-def _carry_threshold(fmt: Format) -> int:
-    """The exponent is one higher where the 23-bit mantissa of amax exceeds this."""
+def _carry(fmt: Format) -> int:
+    """What to add to the bits of amax so that they reach the next exponent where the rule says so."""
     one = 2**_FLOAT32_MANTISSA
     match fmt.rule:
         case ScaleRule.RCEIL:
-            return int((2 * math.frexp(fmt.element.max_value)[0] - 1) * one)
+            return one - 1 - int((2 * math.frexp(fmt.element.max_value)[0] - 1) * one)
         case ScaleRule.EVEN:
-            return one - (one >> (fmt.element.mantissa_bits + 1)) - 1
+            return one >> (fmt.element.mantissa_bits + 1)
         case ScaleRule.CEIL:
-            return 0
-    return one
+            return one - 1
+    return 0
+
+
+def _overflow(fmt: Format) -> str:
+    if fmt.block is None or fmt.rule in (ScaleRule.RCEIL, ScaleRule.EVEN):
+        return "both"
+    if isinstance(fmt.element, IntElement):
+        return "low"  # only the code that has no opposite is beyond amax
+    return "both" if fmt.rule is ScaleRule.CEIL else "none"
 
 
 def _sum_of_errors(fmt: Format, dtype: torch.dtype) -> tuple[int, float]:
@@ -105,85 +142,116 @@ def fixed_point_unit(fmt: Format) -> float:
 
 
 @triton.jit
-def power_of_two(exponent):
-    """2**exponent for int32 in [-127, 127], subnormal 2**-127 included; NaN at 128."""
-    code = exponent + 127
-    patch = ((code == 0) | (code == 255)).to(tl.int32) << 22
-    return ((code << 23) | patch).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def clamp(x, low, high):
-    """NaN stays NaN."""
-    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def round_to_element(
-    y, LOW: tl.constexpr, HIGH: tl.constexpr, MIN_BINADE: tl.constexpr, MAGIC: tl.constexpr, FLOAT: tl.constexpr
-):
-    """Nearest element, ties to even, saturating; a float element keeps -0, an integer has none."""
-    clamped = clamp(y, LOW, HIGH)
-    if FLOAT:
-        bits = clamped.to(tl.int32, bitcast=True)
-        binade = (bits & _EXPONENT).to(tl.float32, bitcast=True)
-        spacing = tl.maximum(binade, MIN_BINADE) * MAGIC
-        rounded = (clamped + spacing) - spacing
-        rounded = (rounded.to(tl.int32, bitcast=True) | (bits & _SIGN)).to(tl.float32, bitcast=True)
+def as_stored(x, dtype: tl.constexpr):
+    """float32 `x` rounded to `dtype`, as float32."""
+    if dtype == tl.float32:
+        rounded = x
+    elif _PACKS and dtype == tl.bfloat16:
+        # Alone, a conversion takes a slow unit, four times as long as all else about an element.
+        rounded = tl.inline_asm_elementwise(
+            """{.reg .b32 pair; cvt.rn.bf16x2.f32 pair, $3, $2; shl.b32 $0, pair, 16; and.b32 $1, pair, 0xffff0000;}""",
+            "=r,=r,r,r",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
     else:
-        rounded = (clamped + MAGIC) - MAGIC
+        rounded = x.to(dtype).to(tl.float32)
     return rounded
 
 
 @triton.jit
-def shared_exponent(magnitude, OFFSET: tl.constexpr, THRESHOLD: tl.constexpr):
-    """Exponent of a block from the bits of its largest |x|, int32; 128 where the block is not finite."""
-    tiny = magnitude < _SMALLEST_NORMAL
-    lifted = (magnitude.to(tl.float32, bitcast=True) * _TWO_TO_64).to(tl.int32, bitcast=True)
-    bits = tl.where(tiny, lifted, magnitude)
-    exponent = (bits >> 23) - (127 + OFFSET) - tl.where(tiny, 64, 0)
-    exponent += ((bits & _MANTISSA) > THRESHOLD).to(tl.int32)
-    exponent = tl.minimum(tl.maximum(exponent, -127), 127)
-    return tl.where(magnitude >= _EXPONENT, 128, exponent)
+def round_to_element(y, GRID: tl.constexpr):
+    """Nearest element, ties to even, saturating, NaN kept; a float element keeps -0, an integer has none."""
+    if GRID.value.is_float:
+        rounded = _with_sign(_round_magnitude(tl.abs(y), GRID.value.high, GRID.value.min_binade, GRID.value.magic), y)
+    else:
+        rounded = _round_integer(y, GRID.value.low, GRID.value.high, GRID.value.magic)
+    return rounded
 
 
 @triton.jit
-def quantize_tile(
-    x,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    MIN_BINADE: tl.constexpr,
-    MAGIC: tl.constexpr,
-    OFFSET: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    CLAMP: tl.constexpr,
-    LARGEST: tl.constexpr,
-    FLOAT: tl.constexpr,
-    MSE: tl.constexpr,
-    SUM: tl.constexpr,
-    UNIT: tl.constexpr,
-):
+def _round_magnitude(y, HIGH: tl.constexpr, MIN_BINADE: tl.constexpr, MAGIC: tl.constexpr):
+    y = tl.minimum(y, HIGH, propagate_nan=tl.PropagateNan.ALL)
+    binade = (y.to(tl.int32, bitcast=True) & _EXPONENT).to(tl.float32, bitcast=True)
+    spacing = tl.maximum(binade, MIN_BINADE) * MAGIC
+    return (y + spacing) - spacing
+
+
+@triton.jit
+def _round_integer(y, LOW: tl.constexpr, HIGH: tl.constexpr, MAGIC: tl.constexpr):
+    y = tl.maximum((y + MAGIC) - MAGIC, LOW, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(y, HIGH, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _with_sign(magnitude, y):
+    sign = y.to(tl.int32, bitcast=True) & _SIGN
+    return (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+#: Whether NVIDIA's instructions can be given by name: not in the interpreter, not on other GPUs.
+_PACKS = tl.constexpr(isinstance(_larger, triton.JITFunction) and torch.version.hip is None)
+
+
+@triton.jit
+def _shared_scale(largest, OFFSET: tl.constexpr, CARRY: tl.constexpr):
+    """Bits of 2^e, where e is the exponent, in [-127, 127], of a block whose largest |x| is given."""
+    bits = largest.to(tl.int32, bitcast=True)
+    shift = OFFSET << 23
+    if CARRY > 0 and OFFSET < 1:
+        # Only here does the mantissa of a subnormal number count.
+        tiny = bits < _SMALLEST_NORMAL
+        bits = tl.where(tiny, (largest * _TWO_TO_64).to(tl.int32, bitcast=True), bits)
+        shift = tl.where(tiny, 64 << 23, 0)
+    power = tl.minimum(((bits + CARRY) & _EXPONENT) - shift, _TWO_TO_127)
+    return tl.maximum(power, _TWO_TO_MINUS_127)
+
+
+@triton.jit
+def quantize_tile(x, GRID: tl.constexpr):
     """Rows of a float32 tile (blocks, block), each one block, lanes outside it zero; float32 on the grid."""
-    magnitude = tl.max(x.to(tl.int32, bitcast=True) & _MAGNITUDE, axis=1)
-    exponent = shared_exponent(magnitude, OFFSET, THRESHOLD)
-    scaled = x * power_of_two(tl.maximum(-exponent, -127))[:, None]
-    rounded = round_to_element(scaled, LOW, HIGH, MIN_BINADE, MAGIC, FLOAT)
-    if MSE:
-        lower = round_to_element(scaled * 2.0, LOW, HIGH, MIN_BINADE, MAGIC, FLOAT) * 0.5
-        gap = rounded - lower
-        lean = (scaled - lower) + (scaled - rounded)
-        if SUM == 0:
-            total = tl.sum(gap * lean, axis=1)
-        elif SUM == 1:
-            total = tl.sum((gap * lean * UNIT).to(tl.int32), axis=1)
-        elif SUM == 2:
-            total = tl.sum((gap * lean * UNIT).to(tl.int64), axis=1)
+    largest = tl.reduce(tl.abs(x), 1, _larger)
+    power = _shared_scale(largest, GRID.value.offset, GRID.value.carry)
+    inverse = tl.maximum(_TWO_TO_127 - (power & _EXPONENT), _TWO_TO_MINUS_127).to(tl.float32, bitcast=True)
+    # A block that is not finite meets this at the end, whatever was computed of it.
+    scale = tl.where(largest < float("inf"), power, _NAN).to(tl.float32, bitcast=True)
+    scaled = x * inverse[:, None]
+    if GRID.value.is_float:
+        scaled = tl.abs(scaled)
+        rounded = _round_magnitude(scaled, GRID.value.high, GRID.value.min_binade, GRID.value.magic)
+    else:
+        # No rule lets the largest go below the least code.
+        rounded = tl.minimum((scaled + GRID.value.magic) - GRID.value.magic, GRID.value.high)
+    if GRID.value.mse:
+        # One exponent lower: the same grid, half as wide.
+        if GRID.value.is_float:
+            lower = _round_magnitude(scaled, GRID.value.high / 2, GRID.value.min_binade / 2, GRID.value.magic)
         else:
-            total = tl.sum((gap.to(tl.float64) * lean.to(tl.float64) * UNIT).to(tl.int64), axis=1)
-        better = (total < 0) & (exponent > -127) & (exponent < 128)
+            lower = _round_integer(scaled, GRID.value.low / 2, GRID.value.high / 2, GRID.value.magic / 2)
+        gap = rounded - lower
+        lean = tl.fma(scaled, 2.0, -(rounded + lower))
+        if GRID.value.sum == 0:
+            total = tl.sum(gap * lean, axis=1)
+        elif GRID.value.sum == 1:
+            total = tl.sum((gap * lean * GRID.value.unit).to(tl.int32), axis=1)
+        elif GRID.value.sum == 2:
+            total = tl.sum((gap * lean * GRID.value.unit).to(tl.int64), axis=1)
+        else:
+            total = tl.sum((gap.to(tl.float64) * lean.to(tl.float64) * GRID.value.unit).to(tl.int64), axis=1)
+        better = (total < 0) & (power > _TWO_TO_MINUS_127)
         rounded = tl.where(better[:, None], lower, rounded)
-    out = rounded * power_of_two(exponent)[:, None]
-    if CLAMP:
-        out = clamp(out, -LARGEST, LARGEST)
+    out = rounded * scale[:, None]
+    if GRID.value.overflow == "both":
+        out = tl.minimum(out, GRID.value.largest, propagate_nan=tl.PropagateNan.ALL)
+    if GRID.value.overflow != "none" and not GRID.value.is_float:
+        out = tl.maximum(out, -GRID.value.largest, propagate_nan=tl.PropagateNan.ALL)
+    if GRID.value.is_float:
+        out = _with_sign(out, x)
     return out

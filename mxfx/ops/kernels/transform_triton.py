@@ -1,9 +1,10 @@
-"""Block transform, alone or with `fake_quantize` behind it and SiLU·up before it, in one pass over memory.
+"""Block transform with what comes before it (SiLU·up, RoPE, RMSNorm) and `fake_quantize` behind it, in one pass.
 
-A tile is (rows, block): rows of one block column, multiplied by that column's matrix on the tensor cores with
-float32 accumulation. Products are exact or nearly: a Hadamard matrix is used by its signs and scaled after; a
-bfloat16 `x` meets the matrix as a sum of two bfloat16 terms (relative error 2^-17 of each entry, far under the
-2^-9 of the result); other dtypes use three tf32 terms.
+A tile is (rows, width): rows of one column, which is one block or, where blocks have matrices of their own, several
+narrow ones side by side under a block-diagonal matrix. The product is taken on the tensor cores with float32
+accumulation and is exact or nearly: a Hadamard matrix is used by its signs and scaled after; a matrix of x's own
+16-bit dtype is used as it is; to a wider one bfloat16 `x` is multiplied as to a sum of two bfloat16 terms (relative
+error 2^-17 of each entry, far under the 2^-9 of the result); all else takes three tf32 terms.
 
 Importable only where `triton` is.
 """
@@ -17,16 +18,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxfx.formats import Format, parse
+from mxfx.formats import Format
 from mxfx.ops.kernels.addressing import Rows, as_rows, is_walkable
 from mxfx.ops.kernels.launch import KEPT_SHAPES, Launch
-from mxfx.ops.kernels.quantize_triton import row_offset
-from mxfx.ops.kernels.rounding_triton import grid_constants, quantize_tile
+from mxfx.ops.kernels.quantize_triton import row_index
+from mxfx.ops.kernels.rounding_triton import as_stored, grid_of, quantize_tile
 
 TILE_ELEMENTS = 4096
 MIN_ROWS = 64
 ELEMENTS_PER_THREAD = 32
 STAGES = 2
+#: Blocks that have matrices of their own share a tile up to this width: as many bytes as a line of memory.
+GROUP_WIDTH = 64
 #: With blocks as wide as this, two programs fit a multiprocessor only if each has this many registers a thread,
 #: and, where the matrix has two terms, one tile at a time in shared memory.
 WIDE = 128
@@ -38,30 +41,57 @@ def transform_triton(
     matrix: Tensor | None,
     signs: bool = False,
     fmt: Format | None = None,
+    *,
     gate: Tensor | None = None,
+    angles: tuple[Tensor, Tensor] | None = None,
+    norm: tuple[Tensor, Tensor | None, float] | None = None,
 ) -> Tensor:
     """`x_B @ matrix` per block, then `fmt`; contiguous, same shape and dtype as `x`.
 
     Args:
-        x: (..., n); bfloat16, float16 or float32. With `gate` it is the `up` of `silu(gate) * up`.
-        matrix: (b, b) for all blocks or (n / b, b, b); None transforms nothing and takes blocks from `fmt`.
+        x: (..., n); bfloat16, float16 or float32. At most one of the last three says what happens to it first.
+        matrix: (b, b) for all blocks; (n / b, b, b); (heads, n / b, b, b) for x (batch, heads * group, seq, n). None
+            transforms nothing and takes blocks from `fmt`, or else the whole row.
         signs: every entry of `matrix` is ±1/√b; only the signs are read.
         fmt: rounds the result (after it is rounded to x's dtype); its block divides b. None leaves it.
-        gate: like `x`, or None.
+        gate: like `x`; x becomes `silu(gate) * x`.
+        angles: cos and sin, (batch | 1, seq, n); x (batch, heads, seq, n) becomes `rope(x, cos, sin)`.
+        norm: float32 factors of the rows, `x.shape[:-1]`; those of the channels, (n,) or None for 1; what to add to the
+            latter. They meet the product in float32, without the roundings of `rms_norm`. Only with (n / b, b, b).
     """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    if not is_walkable(x):
+    before, first, second, one_angle, offset = "none", x, x, False, 0.0
+    if gate is not None:
+        before = "silu"
+        if gate.stride() != x.stride():
+            x, gate = x.contiguous(), gate.contiguous()
+    in_axes = angles is not None or (matrix is not None and matrix.dim() == 4)
+    if x.stride(-1) != 1 if in_axes else not is_walkable(x):
         x = x.contiguous()
-    if gate is not None and gate.stride() != x.stride():
-        x, gate = x.contiguous(), gate.contiguous()
+        gate = None if gate is None else gate.contiguous()
+    if gate is not None:
+        first = gate
+    elif angles is not None:
+        before, one_angle = "rope", angles[0].shape[0] == 1
+        first, second = (t.to(x.dtype).contiguous() for t in angles)
+    elif norm is not None:
+        first, gain, offset = norm
+        before = "scale" if gain is None else "norm"
+        second = x if gain is None else gain.contiguous()
+    kind, terms = None, 0
     if matrix is not None:
-        matrix = matrix.contiguous()
-    kind = None if matrix is None else matrix.shape
-    launch = _launch(x.shape, x.stride(), x.dtype, x.device, kind, signs, fmt, gate is not None)
-    launch(x, x if gate is None else gate, x if matrix is None else matrix, out)
+        matrix, kind = matrix.contiguous(), matrix.shape
+        terms = 2 if before == "norm" else terms_of(matrix.dtype, x.dtype, signs)
+    launch = _launch(x.shape, x.stride(), x.dtype, x.device, kind, terms, signs, fmt, before, one_angle, offset)
+    launch(x, first, second, x if matrix is None else matrix, out)
     return out
+
+
+def terms_of(matrix: torch.dtype, x: torch.dtype, signs: bool) -> int:
+    """In how many terms `load_matrix` gives a matrix to `multiply` (three of tf32 count as 2)."""
+    return 1 if signs or matrix == x != torch.float32 else 2
 
 
 @lru_cache(maxsize=KEPT_SHAPES)
@@ -71,122 +101,150 @@ def _launch(
     dtype: torch.dtype,
     device: torch.device,
     matrix: tuple[int, ...] | None,
+    terms: int,
     signs: bool,
     fmt: Format | None,
-    gated: bool,
+    before: str,
+    one_angle: bool,
+    offset: float,
 ) -> Launch:
-    rows = as_rows(shape, stride)
-    block = matrix[-1] if matrix is not None else fmt.block if fmt else None
-    assert block is not None, "a transform needs a matrix or a format with blocks"
-    own = matrix is not None and len(matrix) == 3
-    columns = rows.length // block
-    if not own and rows.flat:
-        rows, columns = Rows(block, rows.count * columns, (1, 1, rows.count * columns), (0, 0, block)), 1
-    padded = triton.next_power_of_2(block) if matrix is None else max(triton.next_power_of_2(block), 16)
+    length, own = shape[-1], matrix is not None and len(matrix) > 2
+    block = matrix[-1] if matrix is not None else fmt.block if fmt and fmt.block else length
+    heads, head_stride, angle_stride = 1, 0, 0
+    if before == "rope" or (matrix is not None and len(matrix) == 4):
+        heads = matrix[0] if matrix is not None and len(matrix) == 4 else 1
+        group = shape[1] // heads
+        rows = Rows(length, shape[0] * group * shape[2], (shape[0], group, shape[2]), (stride[0], stride[1], stride[2]))
+        head_stride, angle_stride = group * stride[1], 0 if one_angle else shape[2] * length
+    else:
+        rows = as_rows(shape, stride)
+    parts = length // block
+    side_by_side = _side_by_side(parts, block) if own or before == "rope" else 1
+    parts //= side_by_side
+    if not own and before != "rope" and rows.flat:
+        rows, parts = Rows(block, rows.count * parts, (1, 1, rows.count * parts), (0, 0, block)), 1
+    width = block * side_by_side
+    padded = triton.next_power_of_2(width)
+    if matrix is not None:
+        padded = max(padded, 16)
     tile = max(TILE_ELEMENTS // padded, MIN_ROWS if matrix is not None else 1)
-    tiles = triton.cdiv(rows.count, tile)
+    tiles, columns = triton.cdiv(rows.count, tile), heads * parts
     return Launch(
         _transform_kernel,
         # Each keeps one matrix and takes many tiles.
         lambda at_a_time: columns * min(max(at_a_time // columns, 1), tiles),
-        (rows.count, columns, block * block if own else 0, *rows.arguments),
+        (rows.count, columns, head_stride, angle_stride, *rows.arguments),
         {
             "SCALE": block**-0.5,
+            "GAIN_OFFSET": offset,
+            "HEADS": heads,
             "TILE": tile,
             "B": block,
+            "WIDTH": width,
             "PADDED": padded,
-            "FORMAT_BLOCK": padded if fmt is None or fmt.block == block else fmt.block,
-            "TRANSFORM": matrix is not None,
+            "ROW": length if before == "rope" else 0,
+            "FORMAT_BLOCK": padded if fmt is None or fmt.block == width else fmt.block,
+            "BEFORE": before,
+            "OWN": own,
+            "TERMS": terms,
             "SIGNS": signs,
-            "SILU": gated,
-            "QUANTIZE": fmt is not None,
-            "STAGES": 1 if padded >= WIDE and not signs else STAGES,
-            **grid_constants(fmt or parse("mxint8@32"), dtype),
+            "STAGES": 1 if padded >= WIDE and terms > 1 else STAGES,
+            "GRID": fmt and grid_of(fmt, dtype),
         },
         tasks=columns * tiles,
         num_warps=max(1, tile * padded // (32 * ELEMENTS_PER_THREAD)),
         maxnreg=REGISTERS_OF_WIDE if padded >= WIDE else None,
+        # A product that meets its sum in one FMA would skip a rounding that the ops of RoPE make.
+        enable_fp_fusion=before != "rope",
     )
 
 
+def _side_by_side(blocks: int, block: int) -> int:
+    """How many of a row's blocks share a tile."""
+    count = 1
+    while block & (block - 1) == 0 and blocks % (2 * count) == 0 and 2 * count * block <= GROUP_WIDTH:
+        count *= 2
+    return count
+
+
 @triton.jit
-def load_matrix(matrix_ptr, B: tl.constexpr, PADDED: tl.constexpr, SIGNS: tl.constexpr, NARROW: tl.constexpr):
-    """Two (PADDED, PADDED) terms that `multiply` takes, zero outside the block; of a Hadamard matrix the signs."""
+def load_matrix(
+    matrix_ptr,
+    gain,
+    B: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    OWN: tl.constexpr,
+    SIGNS: tl.constexpr,
+    TERMS: tl.constexpr,
+    NARROW: tl.constexpr,
+):
+    """Two (PADDED, PADDED) terms that `multiply` takes: matrices along the diagonal, zero elsewhere.
+
+    Of a Hadamard matrix the signs; `gain` (PADDED,), float32 or None, multiplies the rows of any other.
+    """
     line = tl.arange(0, PADDED)
-    inside = (line < B)[:, None] & (line < B)[None, :]
-    matrix = tl.load(matrix_ptr + line[:, None] * B + line[None, :], mask=inside, other=0.0).to(tl.float32)
-    if SIGNS:
-        matrix = tl.where(matrix > 0, 1.0, tl.where(matrix < 0, -1.0, 0.0))
-        high = matrix.to(NARROW)
-        low = high
-    elif tl.bfloat16 == NARROW:
-        high = matrix.to(NARROW)
-        low = (matrix - high.to(tl.float32)).to(NARROW)
-    else:
+    inside = (line < WIDTH)[:, None] & (line // B == (line // B)[:, None])
+    entry = (line % B)[:, None] * B + line % B
+    if OWN:
+        entry += (line // B)[:, None] * B * B
+    matrix = tl.load(matrix_ptr + entry, mask=inside, other=0.0)
+    high = matrix
+    if TERMS > 1 or SIGNS:
+        matrix = matrix.to(tl.float32)
+        if SIGNS:
+            matrix = tl.where(matrix > 0, 1.0, tl.where(matrix < 0, -1.0, 0.0))
+        if gain is not None:
+            matrix *= gain[:, None]
         high = matrix
-        low = matrix
+        if SIGNS or tl.bfloat16 == NARROW:
+            high = matrix.to(NARROW)
+    low = high
+    if TERMS > 1 and tl.bfloat16 == NARROW:
+        low = (matrix - high.to(tl.float32)).to(NARROW)
     return high, low
 
 
 @triton.jit
-def multiply(x, high, low, SCALE: tl.constexpr, SIGNS: tl.constexpr):
+def multiply(x, high, low, SCALE: tl.constexpr, SIGNS: tl.constexpr, TERMS: tl.constexpr):
     """`x` (rows, PADDED), of its own dtype, times the matrix of `load_matrix`; float32."""
-    if SIGNS and x.dtype != tl.float32:
-        product = tl.dot(x, high) * SCALE
-    elif SIGNS:
-        product = tl.dot(x, high, input_precision="tf32x3") * SCALE
+    if x.dtype == tl.float32:
+        product = tl.dot(x, high, input_precision="tf32x3")
+    elif TERMS == 1:
+        product = tl.dot(x, high)
     elif x.dtype == tl.bfloat16:
         product = tl.dot(x, high, tl.dot(x, low))
     else:
         product = tl.dot(x.to(tl.float32), high, input_precision="tf32x3")
+    if SIGNS:
+        product *= SCALE
     return product
 
 
 @triton.jit
-def silu_times(gate, up):
-    """`silu(gate) * up` in float32, silu rounded to the dtype as the two separate ops do."""
-    wide = gate.to(tl.float32)
-    silu = wide / (1.0 + tl.exp(-wide))
-    return silu.to(gate.dtype).to(tl.float32) * up.to(tl.float32)
-
-
-@triton.jit
-def quantize_blocks(
-    x,
-    TILE: tl.constexpr,
-    PADDED: tl.constexpr,
-    FORMAT_BLOCK: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    MIN_BINADE: tl.constexpr,
-    MAGIC: tl.constexpr,
-    OFFSET: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    CLAMP: tl.constexpr,
-    LARGEST: tl.constexpr,
-    FLOAT: tl.constexpr,
-    MSE: tl.constexpr,
-    SUM: tl.constexpr,
-    UNIT: tl.constexpr,
-):
-    """`quantize_tile` of a (TILE, PADDED) tile whose rows hold one or several blocks of the format."""
-    if FORMAT_BLOCK != PADDED:
-        x = tl.reshape(x, (TILE * (PADDED // FORMAT_BLOCK), FORMAT_BLOCK))
-    y = quantize_tile(x, LOW, HIGH, MIN_BINADE, MAGIC, OFFSET, THRESHOLD, CLAMP, LARGEST, FLOAT, MSE, SUM, UNIT)
-    if FORMAT_BLOCK != PADDED:
-        y = tl.reshape(y, (TILE, PADDED))
+def quantize_blocks(x, FORMAT_BLOCK: tl.constexpr, GRID: tl.constexpr):
+    """`quantize_tile` of a tile whose rows hold one or several blocks of the format."""
+    rows: tl.constexpr = x.shape[0]
+    width: tl.constexpr = x.shape[1]
+    if width == FORMAT_BLOCK:
+        y = quantize_tile(x, GRID)
+    else:
+        y = quantize_tile(tl.reshape(x, (rows * (width // FORMAT_BLOCK), FORMAT_BLOCK)), GRID)
+        y = tl.reshape(y, (rows, width))
     return y
 
 
 @triton.jit(do_not_specialize=["turns"])
 def _transform_kernel(
     x_ptr,
-    gate_ptr,
+    first_ptr,
+    second_ptr,
     matrix_ptr,
     y_ptr,
     rows,
     columns,
-    matrix_stride,
+    head_stride,
+    angle_stride,
     size1,
     size2,
     stride0,
@@ -194,68 +252,83 @@ def _transform_kernel(
     stride2,
     turns,
     SCALE: tl.constexpr,
+    GAIN_OFFSET: tl.constexpr,
+    HEADS: tl.constexpr,
     TILE: tl.constexpr,
     B: tl.constexpr,
+    WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
+    ROW: tl.constexpr,
     FORMAT_BLOCK: tl.constexpr,
-    TRANSFORM: tl.constexpr,
+    BEFORE: tl.constexpr,
+    OWN: tl.constexpr,
+    TERMS: tl.constexpr,
     SIGNS: tl.constexpr,
-    SILU: tl.constexpr,
-    QUANTIZE: tl.constexpr,
     STAGES: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    MIN_BINADE: tl.constexpr,
-    MAGIC: tl.constexpr,
-    OFFSET: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    CLAMP: tl.constexpr,
-    LARGEST: tl.constexpr,
-    FLOAT: tl.constexpr,
-    MSE: tl.constexpr,
-    SUM: tl.constexpr,
-    UNIT: tl.constexpr,
+    GRID: tl.constexpr,
 ):
-    """A program keeps the matrix of one block column and walks down that column's tiles."""
+    """A program keeps the matrix of one column and walks down that column's tiles.
+
+    A column is a part of the row, `WIDTH` wide; with `HEADS`, of the rows of one head.
+    """
+    narrow = x_ptr.dtype.element_ty
     column = tl.program_id(0) % columns
+    parts = columns // HEADS
+    head = column // parts
+    channel = (column % parts) * WIDTH
     lane = tl.arange(0, PADDED)
-    if TRANSFORM:
-        start = matrix_ptr + column.to(tl.int64) * matrix_stride
-        high, low = load_matrix(start, B, PADDED, SIGNS, x_ptr.dtype.element_ty)
+    if TERMS > 0:
+        gain = None
+        if BEFORE == "norm":
+            gain = tl.load(second_ptr + channel + lane, mask=lane < WIDTH, other=0.0).to(tl.float32) + GAIN_OFFSET
+        start_of_matrix = matrix_ptr + (column.to(tl.int64) * (WIDTH * B) if OWN else 0)
+        high, low = load_matrix(start_of_matrix, gain, B, WIDTH, PADDED, OWN, SIGNS, TERMS, narrow)
     first = tl.program_id(0) // columns
     step = tl.num_programs(0) // columns
     for turn in tl.range(0, turns, num_stages=STAGES):
         row = (first + turn * step) * TILE + tl.arange(0, TILE)
+        index0, index1, index2 = row_index(row, size1, size2)
+        start = index0.to(tl.int64) * stride0 + index1.to(tl.int64) * stride1 + index2.to(tl.int64) * stride2
+        start += head.to(tl.int64) * head_stride
         inside = (row < rows)[:, None]
-        if PADDED != B:
-            inside = inside & (lane < B)[None, :]
-        source = (row_offset(row, size1, size2, stride0, stride1, stride2) + column * B)[:, None] + lane[None, :]
-        x = tl.load(x_ptr + source, mask=inside, other=0.0)
-        if SILU:
-            gate = tl.load(gate_ptr + source, mask=inside, other=0.0)
-            x = silu_times(gate, x).to(x_ptr.dtype.element_ty)
-        if TRANSFORM:
-            y = multiply(x, high, low, SCALE, SIGNS).to(x_ptr.dtype.element_ty).to(tl.float32)
-        else:
-            y = x.to(tl.float32)
-        if QUANTIZE:
-            y = quantize_blocks(
-                y,
-                TILE,
-                PADDED,
-                FORMAT_BLOCK,
-                LOW,
-                HIGH,
-                MIN_BINADE,
-                MAGIC,
-                OFFSET,
-                THRESHOLD,
-                CLAMP,
-                LARGEST,
-                FLOAT,
-                MSE,
-                SUM,
-                UNIT,
-            )
-        target = (row.to(tl.int64) * (columns * B) + column * B)[:, None] + lane[None, :]
-        tl.store(y_ptr + target, y.to(y_ptr.dtype.element_ty), mask=inside)
+        if PADDED != WIDTH:
+            inside = inside & (lane < WIDTH)[None, :]
+        x = tl.load(x_ptr + (start + channel)[:, None] + lane[None, :], mask=inside, other=0.0)
+        if BEFORE == "silu":
+            gate = tl.load(first_ptr + (start + channel)[:, None] + lane[None, :], mask=inside, other=0.0)
+            x = silu_times(gate, x)
+        if BEFORE == "rope":
+            HALF: tl.constexpr = ROW // 2
+            at = channel + lane
+            partner = tl.where(at < HALF, at + HALF, at - HALF)
+            turned = tl.load(x_ptr + start[:, None] + partner[None, :], mask=inside, other=0.0)
+            angle = (index0.to(tl.int64) * angle_stride + index2.to(tl.int64) * ROW + channel)[:, None] + lane[None, :]
+            cos = tl.load(first_ptr + angle, mask=inside, other=0.0)
+            sin = tl.load(second_ptr + angle, mask=inside, other=0.0)
+            x = rotate(x, turned, cos, sin, (at < HALF)[None, :])
+        if TERMS > 0:
+            x = multiply(x.to(narrow), high, low, SCALE, SIGNS, TERMS)
+        if BEFORE == "scale" or BEFORE == "norm":
+            x *= tl.load(first_ptr + row, mask=row < rows, other=0.0)[:, None]
+        y = as_stored(x.to(tl.float32), narrow)
+        if GRID is not None:
+            y = quantize_blocks(y, FORMAT_BLOCK, GRID)
+        if HEADS > 1:
+            row = ((index0 * HEADS + head) * size1 + index1) * size2 + index2
+        target = (row.to(tl.int64) * (parts * WIDTH) + channel)[:, None] + lane[None, :]
+        tl.store(y_ptr + target, y.to(narrow), mask=inside)
+
+
+@triton.jit
+def silu_times(gate, up):
+    """`silu(gate) * up` in float32, silu rounded to the dtype as the two separate ops do."""
+    wide = gate.to(tl.float32)
+    return as_stored(wide / (1.0 + tl.exp(-wide)), gate.dtype) * up.to(tl.float32)
+
+
+@triton.jit
+def rotate(x, turned, cos, sin, first):
+    """RoPE of `x` and the channels that it turns with, in float32, each step rounded as the separate ops do."""
+    one = as_stored(x.to(tl.float32) * cos.to(tl.float32), x.dtype)
+    turned = turned.to(tl.float32)
+    return one + as_stored(tl.where(first, -turned, turned) * sin.to(tl.float32), x.dtype)

@@ -1,0 +1,98 @@
+"""The ops on a CUDA device: each gives the kernel's result, or `NotImplemented` for operands that no kernel takes.
+
+Importable only where `triton` is.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from torch import Tensor
+
+from mxfx.formats import Format, parse
+from mxfx.ops.kernels.library import signs_of
+from mxfx.ops.kernels.limits import DTYPES, takes_format, takes_norm, takes_rope, takes_transform
+from mxfx.ops.kernels.norm_triton import norm_triton, row_scales
+from mxfx.ops.kernels.quantize_triton import fake_quantize_triton
+from mxfx.ops.kernels.transform_triton import transform_triton
+
+
+@lru_cache(maxsize=256)
+def _format(text: str) -> Format:
+    return parse(text)
+
+
+def fake_quantize(x: Tensor, format: str, axis: int = -1) -> Tensor:
+    fmt = _format(format)
+    if x.dtype not in DTYPES or not takes_format(fmt) or x.dim() == 0:
+        return NotImplemented
+    if axis in (-1, x.dim() - 1) or fmt.block is None:
+        return fake_quantize_triton(x, fmt)
+    return fake_quantize_triton(x.movedim(axis, -1), fmt).movedim(-1, axis).contiguous()
+
+
+def block_transform(x: Tensor, matrix: Tensor) -> Tensor:
+    if x.dtype not in DTYPES or not takes_transform(x, matrix, None):
+        return NotImplemented
+    return transform_triton(x, matrix)
+
+
+def hadamard(x: Tensor, block: int) -> Tensor:
+    matrix = signs_of(block, x.device)
+    if x.dtype not in DTYPES or not takes_transform(x, matrix, None):
+        return NotImplemented
+    return transform_triton(x, matrix, signs=True)
+
+
+def transform_quantize(x: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False) -> Tensor:
+    fmt = _format(format)
+    if x.dtype not in DTYPES or not takes_transform(x, matrix, fmt):
+        return NotImplemented
+    return transform_triton(x, matrix, hadamard, fmt)
+
+
+def norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    matrix: Tensor | None,
+    format: str,
+    eps: float,
+    offset: float = 0.0,
+    gain_first: bool = False,
+    hadamard: bool = False,
+) -> Tensor:
+    fmt = _format(format)
+    same = weight is None or weight.dtype == x.dtype
+    if x.dtype not in DTYPES or not same or not takes_transform(x, matrix, fmt):
+        return NotImplemented
+    shared = matrix is None or matrix.dim() == 2
+    block = matrix.shape[-1] if matrix is not None and shared else fmt.block or 32
+    if not takes_norm(x.shape[-1], block) or (matrix is not None and matrix.dim() == 4):
+        return NotImplemented
+    if shared or x.numel() == 0:
+        return norm_triton(x, weight, eps, offset, gain_first, matrix, hadamard, fmt)
+    gain = (row_scales(x, eps), weight, float(offset) if gain_first else 0.0)
+    return transform_triton(x, matrix, False, fmt, norm=gain)
+
+
+def silu_mul_quantize(gate: Tensor, up: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False) -> Tensor:
+    fmt = _format(format)
+    same = gate.dtype == up.dtype and gate.shape == up.shape
+    if up.dtype not in DTYPES or not same or not takes_transform(up, matrix, fmt):
+        return NotImplemented
+    return transform_triton(up, matrix, hadamard, fmt, gate=gate)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if x.dtype not in DTYPES or not takes_rope(x, cos):
+        return NotImplemented
+    return transform_triton(x, None, angles=(cos, sin))
+
+
+def rope_quantize(
+    x: Tensor, cos: Tensor, sin: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False
+) -> Tensor:
+    fmt = _format(format)
+    if x.dtype not in DTYPES or not takes_rope(x, cos) or not takes_transform(x, matrix, fmt):
+        return NotImplemented
+    return transform_triton(x, matrix, hadamard, fmt, angles=(cos, sin))

@@ -1,0 +1,60 @@
+"""What the kernels take; the definitions take the rest. Needs no Triton."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from mxfx.formats import Format
+from mxfx.formats.element import FloatElement
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_BLOCK = 4096
+MAX_TRANSFORM = 128
+#: A norm holds a row in registers.
+MAX_ROW = 16384
+
+
+@lru_cache(maxsize=1)
+def has_triton() -> bool:
+    """Whether kernels can be compiled here."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@lru_cache(maxsize=256)
+def takes_format(fmt: Format) -> bool:
+    """Whether the kernels round onto a format (an element as wide as float32 needs float64)."""
+    wide = isinstance(fmt.element, FloatElement) and fmt.element.exponent_bits == 8
+    return not wide and (fmt.block is None or fmt.block <= MAX_BLOCK)
+
+
+def takes_transform(x: Tensor, matrix: Tensor | None, fmt: Format | None) -> bool:
+    """Whether one kernel can transform `x` and round the result onto `fmt`; only shapes are read."""
+    if matrix is not None and matrix.dim() == 4 and x.dim() != 4:
+        return False
+    block = matrix.shape[-1] if matrix is not None else fmt.block if fmt else None
+    if block is None or x.shape[-1] % block or block > MAX_TRANSFORM:
+        return False
+    if fmt is None or fmt.block == block:
+        return fmt is None or takes_format(fmt)
+    divides = fmt.block is not None and block % fmt.block == 0
+    return takes_format(fmt) and divides and block & (block - 1) == 0
+
+
+def takes_rope(x: Tensor, cos: Tensor) -> bool:
+    """Whether one kernel can rotate all channels of `x`; only shapes and dtypes are read."""
+    whole = x.dim() == 4 and cos.dim() == 3 and cos.shape[-1] == x.shape[-1]
+    return whole and cos.dtype == x.dtype and x.shape[-1] <= MAX_BLOCK
+
+
+def takes_norm(length: int, block: int) -> bool:
+    """Whether rows of `length` elements in blocks of `block` are short enough."""
+    return max(_power(-(-length // block)), 16) * max(_power(block), 16) <= MAX_ROW
+
+
+def _power(n: int) -> int:
+    """The least power of two that is no less than `n`."""
+    return 1 << (n - 1).bit_length()
