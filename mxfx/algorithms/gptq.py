@@ -7,6 +7,7 @@ whole under activation ordering.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -255,8 +256,8 @@ def candidate_exponents(columns: Tensor, fmt: Format, exponents: Exponents) -> T
         found = fmt.shared_exponent(columns.mT.contiguous())[None]
         return found.movedim(0, 1).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
     found = _searched_exponents(columns, fmt)
-    # Floor's and mse's own choices are candidates already.
-    if fmt.rule not in (ScaleRule.FLOOR, ScaleRule.MSE):
+    # What the other rules choose is a candidate already.
+    if fmt.rule is ScaleRule.CEIL:
         found = torch.cat([found, fmt.shared_exponent(columns.mT.contiguous())[:, None]], dim=1)
     return found.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
 
@@ -264,13 +265,15 @@ def candidate_exponents(columns: Tensor, fmt: Format, exponents: Exponents) -> T
 def _searched_exponents(columns: Tensor, fmt: Format) -> Tensor:
     """`Format.candidate_exponents` of columns `(groups, b, rows)`: `(groups, 3, rows)` int32, unclamped.
 
-    In float32 the exponent field of the largest magnitude says the same in a fifth of the kernel launches,
-    which on CUDA would otherwise take longer than the solver itself.
+    In float32 the bits of the largest magnitude say the same in a fifth of the kernel launches, which on CUDA would
+    otherwise take longer than the solver itself.
     """
     if columns.dtype != torch.float32:
         return fmt.candidate_exponents(columns.mT.contiguous()).movedim(0, 1)
     largest = torch.linalg.vector_norm(columns, ord=torch.inf, dim=1, keepdim=True)
-    first = (largest.view(torch.int32) >> 23) - (127 + fmt.element.max_exponent)
+    # Reaches the next exponent where the mantissa is above that of the largest element.
+    carry = 2**24 - 1 - int(math.frexp(fmt.element.max_value)[0] * 2**24)
+    first = ((largest.view(torch.int32) + carry) >> 23) - (127 + fmt.element.max_exponent)
     return first - torch.arange(3, dtype=torch.int32, device=columns.device)[None, :, None]
 
 

@@ -185,8 +185,8 @@ class Format:
         return exponent - self._is_lower_better(blocks, exponent).to(torch.int32)
 
     def candidate_exponents(self, blocks: Tensor) -> Tensor:
-        """Exponents worth searching, whatever the rule: floor's e0, then e0 - 1 and e0 - 2 (more saturation,
-        finer).
+        """Exponents worth searching, whatever the rule: rceil's e0, at which nothing saturates, then e0 - 1 and
+        e0 - 2 (more saturation, finer).
 
         Args:
             blocks: (..., block) float32 or float64.
@@ -194,7 +194,7 @@ class Format:
         Returns:
             (3, ...) int32, at least -127; all three are 128 for a block that holds NaN or Inf.
         """
-        first = exponent_from_amax(largest_magnitude(blocks), self.element, ScaleRule.FLOOR)
+        first = exponent_from_amax(largest_magnitude(blocks), self.element, ScaleRule.RCEIL)
         lower = [(first - offset).clamp_min(MIN_EXPONENT) for offset in (0, 1, 2)]
         return torch.stack([torch.where(first == NAN_EXPONENT, first, candidate) for candidate in lower])
 

@@ -29,7 +29,7 @@ class ScaleRule(StrEnum):
     | rceil | smallest e with amax <= max_value * 2^e                            | torchao RCEIL       |
     | even  | floor, of amax rounded to the element's mantissa (half away)       | torchao EVEN        |
     | ceil  | ceil(log2 amax) - emax; MXINTb: ceil(log2 amax) - b + 1            | torchao CEIL; Mase  |
-    | mse   | floor's or the one below, whichever has the smaller squared error  | mxfx                |
+    | mse   | rceil's or the one below, whichever has the smaller squared error  | mxfx                |
 
     emax is floor(log2 max_value), which for MXINTb is b - 2: its step under `floor` is 2^(floor(log2 amax) -
     b + 2).
@@ -54,7 +54,7 @@ def exponent_from_amax(amax: Tensor, element: Element, rule: ScaleRule) -> Tenso
     Args:
         amax: (...) float32 or float64, not negative, possibly NaN or Inf.
         element: the element type that the scale is for.
-        rule: for `mse`, the answer is floor's: the first of its two candidates.
+        rule: for `mse`, the answer is rceil's: the first of its two candidates.
 
     Returns:
         (...) int32, clamped to [-127, 127]; -127 for a zero block; `NAN_EXPONENT` where amax is not finite.
@@ -62,9 +62,9 @@ def exponent_from_amax(amax: Tensor, element: Element, rule: ScaleRule) -> Tenso
     fraction, exponent = torch.frexp(amax)  # amax = fraction * 2^exponent, fraction in [0.5, 1)
     base = exponent - 1 - element.max_exponent
     match rule:
-        case ScaleRule.FLOOR | ScaleRule.MSE:
+        case ScaleRule.FLOOR:
             chosen = base
-        case ScaleRule.RCEIL:
+        case ScaleRule.RCEIL | ScaleRule.MSE:
             chosen = base + (fraction > math.frexp(element.max_value)[0])
         case ScaleRule.EVEN:
             chosen = base + (fraction >= 1 - 2.0 ** -(element.mantissa_bits + 2))

@@ -72,9 +72,10 @@ class Reference:
         floor = self._clamp(amax, self._floor(amax) - self._floor(self.largest))
         if self.rule == "floor":
             return floor
+        usable = np.arange(-1074, 1014)
+        rceil = self._clamp(amax, usable[np.searchsorted(np.ldexp(self.largest, usable), amax)])
         if self.rule == "rceil":
-            usable = np.arange(-1074, 1014)
-            return self._clamp(amax, usable[np.searchsorted(np.ldexp(self.largest, usable), amax)])
+            return rceil
         if self.rule == "even":
             quantum = np.exp2(np.maximum(self._floor(amax) - self.mantissa_bits, -1074.0))
             rounded = np.floor(amax / quantum + 0.5) * quantum
@@ -83,7 +84,7 @@ class Reference:
             ceil = np.searchsorted(_POWERS, amax) - 1074
             offset = self.bits - 1 if self.integer else self._floor(self.largest)
             return self._clamp(amax, ceil - offset)
-        return np.where(self._prefers_lower(blocks, floor), floor - 1, floor)
+        return np.where(self._prefers_lower(blocks, rceil), rceil - 1, rceil)
 
     def round(self, blocks: np.ndarray, exponents: np.ndarray) -> np.ndarray:
         """Every number of each block at the nearest of the element's values times 2**exponent."""
@@ -109,17 +110,17 @@ class Reference:
     def _clamp(amax: np.ndarray, exponents: np.ndarray) -> np.ndarray:
         return np.where(amax == 0, -127, np.clip(exponents, -127, 127))
 
-    def _prefers_lower(self, blocks: np.ndarray, floor: np.ndarray) -> np.ndarray:
-        lower = np.maximum(floor - 1, -127)
-        unit = np.exp2(floor.astype(np.float64))[:, None]
-        at_floor = (blocks - self.round(blocks, floor)) / unit
+    def _prefers_lower(self, blocks: np.ndarray, upper: np.ndarray) -> np.ndarray:
+        lower = np.maximum(upper - 1, -127)
+        unit = np.exp2(upper.astype(np.float64))[:, None]
+        at_upper = (blocks - self.round(blocks, upper)) / unit
         at_lower = (blocks - self.round(blocks, lower)) / unit
-        gap = (at_lower**2).sum(-1) - (at_floor**2).sum(-1)
+        gap = (at_lower**2).sum(-1) - (at_upper**2).sum(-1)
         unsure = np.abs(gap) < 1e-9
-        for row in np.flatnonzero(unsure & (at_lower != at_floor).any(-1)):
-            exact = sum(Fraction(d) ** 2 for d in at_lower[row]) - sum(Fraction(d) ** 2 for d in at_floor[row])
+        for row in np.flatnonzero(unsure & (at_lower != at_upper).any(-1)):
+            exact = sum(Fraction(d) ** 2 for d in at_lower[row]) - sum(Fraction(d) ** 2 for d in at_upper[row])
             gap[row] = float(exact)
-        gap[unsure & (at_lower == at_floor).all(-1)] = 0.0
+        gap[unsure & (at_lower == at_upper).all(-1)] = 0.0
         return gap < 0
 
 

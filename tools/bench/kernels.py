@@ -1,24 +1,29 @@
-"""Bandwidth of the quantizing kernels, beside a device copy, inductor and Mase's formula.
+"""Bandwidth of the quantizing kernels, beside a device copy, inductor, torchao's casts and Mase's formula.
 
     python tools/bench/kernels.py [--json FILE] [--plot FILE] [--quick]
+    python tools/bench/kernels.py --plot-from JSON --plot FILE
 
 A row says what one op costs: median milliseconds on the GPU by CUDA-graph replay, GB/s over the bytes that it must
 move (each operand once), its speed as a share of a device copy of the same bytes, and, below, the
-microseconds that the host needs to launch it.
+microseconds that the host needs to launch it. With `--plot` also over sizes, which `--json` keeps: a machine without
+matplotlib measures, another one plots.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 import mxfx.ops.kernels  # noqa: F401  (registers the ops)
 from mxfx.algorithms.hadamard import hadamard_matrix
 from mxfx.formats import parse
-from tools.bench.measuring import finish, host_us, kernel_ms, options, require_cuda, table
+from tools.bench.measuring import arguments_of, finish, host_us, kernel_ms, require_cuda, table
 
 SIZE = 8192
 ELEMENTS = ("mxint4", "mxint8", "mxfp4_e2m1", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2")
@@ -53,25 +58,31 @@ def fused(x: Tensor) -> Iterator[Case]:
         name = f"mxint4@{block}/mse"
         signs = hadamard_matrix(block, torch.float32, x.device)
         own = torch.randn(width // block, block, block, device=x.device) / block**0.5
+        exact = own.to(x.dtype)
         yield name, lambda name=name: ops.fake_quantize(x, name, -1), moved
-        yield f"hadamard {block}", lambda signs=signs, block=block: ops.hadamard(x, block), moved
+        yield f"hadamard {block}", lambda block=block: ops.hadamard(x, block), moved
         yield f"hadamard {block} + {name}", lambda s=signs, n=name: ops.transform_quantize(x, s, n, True), moved
         yield f"T {block} + {name}", lambda own=own, name=name: ops.transform_quantize(x, own, name, False), moved
+        yield f"T {block} in bf16 + {name}", lambda t=exact, n=name: ops.transform_quantize(x, t, n, False), moved
     gate, weight = torch.randn_like(x), torch.rand(2048, device=x.device, dtype=x.dtype)
     short, h32, name = x.view(-1, 2048), hadamard_matrix(32, torch.float32, x.device), "mxint4@32/mse"
     t32 = torch.randn(64, 32, 32, device=x.device) / 32**0.5
     up32 = torch.randn(width // 32, 32, 32, device=x.device) / 32**0.5
     yield "norm 2048 + quantize", lambda: ops.norm_quantize(short, weight, None, name, 1e-5), moved
     yield "norm 2048 + H32 + quantize", lambda: ops.norm_quantize(short, weight, h32, name, 1e-5, hadamard=True), moved
-    yield "norm 2048 + T32 + quantize", lambda: ops.norm_quantize(short, weight, t32, name, 1e-5), moved
+    yield "norm 2048 + T32 + quantize", lambda: ops.norm_quantize(short, None, t32, name, 1e-5), moved
     yield "silu*up + quantize", lambda: ops.silu_mul_quantize(gate, x, None, name), 3 * x.nbytes
     yield "silu*up + H32 + quantize", lambda: ops.silu_mul_quantize(gate, x, h32, name, True), 3 * x.nbytes
     yield "silu*up + T32 + quantize", lambda: ops.silu_mul_quantize(gate, x, up32, name), 3 * x.nbytes
     heads = x.view(8, -1, 8, 64).transpose(1, 2)
     angle = torch.randn(1, heads.shape[2], 64, device=x.device, dtype=x.dtype)
+    own = torch.randn(8, 2, 32, 32, device=x.device) / 32**0.5
+    yield "rope", lambda: ops.rope(heads, angle, angle), moved
     yield "rope + quantize", lambda: ops.rope_quantize(heads, angle, angle, None, name), moved
     yield "rope + H32 + quantize", lambda: ops.rope_quantize(heads, angle, angle, h32, name, True), moved
-    yield "strided (b, h, s, 64) quantize", lambda: ops.fake_quantize(heads, name, -1), moved
+    yield "rope + T32 a head + quantize", lambda: ops.rope_quantize(heads, angle, angle, own, name), moved
+    yield "T32 a head, (b, h, s, 64) strided", lambda: ops.block_transform(heads, own), moved
+    yield "quantize, (b, h, s, 64) strided", lambda: ops.fake_quantize(heads, name, -1), moved
 
 
 def others(x: Tensor, quick: bool) -> Iterator[Case]:
@@ -85,6 +96,34 @@ def others(x: Tensor, quick: bool) -> Iterator[Case]:
     if not quick:
         compiled_mase = torch.compile(mase_mxint4, dynamic=False)
         yield "inductor Mase MXINT4", lambda: compiled_mase(x), moved
+
+
+def peers(x: Tensor, quick: bool) -> Iterator[Case]:
+    """Other projects' kernels for the nearest thing to a quantizer or a transform of ours, where they are installed."""
+    moved = 2 * x.nbytes
+    if find_spec("torchao"):
+        for element in (torch.float8_e4m3fn,) if quick else (torch.float8_e4m3fn, torch.float4_e2m1fn_x2):
+            cast = torchao_cast(element)
+            name = f"torchao {str(element).removeprefix('torch.')} floor, to MX and back"
+            yield f"{name}, eager", lambda cast=cast: cast(x), moved
+            compiled = torch.compile(cast, dynamic=False)
+            yield f"{name}, compiled", lambda compiled=compiled: compiled(x), moved
+    if find_spec("fast_hadamard_transform"):
+        from fast_hadamard_transform import hadamard_transform
+
+        blocks = x.view(-1, 128)
+        yield "fast_hadamard_transform 128", lambda: hadamard_transform(blocks, 128**-0.5), moved
+
+
+def torchao_cast(element: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Fake quantization by torchao's casts, blocks of 32, OCP's scale (`floor`)."""
+    from torchao.prototype.mx_formats.mx_tensor import ScaleCalculationMode, to_dtype, to_mx
+
+    def cast(x: Tensor) -> Tensor:
+        scale, codes = to_mx(x, element, 32, ScaleCalculationMode.FLOOR)
+        return to_dtype(codes, scale, element, 32, x.dtype)
+
+    return cast
 
 
 def copy_ms(moved: int) -> float:
@@ -126,6 +165,7 @@ def launches() -> list[dict[str, object]]:
         "transform_quantize": lambda: ops.transform_quantize(x, signs, name, True),
         "norm_quantize": lambda: ops.norm_quantize(x, weight, None, name, 1e-5),
         "silu_mul_quantize": lambda: ops.silu_mul_quantize(x, x, None, name),
+        "its definition in ATen": lambda: F.silu(x) * x,
     }
     with torch.no_grad():
         return [{"launch": op, "host, µs": host_us(call)} for op, call in calls.items()]
@@ -151,8 +191,8 @@ def over_sizes(quick: bool) -> list[dict[str, object]]:
     return rows
 
 
-def plot(rows: list[dict[str, object]], target: Path) -> None:
-    """Bandwidth over size, one line a case."""
+def plot(rows: list[dict[str, object]], device: str, target: Path) -> None:
+    """Bandwidth over size, one line a case; rows are those of `over_sizes`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -162,20 +202,31 @@ def plot(rows: list[dict[str, object]], target: Path) -> None:
     for case in dict.fromkeys(row["case"] for row in rows):
         line = [(row["MiB"], row["GB/s"]) for row in rows if row["case"] == case]
         axes.plot(*zip(*line, strict=True), marker="o", label=case)
-    axes.set(xscale="log", xlabel="tensor, MiB", ylabel="GB/s read and written", title=torch.cuda.get_device_name())
+    axes.set(xscale="log", xlabel="tensor, MiB", ylabel="GB/s read and written", title=device)
     axes.legend()
     figure.savefig(target, dpi=150, bbox_inches="tight")
 
 
 def main() -> None:
-    arguments = options("Bandwidth of the quantizing kernels")
+    parser = arguments_of("Bandwidth of the quantizing kernels")
+    parser.add_argument("--plot", type=Path, help="write a plot of bandwidth over size to this file")
+    parser.add_argument("--plot-from", type=Path, help="plot what --json wrote to this file; measure nothing")
+    arguments = parser.parse_args()
+    if arguments.plot_from is not None:
+        found = json.loads(arguments.plot_from.read_text())
+        plot(found["sizes"], found["machine"]["device"], arguments.plot or arguments.plot_from.with_suffix(".png"))
+        return
     require_cuda()
     x = torch.randn(SIZE, SIZE, device="cuda").to(torch.bfloat16)
-    rows = measure(quantizers(x, arguments.quick)) + measure(fused(x)) + measure(others(x, arguments.quick))
-    print(table(launches()))
+    found = {"rows": [], "launches": launches(), "sizes": []}
+    print(table(found["launches"]), flush=True)
+    for cases in (quantizers(x, arguments.quick), fused(x), others(x, arguments.quick), peers(x, arguments.quick)):
+        found["rows"] += measure(cases)
     if arguments.plot is not None:
-        plot(over_sizes(arguments.quick), arguments.plot)
-    finish(rows, arguments.json)
+        found["sizes"] = over_sizes(arguments.quick)
+        if find_spec("matplotlib"):
+            plot(found["sizes"], torch.cuda.get_device_name(), arguments.plot)
+    finish(found["rows"], arguments.json, launches=found["launches"], sizes=found["sizes"])
 
 
 if __name__ == "__main__":

@@ -77,16 +77,21 @@ def _elapsed(call: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
-def options(description: str, *, rehearsal: bool = False) -> argparse.Namespace:
-    """The command line of every benchmark; with `rehearsal` it can also run small, on a CPU, to see that it runs."""
+def arguments_of(description: str) -> argparse.ArgumentParser:
+    """What the command line of every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and repetitions")
+    return parser
+
+
+def options(description: str, *, rehearsal: bool = False) -> argparse.Namespace:
+    """The command line of a benchmark; with `rehearsal` it can also run small, on a CPU, to see that it runs."""
+    parser = arguments_of(description)
     if rehearsal:
         parser.add_argument(
             "--rehearse", action="store_true", help="everything once, tiny, on the CPU; times say nothing"
         )
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--plot", type=Path, help="write a plot to this file")
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and repetitions")
     return parser.parse_args()
 
 
@@ -104,13 +109,13 @@ def table(rows: list[dict[str, object]]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
-def finish(rows: list[dict[str, object]], target: Path | None) -> None:
-    """Print the machine and the table; write JSON where asked."""
+def finish(rows: list[dict[str, object]], target: Path | None, **more: object) -> None:
+    """Print the machine and the table; write JSON where asked, `more` beside the rows."""
     about = machine()
     print("  ".join(f"{k}={v}" for k, v in about.items()))
     print(table(rows))
     if target is not None:
-        target.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+        target.write_text(json.dumps({"machine": about, "rows": rows, **more}, indent=1) + "\n")
 
 
 def _cell(value: object) -> str:

@@ -95,7 +95,7 @@ def _carry(fmt: Format) -> int:
     """What to add to the bits of amax so that they reach the next exponent where the rule says so."""
     one = 2**_FLOAT32_MANTISSA
     match fmt.rule:
-        case ScaleRule.RCEIL:
+        case ScaleRule.RCEIL | ScaleRule.MSE:
             return one - 1 - int((2 * math.frexp(fmt.element.max_value)[0] - 1) * one)
         case ScaleRule.EVEN:
             return one >> (fmt.element.mantissa_bits + 1)
@@ -105,7 +105,7 @@ def _carry(fmt: Format) -> int:
 
 
 def _overflow(fmt: Format) -> str:
-    if fmt.block is None or fmt.rule in (ScaleRule.RCEIL, ScaleRule.EVEN):
+    if fmt.block is None or fmt.rule in (ScaleRule.RCEIL, ScaleRule.EVEN, ScaleRule.MSE):
         return "both"
     if isinstance(fmt.element, IntElement):
         return "low"  # only the code that has no opposite is beyond amax
