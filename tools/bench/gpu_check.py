@@ -1,13 +1,14 @@
-"""Do the Triton kernels give the CPU's bits, and how fast are they?
+"""Do the Triton kernels give the CPU's bits? `kernels.py` beside this says how fast they are.
 
     python tools/bench/gpu_check.py [--json FILE] [--quick]
 
-Checks first, then times; a failure is collected, not raised, and the exit status says whether there was one.
+A failure is collected, not raised, and the exit status says whether there was one.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
 import os
 import sys
@@ -21,9 +22,10 @@ from torch import Tensor
 import mxfx.ops.kernels  # noqa: F401  (registers the ops)
 from mxfx.algorithms.hadamard import hadamard_matrix
 from mxfx.formats import FloatElement, Format, parse
+from mxfx.ops import block_transform, rope
 from mxfx.ops import fused as definitions
 from tools.bench import kernels
-from tools.bench.measuring import finish, kernel_ms, options, require_cuda, table
+from tools.bench.measuring import options, require_cuda
 
 ELEMENTS = ("mxint2", "mxint4", "mxint8", "mxfp4_e2m1", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp8_e4m3", "mxfp8_e5m2")
 MAX_LINES = 25
@@ -162,10 +164,11 @@ def _far_offsets() -> str | None:
     return None
 
 
-def _near(got: Tensor, wanted: Tensor, fmt: Format, flips: float) -> str | None:
+def _near(got: Tensor, wanted: Tensor, fmt: Format, flips: float, slack: float) -> str | None:
     """Complaint unless all but a share `flips` of the elements are equal and each of those is one step away.
 
-    A step is that of the coarser block where the two chose scales a factor of 2 apart.
+    A step is that of the coarser block where the two chose scales a factor of 2 apart, and a share `slack` of the
+    block's largest element more.
     """
     if got.shape != wanted.shape or got.dtype != wanted.dtype:
         return f"gives {got.shape} {got.dtype}, not {wanted.shape} {wanted.dtype}"
@@ -176,12 +179,13 @@ def _near(got: Tensor, wanted: Tensor, fmt: Format, flips: float) -> str | None:
     share = (got != wanted).double().mean().item()
     larger = torch.maximum(got.abs(), wanted.abs())
     blocks = larger.unflatten(-1, (-1, fmt.block))
-    scale = torch.exp2(blocks.amax(-1, keepdim=True).clamp_min(1e-30).log2().floor() - fmt.element.max_exponent + 1)
+    largest = blocks.amax(-1, keepdim=True)
+    scale = torch.exp2(largest.clamp_min(1e-30).log2().floor() - fmt.element.max_exponent + 1)
     step = scale.expand_as(blocks)
     if isinstance(fmt.element, FloatElement):
         binade = torch.exp2((blocks / scale).clamp_min(1e-30).log2().floor().clamp_min(fmt.element.min_exponent))
         step = 2 * scale * binade * 2.0**-fmt.element.mantissa_bits
-    far = int(((got - wanted).abs() > step.flatten(-2)).sum())
+    far = int(((got - wanted).abs() > (step + slack * largest).flatten(-2)).sum())
     return None if share <= flips and not far else f"{share:.2e} of the elements differ, {far} by more than a step"
 
 
@@ -189,30 +193,55 @@ def check_fused(report: Report, dtype: torch.dtype, block: int, name: str) -> No
     """Fused kernels against their definitions on the CPU; a product rounded elsewhere may flip a code."""
     width = block * 8
     x, gate = torch.randn(97, width).to(dtype), torch.randn(97, width).to(dtype)
-    x[5, 3] = float("nan")
+    broken = x.clone()
+    broken[5, 3] = float("nan")
     weight = torch.rand(width).to(dtype)
     shared = hadamard_matrix(block)
     own = torch.randn(8, block, block) / block**0.5
     heads = torch.randn(2, 33, 3, 2 * block).to(dtype).transpose(1, 2)
     angle = torch.randn(2, 33, 2 * block).to(dtype)
+    headed = torch.randn(3, 2, block, block) / block**0.5
+    wide = torch.randn(2, 9, 6, 2 * block).to(dtype).transpose(1, 2)
     cases = {
-        "H": ("transform_quantize", (x, shared, name, True)),
-        "T shared": ("transform_quantize", (x, own[0], name, False)),
+        "H": ("transform_quantize", (broken, shared, name, True)),
+        "T shared": ("transform_quantize", (broken, own[0], name, False)),
         "T own": ("transform_quantize", (x, own, name, False)),
+        "T own, x's dtype": ("transform_quantize", (x, own.to(dtype), name, False)),
+        "T per head": ("transform_quantize", (wide, headed, name, False)),
+        "T per head, contiguous": ("transform_quantize", (wide.contiguous(), headed, name, False)),
         "T own strided": ("transform_quantize", (torch.stack((x, gate), 1)[:, 1], own, name, False)),
-        "silu H": ("silu_mul_quantize", (gate, x, shared, name, True)),
+        "silu H": ("silu_mul_quantize", (gate, broken, shared, name, True)),
         "silu T": ("silu_mul_quantize", (gate, x, own, name, False)),
-        "silu": ("silu_mul_quantize", (gate, x, None, name, False)),
-        "norm": ("norm_quantize", (x, weight, None, name, 1e-5)),
-        "norm H": ("norm_quantize", (x, weight, shared, name, 1e-5, 0.0, False, True)),
+        "silu": ("silu_mul_quantize", (gate, broken, None, name, False)),
+        "norm": ("norm_quantize", (broken, weight, None, name, 1e-5)),
+        "norm H": ("norm_quantize", (broken, weight, shared, name, 1e-5, 0.0, False, True)),
         "norm T own, gain first": ("norm_quantize", (x, weight, own, name, 1e-5, 1.0, True, False)),
+        "norm T own": ("norm_quantize", (x, weight, own, name, 1e-5)),
+        "norm T own without gain": ("norm_quantize", (x, None, own, name, 1e-5)),
         "norm without gain": ("norm_quantize", (x, None, shared, name, 1e-5, 0.0, False, True)),
         "rope": ("rope_quantize", (heads, angle, angle, None, name, False)),
         "rope H": ("rope_quantize", (heads, angle, angle, shared, name, True)),
+        "rope T per head": ("rope_quantize", (heads, angle, angle, headed, name, False)),
         "rope one batch": ("rope_quantize", (heads, angle[:1], angle[:1], shared, name, True)),
     }
     for case, (op, args) in cases.items():
         report.check(f"{case} {name} {dtype} block {block}", lambda op=op, args=args: _same_op(op, args))
+    report.check(f"rope {dtype} block {block}", lambda: _same_rope(heads, angle))
+    report.check(f"T per head {dtype} block {block}", lambda: _same_product(wide, headed))
+
+
+def _same_rope(x: Tensor, angle: Tensor) -> str | None:
+    wanted, got = rope(x, angle, angle), ops.rope(_to_cuda(x), angle.cuda(), angle.cuda()).cpu()
+    near = torch.allclose(got, wanted, rtol=1e-6, atol=1e-6) if x.dtype == torch.float32 else torch.equal(got, wanted)
+    return None if near else f"{int((got != wanted).sum())} of {x.numel()} differ"
+
+
+def _same_product(x: Tensor, matrix: Tensor) -> str | None:
+    """A product against one in float64: off by no more than two roundings of the dtype."""
+    wanted = block_transform(x.double(), matrix.double())
+    got = ops.block_transform(_to_cuda(x), matrix.cuda()).cpu()
+    error = ((got.double() - wanted).abs().max() / wanted.abs().max()).item()
+    return None if error < 2 * torch.finfo(x.dtype).eps + 1e-6 else f"off by {error:.1e} of the largest"
 
 
 def _same_op(op: str, args: tuple) -> str | None:
@@ -221,8 +250,13 @@ def _same_op(op: str, args: tuple) -> str | None:
     fmt = next(parse(a) for a in args if isinstance(a, str))
     # Products and sums in 16 bits round alike everywhere. Sums of other lengths and `exp` differ in the last place of
     # float32, which flips a result in 16 bits now and then and with it, on a fine grid, a code.
-    exact = op == "rope_quantize" and args[3] is None and wanted.dtype != torch.float32
-    return _near(getattr(ops, op)(*on_cuda).cpu(), wanted, fmt, 0.0 if exact else 0.02)
+    flips, slack = 0.02, 0.0
+    if op == "rope_quantize" and args[3] is None and wanted.dtype != torch.float32:
+        flips = 0.0
+    if op == "norm_quantize" and args[2] is not None and args[2].dim() == 3:
+        # The norm meets the product in float32; the definition rounds it twice before.
+        flips, slack = 0.08, torch.finfo(wanted.dtype).eps
+    return _near(getattr(ops, op)(*on_cuda).cpu(), wanted, fmt, flips, slack)
 
 
 def check_compiled(report: Report) -> None:
@@ -319,75 +353,15 @@ def run_checks(quick: bool) -> Report:
     return total
 
 
-def sweep() -> list[dict[str, object]]:
-    """Launch parameters of the two kernels that everything else builds on."""
-    from mxfx.ops.kernels import norm_triton, quantize_triton, transform_triton
-
-    x = torch.randn(8192, 8192, device="cuda").to(torch.bfloat16)
-    matrices = {b: hadamard_matrix(b, torch.float32, x.device) for b in (32, 64, 128)}
-    rows: list[dict[str, object]] = []
-    for tile, warps in ((2048, 2), (2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 4), (16384, 8)):
-        quantize_triton.TILE_ELEMENTS, quantize_triton.WARPS = tile, warps
-        quantize_triton._launch.cache_clear()
-        row: dict[str, object] = {"kernel": "quantize", "tile": tile, "warps/ept": warps, "stages": 0}
-        for column, text in (("a", "mxint4@32"), ("b", "mxint4@32/mse"), ("c", "mxfp8_e4m3@32/mse")):
-            row[column] = _time(lambda text=text: ops.fake_quantize(x, text, -1))
-        rows.append(row)
-    transforms = (
-        (4096, 32, 1),
-        (4096, 32, 2),
-        (4096, 32, 3),
-        (4096, 16, 2),
-        (8192, 32, 2),
-        (8192, 64, 2),
-        (2048, 16, 2),
-    )
-    for tile, each, stages in transforms:
-        transform_triton.TILE_ELEMENTS, transform_triton.ELEMENTS_PER_THREAD = tile, each
-        transform_triton.STAGES = stages
-        transform_triton._launch.cache_clear()
-        row = {"kernel": "H+mse", "tile": tile, "warps/ept": each, "stages": stages}
-        for column, block in (("a", 32), ("b", 64), ("c", 128)):
-            call = lambda b=block: ops.transform_quantize(x, matrices[b], f"mxint4@{b}/mse", True)  # noqa: E731
-            row[column] = _time(call)
-        rows.append(row)
-    short, weight = x.view(-1, 2048), torch.rand(2048, device="cuda").to(torch.bfloat16)
-    for each, stages in ((8, 2), (16, 1), (16, 2), (16, 3), (32, 2)):
-        norm_triton.ELEMENTS_PER_THREAD, norm_triton.STAGES = each, stages
-        norm_triton._launch.cache_clear()
-        row = {"kernel": "norm", "tile": 2048, "warps/ept": each, "stages": stages}
-        for column, matrix in (("a", None), ("b", matrices[32]), ("c", matrices[128])):
-            call = lambda m=matrix: ops.norm_quantize(  # noqa: E731
-                short, weight, m, "mxint4@32/mse", 1e-5, hadamard=m is not None
-            )
-            row[column] = _time(call)
-        rows.append(row)
-    return rows
-
-
-def _time(call: Callable[[], object]) -> object:
-    try:
-        return round(kernel_ms(call) * 1e3, 1)
-    except Exception as error:
-        return type(error).__name__
-
-
 def main() -> None:
-    arguments = options("Bit-equality and speed of the kernels on a GPU")
+    arguments = options("Do the Triton kernels give the CPU's bits?")
     require_cuda()
     start = time.perf_counter()
     report = run_checks(arguments.quick)
     report.print()
-    print(f"after {time.perf_counter() - start:.0f} s", flush=True)
-    x = torch.randn(kernels.SIZE, kernels.SIZE, device="cuda").to(torch.bfloat16)
-    print(table(kernels.launches()), flush=True)
-    rows = kernels.measure(kernels.quantizers(x, arguments.quick)) + kernels.measure(kernels.fused(x))
-    rows += kernels.measure(kernels.others(x, arguments.quick))
-    finish(rows, arguments.json)
-    if not arguments.quick:
-        print("launch parameters, µs (a, b, c: mxint4, its mse, e4m3's mse; blocks 32, 64, 128; no, H32, H128)")
-        print(table(sweep()))
-    print(f"{report.done} checks, {len(report.failures)} failures, {time.perf_counter() - start:.0f} s")
+    print(f"{time.perf_counter() - start:.0f} s")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"checks": report.done, "failures": report.failures}, indent=1) + "\n")
     sys.exit(1 if report.failures else 0)
 
 

@@ -17,8 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 import mxfx.ops.kernels  # noqa: F401  (registers the ops)
 from mxfx.algorithms.hadamard import hadamard_matrix
