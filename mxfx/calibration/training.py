@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,13 +32,12 @@ def rounded_weight(weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
 
 
 def trainable(
-    program: Program, weights: Mapping[str, Format], device: torch.device, transforms: Collection[str] = ()
+    program: Program, weights: Mapping[str, Format], device: torch.device
 ) -> tuple[fx.GraphModule, dict[str, nn.Parameter]]:
     """The program as it is emitted for ``device``, but differentiable, and its float32 parameters by weight name.
 
     Each weight in ``weights`` is rounded onto its format in every forward pass; its parameter is what stands behind the
-    rounding. ``transforms`` name matrices that are parameters too. All other weights are constants. Activations are of
-    the dtype that the model runs in.
+    rounding. All other weights are constants. Activations are of the dtype that the model runs in.
     """
     # Gradients underflow in float16.
     copy = program.twin(torch.float32) if program.dtype == torch.float16 else program.copy()
@@ -60,7 +59,7 @@ def trainable(
     copy.graph.eliminate_dead_code()
     copy.facts = copy.facts | {"lowered"}
     module = build(copy).to(device)
-    return module, {name: _parameter(module, copy, name, device) for name in (*weights, *transforms)}
+    return module, {name: _parameter(module, copy, name, device) for name in weights}
 
 
 def _parameter(module: fx.GraphModule, program: Program, name: str, device: torch.device) -> nn.Parameter:
@@ -70,9 +69,7 @@ def _parameter(module: fx.GraphModule, program: Program, name: str, device: torc
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     for alias in {program.weights.canonical(name), *program.weights.tied_to(name)} & read:
         path, _, leaf = alias.rpartition(".")
-        owner = module.get_submodule(path)
-        owner._buffers.pop(leaf, None)
-        setattr(owner, leaf, parameter)
+        setattr(module.get_submodule(path), leaf, parameter)
     return parameter
 
 
