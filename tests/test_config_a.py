@@ -1,4 +1,4 @@
-"""Configuration A of the tutorial agrees with an independent reference: the same formulas as hooks on plain modules."""
+"""Configurations A and C agree with an independent reference: the tutorial's formulas as hooks on plain modules."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mxfx.compat import load_quant_config, quantize_module_transform_pass
 from mxfx.formats import parse
 from mxfx.graph.tiny import tiny
+from mxfx.graph.trace import trace
+from mxfx.passes import Annotate, InsertFakeQuant, OnlineRotation, QuantizeKvCache, Rule
+from mxfx.pipeline import Pipeline
+from mxfx.pipeline.manager import PassManager
+from mxfx.rewrite import Pass, Selector
+from mxfx.runtime.causal_lm import emit
 from mxfx.runtime.evaluate import EvalResult, evaluate
 from tests.programs import padded_batch
-from tests.reference.mase_hooks import apply_config_a, mxint
+from tests.reference.mase_hooks import apply_config_a, hadamard, mxint, quantize_activations
 
 CONFIG_A = Path(__file__).parents[1] / "passes_configs" / "tutorial_a_rtn.toml"
 #: Families whose modules have the names that the tutorial selects.
@@ -49,6 +55,37 @@ def assert_same_bits(family: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_emitted_model_has_the_bits_of_the_reference(family: str) -> None:
     assert_same_bits(family, torch.bfloat16)
+
+
+@pytest.mark.parametrize("rotated", [("up_proj", "gate_proj"), ("q_proj", "k_proj", "v_proj"), ("o_proj", "kv_cache")])
+def test_rotating_and_rotating_back_is_that_of_the_reference(rotated: tuple[str, ...]) -> None:
+    """Config C with winners given; up to the order in which a rotation adds, so in float64."""
+    ids = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
+    form = parse("mxint4@32/ceil")
+    rules = (
+        Rule(Selector(r"model\.layers\.\d+\..*_proj"), input=form),
+        Rule(Selector(r"model\.layers\.\d+\.self_attn"), kv=form),
+    )
+    linears = "|".join(site for site in rotated if site != "kv_cache") or "none"
+    passes: list[Pass] = [Annotate(rules), OnlineRotation(select=Selector(rf".*\.({linears})"))]
+    if "kv_cache" in rotated:
+        passes.append(OnlineRotation(sites=("kv_cache",)))
+    model = tiny("llama-tiny", dtype=torch.float64)
+    pipeline = Pipeline([*passes, InsertFakeQuant(), QuantizeKvCache()]).completed()
+    emitted = emit(PassManager().run(trace(model), pipeline).program)
+    reference = quantize_activations(tiny("llama-tiny", dtype=torch.float64), rotated)
+    with torch.no_grad():
+        expected, actual = reference(input_ids=ids).logits, emitted(ids)
+    # A sum in another order may fall on the other side of a tie in a few places.
+    close = (actual - expected).abs() <= 1e-6 * expected.abs().max()
+    assert close.double().mean() > 0.9
+
+
+@pytest.mark.parametrize("order", [16, 12, 20, 28, 36, 576, 1536])
+def test_the_reference_s_own_rotation_is_orthonormal(order: int) -> None:
+    h = hadamard(order)
+    torch.testing.assert_close(h @ h.mT, torch.eye(order, dtype=h.dtype))
+    torch.testing.assert_close(h.abs(), torch.full_like(h, order**-0.5))
 
 
 @pytest.mark.thorough

@@ -69,6 +69,11 @@ def test_candidates_are_the_step_that_saturates_nothing_and_the_two_below() -> N
 
 def test_published_relative_error_on_gaussian_blocks() -> None:
     x = torch.randn(20000, 32, generator=torch.Generator().manual_seed(0))
-    for text, published in [("mxint4@32", 0.01749), ("mxint4@32/mse", 0.01314), ("mxfp4_e2m1@32", 0.0133), ("mxfp4_e2m1@32/mse", 0.01245)]:
+    for text, published in [
+        ("mxint4@32", 0.01749),
+        ("mxint4@32/mse", 0.01314),
+        ("mxfp4_e2m1@32", 0.0133),
+        ("mxfp4_e2m1@32/mse", 0.01245),
+    ]:
         error = (parse(text).fake_quantize(x) - x).square().mean() / x.square().mean()
         assert error.item() == pytest.approx(published, rel=0.01)
