@@ -16,13 +16,20 @@ from mxfx.algorithms.hadamard import hadamard_matrix, has_hadamard
 from mxfx.calibration.decisions import load_decisions, store_decisions
 from mxfx.calibration.keys import Cone, digest, environment, token_key
 from mxfx.calibration.moments import block_moments, samples
+from mxfx.calibration.training import divergence
 from mxfx.formats import Format
+from mxfx.graph.module import build
 from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
+from mxfx.passes.insert_fake_quant import InsertFakeQuant
+from mxfx.passes.quantize_kv_cache import QuantizeKvCache
+from mxfx.passes.round_weights import RoundWeights
 from mxfx.passes.transform_inputs import Site, insert, orthogonal, sites, weight_moments
-from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
+from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, apply, find_pass, register
 
 _NONE = "none"
+#: Held-out tokens of the closing check.
+_CHECK_TOKENS = 4096
 
 
 @register
@@ -43,8 +50,10 @@ class TransformSearch(Pass):
     of the calibration samples; all are scored on about ``rows`` tokens of the others:
     Σ‖ŷ − y‖² / Σ‖y‖² of about ``outputs`` output channels of the linears that share the input, rounded to nearest. One
     run through the model for statistics and one for the held-out rows, no perplexity passes; cost grows with the number
-    of layers. Decisions are readable JSON in the record, kept in ``cache_path`` (or the run's cache) under a key of
-    program, tokens and options.
+    of layers. Errors of single layers need not add up: at the end the whole model, quantized, is compared with the
+    float one on held-out tokens (mean KL), once with each input's own choice and once with the one candidate that
+    is best on average; the better of the two is kept. Decisions are readable JSON in the record, kept in ``cache_path``
+    (or the run's cache) under a key of program, tokens and options.
     """
 
     name: ClassVar[str] = "transform-search"
@@ -83,9 +92,9 @@ class TransformSearch(Pass):
         if decisions is None:
             decisions = self._decide(rw.program, found, moments, ctx, test)
             store_decisions(file, key, decisions)
-        rw.record.details.update(decisions)
-        for site in found:
-            self._insert(rw, site, decisions[site.name], moments[site.source])  # type: ignore[arg-type]
+        rw.record.details.update({name: decisions[name] for name in ("sites", "check")})
+        chosen = {name: decision["chosen"] for name, decision in decisions["sites"].items()}  # type: ignore[attr-defined]
+        self._insert_all(rw, found, chosen, moments)
 
     def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Samples to fit on and samples to score on; a single sample is cut in two."""
@@ -107,7 +116,7 @@ class TransformSearch(Pass):
         held = Context(seed=ctx.seed, device=ctx.device, tokens=lambda: tokens, progress=ctx.progress)
         keep: dict[fx.Node, Callable[[Tensor], Tensor]] = {s.source: lambda x: x for s in found}
         seen = samples(program, keep, held, self.rows, "transform-search")
-        decisions: dict[str, object] = {}
+        decisions: dict[str, dict] = {}
         for site in ctx.progress(found, "transform search", len(found)):
             x = seen.pop(site.source)
             scorer = partial(_error, program, site, x.float().to(ctx.device), self.outputs)
@@ -126,7 +135,38 @@ class TransformSearch(Pass):
                 "linears": [path_of(n) for n in site.linears],
                 "multiplications_per_token": _cost(chosen, site.width),
             }
-        return decisions
+        return {"sites": decisions, "check": self._check(program, found, decisions, moments, held)}
+
+    def _check(
+        self,
+        program: Program,
+        found: list[Site],
+        decisions: dict[str, dict],
+        moments: dict[fx.Node, Tensor],
+        ctx: Context,
+    ) -> dict[str, object]:
+        """Whether choices by site beat one for all, on the whole model; if not, ``decisions`` take that one."""
+        by_site = {name: decision["chosen"] for name, decision in decisions.items()}
+        everywhere = [c for c in self.candidates if all(c in decision["errors"] for decision in decisions.values())]
+        if not everywhere or len(set(by_site.values())) == 1:
+            return {"kept": "by site", "kl": {}}
+        mean = {c: sum(decision["errors"][c] for decision in decisions.values()) for c in everywhere}
+        best = min(mean, key=mean.__getitem__)
+        choices = {"by site": by_site, f"{best} everywhere": dict.fromkeys(by_site, best)}
+        ids = ctx.tokens()
+        ids = ids[: max(1, _CHECK_TOKENS // ids.shape[1])]
+        expected = _logits(program, ids, ctx)
+        kl = {}
+        for name, chosen in choices.items():
+            rw = Rewriter(program.copy(), self.name)
+            self._insert_all(rw, [Site(*_counterpart(rw.program, s)) for s in found], chosen, moments, found)
+            for pass_ in (RoundWeights(), InsertFakeQuant(), QuantizeKvCache()):
+                pass_.run(rw, ctx)
+            kl[name] = float(divergence(_logits(rw.program, ids, ctx), expected))
+        kept = min(kl, key=kl.__getitem__)
+        for name, decision in decisions.items():
+            decision["chosen"] = choices[kept][name]
+        return {"kept": kept, "kl": kl, "tokens": ids.numel()}
 
     def _make(self, candidate: str, program: Program, site: Site, moments: Tensor) -> BlockTransform | str | None:
         """The transform of a candidate at a site, None for no transform, or why there is none."""
@@ -150,15 +190,24 @@ class TransformSearch(Pass):
             blocks / scale[:, :, None], blocks.mT * scale[:, None, :], plain.condition, plain.fell_back
         )
 
-    def _insert(self, rw: Rewriter, site: Site, decision: dict[str, object], moments: Tensor) -> None:
-        chosen = str(decision["chosen"])
-        made = self._make(chosen, rw.program, site, moments)
-        if made is None:
-            rw.skip(site.linears[0], "no transform is best here")
-        elif isinstance(made, str):
-            raise ValueError(f"transform-search: {site.name}: {chosen} was decided, but {made}")
-        elif rw.match(site.linears[0], note=f"{chosen}; {len(site.linears)} linears"):
-            insert(rw, site, made, plain=chosen.startswith("hadamard"))
+    def _insert_all(
+        self,
+        rw: Rewriter,
+        found: list[Site],
+        chosen: dict[str, str],
+        moments: dict[fx.Node, Tensor],
+        originals: list[Site] | None = None,
+    ) -> None:
+        """Insert each site's choice; ``originals`` are the sites of ``moments``, where ``found`` are copies."""
+        for site, original in zip(found, originals or found, strict=True):
+            candidate = chosen[site.name]
+            made = self._make(candidate, rw.program, site, moments[original.source])
+            if made is None:
+                rw.skip(site.linears[0], "no transform is best here")
+            elif isinstance(made, str):
+                raise ValueError(f"transform-search: {site.name}: {candidate} was decided, but {made}")
+            elif rw.match(site.linears[0], note=f"{candidate}; {len(site.linears)} linears"):
+                insert(rw, site, made, plain=candidate.startswith("hadamard"))
 
     def _key(self, program: Program, found: list[Site], ctx: Context) -> str:
         data = {
@@ -184,6 +233,18 @@ def _parse(candidate: str) -> tuple[str, int]:
         f"transform-search: unknown candidate {candidate!r}; "
         "expected none, hadamard-full, hadamard-B, wush-B or scaled-B"
     )
+
+
+def _counterpart(copy: Program, site: Site) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    """A site's nodes in a copy of its program: they have the same names."""
+    named = {node.name: node for node in copy.graph.nodes}
+    return named[site.source.name], tuple(named[linear.name] for linear in site.linears)
+
+
+@torch.no_grad()
+def _logits(program: Program, ids: Tensor, ctx: Context) -> Tensor:
+    module = build(apply(find_pass("lower")(), program, ctx).program).to(ctx.device)
+    return torch.cat([module(one.to(ctx.device)) for one in ids.split(1)])
 
 
 def _narrow(moments: Tensor, block: int) -> Tensor:

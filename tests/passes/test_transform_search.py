@@ -27,10 +27,15 @@ def annotated(raised):
 )
 def test_the_choice_has_the_smallest_error_and_the_function_stays(family, annotated, preserved):
     _, record = preserved(TransformSearch(candidates=CANDIDATES), annotated(family))
-    assert len(record.details) == 2 * 4
-    for decision in record.details.values():
+    decisions, check = record.details["sites"], record.details["check"]
+    assert len(decisions) == 2 * 4
+    assert check["kept"] == min(check["kl"], key=check["kl"].get)
+    for decision in decisions.values():
         assert set(decision["errors"]) == set(CANDIDATES)
-        assert decision["errors"][decision["chosen"]] == min(decision["errors"].values())
+        if check["kept"] == "by site":
+            assert decision["errors"][decision["chosen"]] == min(decision["errors"].values())
+        else:
+            assert check["kept"] == f"{decision['chosen']} everywhere"
     json.dumps(record.details)
 
 
@@ -43,7 +48,7 @@ def test_every_candidate_preserves_the_function(candidate, annotated, preserved)
 
 def test_candidates_that_do_not_fit_are_listed_with_the_reason(annotated, preserved):
     _, record = preserved(TransformSearch(candidates=("none", "hadamard-64")), annotated("llama-tiny"))
-    assert "96 channels" in record.details["model.layers.0.mlp.down_proj"]["skipped"]["hadamard-64"]
+    assert "96 channels" in record.details["sites"]["model.layers.0.mlp.down_proj"]["skipped"]["hadamard-64"]
 
 
 def test_an_unknown_candidate_is_refused_at_once():
