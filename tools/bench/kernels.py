@@ -23,7 +23,7 @@ from torch import Tensor
 import mxfx.ops.kernels  # noqa: F401  (registers the ops)
 from mxfx.algorithms.hadamard import hadamard_matrix
 from mxfx.formats import parse
-from tools.bench.measuring import arguments_of, finish, host_us, kernel_ms, require_cuda, table
+from tools.bench.measuring import arguments_of, host_us, kernel_ms, machine, require_cuda, table, write
 
 SIZE = 8192
 ELEMENTS = ("mxint4", "mxint8", "mxfp4_e2m1", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2")
@@ -217,16 +217,20 @@ def main() -> None:
         plot(found["sizes"], found["machine"]["device"], arguments.plot or arguments.plot_from.with_suffix(".png"))
         return
     require_cuda()
+    print("  ".join(f"{k}={v}" for k, v in machine().items()))
     x = torch.randn(SIZE, SIZE, device="cuda").to(torch.bfloat16)
-    found = {"rows": [], "launches": launches(), "sizes": []}
+    found: dict[str, list[dict[str, object]]] = {"rows": [], "launches": launches(), "sizes": []}
     print(table(found["launches"]), flush=True)
-    for cases in (quantizers(x, arguments.quick), fused(x), others(x, arguments.quick), peers(x, arguments.quick)):
-        found["rows"] += measure(cases)
     if arguments.plot is not None:
         found["sizes"] = over_sizes(arguments.quick)
         if find_spec("matplotlib"):
             plot(found["sizes"], torch.cuda.get_device_name(), arguments.plot)
-    finish(found["rows"], arguments.json, launches=found["launches"], sizes=found["sizes"])
+    for cases in (quantizers(x, arguments.quick), fused(x), others(x, arguments.quick), peers(x, arguments.quick)):
+        rows = measure(cases)
+        print(table(rows), flush=True)
+        found["rows"] += rows
+        # After every part: a run that is cut short has kept what it found.
+        write(found, arguments.json)
 
 
 if __name__ == "__main__":

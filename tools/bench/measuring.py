@@ -7,7 +7,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -109,13 +109,17 @@ def table(rows: list[dict[str, object]]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
-def finish(rows: list[dict[str, object]], target: Path | None, **more: object) -> None:
-    """Print the machine and the table; write JSON where asked, `more` beside the rows."""
-    about = machine()
-    print("  ".join(f"{k}={v}" for k, v in about.items()))
+def finish(rows: list[dict[str, object]], target: Path | None) -> None:
+    """Print the machine and the table; write JSON where asked."""
+    print("  ".join(f"{k}={v}" for k, v in machine().items()))
     print(table(rows))
+    write({"rows": rows}, target)
+
+
+def write(found: Mapping[str, object], target: Path | None) -> None:
+    """`found`, with the machine, as JSON where asked."""
     if target is not None:
-        target.write_text(json.dumps({"machine": about, "rows": rows, **more}, indent=1) + "\n")
+        target.write_text(json.dumps({"machine": machine(), **found}, indent=1) + "\n")
 
 
 def _cell(value: object) -> str:

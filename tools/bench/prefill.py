@@ -1,30 +1,36 @@
 """What simulated quantization costs a prefill: Llama-3.2-1B's shape, random weights, bfloat16, 8 × 2048 tokens.
 
-    python tools/bench/prefill.py [--json FILE] [--quick] [--rehearse]
+    python tools/bench/prefill.py [--json FILE] [--quick] [--compiled] [--layers N] [--rehearse]
 
-Rows: the Hugging Face model in eager mode; the emitted float graph; W4A4KV4 as the tutorial's config A (no
-transforms) and with transforms everywhere (config D's graph: a matrix per block of every linear's input, rotated
-queries and keys). Each eager, as a CUDA graph and through `torch.compile`, in milliseconds and as multiples of the
-eager Hugging Face model. Weights are random, so only time means anything here.
+Rows: the Hugging Face model in eager mode; W4A4KV4 as the tutorial's config A (no transforms) and as config D's graph
+(`passes_configs/best_w4a4kv4.toml`: a matrix for every block of every linear's input, one a head for queries and keys);
+the emitted float graph; A with the `mse` rule. Each eager and as a CUDA graph; with `--compiled` only A and D, through
+`torch.compile`. In milliseconds and as multiples of the eager Hugging Face model. Weights and transforms are random,
+and no weight is rounded, so only time means anything here.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+from torch import fx
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mxfx.ops.kernels  # noqa: F401  (registers kernels and fused ops)
 from mxfx.formats import parse
 from mxfx.graph.module import build
-from mxfx.graph.node import op_name
+from mxfx.graph.node import layer_of, op_name, path_of
 from mxfx.graph.program import Program
+from mxfx.graph.regions import siblings
 from mxfx.graph.trace import trace
 from mxfx.passes.annotate import Annotate, Rule
 from mxfx.passes.fuse_activation_quant import FuseActivationQuant
 from mxfx.passes.fuse_hadamard_quant import FuseHadamardQuant
+from mxfx.passes.fuse_norm import FuseNorm
 from mxfx.passes.fuse_norm_quant import FuseNormQuant
 from mxfx.passes.fuse_rope_quant import FuseRopeQuant
 from mxfx.passes.insert_fake_quant import InsertFakeQuant
@@ -33,10 +39,8 @@ from mxfx.passes.quantize_kv_cache import QuantizeKvCache
 from mxfx.passes.raise_attention import RaiseAttention
 from mxfx.passes.raise_norm import RaiseNorm
 from mxfx.passes.raise_rope import RaiseRope
-from mxfx.passes.rotate_qk import RotateQk
-from mxfx.passes.transform_inputs import TransformInputs
-from mxfx.rewrite import Context, Pass, Selector, apply
-from tools.bench.measuring import finish, median_ms, options, require_cuda
+from mxfx.rewrite import Context, Lossy, Numerics, Pass, Rewriter, Selector, apply
+from tools.bench.measuring import arguments_of, finish, median_ms, require_cuda, table
 
 
 def llama(layers: int, device: str) -> LlamaForCausalLM:
@@ -59,6 +63,37 @@ def llama(layers: int, device: str) -> LlamaForCausalLM:
         return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
+@dataclass(frozen=True)
+class RandomTransforms(Pass):
+    """The online transforms of config D, with random matrices: at the inputs of linears, and on queries and keys."""
+
+    name: ClassVar[str] = "random-transforms"
+    numerics: ClassVar[Numerics] = Lossy()
+    block: int = 32
+
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def transformed(source: fx.Node, shape: tuple[int, ...], like: fx.Node, name: str) -> fx.Node:
+            matrix = torch.randn(*shape, self.block, self.block, generator=generator) / self.block**0.5
+            weight = rw.add_weight(f"transforms.{path_of(like)}.{name}", matrix, like, constant=True)
+            return rw.call(torch.ops.mxfx.block_transform.default, source, weight, like=like)
+
+        for source, linears in siblings(rw.program).items():
+            if layer_of(linears[0]) is not None and rw.match(linears[0]):
+                width = source.meta["val"].shape[-1]
+                new = transformed(source, (width // self.block,), linears[0], "input")
+                for linear in linears:
+                    rw.set_operand(linear, 0, new)
+        for attention in rw.program.nodes("attention"):
+            if not rw.match(attention):
+                continue
+            heads, width = (attention.args[1].meta["val"].shape[axis] for axis in (1, -1))
+            for position, name in enumerate(("query", "key")):
+                new = transformed(attention.args[position], (heads, width // self.block), attention, name)
+                rw.set_operand(attention, position, new)
+
+
 def quantizers(rule: str, *, transforms: bool) -> list[Pass]:
     """A4 on every decoder linear, KV4, and the fusions; online transforms if asked."""
     form = parse(f"mxint4@32{rule}")
@@ -66,12 +101,12 @@ def quantizers(rule: str, *, transforms: bool) -> list[Pass]:
         Rule(Selector(r"model\.layers\.\d+\..*proj"), input=form),
         Rule(Selector(r"model\.layers\.\d+\.self_attn"), kv=form),
     )
-    online: list[Pass] = [TransformInputs(signs=True), RotateQk(block=32)] if transforms else []
+    online: list[Pass] = [FuseNorm(), RandomTransforms()] if transforms else []
     fusions: list[Pass] = [FuseHadamardQuant(), FuseNormQuant(), FuseActivationQuant(), FuseRopeQuant()]
     return [*online, Annotate(rule=rules), InsertFakeQuant(), QuantizeKvCache(), *fusions]
 
 
-def emitted(program: Program, passes: list[Pass], device: str) -> torch.fx.GraphModule:
+def emitted(program: Program, passes: list[Pass], device: str) -> fx.GraphModule:
     """The program after `passes`, lowered for the device."""
     ctx = Context(device=torch.device(device))
     for one in (*passes, Lower()):
@@ -79,7 +114,7 @@ def emitted(program: Program, passes: list[Pass], device: str) -> torch.fx.Graph
     return build(program).to(device)
 
 
-def kernels_in(module: torch.fx.GraphModule) -> int:
+def kernels_in(module: fx.GraphModule) -> int:
     return sum(op_name(node).startswith("mxfx_kernels") for node in module.graph.nodes)
 
 
@@ -122,59 +157,66 @@ def _said(more: dict[str, object]) -> str:
     return ", ".join(f"{value} {key}" for key, value in more.items())
 
 
-def variants(
-    name: str, module: torch.nn.Module, ids: torch.Tensor, base: float, compiled: bool
-) -> list[dict[str, object]]:
-    """Eager, as a CUDA graph, and compiled if asked."""
+def variants(name: str, module: fx.GraphModule, ids: torch.Tensor, base: float) -> Iterator[dict[str, object]]:
+    """Eager, and as a CUDA graph."""
 
     def call() -> object:
         return module(ids)
 
-    count = kernels_in(module) if isinstance(module, torch.fx.GraphModule) else 0
-    rows = [measure(f"{name}, eager", call, base, kernels=count)]
+    yield measure(f"{name}, eager", call, base, kernels=kernels_in(module))
     if torch.cuda.is_available():
         try:
-            rows.append(measure(f"{name}, CUDA graph", captured(call), base))
+            yield measure(f"{name}, CUDA graph", captured(call), base)
         except Exception as error:
-            rows.append(_failed(f"{name}, CUDA graph", error))
-    if compiled:
-        torch._dynamo.reset()
-        function = torch.compile(module, fullgraph=True, dynamic=False)
-        start = time.perf_counter()
-        row = measure(f"{name}, compiled", lambda: function(ids), base)
-        rows.append(row | {"note": f"{row['note']} cold {time.perf_counter() - start:.0f} s with timing"})
-    torch.cuda.empty_cache()
-    return rows
+            yield _failed(f"{name}, CUDA graph", error)
+        torch.cuda.empty_cache()
+
+
+def compiled(name: str, module: fx.GraphModule, ids: torch.Tensor, base: float) -> Iterator[dict[str, object]]:
+    """Through `torch.compile` as one graph."""
+    torch._dynamo.reset()
+    function = torch.compile(module, fullgraph=True, dynamic=False)
+    start = time.perf_counter()
+    row = measure(f"{name}, compiled", lambda: function(ids), base)
+    yield row | {"note": f"{row['note']} cold {time.perf_counter() - start:.0f} s with timing"}
 
 
 @torch.no_grad()
 def main() -> None:
-    arguments = options("Prefill of the quantized graph beside the float model", rehearsal=True)
+    parser = arguments_of("Prefill of the quantized graph beside the float model")
+    parser.add_argument("--compiled", action="store_true", help="A and D through torch.compile instead")
+    parser.add_argument("--layers", type=int, default=16, help="decoder layers")
+    parser.add_argument("--rehearse", action="store_true", help="everything once, tiny, on the CPU; times say nothing")
+    arguments = parser.parse_args()
     if not arguments.rehearse:
         require_cuda()
     device = "cpu" if arguments.rehearse else "cuda"
     torch.manual_seed(0)
-    model = llama(2 if arguments.rehearse else 4 if arguments.quick else 16, device)
+    model = llama(min(arguments.layers, 2) if arguments.rehearse else arguments.layers, device)
     shape = (2, 64) if arguments.rehearse else (8, 2048)
     ids = torch.randint(0, model.config.vocab_size, shape, device=device)
     rows = [measure("Hugging Face, eager", lambda: model(ids, use_cache=False), None)]
     base = float(rows[0]["ms"])  # type: ignore[arg-type]
+    print(table(rows), flush=True)
     program = trace(model)
     for one in (RaiseNorm(), RaiseRope(), RaiseAttention()):
         program = apply(one, program).program
     jobs: dict[str, list[Pass]] = {
-        "float": [],
         "config A": quantizers("/ceil", transforms=False),
-        "A with mse": quantizers("/mse", transforms=False),
         "config D": quantizers("/mse", transforms=True),
     }
+    if not arguments.quick and not arguments.compiled:
+        jobs |= {"float": [], "A with mse": quantizers("/mse", transforms=False)}
     for name, passes in jobs.items():
         try:
             module = emitted(program, passes, device)
         except Exception as error:
             rows.append(_failed(name, error))
             continue
-        rows += variants(name, module, ids, base, compiled=not arguments.quick and name != "A with mse")
+        for row in (compiled if arguments.compiled else variants)(name, module, ids, base):
+            # At once, so that a run that is cut short has said what it found.
+            print(table([row]), flush=True)
+            rows.append(row)
         del module
     finish(rows, arguments.json)
 

@@ -3,16 +3,18 @@
     python tools/bench/tune.py [--json FILE] [--quick]
 
 Microseconds for 8192² bfloat16 with MXINT4 `mse` behind the transform (H: Hadamard by signs; T: a matrix for every
-block, in float32 or, "bf16", in x's dtype), a row for each set of parameters, and the best set for each case. What no
-case can be compiled for shows the error. Compilation runs in as many processes as there are cores.
+block, in float32 or, "bf16", in x's dtype), a row for each set of parameters, the best first. What cannot be compiled
+shows the error. Compilation runs in as many processes as there are cores.
 """
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,26 +24,27 @@ from mxfx.algorithms.hadamard import hadamard_matrix
 from tools.bench.measuring import finish, kernel_ms, options, require_cuda
 
 SIZE = 8192
+ALONE = ("quantize 32", "quantize 64", "quantize 128")
 NARROW = ("H 32", "H 64", "T 32", "T 64", "T 32 bf16", "T 64 bf16")
-WIDE = ("H 128", "T 128", "T 128 bf16", "H 128, format 32", "T 128 bf16, format 32")
-#: Cases, and the constants of `transform_triton` that differ from those in the code.
-VARIANTS: tuple[tuple[tuple[str, ...], dict[str, int | None]], ...] = (
-    (("quantize 32", "quantize 64", "quantize 128", *NARROW, *WIDE), {}),
-    (("T 32", "T 32 bf16"), {"GROUP_WIDTH": 32}),
-    (("T 32", "T 32 bf16", "T 64 bf16"), {"GROUP_WIDTH": 128}),
-    (NARROW, {"STAGES": 1}),
-    (NARROW, {"STAGES": 3}),
-    (NARROW, {"TILE_ELEMENTS": 8192}),
-    (NARROW, {"TILE_ELEMENTS": 8192, "ELEMENTS_PER_THREAD": 64}),
-    (NARROW, {"TILE_ELEMENTS": 8192, "ELEMENTS_PER_THREAD": 64, "STAGES": 1}),
-    (NARROW, {"ELEMENTS_PER_THREAD": 16}),
-    (WIDE, {"ELEMENTS_PER_THREAD": 64}),
-    (WIDE, {"ELEMENTS_PER_THREAD": 64, "REGISTERS_OF_WIDE": 168}),
-    (WIDE, {"ELEMENTS_PER_THREAD": 64, "STAGES": 1}),
-    (WIDE, {"STAGES": 1}),
-    (WIDE, {"REGISTERS_OF_WIDE": 80}),
-    (WIDE, {"STAGES": 3}),
-)
+WIDE = ("H 128", "T 128 bf16", "H 128, format 32", "T 128 bf16, format 32")
+WIDE_IN_TERMS = ("T 128", "T 128, format 32")
+#: Cases, a name in `transform_triton`, and the value that it gets, or what changes in its value.
+Variant = tuple[tuple[str, ...], str, "int | dict[str, int | None]"]
+VARIANTS: tuple[Variant, ...] = (
+    (ALONE, "NARROW", {}),
+    *((NARROW, "NARROW", change) for change in (
+        {}, {"stages": 1}, {"stages": 3}, {"elements": 8192}, {"elements": 8192, "per_thread": 64},
+        {"elements": 8192, "per_thread": 64, "stages": 1}, {"per_thread": 16},
+    )),
+    (("T 32", "T 32 bf16"), "GROUP_WIDTH", 32),
+    (("T 32", "T 32 bf16", "T 64 bf16"), "GROUP_WIDTH", 128),
+    *((WIDE, "WIDE", change) for change in (
+        {}, {"stages": 1}, {"per_thread": 64}, {"per_thread": 64, "registers": 168}, {"per_thread": 64, "stages": 1},
+    )),
+    *((WIDE_IN_TERMS, "WIDE_IN_TERMS", change) for change in (
+        {}, {"stages": 2}, {"per_thread": 64}, {"per_thread": 64, "stages": 2},
+    )),
+)  # fmt: skip
 
 
 def call_of(case: str, x: Tensor) -> Callable[[], Tensor]:
@@ -59,14 +62,13 @@ def call_of(case: str, x: Tensor) -> Callable[[], Tensor]:
     return lambda: ops.transform_quantize(x, own, fmt, False)
 
 
-def run(case: str, constants: dict[str, int | None], *, timed: bool) -> object:
-    """One case with given constants: microseconds, or nothing but its compilation; or the name of its error."""
+def run(case: str, name: str, value: int | dict[str, int | None], *, timed: bool) -> object:
+    """One case with a constant changed: microseconds, or nothing but its compilation; or the name of its error."""
     from mxfx.ops.kernels import transform_triton
 
-    before = {name: getattr(transform_triton, name) for name in constants}
+    before = getattr(transform_triton, name)
     try:
-        for name, value in constants.items():
-            setattr(transform_triton, name, value)
+        setattr(transform_triton, name, replace(before, **value) if isinstance(value, dict) else value)
         transform_triton._launch.cache_clear()
         call = call_of(case, torch.randn(SIZE, SIZE, device="cuda").to(torch.bfloat16))
         if timed:
@@ -75,32 +77,37 @@ def run(case: str, constants: dict[str, int | None], *, timed: bool) -> object:
     except Exception as error:
         return type(error).__name__
     finally:
-        for name, value in before.items():
-            setattr(transform_triton, name, value)
+        setattr(transform_triton, name, before)
         transform_triton._launch.cache_clear()
 
 
-def compile_all(variants: list[tuple[str, dict[str, int | None]]]) -> None:
+def compile_all(variants: tuple[Variant, ...] = VARIANTS) -> None:
     """Fill Triton's cache."""
     workers = max(min(os.cpu_count() or 1, 14), 1)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in [pool.submit(run, case, constants, timed=False) for case, constants in variants]:
-            future.result()
+        jobs = [pool.submit(run, case, name, value, timed=False) for cases, name, value in variants for case in cases]
+        for job in jobs:
+            job.result()
+
+
+def time_all(variants: tuple[Variant, ...] = VARIANTS) -> list[dict[str, object]]:
+    """A row a case and variant, the fastest of each case first."""
+    rows: list[dict[str, object]] = []
+    for cases, name, value in variants:
+        for case in cases:
+            rows.append({"case": case, "constant": name, "value": value, "µs": run(case, name, value, timed=True)})
+    order = list(dict.fromkeys(row["case"] for row in rows))
+    return sorted(
+        rows, key=lambda row: (order.index(row["case"]), row["µs"] if isinstance(row["µs"], float) else math.inf)
+    )
 
 
 def main() -> None:
     arguments = options("Launch parameters of the transforming kernel")
     require_cuda()
-    variants = VARIANTS[:4] if arguments.quick else VARIANTS
-    compile_all([(case, constants) for cases, constants in variants for case in cases])
-    rows: list[dict[str, object]] = []
-    for cases, constants in variants:
-        for case in cases:
-            said = ", ".join(f"{name}={value}" for name, value in constants.items())
-            rows.append({"case": case, "constants": said or "as in the code", "µs": run(case, constants, timed=True)})
-    order = list(dict.fromkeys(row["case"] for row in rows))
-    rows.sort(key=lambda row: (order.index(row["case"]), row["µs"] if isinstance(row["µs"], float) else 1e9))
-    finish(rows, arguments.json)
+    variants = VARIANTS[:3] if arguments.quick else VARIANTS
+    compile_all(variants)
+    finish(time_all(variants), arguments.json)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Importable only where `triton` is.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -24,16 +25,27 @@ from mxfx.ops.kernels.launch import KEPT_SHAPES, Launch
 from mxfx.ops.kernels.quantize_triton import row_index
 from mxfx.ops.kernels.rounding_triton import as_stored, grid_of, quantize_tile
 
-TILE_ELEMENTS = 4096
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a tile is cut: its elements, how many a thread has, how many are on their way, registers of a thread."""
+
+    elements: int
+    per_thread: int
+    stages: int
+    registers: int | None = None
+
+
+NARROW = Tiling(4096, 32, 2)
+#: From blocks of this width on, two programs fit a multiprocessor only if each is frugal: with registers, and, where
+#: the matrix has two terms, with shared memory.
+WIDTH_OF_WIDE = 128
+WIDE = Tiling(8192, 32, 2, registers=128)
+WIDE_IN_TERMS = Tiling(8192, 32, 1, registers=128)
+#: The tensor cores take this many rows at once.
 MIN_ROWS = 64
-ELEMENTS_PER_THREAD = 32
-STAGES = 2
 #: Blocks that have matrices of their own share a tile up to this width: as many bytes as a line of memory.
 GROUP_WIDTH = 64
-#: With blocks as wide as this, two programs fit a multiprocessor only if each has this many registers a thread,
-#: and, where the matrix has two terms, one tile at a time in shared memory.
-WIDE = 128
-REGISTERS_OF_WIDE = 128
 
 
 def transform_triton(
@@ -127,7 +139,8 @@ def _launch(
     padded = triton.next_power_of_2(width)
     if matrix is not None:
         padded = max(padded, 16)
-    tile = max(TILE_ELEMENTS // padded, MIN_ROWS if matrix is not None else 1)
+    tiling = NARROW if padded < WIDTH_OF_WIDE else WIDE_IN_TERMS if terms > 1 else WIDE
+    tile = max(tiling.elements // padded, MIN_ROWS if matrix is not None else 1)
     tiles, columns = triton.cdiv(rows.count, tile), heads * parts
     return Launch(
         _transform_kernel,
@@ -148,12 +161,12 @@ def _launch(
             "OWN": own,
             "TERMS": terms,
             "SIGNS": signs,
-            "STAGES": 1 if padded >= WIDE and terms > 1 else STAGES,
+            "STAGES": tiling.stages,
             "GRID": fmt and grid_of(fmt, dtype),
         },
         tasks=columns * tiles,
-        num_warps=max(1, tile * padded // (32 * ELEMENTS_PER_THREAD)),
-        maxnreg=REGISTERS_OF_WIDE if padded >= WIDE else None,
+        num_warps=max(1, tile * padded // (32 * tiling.per_thread)),
+        maxnreg=tiling.registers,
         # A product that meets its sum in one FMA would skip a rounding that the ops of RoPE make.
         enable_fp_fusion=before != "rope",
     )
