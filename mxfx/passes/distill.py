@@ -68,7 +68,7 @@ class Distill(Pass):
         targets = {weight: nodes for weight, nodes in found.items() if rw.match(nodes[0], note=str(formats[weight]))}
         taken = {weight: formats[weight] for weight in targets}
         if not targets:
-            rw.warn("distill took nothing: no selected linear has a weight format")
+            rw.warn("nothing to tune: no selected linear has a weight format")
             return
         student, parameters = trainable(rw.program, taken, ctx.device)
         teacher, _ = trainable(ctx.reference, {}, ctx.device)
@@ -78,7 +78,7 @@ class Distill(Pass):
         after = _mean_kl(student, teacher, kept, ctx)
         rw.record.details |= {"held_out_kl": {"before": before, "after": after}, "held_out_samples": len(kept)}
         if not after < before:
-            rw.warn(f"distill tuned nothing: KL on held-out samples went from {before:.4f} to {after:.4f}")
+            rw.warn(f"no weight was tuned: KL on held-out samples went from {before:.4f} to {after:.4f}")
             parameters = {}
         for weight, nodes in targets.items():
             self._round(rw, weight, nodes, parameters.get(weight))

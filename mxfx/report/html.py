@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from mxfx.report.details import decisions
 from mxfx.report.passes import lost, promise
 from mxfx.report.style import CSS
 
@@ -94,7 +95,12 @@ def _config(config: Mapping[str, Any], folder: Path) -> str:
     name = escape(config["name"])
     parts = [f'<section id="{name}"><h2>{name}</h2><p class="soft path">{escape(config["file"])}</p>']
     parts += [_pipeline(config["passes"]), _warnings(config["passes"]), _heat_maps(config["passes"])]
-    parts += [_coverage(config.get("coverage")), _regions(config["passes"], folder), "</section>"]
+    parts += [
+        _coverage(config.get("coverage")),
+        decisions(config["passes"]),
+        _regions(config["passes"], folder),
+        "</section>",
+    ]
     return "\n".join(parts)
 
 
