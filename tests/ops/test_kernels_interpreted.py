@@ -36,7 +36,7 @@ else:
     from mxfx.algorithms.hadamard import hadamard_matrix
     from mxfx.formats import parse
     from mxfx.ops import block_transform, fused, rope
-    from mxfx.ops.kernels import cuda
+    from mxfx.ops.kernels import cuda, launch
     from mxfx.ops.kernels.quantize_triton import fake_quantize_triton
     from mxfx.ops.kernels.transform_triton import transform_triton
 
@@ -125,11 +125,28 @@ else:
             assert got.is_contiguous()
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4 if text is None else 0.2)
 
-    def test_matrices_side_by_side_in_one_tile():
-        """Four of 16 fill a tile; three of 32 do not divide into tiles of two."""
-        for blocks, block in ((8, 16), (3, 32), (2, 20)):
-            x, own = torch.randn(5, 7, blocks * block), torch.randn(blocks, block, block)
-            torch.testing.assert_close(transform_triton(x, own), block_transform(x, own), rtol=1e-5, atol=1e-4)
+    def test_a_block_that_is_not_finite_leaves_its_neighbours_alone():
+        x, cos = torch.randn(2, 4, 5, 64), torch.randn(2, 5, 64)
+        for value in (float("nan"), float("inf")):
+            x[0, 1, 2, 3] = value
+            for shape in ((2, 32, 32), (4, 16, 16), (2, 2, 32, 32), (32, 32)):
+                matrix = torch.randn(shape) / 5
+                got, wanted = transform_triton(x, matrix), block_transform(x, matrix)
+                assert torch.equal(got.isfinite(), wanted.isfinite())
+                finite = wanted.isfinite()
+                torch.testing.assert_close(got[finite], wanted[finite], rtol=1e-5, atol=1e-4)
+                text = f"mxint8@{shape[-1]}"
+                got = cuda.rope_quantize(x, cos, cos, matrix, text)
+                assert torch.equal(got.isnan(), fused.rope_quantize(x, cos, cos, matrix, text).isnan())
+
+    def test_a_launch_compiles_once_for_every_dtype(monkeypatch):
+        """A kernel compiled for one dtype would read another's memory as if it were its own."""
+        prepared = []
+        monkeypatch.setattr(launch.Launch, "_prepare", lambda self, tensors: prepared.append(tensors) or print)
+        bound = launch.Launch(None, lambda at_a_time: 1, (), {})
+        for dtype in (torch.float32, torch.bfloat16, torch.float32):
+            bound(torch.zeros(4, dtype=dtype), torch.zeros(4))
+        assert [tensors[0].dtype for tensors in prepared] == [torch.float32, torch.bfloat16]
 
     @pytest.mark.parametrize(("width", "matrix"), [(64, (32, 32)), (64, (64, 64)), (64, None), (128, (64, 64))])
     def test_rope_rounds_like_its_definition(width, matrix):

@@ -51,7 +51,7 @@ class Launch:
         self._tasks = tasks
         self._options = options
         self._compiles = isinstance(kernel, triton.JITFunction)  # else it is the interpreter's
-        self._runners: dict[tuple[bool, ...], Callable] = {}
+        self._runners: dict[tuple, Callable] = {}
 
     def __call__(self, *tensors: Tensor) -> None:
         device = tensors[0].get_device()  # -1: the interpreter's
@@ -64,11 +64,14 @@ class Launch:
 
     def _run(self, tensors: tuple[Tensor, ...]) -> None:
         pointers = [tensor.data_ptr() for tensor in tensors]
-        # Whether pointers allow 16-byte loads is compiled in.
-        aligned = tuple([pointer % _ALIGNMENT == 0 for pointer in pointers])
-        runner = self._runners.get(aligned)
+        # What pointers point to, and whether they allow 16-byte loads, is compiled in.
+        kinds = (
+            *[pointer % _ALIGNMENT == 0 for pointer in pointers],
+            *[tensor.dtype for tensor in tensors],
+        )
+        runner = self._runners.get(kinds)
         if runner is None:
-            runner = self._runners[aligned] = self._prepare(tensors)
+            runner = self._runners[kinds] = self._prepare(tensors)
         # Of a tensor the launcher would ask the driver whether its memory is the device's.
         runner(*(pointers if self._compiles else tensors))
 

@@ -178,7 +178,7 @@ def _norm_kernel(
     column = tl.arange(0, TILE)[:, None] * B + lane[None, :]
     inside = (lane < B)[None, :] & (column < length)
     if TERMS > 0:
-        high, low = load_matrix(matrix_ptr, None, B, B, PADDED, False, SIGNS, TERMS, narrow)
+        high, low = load_matrix(matrix_ptr, None, B, PADDED, SIGNS, TERMS, narrow)
     if GAIN:
         gain = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
         if GAIN_FIRST:

@@ -1,10 +1,10 @@
 """Block transform with what comes before it (SiLU·up, RoPE, RMSNorm) and `fake_quantize` behind it, in one pass.
 
-A tile is (rows, width): rows of one column, which is one block or, where blocks have matrices of their own, several
-narrow ones side by side under a block-diagonal matrix. The product is taken on the tensor cores with float32
-accumulation and is exact or nearly: a Hadamard matrix is used by its signs and scaled after; a matrix of x's own
-16-bit dtype is used as it is; to a wider one bfloat16 `x` is multiplied as to a sum of two bfloat16 terms (relative
-error 2^-17 of each entry, far under the 2^-9 of the result); all else takes three tf32 terms.
+A tile is (rows, width): rows of one column, which is one block, or several where nothing is multiplied; side by side
+under a block-diagonal matrix, NaN or infinity in one would reach the others. The product is taken on the tensor
+cores with float32 accumulation and is exact or nearly: a Hadamard matrix is used by its signs and scaled after; a
+matrix of x's own 16-bit dtype is used as it is; to a wider one bfloat16 `x` is multiplied as to a sum of two bfloat16
+terms (relative error 2^-17 of each entry, far under the 2^-9 of the result); all else takes three tf32 terms.
 
 Importable only where `triton` is.
 """
@@ -36,15 +36,25 @@ class Tiling:
     registers: int | None = None
 
 
-NARROW = Tiling(4096, 32, 2)
-#: From blocks of this width on, two programs fit a multiprocessor only if each is frugal: with registers, and, where
-#: the matrix has two terms, with shared memory.
-WIDTH_OF_WIDE = 128
-WIDE = Tiling(8192, 32, 2, registers=128)
-WIDE_IN_TERMS = Tiling(8192, 32, 1, registers=128)
+#: By what a block is multiplied by (nothing, signs, a matrix in one term, in two) and its width, 128 and above as 128.
+#: Two wide programs fit a multiprocessor only if each is frugal with registers.
+TILINGS = {
+    ("none", 32): Tiling(4096, 32, 2),
+    ("none", 64): Tiling(4096, 32, 2),
+    ("none", 128): Tiling(8192, 32, 2),
+    ("signs", 32): Tiling(4096, 32, 2),
+    ("signs", 64): Tiling(4096, 32, 1),
+    ("signs", 128): Tiling(8192, 64, 1, registers=128),
+    ("one term", 32): Tiling(4096, 32, 2),
+    ("one term", 64): Tiling(4096, 32, 2),
+    ("one term", 128): Tiling(8192, 64, 1, registers=128),
+    ("two terms", 32): Tiling(4096, 32, 3),
+    ("two terms", 64): Tiling(4096, 32, 3),
+    ("two terms", 128): Tiling(8192, 64, 2, registers=128),
+}
 #: The tensor cores take this many rows at once.
 MIN_ROWS = 64
-#: Blocks that have matrices of their own share a tile up to this width: as many bytes as a line of memory.
+#: Blocks that nothing multiplies share a tile up to this width: as many bytes as a line of memory.
 GROUP_WIDTH = 64
 
 
@@ -131,7 +141,7 @@ def _launch(
     else:
         rows = as_rows(shape, stride)
     parts = length // block
-    side_by_side = _side_by_side(parts, block) if own or before == "rope" else 1
+    side_by_side = _side_by_side(parts, block) if matrix is None and before == "rope" else 1
     parts //= side_by_side
     if not own and before != "rope" and rows.flat:
         rows, parts = Rows(block, rows.count * parts, (1, 1, rows.count * parts), (0, 0, block)), 1
@@ -139,7 +149,8 @@ def _launch(
     padded = triton.next_power_of_2(width)
     if matrix is not None:
         padded = max(padded, 16)
-    tiling = NARROW if padded < WIDTH_OF_WIDE else WIDE_IN_TERMS if terms > 1 else WIDE
+    factor = "none" if matrix is None else "signs" if signs else "one term" if terms == 1 else "two terms"
+    tiling = TILINGS[factor, min(max(padded, 32), 128)]
     tile = max(tiling.elements // padded, MIN_ROWS if matrix is not None else 1)
     tiles, columns = triton.cdiv(rows.count, tile), heads * parts
     return Launch(
@@ -152,7 +163,6 @@ def _launch(
             "GAIN_OFFSET": offset,
             "HEADS": heads,
             "TILE": tile,
-            "B": block,
             "WIDTH": width,
             "PADDED": padded,
             "ROW": length if before == "rope" else 0,
@@ -173,7 +183,7 @@ def _launch(
 
 
 def _side_by_side(blocks: int, block: int) -> int:
-    """How many of a row's blocks share a tile."""
+    """How many of a row's blocks share a tile where nothing multiplies them."""
     count = 1
     while block & (block - 1) == 0 and blocks % (2 * count) == 0 and 2 * count * block <= GROUP_WIDTH:
         count *= 2
@@ -185,23 +195,18 @@ def load_matrix(
     matrix_ptr,
     gain,
     B: tl.constexpr,
-    WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
-    OWN: tl.constexpr,
     SIGNS: tl.constexpr,
     TERMS: tl.constexpr,
     NARROW: tl.constexpr,
 ):
-    """Two (PADDED, PADDED) terms that `multiply` takes: matrices along the diagonal, zero elsewhere.
+    """Two (PADDED, PADDED) terms of a (B, B) matrix that `multiply` takes, zero outside it.
 
     Of a Hadamard matrix the signs; `gain` (PADDED,), float32 or None, multiplies the rows of any other.
     """
     line = tl.arange(0, PADDED)
-    inside = (line < WIDTH)[:, None] & (line // B == (line // B)[:, None])
-    entry = (line % B)[:, None] * B + line % B
-    if OWN:
-        entry += (line // B)[:, None] * B * B
-    matrix = tl.load(matrix_ptr + entry, mask=inside, other=0.0)
+    inside = (line < B)[:, None] & (line < B)[None, :]
+    matrix = tl.load(matrix_ptr + line[:, None] * B + line, mask=inside, other=0.0)
     high = matrix
     if TERMS > 1 or SIGNS:
         matrix = matrix.to(tl.float32)
@@ -268,7 +273,6 @@ def _transform_kernel(
     GAIN_OFFSET: tl.constexpr,
     HEADS: tl.constexpr,
     TILE: tl.constexpr,
-    B: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     ROW: tl.constexpr,
@@ -294,8 +298,8 @@ def _transform_kernel(
         gain = None
         if BEFORE == "norm":
             gain = tl.load(second_ptr + channel + lane, mask=lane < WIDTH, other=0.0).to(tl.float32) + GAIN_OFFSET
-        start_of_matrix = matrix_ptr + (column.to(tl.int64) * (WIDTH * B) if OWN else 0)
-        high, low = load_matrix(start_of_matrix, gain, B, WIDTH, PADDED, OWN, SIGNS, TERMS, narrow)
+        start_of_matrix = matrix_ptr + (column.to(tl.int64) * (WIDTH * WIDTH) if OWN else 0)
+        high, low = load_matrix(start_of_matrix, gain, WIDTH, PADDED, SIGNS, TERMS, narrow)
     first = tl.program_id(0) // columns
     step = tl.num_programs(0) // columns
     for turn in tl.range(0, turns, num_stages=STAGES):
