@@ -1,7 +1,7 @@
 """Fused forms: a producer, a block transform and a quantizer as one op, so that `lower` can find one kernel for it.
 
-Each is defined as the composition of the ops that it replaces. `matrix` is (b, b) or (blocks, b, b) as for
-`block_transform`, or None for no transform; `hadamard` says that its entries are all ±1/√b.
+Each is defined as the composition of the ops that it replaces. `matrix` is (b, b), (blocks, b, b) or (heads, blocks,
+b, b) as for `block_transform`, or None for no transform; `hadamard` says that its entries are all ±1/√b.
 """
 
 from __future__ import annotations

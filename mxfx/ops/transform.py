@@ -35,7 +35,8 @@ def block_transform(x: Tensor, matrix: Tensor) -> Tensor:
     heads, count = matrix.shape[:2]
     grouped = wide.unflatten(1, (heads, -1)).unflatten(-1, (count, block))  # (batch, heads, group, seq, blocks, block)
     batched = grouped.permute(1, 4, 0, 2, 3, 5)
-    moved = torch.bmm(batched.reshape(heads * count, -1, block), matrix.flatten(0, 1))
+    # Where a reshape has a size to infer, a trace counts elements, which Dynamo cannot follow.
+    moved = torch.bmm(batched.flatten(2, 4).flatten(0, 1), matrix.flatten(0, 1))
     return moved.reshape(batched.shape).permute(2, 0, 3, 4, 1, 5).reshape(x.shape).to(x.dtype)
 
 

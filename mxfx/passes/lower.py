@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -42,7 +43,8 @@ class Lower(Pass):
         %o = attend(%q, %k, %v, %b, 0.125, True)
         %z = to(%y, float32)
 
-    Roles become dtypes: ``compute`` is max(float32, model dtype); a cast that changes nothing is dropped.
+    Roles become dtypes: ``compute`` is max(float32, model dtype); a cast that changes nothing is dropped. A fused op
+    that no kernel serves is split into its parts, each of which may have one.
     """
 
     name: ClassVar[str] = "lower"
@@ -54,6 +56,7 @@ class Lower(Pass):
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         _concretize(rw.program)
+        _split_unserved(rw, ctx.device)
         inliner = Inliner(rw)
         biases: dict[tuple, fx.Node] = {}
         for node in rw.program.nodes():
@@ -92,6 +95,29 @@ def _cast(val: torch.Tensor, real: Mapping[torch.dtype, torch.dtype]) -> torch.T
         return val
     with val.fake_mode:
         return val.to(real[val.dtype])
+
+
+def _split_unserved(rw: Rewriter, device: torch.device) -> None:
+    """A producer, a transform and a quantizer instead of each fused op that has no provider."""
+    dialect = torch.ops.mxfx
+    for node in rw.program.nodes("transform_quantize", "norm_quantize", "silu_mul_quantize", "rope_quantize"):
+        if choose(kind(node), node, device) is not None:
+            continue
+        given = operands(node)
+        made = partial(rw.call, like=node, val=node.meta["val"])
+        match kind(node):
+            case "norm_quantize":
+                parts = [given[name] for name in ("x", "weight", "eps", "offset", "gain_first")]
+                value = made(dialect.rms_norm.default, *parts)
+            case "silu_mul_quantize":
+                value = made(aten.mul.Tensor, made(aten.silu.default, given["gate"]), given["up"])
+            case "rope_quantize":
+                value = made(dialect.rope.default, given["x"], given["cos"], given["sin"])
+            case _:
+                value = given["x"]
+        if given["matrix"] is not None:
+            value = made(dialect.block_transform.default, value, given["matrix"])
+        rw.replace(node, made(dialect.fake_quantize.default, value, given["format"]))
 
 
 def _lower_cast(rw: Rewriter, node: fx.Node) -> None:

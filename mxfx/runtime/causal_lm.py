@@ -12,14 +12,25 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mxfx.graph.module import build
 from mxfx.graph.program import Program
 from mxfx.passes import Lower
-from mxfx.rewrite import Context, apply
+from mxfx.passes.fuse_activation_quant import FuseActivationQuant
+from mxfx.passes.fuse_hadamard_quant import FuseHadamardQuant
+from mxfx.passes.fuse_norm_quant import FuseNormQuant
+from mxfx.passes.fuse_rope_quant import FuseRopeQuant
+from mxfx.rewrite import Context, Pass, apply
+
+#: Transforms first: each of the others takes a transform in with its quantizer.
+FUSIONS: tuple[Pass, ...] = (FuseHadamardQuant(), FuseNormQuant(), FuseActivationQuant(), FuseRopeQuant())
 
 
 def lower(program: Program, device: torch.device | str = "cpu") -> Program:
-    """The program lowered for a device's kernels; as it is if it is lowered already."""
+    """The program lowered for a device's kernels, on a GPU with quantizers fused; as it is if it is lowered already."""
     if "lowered" in program.facts:
         return program
-    return apply(Lower(), program, Context(device=torch.device(device))).program
+    ctx = Context(device=torch.device(device))
+    fusions = FUSIONS if ctx.device.type == "cuda" and program.nodes("fake_quantize") else ()
+    for one in (*fusions, Lower()):
+        program = apply(one, program, ctx).program
+    return program
 
 
 def emit(program: Program, device: torch.device | str = "cpu") -> fx.GraphModule:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from mxfx.export.artefact import load, save
+from mxfx.graph.module import build
 from mxfx.graph.program import Program
-from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm, emit, lower
+from mxfx.ops.kernels import limits
+from mxfx.passes import TransformKv
+from mxfx.rewrite import Context, apply
+from mxfx.runtime.causal_lm import FUSIONS, EmittedCausalLM, as_causal_lm, emit, lower
+from tests.passes.fusing import quantized
 from tests.programs import config_a, model, padded_batch, passed, raised
 
 
@@ -79,3 +87,70 @@ def test_a_cache_in_four_bits_changes_the_logits_of_the_prefill() -> None:
     free, four, eight = (as_causal_lm(quantized_kv(bits))(ids).logits for bits in (None, "mxint4@16", "mxint8@16"))
     assert not torch.equal(free, four)
     assert (free - eight).norm() < (free - four).norm()
+
+
+def kernels(program: Program) -> list[str]:
+    """Names of the kernels that a lowered program calls, in order."""
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    return [target.split(".")[1] for target in targets if target.startswith("mxfx_kernels.")]
+
+
+@pytest.fixture
+def triton_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "has_triton", lambda: True)
+
+
+def same_logits(a: Program, b: Program) -> bool:
+    ids, mask, _ = padded_batch()
+    with torch.no_grad():
+        return torch.equal(build(a)(ids, None, mask), build(b)(ids, None, mask))
+
+
+@pytest.mark.parametrize("transforms", [False, True])
+def test_on_a_gpu_quantizers_are_fused_with_what_they_round(transforms: bool, triton_is_there: None) -> None:
+    program = quantized(raised("llama-tiny"), Context(), transforms=transforms)
+    on_gpu = lower(program, "cuda")
+    # The norms' and the activation's quantizers; the key's; what remains are the value's and that of `o_proj`.
+    layer = ["norm_quantize", "rope_quantize", "norm_quantize", "silu_mul_quantize"]
+    assert [name for name in kernels(on_gpu) if name in layer] == 2 * layer
+    # No kernel runs on a CPU: the definitions give what a program that is lowered for it gives.
+    assert same_logits(on_gpu, lower(program))
+
+
+def test_fusing_happens_once_and_only_where_something_is_quantized(triton_is_there: None) -> None:
+    program = quantized(raised("llama-tiny"), Context(), transforms=True)
+    for one in FUSIONS:
+        program = apply(one, program).program
+    assert kernels(lower(program, "cuda")) == kernels(
+        lower(quantized(raised("llama-tiny"), Context(), transforms=True), "cuda")
+    )
+    assert not any("quantize" in name for name in kernels(lower(raised("llama-tiny"), "cuda")))
+
+
+def test_what_no_kernel_serves_is_split_again() -> None:
+    """Without Triton a fused program is lowered as if it had never been fused."""
+    program = quantized(raised("llama-tiny"), Context(), transforms=True)
+    fused = program
+    for one in FUSIONS:
+        fused = apply(one, fused).program
+    targets = [[str(n.target) for n in lower(p).graph.nodes if n.op == "call_function"] for p in (program, fused)]
+    assert sorted(targets[0]) == sorted(targets[1])
+    assert same_logits(lower(program), lower(fused))
+
+
+def test_a_saved_program_is_lowered_to_the_same_bits(tmp_path: Path, triton_is_there: None) -> None:
+    program = quantized(raised("llama-tiny"), Context(), transforms=True)
+    save(program, tmp_path / "model")
+    assert same_logits(lower(load(tmp_path / "model"), "cuda"), lower(program, "cuda"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_matrices_for_every_head_compile_as_one_graph(device: str) -> None:
+    torch._dynamo.reset()
+    ids, mask, _ = padded_batch()
+    ctx = Context(tokens=lambda: ids)
+    program = apply(TransformKv(kind="wush", block=8), raised("llama-tiny"), ctx).program
+    module = build(lower(quantized(program, ctx, transforms=False), device))
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(ids, None, mask), module(ids, None, mask))

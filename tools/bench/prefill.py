@@ -22,24 +22,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mxfx.ops.kernels  # noqa: F401  (registers kernels and fused ops)
 from mxfx.formats import parse
-from mxfx.graph.module import build
 from mxfx.graph.node import layer_of, op_name, path_of
 from mxfx.graph.program import Program
 from mxfx.graph.regions import siblings
 from mxfx.graph.trace import trace
 from mxfx.passes.annotate import Annotate, Rule
-from mxfx.passes.fuse_activation_quant import FuseActivationQuant
-from mxfx.passes.fuse_hadamard_quant import FuseHadamardQuant
 from mxfx.passes.fuse_norm import FuseNorm
-from mxfx.passes.fuse_norm_quant import FuseNormQuant
-from mxfx.passes.fuse_rope_quant import FuseRopeQuant
 from mxfx.passes.insert_fake_quant import InsertFakeQuant
-from mxfx.passes.lower import Lower
 from mxfx.passes.quantize_kv_cache import QuantizeKvCache
 from mxfx.passes.raise_attention import RaiseAttention
 from mxfx.passes.raise_norm import RaiseNorm
 from mxfx.passes.raise_rope import RaiseRope
 from mxfx.rewrite import Context, Lossy, Numerics, Pass, Rewriter, Selector, apply
+from mxfx.runtime.causal_lm import emit
 from tools.bench.measuring import arguments_of, finish, median_ms, require_cuda, table
 
 
@@ -95,23 +90,21 @@ class RandomTransforms(Pass):
 
 
 def quantizers(rule: str, *, transforms: bool) -> list[Pass]:
-    """A4 on every decoder linear, KV4, and the fusions; online transforms if asked."""
+    """A4 on every decoder linear and KV4; online transforms if asked."""
     form = parse(f"mxint4@32{rule}")
     rules = (
         Rule(Selector(r"model\.layers\.\d+\..*proj"), input=form),
         Rule(Selector(r"model\.layers\.\d+\.self_attn"), kv=form),
     )
     online: list[Pass] = [FuseNorm(), RandomTransforms()] if transforms else []
-    fusions: list[Pass] = [FuseHadamardQuant(), FuseNormQuant(), FuseActivationQuant(), FuseRopeQuant()]
-    return [*online, Annotate(rule=rules), InsertFakeQuant(), QuantizeKvCache(), *fusions]
+    return [*online, Annotate(rule=rules), InsertFakeQuant(), QuantizeKvCache()]
 
 
 def emitted(program: Program, passes: list[Pass], device: str) -> fx.GraphModule:
-    """The program after `passes`, lowered for the device."""
-    ctx = Context(device=torch.device(device))
-    for one in (*passes, Lower()):
-        program = apply(one, program, ctx).program
-    return build(program).to(device)
+    """The program after `passes`, lowered for the device, which on a GPU fuses its quantizers."""
+    for one in passes:
+        program = apply(one, program).program
+    return emit(program, device)
 
 
 def kernels_in(module: fx.GraphModule) -> int:

@@ -62,14 +62,9 @@ def norm_quantize(
     hadamard: bool = False,
 ) -> Tensor:
     fmt = _format(format)
-    same = weight is None or weight.dtype == x.dtype
-    if x.dtype not in DTYPES or not same or not takes_transform(x, matrix, fmt):
+    if x.dtype not in DTYPES or not takes_norm(x, weight, matrix, fmt):
         return NotImplemented
-    shared = matrix is None or matrix.dim() == 2
-    block = matrix.shape[-1] if matrix is not None and shared else fmt.block or 32
-    if not takes_norm(x.shape[-1], block) or (matrix is not None and matrix.dim() == 4):
-        return NotImplemented
-    if shared or x.numel() == 0:
+    if matrix is None or matrix.dim() == 2 or x.numel() == 0:
         return norm_triton(x, weight, eps, offset, gain_first, matrix, hadamard, fmt)
     gain = (row_scales(x, eps), weight, float(offset) if gain_first else 0.0)
     return transform_triton(x, matrix, False, fmt, norm=gain)

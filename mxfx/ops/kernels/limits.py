@@ -50,9 +50,13 @@ def takes_rope(x: Tensor, cos: Tensor) -> bool:
     return whole and cos.dtype == x.dtype and x.shape[-1] <= MAX_BLOCK
 
 
-def takes_norm(length: int, block: int) -> bool:
-    """Whether rows of `length` elements in blocks of `block` are short enough."""
-    return max(_power(-(-length // block)), 16) * max(_power(block), 16) <= MAX_ROW
+def takes_norm(x: Tensor, weight: Tensor | None, matrix: Tensor | None, fmt: Format) -> bool:
+    """Whether one kernel, or two, can normalize `x`, transform and round it; only shapes and dtypes are read."""
+    if not takes_transform(x, matrix, fmt) or (matrix is not None and matrix.dim() == 4):
+        return False
+    block = matrix.shape[-1] if matrix is not None and matrix.dim() == 2 else fmt.block or 32
+    short = max(_power(-(-x.shape[-1] // block)), 16) * max(_power(block), 16) <= MAX_ROW
+    return short and (weight is None or weight.dtype == x.dtype)
 
 
 def _power(n: int) -> int:

@@ -52,6 +52,11 @@ def _serves_fused(node: fx.Node) -> bool:
     return _runs(node) and limits.takes_transform(node.meta["val"], _value(_argument(node, "matrix")), fmt)
 
 
+def _serves_norm(node: fx.Node) -> bool:
+    weight, matrix = _value(_argument(node, "weight")), _value(_argument(node, "matrix"))
+    return _runs(node) and limits.takes_norm(node.meta["val"], weight, matrix, parse(str(_argument(node, "format"))))
+
+
 PROVIDERS = tuple(
     provide(Provider(f"triton-{op.replace('_', '-')}", op, "cuda", target, serves))
     for op, target, serves in (
@@ -60,8 +65,8 @@ PROVIDERS = tuple(
         ("hadamard", library.hadamard, _serves_hadamard),
         ("rope", library.rope, _serves_rope),
         ("transform_quantize", library.transform_quantize, _serves_fused),
-        ("norm_quantize", library.norm_quantize, _serves_fused),
+        ("norm_quantize", library.norm_quantize, _serves_norm),
         ("silu_mul_quantize", library.silu_mul_quantize, _serves_fused),
-        ("rope_quantize", library.rope_quantize, _serves_fused),
+        ("rope_quantize", library.rope_quantize, lambda node: _serves_fused(node) and _serves_rope(node)),
     )
 )
