@@ -2,14 +2,16 @@
 
     python tools/bench/compiler.py [--json FILE] [--quick]
 
-Every parameter lives on the meta device. A row is one stage: seconds and nodes after it for each depth, and how
-the seconds grow from the shallowest to the deepest (1 is linear in layers, 2 quadratic).
+Every parameter lives on the meta device. A row is one stage: seconds, those of the processor in user mode, and nodes
+after it for each depth, and how the latter seconds grow from the shallowest to the deepest (1 is linear in layers, 2
+quadratic).
 """
 
 from __future__ import annotations
 
 import math
-import time
+import os
+from dataclasses import dataclass
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -36,6 +38,8 @@ from mxfx.rewrite import Context, Pass, Selector, apply
 from tools.bench.measuring import finish, options
 
 FORMAT = parse("mxint4@32/mse")
+#: Seconds of the processor; its clock ticks every hundredth.
+MEASURABLE = 0.05
 
 
 def llama(layers: int) -> LlamaForCausalLM:
@@ -78,24 +82,38 @@ def passes() -> list[Pass]:
     ]
 
 
-def stages(layers: int) -> dict[str, tuple[float, int]]:
-    """Seconds and node count of every stage, in order."""
-    found: dict[str, tuple[float, int]] = {}
-    start = time.perf_counter()
+@dataclass(frozen=True)
+class Stage:
+    """What one stage took, and the nodes after it."""
+
+    seconds: float
+    user: float
+    nodes: int
+
+
+def stages(layers: int) -> dict[str, Stage]:
+    """Every stage, in order."""
+    found: dict[str, Stage] = {}
+    last = os.times()
+
+    def took(name: str, program: Program | None) -> None:
+        nonlocal last
+        now = os.times()
+        found[name] = Stage(now.elapsed - last.elapsed, now.user - last.user, _nodes(program) if program else 0)
+        last = now
+
     model = llama(layers)
-    found["build meta model"] = (time.perf_counter() - start, 0)
-    start = time.perf_counter()
+    took("build meta model", None)
     program = trace(model)
-    found["trace"] = (time.perf_counter() - start, _nodes(program))
+    took("trace", program)
     for one in passes():
-        start = time.perf_counter()
         program = apply(one, program, Context()).program
-        found[one.name] = (time.perf_counter() - start, _nodes(program))
+        took(one.name, program)
         if one.name == "insert-fake-quant":
-            start = time.perf_counter()
             verify(program)
-            found["verify"] = (time.perf_counter() - start, _nodes(program))
-    found["all"] = (sum(seconds for seconds, _ in found.values()), _nodes(program))
+            took("verify", program)
+    all_ = found.values()
+    found["all"] = Stage(sum(s.seconds for s in all_), sum(s.user for s in all_), _nodes(program))
     return found
 
 
@@ -113,9 +131,11 @@ def main() -> None:
     for name in measured[first]:
         row: dict[str, object] = {"stage": name}
         for layers in depths:
-            row[f"{layers} layers, s"], row[f"{layers}, nodes"] = measured[layers][name]
-        growth = measured[last][name][0] / max(measured[first][name][0], 1e-9)
-        row["growth"] = round(math.log(max(growth, 1e-9)) / math.log(last / first), 2)
+            stage = measured[layers][name]
+            row |= {f"{layers} layers, s": stage.seconds, f"{layers}, user s": stage.user}
+            row[f"{layers}, nodes"] = stage.nodes
+        shallow, deep = measured[first][name].user, measured[last][name].user
+        row["growth"] = round(math.log(deep / shallow) / math.log(last / first), 2) if shallow >= MEASURABLE else ""
         rows.append(row)
     finish(rows, arguments.json)
 

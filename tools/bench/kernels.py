@@ -225,7 +225,7 @@ def main() -> None:
         found["sizes"] = over_sizes(arguments.quick)
         if find_spec("matplotlib"):
             plot(found["sizes"], torch.cuda.get_device_name(), arguments.plot)
-    for cases in (quantizers(x, arguments.quick), fused(x), others(x, arguments.quick), peers(x, arguments.quick)):
+    for cases in (fused(x), peers(x, arguments.quick), others(x, arguments.quick), quantizers(x, arguments.quick)):
         rows = measure(cases)
         print(table(rows), flush=True)
         found["rows"] += rows
