@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mxfx.algorithms.block_solver import EXPONENT_LIMIT, solve_block
+from mxfx.algorithms.block_solver import EXPONENT_LIMIT, BlockSolution, searched_exponents, solve_block
 from mxfx.algorithms.gptq_refine import refine_blocks
 from mxfx.algorithms.hessian_factor import factorize, permute_symmetric, revive_dead_columns, rounding_order
 from mxfx.formats import FloatElement, Format, ScaleRule
@@ -183,15 +183,19 @@ class _Solved:
         return _Solved(self.weight[:, cut], exponents, *per_row, self.damping, self.failed, self.dead)
 
     def result(self, group: int) -> GptqResult:
+        sums = (self.loss, self.rtn_loss, self.dead, self.rtn_rows)
+        scalars = [*(one[group].sum(dtype=torch.float64) for one in sums), self.damping[group], self.failed[group]]
+        # One wait for the device instead of six.
+        loss, rtn_loss, dead, rtn_rows, damping, failed = torch.stack([one.double() for one in scalars]).tolist()
         return GptqResult(
             weight=self.weight[group],
             exponents=None if self.exponents is None else self.exponents[group],
-            loss=self.loss[group].sum().item(),
-            rtn_loss=self.rtn_loss[group].sum().item(),
-            damping_used=self.damping[group].item(),
-            fell_back=bool(self.failed[group]),
-            dead_columns=int(self.dead[group].sum()),
-            rtn_rows=int(self.rtn_rows[group].sum()),
+            loss=loss,
+            rtn_loss=rtn_loss,
+            damping_used=damping,
+            fell_back=bool(failed),
+            dead_columns=int(dead),
+            rtn_rows=int(rtn_rows),
         )
 
 
@@ -217,17 +221,18 @@ def _solve(
     work = torch.take_along_dim(goal.mT, columns[:, :, None], 1)
     aim = work.clone() if refine else work
     values = torch.empty_like(work)
-    chosen = []
-    for start in range(0, n, width):
+    residual = work.new_empty(groups, width, work.shape[-1])
+    shared = torch.empty(groups, math.ceil(n / width), work.shape[-1], dtype=torch.int32, device=work.device)
+    searched = _searches(fmt, exponents)
+    for index, start in enumerate(range(0, n, width)):
         cut = slice(start, min(start + width, n))
-        candidates = candidate_exponents(work[:, cut], fmt, exponents)
-        block = solve_block(
-            work[:, cut], candidates, factor.feedback[:, cut, cut], factor.precision[:, cut], fmt.element
-        )
-        values[:, cut] = block.values
-        chosen.append(block.exponents)
-        work[:, cut.stop :].baddbmm_(factor.feedback[:, cut, cut.stop :].mT, block.residual, alpha=-1)
-    shared = torch.stack(chosen, dim=-1)
+        block = work[:, cut]
+        candidates = None if searched else candidate_exponents(block, fmt, exponents)
+        out = BlockSolution(values[:, cut], residual[:, : cut.stop - start], shared[:, index])
+        feedback = factor.feedback[:, cut]
+        solve_block(block, candidates, feedback[:, :, cut], factor.precision[:, cut], fmt.element, out)
+        work[:, cut.stop :].baddbmm_(feedback[:, :, cut.stop :].mT, out.residual, alpha=-1)
+    shared = shared.mT
     if refine:
         curvature = permute_symmetric(live, columns).to(weight.dtype)
         curvature.diagonal(dim1=-2, dim2=-1).add_(factor.ridge[:, None].to(weight.dtype))
@@ -255,26 +260,17 @@ def candidate_exponents(columns: Tensor, fmt: Format, exponents: Exponents) -> T
     if exponents == "rule":
         found = fmt.shared_exponent(columns.mT.contiguous())[None]
         return found.movedim(0, 1).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
-    found = _searched_exponents(columns, fmt)
+    found = searched_exponents(columns, fmt.element)
+    if _searches(fmt, exponents):
+        return found
     # What the other rules choose is a candidate already.
-    if fmt.rule is ScaleRule.CEIL:
-        found = torch.cat([found, fmt.shared_exponent(columns.mT.contiguous())[:, None]], dim=1)
-    return found.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
+    own = fmt.shared_exponent(columns.mT.contiguous()).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
+    return torch.cat([found, own[:, None]], dim=1)
 
 
-def _searched_exponents(columns: Tensor, fmt: Format) -> Tensor:
-    """`Format.candidate_exponents` of columns `(groups, b, rows)`: `(groups, 3, rows)` int32, unclamped.
-
-    In float32 the bits of the largest magnitude say the same in a fifth of the kernel launches, which on CUDA would
-    otherwise take longer than the solver itself.
-    """
-    if columns.dtype != torch.float32:
-        return fmt.candidate_exponents(columns.mT.contiguous()).movedim(0, 1)
-    largest = torch.linalg.vector_norm(columns, ord=torch.inf, dim=1, keepdim=True)
-    # Reaches the next exponent where the mantissa is above that of the largest element.
-    carry = 2**24 - 1 - int(math.frexp(fmt.element.max_value)[0] * 2**24)
-    first = ((largest.view(torch.int32) + carry) >> 23) - (127 + fmt.element.max_exponent)
-    return first - torch.arange(3, dtype=torch.int32, device=columns.device)[None, :, None]
+def _searches(fmt: Format, exponents: Exponents) -> bool:
+    """Whether the candidates are those that `solve_block` finds by itself."""
+    return exponents == "sweep" and fmt.block is not None and fmt.rule is not ScaleRule.CEIL
 
 
 def _keep_better_rows(

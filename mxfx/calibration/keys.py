@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 
 import torch
@@ -18,19 +18,19 @@ from torch import Tensor, fx
 from mxfx.graph.node import op_name
 
 #: Raised when the meaning of a stored result changes, so that older ones are not picked up.
-SCHEMA = 1
+SCHEMA = 2
 
 
 def digest(value: object) -> str:
     """Blake2b (32 hex digits) of a value's canonical JSON. Raises ``TypeError`` for what JSON cannot say."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return _hex(text.encode())
 
 
 def token_key(ids: Tensor) -> str:
     """Hash of token ids: shape and values."""
     data = ids.to("cpu", torch.int64).contiguous().numpy().astype("<i8", copy=False).tobytes()
-    return hashlib.blake2b(repr(tuple(ids.shape)).encode() + data, digest_size=16).hexdigest()
+    return _hex(repr(tuple(ids.shape)).encode() + data)
 
 
 def _version() -> str:
@@ -57,39 +57,83 @@ def environment(device: torch.device) -> dict[str, object]:
     }
 
 
-def upstream(targets: Iterable[fx.Node]) -> list[fx.Node]:
-    """The targets and everything that they are computed from, in topological order."""
-    needed = set(targets)
-    graph = next(iter(needed)).graph
-    for node in reversed(graph.nodes):
-        if node in needed:
-            needed.update(node.all_input_nodes)
-    return [node for node in graph.nodes if node in needed]
+@dataclass(slots=True)
+class _Known:
+    """What is known of a node: what it was when it was read, and the digest of it with all of its inputs."""
+
+    node: fx.Node
+    name: str
+    target: object
+    args: object
+    kwargs: object
+    inputs: list[_Known]
+    line: bytes
+    made_of: list[str] = field(default_factory=list)
+    digest: str = ""
+
+    def unchanged(self) -> bool:
+        # FX never edits arguments in place: other arguments are another object.
+        node = self.node
+        same = node.args is self.args and node.kwargs is self.kwargs and node.target is self.target
+        return same and node.name == self.name
 
 
-@dataclass(frozen=True)
-class Cone:
-    """The graph upstream of a node as text, and the names of the weights in it.
+class Keys:
+    """Keys of what nodes compute, by a Merkle digest a node: of itself, its inputs' digests and its weight's hash.
 
-    Frozen when it is taken: later edits of the graph do not change it.
+    Digests are kept. A later call looks whether each node upstream is as it was, and hashes again only those that
+    changed and what follows from them; so the keys of all layers together cost little more than that of the last.
     """
 
-    text: str
-    weights: tuple[str, ...]
+    def __init__(self) -> None:
+        self._known: dict[fx.Node, _Known] = {}
+        self._cones: dict[tuple[fx.Node, ...], list[_Known]] = {}
 
-    @classmethod
-    def of(cls, *targets: fx.Node) -> Cone:
-        nodes = upstream(targets)
-        weights = tuple(str(node.target) for node in nodes if node.op == "get_attr")
-        return cls("\n".join(_line(node) for node in nodes), weights)
+    def key(self, targets: Iterable[fx.Node], hash_of: Callable[[str], str], data: Mapping[str, object]) -> str:
+        """The key of what ``targets`` compute, given the hashes of the weights and of the ``data``.
 
-    def key(self, hash_of: Callable[[str], str], data: Mapping[str, object]) -> str:
-        """The key of what these nodes compute, given the hashes of the weights and of the ``data``."""
-        return digest(
-            {"graph": self.text, "weights": {name: hash_of(name) for name in self.weights}, "data": dict(data)}
-        )
+        Targets in another order have the same key.
+        """
+        ends = tuple(sorted(set(targets)))
+        cone = self._cones.get(ends) or self._read(ends)
+        if not all(known.unchanged() for known in cone):
+            self._known.clear()
+            self._cones.clear()
+            cone = self._read(ends)
+        self._cones[ends] = cone
+        for known in cone:
+            weight = [hash_of(str(known.target))] if known.node.op == "get_attr" else []
+            made_of = [*weight, *[source.digest for source in known.inputs]]
+            if made_of != known.made_of:
+                known.made_of = made_of
+                known.digest = _hex(known.line + "\n".join(made_of).encode())
+        return digest({"graph": [self._known[end].digest for end in ends], "data": dict(data)})
+
+    def _read(self, ends: tuple[fx.Node, ...]) -> list[_Known]:
+        """Everything that the ends are computed from, and they themselves, inputs first."""
+        found: dict[fx.Node, _Known] = {}
+        waiting = list(ends)
+        while waiting:
+            node = waiting[-1]
+            known = self._known.get(node)
+            sources = node.all_input_nodes if known is None else [source.node for source in known.inputs]
+            before = [source for source in sources if source not in found]
+            if before and node not in found:
+                waiting += before
+                continue
+            waiting.pop()
+            if known is None:
+                inputs = [found[source] for source in sources]
+                known = _Known(node, node.name, node.target, node.args, node.kwargs, inputs, _line(node))
+                self._known[node] = known
+            found[node] = known
+        return list(found.values())
 
 
-def _line(node: fx.Node) -> str:
+def _line(node: fx.Node) -> bytes:
     target = str(node.target) if node.op in ("get_attr", "placeholder") else op_name(node)
-    return f"{node.name} = {node.op} {target} {node.args!r} {dict(node.kwargs)!r}"
+    return f"{node.name} = {node.op} {target} {node.args!r} {dict(node.kwargs)!r}\n".encode()
+
+
+def _hex(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

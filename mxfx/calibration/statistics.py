@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 
-from mxfx.calibration.keys import Cone
+from mxfx.calibration.keys import Keys
 
-#: Columns of one panel of the upper triangle: wide enough for a fast matrix product.
+#: Columns of one panel of the upper triangle: wide enough for a product to fill the device.
 _PANEL = 256
+_PANEL_CUDA = 2048
 
 
 class StaleStatistics(RuntimeError):
@@ -26,20 +27,22 @@ class Gram:
 
     def __init__(self, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self._sum = torch.zeros(columns, columns, dtype=dtype, device=device)
+        self._panel = _PANEL_CUDA if device.type == "cuda" else _PANEL
         self.rows = 0
 
     def add(self, x: Tensor) -> None:
         """Add rows ``(..., columns)``; products of half-precision rows are exact, sums are float32 or better."""
         rows = x.reshape(-1, x.shape[-1])
         self.rows += rows.shape[0]
-        for start in range(0, rows.shape[1], _PANEL):
-            panel = rows[:, start : start + _PANEL]
-            self._sum[start : start + _PANEL, start:] += _product(panel, rows[:, start:], self._sum.dtype)
+        for start in range(0, rows.shape[1], self._panel):
+            stop = start + self._panel
+            panel = rows[:, start:stop]
+            self._sum[start:stop, start:] += _product(panel, rows[:, start:], self._sum.dtype)
 
     def value(self) -> Tensor:
         """The whole symmetric matrix, mirrored in place: a copy of a wide layer's matrix would cost a gigabyte."""
-        for start in range(0, len(self._sum), _PANEL):
-            stop = start + _PANEL
+        for start in range(0, len(self._sum), self._panel):
+            stop = start + self._panel
             corner = self._sum[start:stop, start:stop]
             corner.copy_(corner.triu() + corner.triu(1).mT)
             self._sum[stop:, start:stop] = self._sum[start:stop, stop:].mT
@@ -78,6 +81,7 @@ class Statistics:
     data: Mapping[str, object]
     _hessian: Tensor
     _cross: Tensor | None = None
+    _keys: Keys = field(default_factory=Keys, repr=False, compare=False)
 
     def hessian(self, source: fx.Node, hash_of: Callable[[str], str]) -> Tensor:
         """Σ xᵀ x of what ``source`` computes with the weights of those hashes.
@@ -95,7 +99,7 @@ class Statistics:
         return self._cross
 
     def _unlock(self, source: fx.Node, hash_of: Callable[[str], str]) -> None:
-        if Cone.of(source).key(hash_of, self.data) != self.key:
+        if self._keys.key([source], hash_of, self.data) != self.key:
             raise StaleStatistics(
                 f"the statistics do not describe {source.name}: the graph or a weight upstream of it is not the "
                 "one that the calibration stream ran; rewrite a layer only while the stream stands at it"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from mxfx.calibration.activations import ActivationStore, Placement
-from mxfx.calibration.keys import Cone, environment, token_key
+from mxfx.calibration.keys import Keys, environment, token_key
 from mxfx.calibration.stages import Stage, cut
 from mxfx.calibration.statistics import CrossMoment, Gram, Statistics
 from mxfx.graph.node import kind, layer_of, path_of
@@ -134,8 +134,9 @@ class _Stream:
         start = rw.program.copy()
         sources = {_input(node).name for node in targets}
         #: Of the program as it is now, by the name of the tensor that is measured.
-        self._cones = {node.name: Cone.of(node) for node in start.graph.nodes if node.name in sources}
+        self._sources = {node.name: node for node in start.graph.nodes if node.name in sources}
         self._start_hash = start.weights.hash
+        self._start_keys, self._keys = Keys(), Keys()
         dtype = options.dtype or (torch.float32 if ctx.device.type == "cpu" else rw.program.dtype)
         self._data = {
             "tokens": token_key(tokens),
@@ -213,9 +214,12 @@ class _Stream:
         targets = tuple(self._targets[node.name] for node in linears)
         used = self._used
         source = _input(targets[0])
-        key = self._cones[source.name].key(lambda name: used.get(name) or self._start_hash(name), self._data)
-        moments = Statistics(key, gram.rows, self._data, gram.value(), None if cross is None else cross.value())
-        return Group(source, targets, moments)
+        key = self._start_keys.key(
+            [self._sources[source.name]], lambda name: used.get(name) or self._start_hash(name), self._data
+        )
+        moments = None if cross is None else cross.value()
+        statistics = Statistics(key, gram.rows, self._data, gram.value(), moments, self._keys)
+        return Group(source, targets, statistics)
 
 
 class _Runner:

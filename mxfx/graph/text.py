@@ -352,7 +352,7 @@ class _Reader:
         store = WeightStore(tensors, aliases, constants=frozenset(constants))
         for name, hashed in hashes.items():
             # A meta tensor has no bytes to hash; it stands for the tensor that the text names.
-            store._hashes[id(tensors[name])] = (tensors[name], hashed)
+            store.trust_hash(name, hashed)
         return store
 
     def tensor(self, name: str, shape: list[int], dtype: torch.dtype, hashed: str) -> Tensor:

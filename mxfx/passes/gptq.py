@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from mxfx.algorithms.gptq import GptqResult, asymmetric_target, gptq_batch
 from mxfx.calibration.activations import Placement
 from mxfx.calibration.checkpoints import LayerCheckpoints, open_checkpoints
-from mxfx.calibration.keys import Cone, digest, environment, token_key
+from mxfx.calibration.keys import Keys, digest, environment, token_key
 from mxfx.calibration.stream import Group, LayerRun, StreamOptions, stream_layers, without_quantizers
 from mxfx.graph.node import info, layer_of, path_of
 from mxfx.graph.program import Program
@@ -155,7 +155,7 @@ class Gptq(Pass):
         }
         view = self._view()(rw.program.copy())
         ends = [node for node in view.graph.nodes if node.op == "output"]
-        key = Cone.of(*ends).key(view.weights.hash, {"about": digest(about), "dtype": str(rw.program.dtype)})
+        key = Keys().key(ends, view.weights.hash, {"about": digest(about), "dtype": str(rw.program.dtype)})
         return open_checkpoints(directory, key, about)
 
     def _rewrite_layer(self, rw: Rewriter, ctx: Context, layer: LayerRun, checkpoints: LayerCheckpoints | None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from mxfx.algorithms.hadamard import hadamard_matrix
 from mxfx.calibration.decisions import load_decisions, store_decisions
-from mxfx.calibration.keys import Cone, digest, environment, token_key
+from mxfx.calibration.keys import Keys, digest, environment, token_key
 from mxfx.graph.module import build
 from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
@@ -113,7 +113,7 @@ class RotationSearch(Pass):
             "formats": digest(formats),
             "environment": environment(ctx.device),
         }
-        return Cone.of(output).key(program.weights.hash, data)
+        return Keys().key([output], program.weights.hash, data)
 
     def _file(self, ctx: Context, key: str) -> Path | None:
         if self.cache_path is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from mxfx.algorithms.block_transform import BlockTransform, smoothing_scales, wush
 from mxfx.algorithms.hadamard import hadamard_matrix, has_hadamard
 from mxfx.calibration.decisions import load_decisions, store_decisions
-from mxfx.calibration.keys import Cone, digest, environment, token_key
+from mxfx.calibration.keys import Keys, digest, environment, token_key
 from mxfx.calibration.moments import block_moments, samples
 from mxfx.calibration.training import divergence
 from mxfx.formats import Format
@@ -217,7 +217,7 @@ class TransformSearch(Pass):
             "dtype": str(program.dtype),
             "environment": environment(ctx.device),
         }
-        return Cone.of(*(n for s in found for n in s.linears)).key(program.weights.hash, data)
+        return Keys().key((n for s in found for n in s.linears), program.weights.hash, data)
 
 
 def _parse(candidate: str) -> tuple[str, int]:

@@ -29,9 +29,11 @@ def test_kernel_equals_the_cpu_path(name: str, width: int) -> None:
     feedback = mixed.triu() / mixed.diagonal(dim1=1, dim2=2)[:, :, None]
     precision = torch.rand(2, width, generator=generator) + 0.5
     columns = torch.randn(2, width, 700, generator=generator)
-    arguments = (columns, candidate_exponents(columns, fmt, "sweep"), feedback, precision)
-    expected = solve_block(*arguments, fmt.element)
-    found = solve_block(*(tensor.cuda() for tensor in arguments), fmt.element)
+    searched = "@" in name and "ceil" not in name
+    candidates = None if searched else candidate_exponents(columns, fmt, "sweep")
+    expected = solve_block(columns, candidates, feedback, precision, fmt.element)
+    given = [None if tensor is None else tensor.cuda() for tensor in (columns, candidates, feedback, precision)]
+    found = solve_block(*given, fmt.element)
     # A fused multiply-add may move a value across a rounding boundary once in a while.
     assert (found.values.cpu() != expected.values).float().mean() < 1e-3
     assert (found.exponents.cpu() != expected.exponents).float().mean() < 1e-3

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
+from mxfx.graph import weights as weights_module
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
 from mxfx.graph.weights import UnknownWeight, WeightStore, tensor_hash
@@ -119,6 +123,25 @@ def test_the_hash_is_that_of_dtype_shape_and_values(tensor: torch.Tensor) -> Non
     assert tensor_hash(tensor) == tensor_hash(tensor.clone().contiguous())
     assert tensor_hash(tensor) != tensor_hash(tensor.to(torch.float64))
     assert tensor_hash(tensor) != tensor_hash(tensor[None])
+
+
+def test_the_hash_is_the_same_with_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.randn(3, 1 << 19, generator=torch.Generator().manual_seed(0))
+    expected = tensor_hash(tensor)
+    with ThreadPoolExecutor(1) as one:
+        monkeypatch.setattr(weights_module, "_threads", lambda: one)
+        assert tensor_hash(tensor) == expected
+        changed = tensor.clone()
+        changed[2, -1] = 0
+        assert tensor_hash(changed) != expected
+
+
+def test_the_store_keeps_no_tensor_alive_for_its_hash() -> None:
+    weights = WeightStore({"a": torch.ones(2)})
+    weights.set("a", torch.zeros(2), by="test")
+    old = weakref.ref(weights["a"])
+    weights.set("a", torch.ones(2), by="test")
+    assert old() is None
 
 
 def test_the_hash_sees_the_sign_of_zero_and_meta_has_none() -> None:

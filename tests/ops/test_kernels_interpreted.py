@@ -33,10 +33,11 @@ else:
     import torch
     from triton.runtime import interpreter
 
+    from mxfx.algorithms import launch
     from mxfx.algorithms.hadamard import hadamard_matrix
     from mxfx.formats import parse
     from mxfx.ops import block_transform, fused, rope
-    from mxfx.ops.kernels import cuda, launch
+    from mxfx.ops.kernels import cuda
     from mxfx.ops.kernels.quantize_triton import fake_quantize_triton
     from mxfx.ops.kernels.transform_triton import transform_triton
 

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
 from mxfx.ops.kernels.addressing import as_rows, is_walkable
-from mxfx.ops.kernels.launch import KEPT_SHAPES, Launch
 from mxfx.ops.kernels.quantize_triton import row_offset
 from mxfx.ops.kernels.rounding_triton import as_stored, grid_of
 from mxfx.ops.kernels.transform_triton import load_matrix, multiply, quantize_blocks, terms_of

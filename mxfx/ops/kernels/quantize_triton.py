@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
 from mxfx.ops.kernels.addressing import as_rows, is_walkable
-from mxfx.ops.kernels.launch import KEPT_SHAPES, Launch
 from mxfx.ops.kernels.rounding_triton import grid_of, quantize_tile, round_to_element
 
 #: Elements of one program; 32 a thread keep four 16-byte loads of bfloat16 in flight.
