@@ -77,7 +77,8 @@ def main() -> None:
         found = {"machine": about, "tokens": list(ids.shape), "layers": program.layers, "floor": floor, "rows": rows}
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     if args.profile:
-        _profile(next(iter(_methods(model, program, ids, args).values()))(), args)
+        prepare = next(iter(_methods(model, program, ids, args).values()))
+        _profile(prepare(), prepare(), args)
 
 
 def _methods(
@@ -152,8 +153,8 @@ def _measured(prepare: Callable[[], Callable[[], object]], floor: float, args: a
     return {"s": median, "first s": times[0], "x floor": median / floor, "peak GB": peak}
 
 
-def _profile(work: Callable[[], object], args: argparse.Namespace) -> None:
-    """Where the host spends one more run of mxfx, by cumulative and by own time."""
+def _profile(work: Callable[[], object], again: Callable[[], object], args: argparse.Namespace) -> None:
+    """Where the host spends one more run of mxfx, by cumulative and by own time; on CUDA the kernels of another."""
     profile = cProfile.Profile()
     profile.enable()
     _seconds(work, args.device)
@@ -162,6 +163,13 @@ def _profile(work: Callable[[], object], args: argparse.Namespace) -> None:
         found = pstats.Stats(profile, stream=file)
         found.sort_stats("cumulative").print_stats(60)
         found.sort_stats("tottime").print_stats(40)
+        if args.device != "cpu":
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as kernels:
+                _seconds(again, args.device)
+            found_there = sorted(kernels.key_averages(), key=lambda one: -one.self_device_time_total)
+            print("   Ordered by: device time\n\n       ms    calls", file=file)
+            for one in found_there[:40]:
+                print(f"{one.self_device_time_total / 1e3:9.1f} {one.count:8} {one.key[:100]}", file=file)
 
 
 def _tokens(args: argparse.Namespace) -> Tensor:

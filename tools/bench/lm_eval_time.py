@@ -1,0 +1,100 @@
+"""Seconds of lm-eval's ``wikitext`` on local documents, for the float model and for emitted programs of pipelines.
+
+    python -m tools.bench.lm_eval_time passes_configs/best_w4a4kv4.toml … --model DIR --data DIR --eval-data DIR
+        [--tokens 100000] [--batch 8] [--repeat 2] [--device cuda] [--set k=v] [--json FILE]
+
+Prints machine and versions, then one row a model: seconds of one evaluation (median of ``--repeat``; a short one
+before them compiles kernels), the slowest run, the ratio to the float Hugging Face model in the same process, and the
+word perplexity. Weights decide nothing of the time: ``--set calibration.samples=4 --set pass.distill.steps=1`` builds
+a program quickly. An entry may have overrides of its own: ``FILE;k=v;k=v``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+from mxfx import api
+from mxfx.pipeline import Pipeline, apply_overrides
+from mxfx.pipeline.manager import PassManager
+from mxfx.rewrite import Context
+from mxfx.runtime.causal_lm import as_causal_lm
+from mxfx.runtime.evaluate import evaluate
+from mxfx.runtime.pretrained import load_model, load_tokenizer
+from tools.bench.measuring import machine, table
+
+
+def main() -> None:
+    args = _arguments()
+    about = machine() | {"transformers": transformers.__version__}
+    print("  ".join(f"{k}={v}" for k, v in about.items()), flush=True)
+    tokenizer = load_tokenizer(args.model)
+    model = load_model(args.model, args.dtype).to(args.device).eval()
+    program = PassManager().run(api.trace(model, name=args.model), Pipeline([]).completed()).program
+    rows = [{"model": "float, Hugging Face", **_timed(model, tokenizer, args)}]
+    print(rows[-1], flush=True)
+    for entry in args.configs:
+        file, *own = entry.split(";")
+        emitted = as_causal_lm(_passed(program, file, own, tokenizer, args), args.device)
+        rows.append({"model": Path(file).stem + "".join(f" {o}" for o in own), **_timed(emitted, tokenizer, args)})
+        print(rows[-1], flush=True)
+        del emitted
+    first = rows[0]["s"]
+    rows = [row | {"x float": row["s"] / first} for row in rows]
+    print(f"\nlm-eval wikitext, {args.tokens:,} tokens at most, batches of {args.batch} x {args.length}, {args.dtype}")
+    print(table(rows))
+    if args.json:
+        found = {"machine": about, "tokens": args.tokens, "batch": args.batch, "rows": rows}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _passed(program, file, own, tokenizer, args):
+    overrides = [f"model.name={json.dumps(args.model)}", f"calibration.dataset={json.dumps(args.data)}"]
+    pipeline = apply_overrides(api.load_pipeline(file), [*overrides, *args.set, *own])
+    wanted = pipeline.calibration
+    ids = api.load_tokens(args.data, tokenizer, samples=wanted.samples, length=wanted.length, seed=wanted.seed).ids
+    ctx = Context(seed=wanted.seed, device=torch.device(args.device), tokens=lambda: ids)
+    return PassManager().run(program, pipeline, ctx).program
+
+
+def _timed(model: nn.Module, tokenizer, args: argparse.Namespace) -> dict:
+    def once(tokens: int):
+        options = {"eval_data": args.eval_data, "batch_size": args.batch, "max_length": args.length}
+        return evaluate(model, tokenizer, limit_tokens=tokens, **options)
+
+    # Whole batches and a ragged last window: the shapes of the timed runs.
+    once(min(args.tokens, 2 * args.batch * args.length))
+    results = [once(args.tokens) for _ in range(args.repeat)]
+    seconds = [result.seconds for result in results]
+    return {
+        "s": statistics.median(seconds),
+        "slowest": max(seconds),
+        "tokens": results[0].tokens,
+        "word ppl": results[0].word_perplexity,
+    }
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="+")
+    for name in ("--model", "--data", "--eval-data"):
+        parser.add_argument(name, required=True)
+    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
