@@ -221,6 +221,8 @@ class _Emitter:
             "select": _either(self._gptq_weights(table)),
             "exponents": "sweep" if any(searched) else "rule",
             "batch_size": table.take("cali_batch_size", int, 32),
+            # The dialect has no such option; what the products will really read is the better guide to rounding.
+            "quantized_inputs": True,
         }
         sources = {"exponents": "quantile_search", "batch_size": "cali_batch_size"}
         for key in ("max_layers", "checkpoint_dir"):

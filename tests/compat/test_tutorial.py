@@ -99,6 +99,7 @@ def test_config_b_adds_gptq() -> None:
         "select": f"(?:{MATCH_QKVO})|(?:{MATCH_MLP})",
         "exponents": "sweep",
         "batch_size": 8,
+        "quantized_inputs": True,
         "checkpoint_dir": "tutorial_7_output/checkpoints/config_b_gptq",
     }
     assert pipeline.model.name == "unsloth/Llama-3.2-1B"
@@ -227,7 +228,8 @@ def test_gptq_keys_without_a_value_get_mase_s_defaults() -> None:
     pipeline = pipeline_of(with_gptq())
     found = pipeline.calibration
     assert (found.dataset, found.samples, found.length) == ("wikitext2", 128, 256)
-    assert options_of(pipeline, "gptq") == {"select": "m", "exponents": "sweep", "batch_size": 32}
+    given = {"select": "m", "exponents": "sweep", "batch_size": 32, "quantized_inputs": True}
+    assert options_of(pipeline, "gptq") == given
 
 
 def test_no_search_at_all_means_the_rule_of_the_format() -> None:
