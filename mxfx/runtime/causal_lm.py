@@ -27,7 +27,8 @@ def lower(program: Program, device: torch.device | str = "cpu") -> Program:
     if "lowered" in program.facts:
         return program
     ctx = Context(device=torch.device(device))
-    fusions = FUSIONS if ctx.device.type == "cuda" and program.nodes("fake_quantize") else ()
+    fusing = ctx.device.type == "cuda" and any(program.nodes("fake_quantize"))
+    fusions = FUSIONS if fusing else ()
     for one in (*fusions, Lower()):
         program = apply(one, program, ctx).program
     return program
