@@ -1,0 +1,88 @@
+"""What training is made of: the divergence and its gradient, gradients anew at each step, weights behind grids."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mxfx.calibration import training
+from mxfx.calibration.training import GradientStep, divergence, trainable
+from mxfx.formats import parse
+from mxfx.graph.program import Program
+from mxfx.graph.tiny import tiny
+from mxfx.graph.trace import trace
+from mxfx.passes import RaiseAttention, RaiseNorm, RaiseRope
+from mxfx.rewrite import apply
+
+CPU = torch.device("cpu")
+
+
+def _program() -> Program:
+    program = trace(tiny("llama-tiny"))
+    for raising in (RaiseNorm(), RaiseRope(), RaiseAttention()):
+        program = apply(raising, program).program
+    return program
+
+
+def _reference(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    p, q = expected.double().log_softmax(-1), actual.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
+def test_divergence_and_its_gradient_whatever_rows_are_taken_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_ROWS", 3)
+    generator = torch.Generator().manual_seed(0)
+    actual = torch.randn(2, 5, 11, generator=generator, requires_grad=True)
+    expected = torch.randn(2, 5, 11, generator=generator)
+    found, wanted = divergence(actual, expected), _reference(actual, expected)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-7)
+    (of_found,), (of_wanted,) = torch.autograd.grad(found, actual), torch.autograd.grad(wanted, actual)
+    torch.testing.assert_close(of_found, of_wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_of_equal_logits_it_is_nothing() -> None:
+    logits = torch.randn(4, 7)
+    assert abs(float(divergence(logits, logits))) < 1e-6
+
+
+def _gradients(device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Gradients of the second of two batches by `GradientStep`, and by autograd alone."""
+    program = _program()
+    name = "model.layers.1.mlp.down_proj.weight"
+    module, parameters = trainable(program, {name: parse("mxint4@32")}, device)
+    tuned = list(parameters.values())
+    first, second = torch.randint(3, 128, (2, 3, 16), generator=torch.Generator().manual_seed(0))
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        return module(ids).float().square().mean()
+
+    step = GradientStep(loss, tuned, device)
+    step(first)
+    step(second)
+    by_step = [p.grad.clone() for p in tuned]
+    return by_step, list(torch.autograd.grad(loss(second.to(device)), tuned))
+
+
+def test_each_step_has_the_gradients_of_its_own_batch() -> None:
+    by_step, alone = _gradients(CPU)
+    assert all(torch.equal(a, b) for a, b in zip(by_step, alone, strict=True))
+
+
+@pytest.mark.cuda
+def test_a_replayed_graph_has_the_gradients_of_its_own_batch() -> None:
+    by_step, alone = _gradients(torch.device("cuda"))
+    for a, b in zip(by_step, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_a_parameter_stands_behind_its_grid_and_everything_else_is_constant() -> None:
+    program = _program()
+    name, fmt = "model.layers.0.mlp.up_proj.weight", parse("mxint4@32/mse")
+    module, parameters = trainable(program, {name: fmt}, CPU)
+    ids = torch.randint(3, 128, (2, 8))
+    assert [n for n, p in module.named_parameters() if p.requires_grad] == [name]
+    before = module(ids)
+    with torch.no_grad():
+        parameters[name].copy_(fmt.fake_quantize(parameters[name]))
+    assert torch.equal(module(ids), before)
+    assert not torch.equal(program.weights[name], parameters[name])
