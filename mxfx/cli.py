@@ -114,11 +114,16 @@ def check(file: Annotated[Path, typer.Argument(help="Pipeline file.")], model: M
     largest = _largest_layer(program)
     tokens = pipeline.calibration.samples * pipeline.calibration.length
     hidden = max((n.meta["val"].shape[-1] for n in program.graph.nodes if kind(n) == "embedding"), default=0)
-    out.print(
-        f"memory: {weights * size / 1e9:.2f} GB of weights in {str(program.dtype).removeprefix('torch.')}; "
-        f"calibration holds one layer ({largest * 4 / 1e9:.2f} GB in float32) "
-        f"and {tokens * hidden * 4 / 1e9:.2f} GB of activations"
-    )
+    model_gb, names = weights * size / 1e9, {s.name for s in pipeline.specs}
+    held = [f"{model_gb:.2f} GB of weights in {str(program.dtype).removeprefix('torch.')}"]
+    if "gptq" in names:
+        layer_gb, states_gb = largest * 4 / 1e9, tokens * hidden * 4 / 1e9
+        held.append(f"gptq holds one layer ({layer_gb:.2f} GB in float32) and {states_gb:.2f} GB of activations")
+    if "distill" in names:
+        # Both models; of each tuned weight parameter, gradient and two moments in float32.
+        tuned_gb = 2 * model_gb + 16 * _planned(program) / 1e9
+        held.append(f"distill holds {tuned_gb:.2f} GB beside activations and logits")
+    out.print("memory: " + "; ".join(held))
     # One calibration token costs two passes over each weight: statistics, then the rewritten layer.
     flops = 4 * weights * tokens
     out.print(f"work: {flops / 1e12:.1f} TFLOP of calibration forward passes ({tokens:,} tokens)")
@@ -429,6 +434,14 @@ def _evaluated(summary: RunSummary) -> str:
         f"token ppl over windows of {evaluation.max_length} tokens; ± is the standard error of the word ppl ratio"
         + (f"\n{note}" if note else "")
     )
+
+
+def _planned(program: Program) -> int:
+    """Weights that are to be rounded, counted once."""
+    from mxfx.graph.node import info
+
+    found = {program.weight_of(node) for node in program.nodes("linear") if "weight" in info(node).formats}
+    return sum(program.weights[name].numel() for name in found)
 
 
 def _largest_layer(program: Program) -> int:
