@@ -159,7 +159,11 @@ class TransformSearch(Pass):
         kl = {}
         for name, chosen in choices.items():
             rw = Rewriter(program.copy(), self.name)
-            self._insert_all(rw, [Site(*_counterpart(rw.program, s)) for s in found], chosen, moments, found)
+            # Nodes of a copy have the names of the originals.
+            named = {node.name: node for node in rw.graph.nodes}
+            copies = [Site(named[s.source.name], tuple(named[n.name] for n in s.linears)) for s in found]
+            of_copies = {named[source.name]: moment for source, moment in moments.items()}
+            self._insert_all(rw, copies, chosen, of_copies)
             for pass_ in (RoundWeights(), InsertFakeQuant(), QuantizeKvCache()):
                 pass_.run(rw, ctx)
             kl[name] = float(divergence(_logits(rw.program, ids, ctx), expected))
@@ -191,17 +195,11 @@ class TransformSearch(Pass):
         )
 
     def _insert_all(
-        self,
-        rw: Rewriter,
-        found: list[Site],
-        chosen: dict[str, str],
-        moments: dict[fx.Node, Tensor],
-        originals: list[Site] | None = None,
+        self, rw: Rewriter, found: list[Site], chosen: dict[str, str], moments: dict[fx.Node, Tensor]
     ) -> None:
-        """Insert each site's choice; ``originals`` are the sites of ``moments``, where ``found`` are copies."""
-        for site, original in zip(found, originals or found, strict=True):
+        for site in found:
             candidate = chosen[site.name]
-            made = self._make(candidate, rw.program, site, moments[original.source])
+            made = self._make(candidate, rw.program, site, moments[site.source])
             if made is None:
                 rw.skip(site.linears[0], "no transform is best here")
             elif isinstance(made, str):
@@ -233,12 +231,6 @@ def _parse(candidate: str) -> tuple[str, int]:
         f"transform-search: unknown candidate {candidate!r}; "
         "expected none, hadamard-full, hadamard-B, wush-B or scaled-B"
     )
-
-
-def _counterpart(copy: Program, site: Site) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-    """A site's nodes in a copy of its program: they have the same names."""
-    named = {node.name: node for node in copy.graph.nodes}
-    return named[site.source.name], tuple(named[linear.name] for linear in site.linears)
 
 
 @torch.no_grad()
