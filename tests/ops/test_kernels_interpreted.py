@@ -165,6 +165,26 @@ else:
         wanted = fused.rope_quantize(x, cos, sin, matrix, text)
         torch.testing.assert_close(got, wanted, rtol=0, atol=0.2)
 
+    @pytest.mark.parametrize(("heads", "shape"), [(1, None), (1, (1, 2, 32, 32)), (3, (3, 2, 32, 32)), (2, (32, 32))])
+    def test_rope_of_one_contiguous_sequence(heads, shape):
+        """Where every row begins at the end of the one before it, which head and position it is still counts."""
+        x, (cos, sin) = torch.randn(1, heads, 9, 64), torch.randn(2, 1, 9, 64)
+        matrix = None if shape is None else torch.randn(shape) / 5
+        got = cuda.rope_quantize(x, cos, sin, matrix, "mxint8@32")
+        torch.testing.assert_close(got, fused.rope_quantize(x, cos, sin, matrix, "mxint8@32"), rtol=0, atol=0.2)
+        if shape is not None:
+            torch.testing.assert_close(transform_triton(x, matrix), block_transform(x, matrix), rtol=1e-5, atol=1e-4)
+
+    @pytest.mark.parametrize("rows", [256, 300])
+    def test_a_program_walks_down_whole_and_ragged_columns(rows):
+        x, gate, own = torch.randn(rows, 64), torch.randn(rows, 64), torch.randn(2, 32, 32) / 5
+        torch.testing.assert_close(transform_triton(x, own), block_transform(x, own), rtol=1e-5, atol=1e-4)
+        strided = torch.randn(rows, 96)[:, :64]
+        torch.testing.assert_close(transform_triton(strided, own), block_transform(strided, own), rtol=1e-5, atol=1e-4)
+        got = transform_triton(x, own, False, parse("mxint8@32"), gate=gate)
+        wanted = fused.silu_mul_quantize(gate, x, own, "mxint8@32")
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0.2)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     def test_rope_alone_is_bit_equal(dtype):
         x = torch.randn(2, 9, 3, 80).to(dtype).transpose(1, 2)

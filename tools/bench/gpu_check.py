@@ -163,6 +163,9 @@ def _far_offsets() -> str | None:
         got = ops.fake_quantize(view, "mxint4@32/mse", -1)[-len(wanted) :].cpu()
         if not torch.equal(got, wanted):
             return f"{name}: the last blocks of {view.numel()} elements are wrong"
+    got = ops.hadamard(x.view(-1, 64), 64)[-4:].flatten()
+    if not torch.equal(got, ops.hadamard(tail.cuda().view(-1, 64), 64).flatten()) or not got.any():
+        return "the last blocks of a transform of as many are wrong"
     return None
 
 
@@ -219,6 +222,8 @@ def check_fused(report: Report, dtype: torch.dtype, block: int, name: str, half:
         "T own, x's dtype": ("transform_quantize", (broken, own.to(dtype), name, False)),
         "T per head": ("transform_quantize", (wide_broken, headed, name, False)),
         "T per head, contiguous": ("transform_quantize", (wide.contiguous(), headed, name, False)),
+        "T own, many rows": ("transform_quantize", (torch.randn(1000, width).to(dtype), own.to(dtype), name, False)),
+        "H, whole tiles": ("transform_quantize", (torch.randn(1024, width).to(dtype), shared, name, True)),
         "T own strided": ("transform_quantize", (torch.stack((broken, gate), 1)[:, 1], own, name, False)),
         "silu H": ("silu_mul_quantize", (gate, broken, shared, name, True)),
         "silu T": ("silu_mul_quantize", (gate, broken, own, name, False)),
@@ -232,6 +237,14 @@ def check_fused(report: Report, dtype: torch.dtype, block: int, name: str, half:
         "rope": ("rope_quantize", (heads_broken, angle, angle, None, name, False)),
         "rope H": ("rope_quantize", (heads_broken, angle, angle, shared, name, True)),
         "rope T per head": ("rope_quantize", (heads_broken, angle, angle, headed, name, False)),
+        "rope one head": (
+            "rope_quantize",
+            (wide[:1, :1].contiguous(), angle[:1, :9], angle[:1, :9], None, name, False),
+        ),
+        "rope one batch, contiguous": (
+            "rope_quantize",
+            (wide[:1, :3].contiguous(), angle[:1, :9], angle[:1, :9], headed, name, False),
+        ),
         "rope one batch": ("rope_quantize", (heads_broken, angle[:1], angle[:1], shared, name, True)),
     }
     for case, (op, args) in list(cases.items())[half::2]:

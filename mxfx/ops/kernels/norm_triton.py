@@ -198,5 +198,5 @@ def _norm_kernel(
             y = multiply(y.to(narrow), high, low, SCALE, SIGNS, TERMS)
         y = as_stored(y, narrow)
         if GRID is not None:
-            y = quantize_blocks(y, FORMAT_BLOCK, GRID)
+            y = quantize_blocks(y, FORMAT_BLOCK, GRID, narrow)
         tl.store(y_ptr + row.to(tl.int64) * length + column, y.to(narrow), mask=here)

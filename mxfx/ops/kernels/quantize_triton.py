@@ -16,7 +16,7 @@ from torch import Tensor
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
 from mxfx.ops.kernels.addressing import as_rows, is_walkable
-from mxfx.ops.kernels.rounding_triton import grid_of, quantize_tile, round_to_element
+from mxfx.ops.kernels.rounding_triton import grid_of, quantize_tile, round_to_element, saturated
 
 #: Elements of one program; 32 a thread keep four 16-byte loads of bfloat16 in flight.
 TILE_ELEMENTS = 4096
@@ -126,8 +126,8 @@ def _quantize_kernel(
         source = row_offset(row, size1, size2, stride0, stride1, stride2)[:, None] + column
         target = row.to(tl.int64)[:, None] * length + column
     x = tl.load(x_ptr + source, mask=inside, other=0.0)
-    y = quantize_tile(x.to(tl.float32), GRID)
-    tl.store(y_ptr + target, y.to(y_ptr.dtype.element_ty), mask=inside)
+    y = quantize_tile(x.to(tl.float32), GRID, y_ptr.dtype.element_ty)
+    tl.store(y_ptr + target, y, mask=inside)
 
 
 @triton.jit
@@ -143,7 +143,5 @@ def _round_kernel(
     local = tl.arange(0, TILE)
     inside = local < count - start
     x = tl.load(x_ptr + start + local, mask=inside, other=0.0).to(tl.float32)
-    y = round_to_element(x, GRID)
-    y = tl.maximum(y, -GRID.value.largest, propagate_nan=tl.PropagateNan.ALL)
-    y = tl.minimum(y, GRID.value.largest, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(y_ptr + start + local, y.to(y_ptr.dtype.element_ty), mask=inside)
+    y = saturated(round_to_element(x, GRID), y_ptr.dtype.element_ty, GRID)
+    tl.store(y_ptr + start + local, y, mask=inside)

@@ -39,6 +39,7 @@ class Grid:
     `low`, `high`: the least and the greatest element. `min_binade`: the binade of the smallest normal element.
     `magic`: times a binade (1 for integers), a number beside which float32 is as coarse as the element.
     `offset`, `carry`: the shared exponent is that of amax, its bits plus `carry`, less `offset`.
+    `saturates`: whether a block's largest may exceed `high` under the exponent that the rule gives it.
     `overflow`: which results may exceed the dtype's `largest`: none, "low" or "both".
     `sum`: how squared errors of `mse` are compared: 0 in float32 and 1 in int32, where either holds every partial
     sum exactly; 2 and 3 in 64-bit fixed point (one float32 factor, two float64 factors), in fractions `unit`.
@@ -50,6 +51,7 @@ class Grid:
     magic: float
     offset: int
     carry: int
+    saturates: bool
     overflow: str
     largest: float
     is_float: bool
@@ -82,6 +84,7 @@ def grid_of(fmt: Format, dtype: torch.dtype) -> Grid:
         magic=magic,
         offset=element.max_exponent + int(integer and fmt.rule is ScaleRule.CEIL),
         carry=_carry(fmt),
+        saturates=fmt.rule not in (ScaleRule.RCEIL, ScaleRule.MSE) or element.max_exponent < 1,
         overflow=_overflow(fmt),
         largest=torch.finfo(dtype).max,
         is_float=not integer,
@@ -165,24 +168,20 @@ def as_stored(x, dtype: tl.constexpr):
 def round_to_element(y, GRID: tl.constexpr):
     """Nearest element, ties to even, saturating, NaN kept; a float element keeps -0, an integer has none."""
     if GRID.value.is_float:
-        rounded = _with_sign(_round_magnitude(tl.abs(y), GRID.value.high, GRID.value.min_binade, GRID.value.magic), y)
+        magnitude = tl.minimum(tl.abs(y), GRID.value.high, propagate_nan=tl.PropagateNan.ALL)
+        rounded = _with_sign(_round_magnitude(magnitude, GRID.value.min_binade, GRID.value.magic), y)
     else:
-        rounded = _round_integer(y, GRID.value.low, GRID.value.high, GRID.value.magic)
+        rounded = (y + GRID.value.magic) - GRID.value.magic
+        rounded = tl.maximum(rounded, GRID.value.low, propagate_nan=tl.PropagateNan.ALL)
+        rounded = tl.minimum(rounded, GRID.value.high, propagate_nan=tl.PropagateNan.ALL)
     return rounded
 
 
 @triton.jit
-def _round_magnitude(y, HIGH: tl.constexpr, MIN_BINADE: tl.constexpr, MAGIC: tl.constexpr):
-    y = tl.minimum(y, HIGH, propagate_nan=tl.PropagateNan.ALL)
+def _round_magnitude(y, MIN_BINADE: tl.constexpr, MAGIC: tl.constexpr):
     binade = (y.to(tl.int32, bitcast=True) & _EXPONENT).to(tl.float32, bitcast=True)
     spacing = tl.maximum(binade, MIN_BINADE) * MAGIC
     return (y + spacing) - spacing
-
-
-@triton.jit
-def _round_integer(y, LOW: tl.constexpr, HIGH: tl.constexpr, MAGIC: tl.constexpr):
-    y = tl.maximum((y + MAGIC) - MAGIC, LOW, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(y, HIGH, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -198,6 +197,10 @@ def _larger(a, b):
 
 #: Whether NVIDIA's instructions can be given by name: not in the interpreter, not on other GPUs.
 _PACKS = tl.constexpr(isinstance(_larger, triton.JITFunction) and torch.version.hip is None)
+_SATURATE = """{{.reg .b32 most, least; mov.b32 most, 0x{0}{0}; mov.b32 least, 0x{1}{1};
+cvt.rn.{2}x2.f32 $0, $2, $1; min.NaN.{2}x2 $0, $0, most; max.NaN.{2}x2 $0, $0, least;}}"""
+_SATURATE_BF16 = tl.constexpr(_SATURATE.format("7f7f", "ff7f", "bf16"))
+_SATURATE_FP16 = tl.constexpr(_SATURATE.format("7bff", "fbff", "f16"))
 
 
 @triton.jit
@@ -215,8 +218,8 @@ def _shared_scale(largest, OFFSET: tl.constexpr, CARRY: tl.constexpr):
 
 
 @triton.jit
-def quantize_tile(x, GRID: tl.constexpr):
-    """Rows of a float32 tile (blocks, block), each one block, lanes outside it zero; float32 on the grid."""
+def quantize_tile(x, GRID: tl.constexpr, dtype: tl.constexpr):
+    """Rows of a float32 tile (blocks, block), each one block, lanes outside it zero; on the grid, of `dtype`."""
     largest = tl.reduce(tl.abs(x), 1, _larger)
     power = _shared_scale(largest, GRID.value.offset, GRID.value.carry)
     inverse = tl.maximum(_TWO_TO_127 - (power & _EXPONENT), _TWO_TO_MINUS_127).to(tl.float32, bitcast=True)
@@ -225,16 +228,23 @@ def quantize_tile(x, GRID: tl.constexpr):
     scaled = x * inverse[:, None]
     if GRID.value.is_float:
         scaled = tl.abs(scaled)
-        rounded = _round_magnitude(scaled, GRID.value.high, GRID.value.min_binade, GRID.value.magic)
+        rounded = scaled
+        if GRID.value.saturates:
+            rounded = tl.minimum(scaled, GRID.value.high)
+        rounded = _round_magnitude(rounded, GRID.value.min_binade, GRID.value.magic)
     else:
         # No rule lets the largest go below the least code.
-        rounded = tl.minimum((scaled + GRID.value.magic) - GRID.value.magic, GRID.value.high)
+        rounded = (scaled + GRID.value.magic) - GRID.value.magic
+        if GRID.value.saturates:
+            rounded = tl.minimum(rounded, GRID.value.high)
     if GRID.value.mse:
         # One exponent lower: the same grid, half as wide.
         if GRID.value.is_float:
-            lower = _round_magnitude(scaled, GRID.value.high / 2, GRID.value.min_binade / 2, GRID.value.magic)
+            lower = tl.minimum(scaled, GRID.value.high / 2)
+            lower = _round_magnitude(lower, GRID.value.min_binade / 2, GRID.value.magic)
         else:
-            lower = _round_integer(scaled, GRID.value.low / 2, GRID.value.high / 2, GRID.value.magic / 2)
+            lower = (scaled + GRID.value.magic / 2) - GRID.value.magic / 2
+            lower = tl.minimum(tl.maximum(lower, GRID.value.low / 2), GRID.value.high / 2)
         gap = rounded - lower
         lean = tl.fma(scaled, 2.0, -(rounded + lower))
         if GRID.value.sum == 0:
@@ -248,10 +258,22 @@ def quantize_tile(x, GRID: tl.constexpr):
         better = (total < 0) & (power > _TWO_TO_MINUS_127)
         rounded = tl.where(better[:, None], lower, rounded)
     out = rounded * scale[:, None]
-    if GRID.value.overflow == "both":
-        out = tl.minimum(out, GRID.value.largest, propagate_nan=tl.PropagateNan.ALL)
-    if GRID.value.overflow != "none" and not GRID.value.is_float:
-        out = tl.maximum(out, -GRID.value.largest, propagate_nan=tl.PropagateNan.ALL)
     if GRID.value.is_float:
         out = _with_sign(out, x)
-    return out
+    return saturated(out, dtype, GRID)
+
+
+@triton.jit
+def saturated(x, dtype: tl.constexpr, GRID: tl.constexpr):
+    """float32 `x` on the grid, as `dtype`; what exceeds its largest finite number becomes that, NaN stays."""
+    if GRID.value.overflow == "none":
+        narrow = x.to(dtype)
+    # Two at a time: what exceeds is infinite by then.
+    elif _PACKS and dtype == tl.bfloat16:
+        narrow = tl.inline_asm_elementwise(_SATURATE_BF16, "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
+    elif _PACKS and dtype == tl.float16:
+        narrow = tl.inline_asm_elementwise(_SATURATE_FP16, "=r,r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
+    else:
+        x = tl.minimum(x, GRID.value.largest, propagate_nan=tl.PropagateNan.ALL)
+        narrow = tl.maximum(x, -GRID.value.largest, propagate_nan=tl.PropagateNan.ALL).to(dtype)
+    return narrow

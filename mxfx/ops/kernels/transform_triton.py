@@ -34,6 +34,7 @@ class Tiling:
     per_thread: int
     stages: int
     registers: int | None = None
+    min_rows: int = 64
 
 
 #: By what a block is multiplied by (nothing, signs, a matrix in one term, in two) and its width, 128 and above as 128.
@@ -42,12 +43,12 @@ TILINGS = {
     ("none", 32): Tiling(4096, 32, 2),
     ("none", 64): Tiling(4096, 32, 2),
     ("none", 128): Tiling(8192, 32, 2),
-    ("signs", 32): Tiling(4096, 32, 2),
-    ("signs", 64): Tiling(4096, 32, 1),
-    ("signs", 128): Tiling(8192, 64, 1, registers=128),
+    ("signs", 32): Tiling(4096, 32, 1, registers=80),
+    ("signs", 64): Tiling(4096, 32, 2),
+    ("signs", 128): Tiling(8192, 64, 3, registers=144),
     ("one term", 32): Tiling(4096, 32, 2),
-    ("one term", 64): Tiling(4096, 32, 2),
-    ("one term", 128): Tiling(8192, 64, 1, registers=128),
+    ("one term", 64): Tiling(4096, 32, 2, registers=72),
+    ("one term", 128): Tiling(8192, 64, 3, registers=144),
     ("two terms", 32): Tiling(4096, 32, 3),
     ("two terms", 64): Tiling(4096, 32, 3),
     ("two terms", 128): Tiling(8192, 64, 2, registers=128),
@@ -133,7 +134,8 @@ def _launch(
     length, own = shape[-1], matrix is not None and len(matrix) > 2
     block = matrix[-1] if matrix is not None else fmt.block if fmt and fmt.block else length
     heads, head_stride, angle_stride = 1, 0, 0
-    if before == "rope" or (matrix is not None and len(matrix) == 4):
+    in_axes = before == "rope" or (matrix is not None and len(matrix) == 4)
+    if in_axes:
         heads = matrix[0] if matrix is not None and len(matrix) == 4 else 1
         group = shape[1] // heads
         rows = Rows(length, shape[0] * group * shape[2], (shape[0], group, shape[2]), (stride[0], stride[1], stride[2]))
@@ -143,26 +145,30 @@ def _launch(
     parts = length // block
     side_by_side = _side_by_side(parts, block) if matrix is None and before == "rope" else 1
     parts //= side_by_side
-    if not own and before != "rope" and rows.flat:
+    if not own and not in_axes and rows.flat:
         rows, parts = Rows(block, rows.count * parts, (1, 1, rows.count * parts), (0, 0, block)), 1
+    # Heads and angles are told by the index along each axis.
+    steps = (*rows.sizes[1:], *rows.strides) if in_axes else rows.arguments
     width = block * side_by_side
     padded = triton.next_power_of_2(width)
     if matrix is not None:
         padded = max(padded, 16)
     factor = "none" if matrix is None else "signs" if signs else "one term" if terms == 1 else "two terms"
     tiling = TILINGS[factor, min(max(padded, 32), 128)]
-    tile = max(tiling.elements // padded, MIN_ROWS if matrix is not None else 1)
+    tile = max(tiling.elements // padded, tiling.min_rows if matrix is not None else 1)
     tiles, columns = triton.cdiv(rows.count, tile), heads * parts
     return Launch(
         _transform_kernel,
         # Each keeps one matrix and takes many tiles.
         lambda at_a_time: columns * min(max(at_a_time // columns, 1), tiles),
-        (rows.count, columns, head_stride, angle_stride, *rows.arguments),
+        (rows.count, columns, head_stride, angle_stride, *steps, tiles),
         {
             "SCALE": block**-0.5,
             "GAIN_OFFSET": offset,
             "HEADS": heads,
             "TILE": tile,
+            "FLAT": rows.flat and not in_axes and tile * rows.length < 2**31,
+            "EVEN": rows.count % tile == 0,
             "WIDTH": width,
             "PADDED": padded,
             "ROW": length if before == "rope" else 0,
@@ -175,7 +181,6 @@ def _launch(
             "STAGES": min(tiling.stages, 2) if before in ("silu", "rope") else tiling.stages,
             "GRID": fmt and grid_of(fmt, dtype),
         },
-        tasks=columns * tiles,
         num_warps=max(1, tile * padded // (32 * tiling.per_thread)),
         maxnreg=tiling.registers,
         # A product that meets its sum in one FMA would skip a rounding that the ops of RoPE make.
@@ -241,19 +246,19 @@ def multiply(x, high, low, SCALE: tl.constexpr, SIGNS: tl.constexpr, TERMS: tl.c
 
 
 @triton.jit
-def quantize_blocks(x, FORMAT_BLOCK: tl.constexpr, GRID: tl.constexpr):
+def quantize_blocks(x, FORMAT_BLOCK: tl.constexpr, GRID: tl.constexpr, dtype: tl.constexpr):
     """`quantize_tile` of a tile whose rows hold one or several blocks of the format."""
     rows: tl.constexpr = x.shape[0]
     width: tl.constexpr = x.shape[1]
     if width == FORMAT_BLOCK:
-        y = quantize_tile(x, GRID)
+        y = quantize_tile(x, GRID, dtype)
     else:
-        y = quantize_tile(tl.reshape(x, (rows * (width // FORMAT_BLOCK), FORMAT_BLOCK)), GRID)
+        y = quantize_tile(tl.reshape(x, (rows * (width // FORMAT_BLOCK), FORMAT_BLOCK)), GRID, dtype)
         y = tl.reshape(y, (rows, width))
     return y
 
 
-@triton.jit(do_not_specialize=["turns"])
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def _transform_kernel(
     x_ptr,
     first_ptr,
@@ -269,11 +274,13 @@ def _transform_kernel(
     stride0,
     stride1,
     stride2,
-    turns,
+    tiles,
     SCALE: tl.constexpr,
     GAIN_OFFSET: tl.constexpr,
     HEADS: tl.constexpr,
     TILE: tl.constexpr,
+    FLAT: tl.constexpr,
+    EVEN: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     ROW: tl.constexpr,
@@ -303,17 +310,31 @@ def _transform_kernel(
         high, low = load_matrix(start_of_matrix, gain, WIDTH, PADDED, SIGNS, TERMS, narrow)
     first = tl.program_id(0) // columns
     step = tl.num_programs(0) // columns
-    for turn in tl.range(0, turns, num_stages=STAGES):
-        row = (first + turn * step) * TILE + tl.arange(0, TILE)
+    tile_size = tl.full([], TILE, tl.int64) * stride0
+    for tile in tl.range(first, tiles, step, num_stages=STAGES):
+        row = tile * TILE + tl.arange(0, TILE)
+        x_tile, first_tile, y_tile = x_ptr, first_ptr, y_ptr
         index0, index1, index2 = row_index(row, size1, size2)
-        start = index0.to(tl.int64) * stride0 + index1.to(tl.int64) * stride1 + index2.to(tl.int64) * stride2
-        start += head.to(tl.int64) * head_stride
-        inside = (row < rows)[:, None]
+        if FLAT:
+            # One address a tile; the offsets in it are the same in every turn.
+            start = tl.arange(0, TILE) * stride0
+            target = start
+            x_tile += tile * tile_size
+            first_tile += tile * tile_size
+            y_tile += tile * tile_size
+        else:
+            start = index0.to(tl.int64) * stride0 + index1.to(tl.int64) * stride1 + index2.to(tl.int64) * stride2
+            start += head.to(tl.int64) * head_stride
+            target = row
+            if HEADS > 1:
+                target = ((index0 * HEADS + head) * size1 + index1) * size2 + index2
+            target = target.to(tl.int64) * (parts * WIDTH)
+        inside = (row < rows)[:, None] | EVEN
         if PADDED != WIDTH:
             inside = inside & (lane < WIDTH)[None, :]
-        x = tl.load(x_ptr + (start + channel)[:, None] + lane[None, :], mask=inside, other=0.0)
+        x = tl.load(x_tile + (start + channel)[:, None] + lane[None, :], mask=inside, other=0.0)
         if BEFORE == "silu":
-            gate = tl.load(first_ptr + (start + channel)[:, None] + lane[None, :], mask=inside, other=0.0)
+            gate = tl.load(first_tile + (start + channel)[:, None] + lane[None, :], mask=inside, other=0.0)
             x = silu_times(gate, x)
         if BEFORE == "rope":
             HALF: tl.constexpr = ROW // 2
@@ -330,11 +351,8 @@ def _transform_kernel(
             x *= tl.load(first_ptr + row, mask=row < rows, other=0.0)[:, None]
         y = as_stored(x.to(tl.float32), narrow)
         if GRID is not None:
-            y = quantize_blocks(y, FORMAT_BLOCK, GRID)
-        if HEADS > 1:
-            row = ((index0 * HEADS + head) * size1 + index1) * size2 + index2
-        target = (row.to(tl.int64) * (parts * WIDTH) + channel)[:, None] + lane[None, :]
-        tl.store(y_ptr + target, y.to(narrow), mask=inside)
+            y = quantize_blocks(y, FORMAT_BLOCK, GRID, narrow)
+        tl.store(y_tile + (target + channel)[:, None] + lane[None, :], y.to(narrow), mask=inside)
 
 
 @triton.jit
