@@ -6,7 +6,7 @@ width of an MX block cost little at run time and decide how well both operands f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,15 @@ class BlockTransform:
     def weight(self, weight: Tensor) -> Tensor:
         """`W T⁻ᵀ` for W `(out, blocks * b)`; same dtype."""
         return apply_blocks(weight, self.inverse.mT)
+
+    def stored_as(self, dtype: torch.dtype) -> BlockTransform:
+        """The same with T rounded to `dtype`, and the inverse of just that: the function of both stays exact.
+
+        In the dtype of the activations that it multiplies, T needs one pass through 16-bit tensor cores; its entries'
+        rounding by 2⁻⁹ moves the basis a little, not what is computed in it.
+        """
+        matrix = self.matrix.to(dtype).double()
+        return replace(self, matrix=matrix, inverse=torch.linalg.inv(matrix))
 
 
 def wush(

@@ -146,6 +146,8 @@ def orthogonal(blocks: Tensor) -> BlockTransform:
 
 def insert(rw: Rewriter, site: Site, transform: BlockTransform, *, plain: bool) -> None:
     """Put T behind the site's tensor and T⁻ᵀ into its linears; ``plain`` Hadamards need no stored matrix."""
+    if not plain:
+        transform = transform.stored_as(rw.program.dtype)
     inverse = transform.inverse.mT
     for linear in site.linears:
         change_input(rw, linear, lambda w: apply_blocks(w, inverse))
@@ -153,7 +155,7 @@ def insert(rw: Rewriter, site: Site, transform: BlockTransform, *, plain: bool) 
     if plain:
         new = rw.call(torch.ops.mxfx.hadamard.default, site.source, transform.matrix.shape[-1], like=first)
     else:
-        matrix = rw.add_weight(free_name(rw, f"transforms.{site.name}.input"), transform.matrix, first, constant=True)
+        matrix = rw.add_weight(free_name(rw, f"transforms.{site.name}.input"), transform.matrix, first)
         new = rw.call(torch.ops.mxfx.block_transform.default, site.source, matrix, like=first)
     for linear in site.linears:
         rw.set_operand(linear, 0, new)

@@ -91,12 +91,13 @@ class TransformKv(Pass):
                 rw.set_operand(attention, position, new)
             return
         of_group = moments[q].unflatten(0, (heads, -1)).mean(1)
-        found = self._solve(rw, attention, "keys", moments[k], of_group)
+        found = self._solve(rw, attention, "keys", moments[k], of_group).stored_as(rw.program.dtype)
         shape = (heads, width // block, block, block)
         matrices = (found.inverse.mT.reshape(shape), found.matrix.reshape(shape))
         for position, (side, matrix) in enumerate(zip("qk", matrices, strict=True)):
+            # Only one of two inverse matrices fits the model's dtype: that of the keys, which are quantized.
             weight = rw.add_weight(
-                free_name(rw, f"transforms.{path_of(attention)}.{side}"), matrix, attention, constant=True
+                free_name(rw, f"transforms.{path_of(attention)}.{side}"), matrix, attention, constant=side == "q"
             )
             source = attention.args[position]
             new = rw.call(torch.ops.mxfx.block_transform.default, source, weight, like=attention)

@@ -41,6 +41,19 @@ def test_wush_gives_activations_and_weights_the_same_second_moments(raised, ctx)
     torch.testing.assert_close(moment, of_weight, rtol=1e-4, atol=1e-6 * float(moment.abs().max()))
 
 
+def test_a_matrix_fits_the_models_dtype_and_its_inverse_is_that_of_the_rounded_one(raised, ctx, logits):
+    before = raised("llama-tiny")
+    narrow = before.copy()
+    narrow.dtype = torch.bfloat16  # the weights in the store stay finer
+    for kind_ in ("wush", "hadamard"):
+        after = apply(TransformInputs(kind=kind_, block=32, signs=True), narrow, ctx).program
+        name = next(n for n in after.weights if n.startswith("transforms."))
+        assert name not in after.weights.constants
+        assert torch.equal(after.weights[name].bfloat16().double(), after.weights[name].double())
+        error = (logits(after.twin(torch.float64)) - logits(before)).norm() / logits(before).norm()
+        assert error < 1e-9
+
+
 def test_only_annotated_linears_are_transformed(raised, preserved):
     rule = Rule(Selector(r".*down_proj"), input=parse("mxint4@32"))
     annotated = apply(Annotate(rule=(rule,)), raised("llama-tiny")).program

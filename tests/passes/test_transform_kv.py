@@ -35,6 +35,18 @@ def test_every_key_value_head_has_its_own_matrix(raised, preserved):
     assert not torch.allclose(matrix[0], matrix[1])
 
 
+def test_the_matrix_of_keys_fits_the_models_dtype_and_that_of_queries_is_its_inverse(raised, ctx, logits):
+    before = raised("llama-tiny")
+    narrow = before.copy()
+    narrow.dtype = torch.bfloat16
+    after = apply(TransformKv(kind="wush", block=8), narrow, ctx).program
+    keys, queries = (f"transforms.model.layers.0.self_attn.{side}" for side in "kq")
+    assert (keys in after.weights.constants, queries in after.weights.constants) == (False, True)
+    assert torch.equal(after.weights[keys].bfloat16().double(), after.weights[keys].double())
+    error = (logits(after.twin(torch.float64)) - logits(before)).norm() / logits(before).norm()
+    assert error < 1e-9
+
+
 def test_the_emitted_module_computes_the_same(raised, ctx):
     before = raised("llama-tiny")
     after = apply(

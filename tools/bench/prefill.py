@@ -71,7 +71,8 @@ class RandomTransforms(Pass):
 
         def transformed(source: fx.Node, shape: tuple[int, ...], like: fx.Node, name: str) -> fx.Node:
             matrix = torch.randn(*shape, self.block, self.block, generator=generator) / self.block**0.5
-            weight = rw.add_weight(f"transforms.{path_of(like)}.{name}", matrix, like, constant=True)
+            # As transform-inputs and transform-kv store them.
+            weight = rw.add_weight(f"transforms.{path_of(like)}.{name}", matrix, like, constant=name == "query")
             return rw.call(torch.ops.mxfx.block_transform.default, source, weight, like=like)
 
         for source, linears in siblings(rw.program).items():

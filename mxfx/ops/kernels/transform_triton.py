@@ -28,7 +28,10 @@ from mxfx.ops.kernels.rounding_triton import as_stored, grid_of, quantize_tile
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a tile is cut: its elements, how many a thread has, how many are on their way, registers of a thread."""
+    """How a tile is cut: its elements, how many a thread has, how many are on their way, registers of a thread.
+
+    Four warps of 64 rows or more use the asynchronous tensor cores of Hopper; fewer, the ordinary ones.
+    """
 
     elements: int
     per_thread: int
@@ -53,8 +56,6 @@ TILINGS = {
     ("two terms", 64): Tiling(4096, 32, 3),
     ("two terms", 128): Tiling(8192, 64, 2, registers=128),
 }
-#: The tensor cores take this many rows at once.
-MIN_ROWS = 64
 #: Blocks that nothing multiplies share a tile up to this width: as many bytes as a line of memory.
 GROUP_WIDTH = 64
 
