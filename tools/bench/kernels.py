@@ -52,22 +52,22 @@ def quantizers(x: Tensor, quick: bool) -> Iterator[Case]:
 
 
 def fused(x: Tensor) -> Iterator[Case]:
-    """Transforms and producers with `mse` quantization behind them."""
+    """Transforms and producers with `mse` quantization behind them; matrices in x's dtype, as passes store them."""
     width, moved = x.shape[-1], 2 * x.nbytes
     for block in (32, 64, 128):
         name = f"mxint4@{block}/mse"
         signs = hadamard_matrix(block, torch.float32, x.device)
         own = torch.randn(width // block, block, block, device=x.device) / block**0.5
-        exact = own.to(x.dtype)
+        stored = own.to(x.dtype)
         yield name, lambda name=name: ops.fake_quantize(x, name, -1), moved
         yield f"hadamard {block}", lambda block=block: ops.hadamard(x, block), moved
         yield f"hadamard {block} + {name}", lambda s=signs, n=name: ops.transform_quantize(x, s, n, True), moved
-        yield f"T {block} + {name}", lambda own=own, name=name: ops.transform_quantize(x, own, name, False), moved
-        yield f"T {block} in bf16 + {name}", lambda t=exact, n=name: ops.transform_quantize(x, t, n, False), moved
+        yield f"T {block} + {name}", lambda t=stored, n=name: ops.transform_quantize(x, t, n, False), moved
+        yield f"T {block} in float32 + {name}", lambda t=own, n=name: ops.transform_quantize(x, t, n, False), moved
     gate, weight = torch.randn_like(x), torch.rand(2048, device=x.device, dtype=x.dtype)
     short, h32, name = x.view(-1, 2048), hadamard_matrix(32, torch.float32, x.device), "mxint4@32/mse"
-    t32 = torch.randn(64, 32, 32, device=x.device) / 32**0.5
-    up32 = torch.randn(width // 32, 32, 32, device=x.device) / 32**0.5
+    t32 = (torch.randn(64, 32, 32, device=x.device) / 32**0.5).to(x.dtype)
+    up32 = (torch.randn(width // 32, 32, 32, device=x.device) / 32**0.5).to(x.dtype)
     yield "norm 2048 + quantize", lambda: ops.norm_quantize(short, weight, None, name, 1e-5), moved
     yield "norm 2048 + H32 + quantize", lambda: ops.norm_quantize(short, weight, h32, name, 1e-5, hadamard=True), moved
     yield "norm 2048 + T32 + quantize", lambda: ops.norm_quantize(short, None, t32, name, 1e-5), moved
@@ -76,7 +76,7 @@ def fused(x: Tensor) -> Iterator[Case]:
     yield "silu*up + T32 + quantize", lambda: ops.silu_mul_quantize(gate, x, up32, name), 3 * x.nbytes
     heads = x.view(8, -1, 8, 64).transpose(1, 2)
     angle = torch.randn(1, heads.shape[2], 64, device=x.device, dtype=x.dtype)
-    own = torch.randn(8, 2, 32, 32, device=x.device) / 32**0.5
+    own = (torch.randn(8, 2, 32, 32, device=x.device) / 32**0.5).to(x.dtype)
     yield "rope", lambda: ops.rope(heads, angle, angle), moved
     yield "rope + quantize", lambda: ops.rope_quantize(heads, angle, angle, None, name), moved
     yield "rope + H32 + quantize", lambda: ops.rope_quantize(heads, angle, angle, h32, name, True), moved
@@ -142,16 +142,18 @@ def measure(cases: Iterable[Case]) -> list[dict[str, object]]:
             copies[moved] = copy_ms(moved)
             rows.append(_row(f"copy {moved >> 20} MiB", copies[moved], moved, copies[moved]))
         try:
-            rows.append(_row(name, kernel_ms(call), moved, copies[moved]))
+            row = _row(name, kernel_ms(call), moved, copies[moved])
+            alone = next((r["ms"] for r in rows if r["case"] == name.rpartition(" + ")[2]), None)
+            rows.append(row | {"× quantizing alone": "" if alone is None else row["ms"] / alone})
         except Exception as error:
             torch.cuda.synchronize()
             said = f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
-            rows.append({"case": said, "ms": 0.0, "GB/s": 0.0, "of copy": 0.0})
+            rows.append({"case": said, "ms": 0.0, "GB/s": 0.0, "of copy": 0.0, "× quantizing alone": ""})
     return rows
 
 
 def _row(name: str, ms: float, moved: int, copy: float) -> dict[str, object]:
-    return {"case": name, "ms": ms, "GB/s": moved / ms / 1e6, "of copy": copy / ms}
+    return {"case": name, "ms": ms, "GB/s": moved / ms / 1e6, "of copy": copy / ms, "× quantizing alone": ""}
 
 
 def launches() -> list[dict[str, object]]:
