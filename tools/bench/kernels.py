@@ -4,8 +4,8 @@
     python tools/bench/kernels.py --plot-from JSON --plot FILE
 
 A row says what one op costs: median milliseconds on the GPU by CUDA-graph replay, GB/s over the bytes that it must
-move (each operand once), its speed as a share of a device copy of the same bytes, and, below, the
-microseconds that the host needs to launch it. With `--plot` also over sizes, which `--json` keeps: a machine without
+move (each operand once), its speed as a share of a device copy of the same bytes, of a fused op its time over
+quantizing alone; before them, the microseconds that the host needs for a launch. With `--plot` also over sizes, which `--json` keeps: a machine without
 matplotlib measures, another one plots.
 """
 

@@ -49,7 +49,7 @@ TILINGS = {
     ("signs", 32): Tiling(4096, 32, 1, registers=80),
     ("signs", 64): Tiling(4096, 32, 2),
     ("signs", 128): Tiling(8192, 64, 3, registers=144),
-    ("one term", 32): Tiling(4096, 32, 2),
+    ("one term", 32): Tiling(512, 16, 1, min_rows=16),
     ("one term", 64): Tiling(4096, 32, 2, registers=72),
     ("one term", 128): Tiling(8192, 64, 3, registers=144),
     ("two terms", 32): Tiling(4096, 32, 3),
