@@ -315,12 +315,23 @@ def _token_counts(texts: Sequence[str], tokenizer: Any) -> list[int]:
 
 def _beginning(page: str, tokenizer: Any, tokens: int) -> str:
     """The longest beginning of `page`, whole words only, of at most `tokens` tokens; may be empty."""
-    if _token_counts([page], tokenizer)[0] <= tokens:
-        return page
+
+    def count(words: int) -> int:
+        return _token_counts([page[: ends[words - 1]]], tokenizer)[0] if words else 0
+
     ends = [match.end() for match in re.finditer(r"\S+", page)]
-    # A word more never means fewer tokens but for a rare merge at the cut; hence the check below.
-    fitting = bisect.bisect_right(ends, tokens, key=lambda end: _token_counts([page[:end]], tokenizer)[0])
-    while fitting and _token_counts([page[: ends[fitting - 1]]], tokenizer)[0] > tokens:
+    if getattr(tokenizer, "is_fast", False):
+        # One pass says where the first token begins that is too many; a search would read the page once a step.
+        offsets = tokenizer(page, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        if len(offsets) <= tokens:
+            return page
+        fitting = bisect.bisect_right(ends, offsets[tokens][0])
+    else:
+        if _token_counts([page], tokenizer)[0] <= tokens:
+            return page
+        fitting = bisect.bisect_right(range(1, len(ends) + 1), tokens, key=count)
+    # A word more never means fewer tokens but for a rare merge at the cut.
+    while fitting and count(fitting) > tokens:
         fitting -= 1
     return page[: ends[fitting - 1]] if fitting else ""
 

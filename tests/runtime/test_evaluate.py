@@ -163,6 +163,19 @@ def test_a_limit_is_kept_and_cuts_between_words(tokenizer, limit: int) -> None:
         assert beginning == page or page[len(beginning)].isspace()
 
 
+def test_a_tokenizer_without_offsets_cuts_the_same(tokenizer) -> None:
+    class Plain:
+        is_fast = False
+
+        def __call__(self, text: str, **options: bool) -> dict:
+            assert "return_offsets_mapping" not in options
+            return tokenizer(text, **options)
+
+    for limit in (10, 40, 64, 99):
+        options = {"limit_tokens": limit, "max_length": 24}
+        assert cut_documents(PAGES, Plain(), **options) == cut_documents(PAGES, tokenizer, **options)
+
+
 def test_a_limit_reads_the_beginnings_of_several_documents(tokenizer) -> None:
     cut = cut_documents(PAGES, tokenizer, limit_tokens=60, max_length=20)
     assert len(cut) == 3 and all(len(text.encode()) <= 20 for text in cut)

@@ -5,8 +5,8 @@
 
 A row says what one op costs: median milliseconds on the GPU by CUDA-graph replay, GB/s over the bytes that it must
 move (each operand once), its speed as a share of a device copy of the same bytes, of a fused op its time over
-quantizing alone; before them, the microseconds that the host needs for a launch. With `--plot` also over sizes, which `--json` keeps: a machine without
-matplotlib measures, another one plots.
+quantizing alone; before them, the microseconds that the host needs for a launch. With `--plot` also over sizes, which
+`--json` keeps: a machine without matplotlib measures, another one plots.
 """
 
 from __future__ import annotations

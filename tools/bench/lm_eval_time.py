@@ -1,12 +1,13 @@
 """Seconds of lm-eval's ``wikitext`` on local documents, for the float model and for emitted programs of pipelines.
 
     python -m tools.bench.lm_eval_time passes_configs/best_w4a4kv4.toml … --model DIR --data DIR --eval-data DIR
-        [--tokens 100000] [--batch 8] [--repeat 2] [--device cuda] [--set k=v] [--json FILE]
+        [--tokens 100000] [--batch 8] [--repeat 5] [--device cuda] [--set k=v] [--json FILE]
 
-Prints machine and versions, then one row a model: seconds of one evaluation (median of ``--repeat``; a short one
-before them compiles kernels), the slowest run, the ratio to the float Hugging Face model in the same process, and the
-word perplexity. Weights decide nothing of the time: ``--set calibration.samples=4 --set pass.distill.steps=1`` builds
-a program quickly. An entry may have overrides of its own: ``FILE;k=v;k=v``.
+Prints machine and versions, then one row a model: seconds of one evaluation (median of ``--repeat``, the models taking
+turns), its ratio to the float Hugging Face model's, the fastest and the slowest run, the one before them, which
+compiles kernels, and the word perplexity. Weights decide nothing of the time:
+``--set calibration.samples=4 --set pass.distill.steps=1`` builds a program quickly.
+An entry may have overrides of its own: ``FILE;k=v;k=v``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mxfx.pipeline import Pipeline, apply_overrides
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Context
 from mxfx.runtime.causal_lm import as_causal_lm
-from mxfx.runtime.evaluate import evaluate
+from mxfx.runtime.evaluate import EvalResult, evaluate
 from mxfx.runtime.pretrained import load_model, load_tokenizer
 from tools.bench.measuring import machine, table
 
@@ -37,16 +38,12 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, args.dtype).to(args.device).eval()
     program = PassManager().run(api.trace(model, name=args.model), Pipeline([]).completed()).program
-    rows = [{"model": "float, Hugging Face", **_timed(model, tokenizer, args)}]
-    print(rows[-1], flush=True)
+    models: dict[str, nn.Module] = {"float, Hugging Face": model}
     for entry in args.configs:
         file, *own = entry.split(";")
         emitted = as_causal_lm(_passed(program, file, own, tokenizer, args), args.device)
-        rows.append({"model": Path(file).stem + "".join(f" {o}" for o in own), **_timed(emitted, tokenizer, args)})
-        print(rows[-1], flush=True)
-        del emitted
-    first = rows[0]["s"]
-    rows = [row | {"x float": row["s"] / first} for row in rows]
+        models[Path(file).stem + "".join(f" {o}" for o in own)] = emitted
+    rows = _timed(models, tokenizer, args)
     print(f"\nlm-eval wikitext, {args.tokens:,} tokens at most, batches of {args.batch} x {args.length}, {args.dtype}")
     print(table(rows))
     if args.json:
@@ -63,21 +60,37 @@ def _passed(program, file, own, tokenizer, args):
     return PassManager().run(program, pipeline, ctx).program
 
 
-def _timed(model: nn.Module, tokenizer, args: argparse.Namespace) -> dict:
-    def once(tokens: int):
-        options = {"eval_data": args.eval_data, "batch_size": args.batch, "max_length": args.length}
-        return evaluate(model, tokenizer, limit_tokens=tokens, **options)
+def _timed(models: dict[str, nn.Module], tokenizer, args: argparse.Namespace) -> list[dict]:
+    """A row a model; models take turns, so that a machine that slows down slows all of them."""
 
-    # Whole batches and a ragged last window: the shapes of the timed runs.
-    once(min(args.tokens, 2 * args.batch * args.length))
-    results = [once(args.tokens) for _ in range(args.repeat)]
-    seconds = [result.seconds for result in results]
-    return {
-        "s": statistics.median(seconds),
-        "slowest": max(seconds),
-        "tokens": results[0].tokens,
-        "word ppl": results[0].word_perplexity,
-    }
+    def once(model: nn.Module) -> EvalResult:
+        options = {"eval_data": args.eval_data, "batch_size": args.batch, "max_length": args.length}
+        return evaluate(model, tokenizer, limit_tokens=args.tokens, **options)
+
+    found: dict[str, list[EvalResult]] = {name: [] for name in models}
+    for turn in range(1 + args.repeat):
+        for name, model in models.items():
+            found[name].append(once(model))
+            print(f"{name}, turn {turn}: {found[name][-1].seconds:.2f} s", flush=True)
+    rows = []
+    base = None
+    for name, (first, *rest) in found.items():
+        seconds = [result.seconds for result in rest]
+        median = statistics.median(seconds)
+        base = base or median
+        rows.append(
+            {
+                "model": name,
+                "s": median,
+                "x float": median / base,
+                "fastest": min(seconds),
+                "slowest": max(seconds),
+                "first": first.seconds,
+                "tokens": first.tokens,
+                "word ppl": first.word_perplexity,
+            }
+        )
+    return rows
 
 
 def _arguments() -> argparse.Namespace:
@@ -88,7 +101,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--set", action="append", default=[])
