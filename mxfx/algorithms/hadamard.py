@@ -19,8 +19,8 @@ from math import isqrt, prod, sqrt
 import torch
 from torch import Tensor
 
-# Sylvester factors up to this order are applied as one dense matmul: fewer passes over the tensor.
-_DENSE_SYLVESTER = 64
+#: Up to this order one product with the whole matrix is no slower than two with factors of it.
+DENSE_ORDER = 128
 
 
 class HadamardError(ValueError):
@@ -55,17 +55,34 @@ def hadamard_matrix(order: int, dtype: torch.dtype = torch.float32, device: torc
     Raises:
         HadamardError: see `hadamard_factors`.
     """
-    matrix = torch.ones(1, 1, dtype=torch.float64, device=device)
-    for factor in hadamard_factors(order):
-        matrix = torch.kron(matrix, _signs(factor, torch.float64, device))
-    return (matrix / sqrt(order)).to(dtype)
+    return (_product(hadamard_factors(order), torch.float64, device) / sqrt(order)).to(dtype)
+
+
+def kronecker_orders(order: int) -> tuple[int, int]:
+    """(a, b) such that the matrix of `order` = a·b is a Kronecker product of one of order a and one of order b.
+
+    Of all such pairs the one of least sum: x H costs `order` multiplications an entry, Aᵀ X B on `(…, a, b)` a + b.
+    Up to `DENSE_ORDER` a is 1.
+
+    Raises:
+        HadamardError: see `hadamard_factors`.
+    """
+    left, right = _halves(order)
+    return prod(left), prod(right)
+
+
+def kronecker_signs(
+    order: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The ±1 matrices A `(a, a)` and B `(b, b)` of `kronecker_orders`: `hadamard_matrix(order)` is A ⊗ B / √order."""
+    left, right = _halves(order)
+    return _product(left, dtype, device), _product(right, dtype, device)
 
 
 def hadamard_transform(x: Tensor, block: int | None = None) -> Tensor:
     """`x @ blockdiag(H, …, H)` along the last axis, H the orthonormal matrix of order `block`.
 
-    Computes in float32 or better and returns the dtype of `x`. The ±1 factors are applied one after the
-    other, each as a matmul, and scaled once at the end, so that the only rounding is the summation's.
+    Computes in float32 or better and returns the dtype of `x`; see `kronecker_transform`.
 
     Args:
         x: `(…, n)`.
@@ -83,16 +100,21 @@ def hadamard_transform(x: Tensor, block: int | None = None) -> Tensor:
             f"blocks that do: {_block_sizes(width)}"
         )
     compute = torch.promote_types(x.dtype, torch.float32)
-    *outer, last = _dense_factors(hadamard_factors(block))
-    y = x.to(compute)
-    after = block
-    for factor in outer:
-        # kron(A, B) acts on (…, a, b) as Aᵀ on the rows, then B on the columns.
-        after //= factor
-        rows = y.reshape(*x.shape[:-1], -1, factor, after)
-        y = torch.matmul(_signs(factor, compute, x.device).mT, rows)
-    y = torch.matmul(y.reshape(*x.shape[:-1], -1, last), _signs(last, compute, x.device))
-    return (y.reshape(x.shape) * (1.0 / sqrt(block))).to(x.dtype)
+    return kronecker_transform(x, *kronecker_signs(block, compute, x.device))
+
+
+def kronecker_transform(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`x @ blockdiag(A ⊗ B, …) / √(ab)` along the last axis for ±1 matrices A `(a, a)` and B `(b, b)`.
+
+    The ±1 factors are applied one after the other, each as a matmul in their dtype, and scaled once at the end, so
+    that the only rounding is the summation's. Shape and dtype of `x`.
+    """
+    a, b = left.shape[-1], right.shape[-1]
+    # kron(A, B) acts on (…, a, b) as Aᵀ on the rows, then B on the columns.
+    y = x.to(right.dtype).unflatten(-1, (-1, a, b)) @ right
+    if a > 1:
+        y = left.mT @ y
+    return (y.flatten(-3) * (1.0 / sqrt(a * b))).to(x.dtype)
 
 
 def random_signs(
@@ -106,25 +128,27 @@ def random_signs(
     return (2 * bits - 1).to(dtype=dtype, device=device)
 
 
-def _dense_factors(factors: tuple[int, ...]) -> list[int]:
-    """Paley factors as they are; the twos gathered into Sylvester factors of at most 64."""
-    paley = [factor for factor in factors if factor > 2]
-    twos = prod(factor for factor in factors if factor == 2)
-    while twos > _DENSE_SYLVESTER:
-        paley.append(_DENSE_SYLVESTER)
-        twos //= _DENSE_SYLVESTER
-    return paley if twos == 1 and paley else [*paley, twos]
+@cache
+def _halves(order: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """`hadamard_factors` cut in two, where the orders of both parts have the least sum; not cut up to `DENSE_ORDER`."""
+    factors = hadamard_factors(order)
+    last = len(factors) if order > DENSE_ORDER else 0
+    cuts = [(factors[:at], factors[at:]) for at in range(last + 1)]
+    return min(cuts, key=lambda cut: prod(cut[0]) + prod(cut[1]))
+
+
+def _product(factors: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    """The Kronecker product of ±1 matrices of these orders."""
+    matrix = torch.ones(1, 1, dtype=dtype, device=device)
+    for factor in factors:
+        matrix = torch.kron(matrix, _signs(factor, dtype, device))
+    return matrix
 
 
 def _signs(order: int, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
-    """The ±1 matrix of a power of two (Sylvester) or of a Paley order."""
-    if order & (order - 1):
-        return torch.tensor(_paley(order), dtype=dtype, device=device)
-    matrix = torch.ones(1, 1, dtype=dtype, device=device)
-    two = torch.tensor([[1, 1], [1, -1]], dtype=dtype, device=device)
-    for _ in range(order.bit_length() - 1):
-        matrix = torch.kron(matrix, two)
-    return matrix
+    """The ±1 matrix of order 2 or of a Paley order."""
+    rows = [[1, 1], [1, -1]] if order == 2 else _paley(order)
+    return torch.tensor(rows, dtype=dtype, device=device)
 
 
 @cache

@@ -13,13 +13,19 @@ from mxfx.ops.dialect import define
 from mxfx.ops.norm import rms_norm
 from mxfx.ops.quantize import fake_quantize
 from mxfx.ops.rope import rope
-from mxfx.ops.transform import block_transform
+from mxfx.ops.transform import block_transform, hadamard
 
 
 @define("transform_quantize")
 def transform_quantize(x: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False) -> Tensor:
     """`fake_quantize(block_transform(x, matrix), format)`; same shape `(..., n)` and dtype as `x`."""
     return fake_quantize(_transformed(x, matrix), format)
+
+
+@define("hadamard_quantize")
+def hadamard_quantize(x: Tensor, block: int, format: str) -> Tensor:
+    """`fake_quantize(hadamard(x, block), format)` without a stored matrix; same shape `(..., n)` and dtype as `x`."""
+    return fake_quantize(hadamard(x, block), format)
 
 
 @define("norm_quantize")

@@ -8,13 +8,10 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from mxfx.algorithms.hadamard import hadamard_matrix
+from mxfx.algorithms.hadamard import DENSE_ORDER, hadamard_matrix
 from mxfx.graph.node import kind, path_of
 from mxfx.rewrite import ALL, Context, Local, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.quantizer import sole_quantizer
-
-#: Wider Hadamard matrices are cheaper as a chain of factors than as one product.
-MAX_BLOCK = 128
 
 
 @register
@@ -30,6 +27,7 @@ class FuseHadamardQuant(Pass):
     After::
 
         %r4 = mxfx.transform_quantize(%x, @hadamard.32, "mxint4@32", True)
+        # of an order above 128, without a stored matrix: mxfx.hadamard_quantize(%x, 4096, "mxint4@32")
 
     The tensor then crosses memory once instead of twice. Only where nothing else reads the transformed tensor.
     """
@@ -47,15 +45,19 @@ class FuseHadamardQuant(Pass):
             quantizer = sole_quantizer(node)
             if isinstance(quantizer, str):
                 rw.skip(node, quantizer)
-            elif kind(node) == "hadamard" and node.args[1] > MAX_BLOCK:
-                rw.skip(node, f"order {node.args[1]} exceeds {MAX_BLOCK}: faster as factors")
             elif quantizer.matrix is not None:
                 rw.skip(node, "its quantizer transforms already")
             elif rw.match(node, note=quantizer.format):
-                matrix = _matrix(rw, node)
-                operands = (node.args[0], matrix, quantizer.format, kind(node) == "hadamard")
-                op = torch.ops.mxfx.transform_quantize.default
+                op, operands = _fused(rw, node, quantizer.format)
                 rw.replace(quantizer.node, rw.call(op, *operands, like=quantizer.node, val=quantizer.node.meta["val"]))
+
+
+def _fused(rw: Rewriter, node: fx.Node, format: str) -> tuple[torch._ops.OpOverload, tuple]:
+    """The op that transforms as ``node`` does and rounds, and its operands."""
+    if kind(node) == "hadamard" and node.args[1] > DENSE_ORDER:  # type: ignore[operator]
+        return torch.ops.mxfx.hadamard_quantize.default, (*node.args[:2], format)
+    matrix = _matrix(rw, node)
+    return torch.ops.mxfx.transform_quantize.default, (node.args[0], matrix, format, kind(node) == "hadamard")
 
 
 def _matrix(rw: Rewriter, node: fx.Node) -> fx.Node:

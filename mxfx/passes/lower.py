@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map_only
 
-from mxfx.algorithms.hadamard import hadamard_matrix
+from mxfx.algorithms.hadamard import DENSE_ORDER, hadamard_matrix, kronecker_signs, kronecker_transform
 from mxfx.graph.node import kind, op_name, operands
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, compute_dtype
 from mxfx.ops import attend, attention_bias, fake_quantize, find_op, positions
@@ -74,9 +74,7 @@ class Lower(Pass):
             elif provider is not None:
                 rw.replace(node, rw.call(provider.target, *provider.arguments(node), like=node, val=node.meta["val"]))
             elif op.name == "hadamard":
-                inliner.inline(
-                    _as_block_transform(rw, node), find_op(torch.ops.mxfx.block_transform.default).definition
-                )
+                _lower_hadamard(rw, node, inliner)
             else:
                 inliner.inline(node, op.definition)
 
@@ -100,7 +98,8 @@ def _cast(val: torch.Tensor, real: Mapping[torch.dtype, torch.dtype]) -> torch.T
 def _split_unserved(rw: Rewriter, device: torch.device) -> None:
     """A producer, a transform and a quantizer instead of each fused op that has no provider."""
     dialect = torch.ops.mxfx
-    for node in rw.program.nodes("transform_quantize", "norm_quantize", "silu_mul_quantize", "rope_quantize"):
+    fused = ("transform_quantize", "hadamard_quantize", "norm_quantize", "silu_mul_quantize", "rope_quantize")
+    for node in rw.program.nodes(*fused):
         if choose(kind(node), node, device) is not None:
             continue
         given = operands(node)
@@ -111,11 +110,13 @@ def _split_unserved(rw: Rewriter, device: torch.device) -> None:
                 value = made(dialect.rms_norm.default, *parts)
             case "silu_mul_quantize":
                 value = made(aten.mul.Tensor, made(aten.silu.default, given["gate"]), given["up"])
+            case "hadamard_quantize":
+                value = made(dialect.hadamard.default, given["x"], given["block"])
             case "rope_quantize":
                 value = made(dialect.rope.default, given["x"], given["cos"], given["sin"])
             case _:
                 value = given["x"]
-        if given["matrix"] is not None:
+        if given.get("matrix") is not None:
             value = made(dialect.block_transform.default, value, given["matrix"])
         rw.replace(node, made(dialect.fake_quantize.default, value, given["format"]))
 
@@ -137,18 +138,32 @@ def _lower_attention(rw: Rewriter, node: fx.Node, biases: dict[tuple, fx.Node]) 
     rw.replace(node, rw.call(attend, q, k, v, biases[key], scale, causal, like=node, val=node.meta["val"]))
 
 
-def _as_block_transform(rw: Rewriter, node: fx.Node) -> fx.Node:
-    """A Hadamard transform as a product with its stored matrix, one weight per order."""
-    block = node.args[1]
-    name = f"hadamard.{block}"
+def _lower_hadamard(rw: Rewriter, node: fx.Node, inliner: Inliner) -> None:
+    """Products with one stored matrix an order, or, of a high order, with the ±1 matrices of its two factors."""
+    order = int(node.args[1])  # type: ignore[call-overload]
+    if order <= DENSE_ORDER:
+        matrix = _stored(rw, node, f"hadamard.{order}", lambda: hadamard_matrix(order, torch.float64))
+        new = rw.call(torch.ops.mxfx.block_transform.default, node.args[0], matrix, like=node)
+        definition = find_op(torch.ops.mxfx.block_transform.default).definition
+    else:
+        sides = [
+            _stored(rw, node, f"hadamard.{order}.{name}", lambda i=i: kronecker_signs(order, torch.float64)[i])  # type: ignore[misc]
+            for i, name in enumerate(("left", "right"))
+        ]
+        definition = kronecker_transform
+        new = rw.call(kronecker_transform, node.args[0], *sides, like=node, val=node.meta["val"])
+    rw.replace(node, new)
+    inliner.inline(new, definition)
+
+
+def _stored(rw: Rewriter, like: fx.Node, name: str, make: Callable[[], torch.Tensor]) -> fx.Node:
+    """A constant of compute precision, made once a program."""
     if name not in rw.weights:
-        rw.weights.add(name, hadamard_matrix(block, torch.float64), rw.pass_name, constant=True)
-    matrix = rw.weight(name, node)
+        rw.weights.add(name, make(), rw.pass_name, constant=True)
+    matrix = rw.weight(name, like)
     with matrix.meta["val"].fake_mode:
         matrix.meta["val"] = matrix.meta["val"].to(compute_dtype(rw.program.dtype))
-    new = rw.call(torch.ops.mxfx.block_transform.default, node.args[0], matrix, like=node)
-    rw.replace(node, new)
-    return new
+    return matrix
 
 
 @fact("lowered", "no dialect op is left")

@@ -44,6 +44,7 @@ SAMPLES: dict[str, list[tuple]] = {
     "cast": [(randn(3, dtype=torch.bfloat16), "compute"), (randn(3), "compute"), (randn(3), "model")],
     "fake_quantize": [(randn(2, 40), "mxint4@32", -1), (randn(40, 2), "mxfp4_e2m1@32/mse", 0)],
     "hadamard": [(randn(2, 8), 4), (randn(2, 24), 12)],
+    "hadamard_quantize": [(randn(2, 8), 4, "mxint4@4"), (randn(2, 48), 24, "mxint8@8/mse")],
     "norm_quantize": [
         (randn(2, 8), randn(8), MATRIX, "mxint4@4", 1e-6, 1.0, True),
         (randn(2, 8), None, None, "mxint4@4", 1e-6),

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
 import mxfx.ops.kernels
 from mxfx.algorithms.hadamard import hadamard_matrix
+from mxfx.algorithms.hadamard import hadamard_transform as hadamard_transform_by_definition
 from mxfx.formats import parse
 from mxfx.ops import block_transform, fused
 from mxfx.ops.kernels import limits
 from mxfx.ops.kernels.addressing import as_rows, is_walkable
+from mxfx.ops.kernels.fast_hadamard import by_package
+from mxfx.ops.providers import choose
 
 ops = torch.ops.mxfx_kernels
 
 
 def test_every_kernel_provides_the_dialect_op_of_its_name():
     for provider in mxfx.ops.kernels.PROVIDERS:
-        assert str(provider.target) == f"mxfx_kernels.{provider.op}.default"
+        own = provider.name == f"triton-{provider.op.replace('_', '-')}"
+        assert str(provider.target) == f"mxfx_kernels.{provider.op if own else 'fast_hadamard'}.default"
         assert provider.device == "cuda"
 
 
@@ -78,9 +85,9 @@ def test_gradient_of_rope():
     assert torch.autograd.gradcheck(ops.rope, operands)
 
 
-@pytest.mark.parametrize("order", [12, 32])
+@pytest.mark.parametrize("order", [12, 32, 192])
 def test_gradient_of_a_hadamard_transform(order):
-    x = torch.randn(3, 96, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 2 * order if order > 96 else 96, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: ops.hadamard(x, order), x)
 
 
@@ -101,10 +108,56 @@ def test_which_transforms_fuse_with_which_formats(width, block, text, served):
     assert limits.takes_transform(torch.empty(5, width), torch.empty(block, block), parse(text)) is served
 
 
+@pytest.mark.parametrize(
+    ("width", "order", "text", "served"),
+    [
+        (256, 128, None, False),  # one product does
+        (576, 576, None, True),
+        (8192, 8192, "mxint4@32", True),
+        (1024, 512, "mxint4@64", False),  # factors of 16 and 32: a block would span two rows
+        (1024, 512, "mxint4@32", True),
+        (560, 560, "mxint4@16", False),  # 20 and 28
+        (11008, 11008, None, False),  # a factor of 344
+        (1000, 512, None, False),
+    ],
+)
+def test_which_hadamard_transforms_of_high_order_a_kernel_takes(width, order, text, served):
+    assert limits.takes_kronecker(torch.empty(2, width), order, text and parse(text)) is served
+
+
 def test_a_matrix_for_each_head_fits_a_tensor_of_heads_only():
     matrix = torch.empty(2, 2, 32, 32)
     assert limits.takes_transform(torch.empty(3, 4, 5, 64), matrix, None)
     assert not limits.takes_transform(torch.empty(3, 5, 64), matrix, None)
+
+
+def test_the_package_for_hadamard_transforms_serves_what_no_kernel_does(monkeypatch):
+    """It is asked for Sylvester's matrix of ±1, of a contiguous row of powers of two, and a scale."""
+
+    def hadamard_transform(x: torch.Tensor, scale: float) -> torch.Tensor:
+        order = x.shape[-1]
+        assert x.is_contiguous() and order & (order - 1) == 0
+        return (x.double() @ hadamard_matrix(order, torch.float64) * order**0.5 * scale).to(x.dtype)
+
+    package = ModuleType("fast_hadamard_transform")
+    package.hadamard_transform = hadamard_transform
+    monkeypatch.setitem(sys.modules, "fast_hadamard_transform", package)
+    monkeypatch.setattr(limits, "has_fast_hadamard", lambda: True)
+    monkeypatch.setattr(limits, "has_triton", lambda: True)
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    found = {}
+    for order in (64, 8192, 32768, 11008):
+        node = graph.call_function(torch.ops.mxfx.hadamard.default, (x, order))
+        node.meta["val"] = torch.empty(2, order, dtype=torch.bfloat16, device="meta")
+        provider = choose("hadamard", node, torch.device("cuda"))
+        found[order] = provider and provider.name
+    assert found == {64: "triton-hadamard", 8192: "triton-hadamard", 32768: "fast-hadamard-transform", 11008: None}
+    value = torch.randn(3, 1024).transpose(0, 1).contiguous().transpose(0, 1)
+    wanted = hadamard_transform_by_definition(value, 512)
+    torch.testing.assert_close(by_package(value, 512), wanted, rtol=1e-5, atol=1e-5)
+    assert by_package(value.double(), 512) is NotImplemented
+    assert torch.equal(ops.fast_hadamard(value, 512), wanted)  # on a CPU the definition
 
 
 def test_an_element_as_wide_as_float32_stays_with_the_definition():

@@ -34,10 +34,10 @@ else:
     from triton.runtime import interpreter
 
     from mxfx.algorithms import launch
-    from mxfx.algorithms.hadamard import hadamard_matrix
+    from mxfx.algorithms.hadamard import hadamard_matrix, kronecker_orders
     from mxfx.formats import parse
-    from mxfx.ops import block_transform, fused, rope
-    from mxfx.ops.kernels import cuda
+    from mxfx.ops import block_transform, fused, hadamard, rope
+    from mxfx.ops.kernels import cuda, limits
     from mxfx.ops.kernels.quantize_triton import fake_quantize_triton
     from mxfx.ops.kernels.transform_triton import transform_triton
 
@@ -125,6 +125,18 @@ else:
             got = transform_triton(strided, matrix, False, text and parse(text))
             assert got.is_contiguous()
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4 if text is None else 0.2)
+
+    @pytest.mark.parametrize(("width", "order"), [(192, 192), (480, 240), (256, 256), (576, 576)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_a_hadamard_transform_of_high_order(width, order, dtype):
+        x = torch.randn(3, width).to(dtype)
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-3, "atol": 1e-3}
+        torch.testing.assert_close(cuda.hadamard(x, order), hadamard(x, order), **tolerance)
+        text = f"mxint8@{min(32, kronecker_orders(order)[1])}/mse"
+        if limits.takes_kronecker(x, order, parse(text)):
+            got, wanted = cuda.hadamard_quantize(x, order, text), fused.hadamard_quantize(x, order, text)
+            torch.testing.assert_close(got, wanted, rtol=0, atol=0.1)
+            assert (got != wanted).float().mean() < 0.01
 
     def test_a_block_that_is_not_finite_leaves_its_neighbours_alone():
         x, cos = torch.randn(2, 4, 5, 64), torch.randn(2, 5, 64)

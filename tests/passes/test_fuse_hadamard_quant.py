@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+
+from mxfx.formats import parse
+from mxfx.graph.tiny import tiny
+from mxfx.graph.trace import trace
+from mxfx.passes import Annotate, InsertFakeQuant, Lower, Rule, TransformInputs
 from mxfx.passes.fuse_hadamard_quant import FuseHadamardQuant
-from tests.passes.fusing import FORMAT, count, fused, quantized
+from mxfx.rewrite import Selector, apply
+from tests.passes.fusing import EVERY_LINEAR, FORMAT, count, fused, quantized
+from tests.programs import RAISE, passed
 
 
 def test_each_transformed_input_and_key_becomes_one_node(raised, ctx):
@@ -32,3 +40,23 @@ def test_the_matrix_of_an_order_is_stored_once_and_its_signs_are_known(raised, c
 def test_without_transforms_there_is_nothing_to_fuse(raised, ctx):
     _, record = fused(FuseHadamardQuant(), quantized(raised("llama-tiny"), ctx, transforms=False), ctx)
     assert not record.matches and not record.skips
+
+
+def test_an_order_beyond_one_product_has_an_op_without_a_matrix(ctx):
+    sizes = {"hidden_size": 192, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    program = passed(trace(tiny("llama-tiny", dtype=torch.float64, head_dim=48, **sizes)).twin(torch.float64), RAISE)
+    program = passed(
+        program,
+        (
+            TransformInputs(block=0),
+            Annotate(rule=(Rule(Selector(EVERY_LINEAR), input=parse(FORMAT)),)),
+            InsertFakeQuant(),
+        ),
+    )
+    after, record = fused(FuseHadamardQuant(), program, ctx)
+    assert len(record.matches) == 2 * 4
+    assert sorted({node.args[1] for node in after.nodes("hadamard_quantize")}) == [192, 256]
+    assert not [name for name in after.weights if name.startswith("hadamard.")]
+    # No kernel on a CPU: lower takes it apart again.
+    lowered = apply(Lower(), after, ctx).program
+    assert {"hadamard.192.left", "hadamard.256.right"} <= set(lowered.weights)

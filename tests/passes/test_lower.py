@@ -17,7 +17,7 @@ from mxfx.graph.trace import trace
 from mxfx.graph.verify import verify
 from mxfx.ops import find_op
 from mxfx.ops.providers import _PROVIDERS, Provider, provide
-from mxfx.passes import Lower, RotateQk
+from mxfx.passes import Lower, RotateQk, TransformInputs
 from mxfx.passes.lower import RUNTIME_FUNCTIONS
 from mxfx.rewrite import FactError, apply, find_fact
 from tests.filecheck import check_printed
@@ -124,6 +124,24 @@ def test_a_hadamard_transform_becomes_a_product_with_its_stored_matrix() -> None
     ids, mask, _ = padded_batch()
     expected = execute(program, ids, None, mask)
     assert (execute(after, ids, None, mask) - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_hadamard_transform_of_high_order_becomes_products_with_two_small_matrices() -> None:
+    model = tiny("llama-tiny", dtype=torch.float64, hidden_size=192, intermediate_size=256)
+    program = passed(trace(model).twin(torch.float64), RAISE)
+    program = passed(program, (TransformInputs(block=0),))
+    after = lowered(program)
+    shapes = {name: tuple(after.weights[name].shape) for name in after.weights if name.startswith("hadamard.")}
+    assert shapes == {
+        "hadamard.64": (64, 64),  # the attention's output: four heads of 16
+        "hadamard.192.left": (12, 12),
+        "hadamard.192.right": (16, 16),
+        "hadamard.256.left": (16, 16),
+        "hadamard.256.right": (16, 16),
+    }
+    ids, mask, _ = padded_batch()
+    expected = execute(program, ids, None, mask)
+    assert (execute(after, ids, None, mask) - expected).norm() < 1e-12 * expected.norm()
 
 
 def test_a_provider_serves_its_device_and_its_nodes_alone() -> None:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 import mxfx.ops.kernels  # noqa: F401  (registers the ops)
-from mxfx.algorithms.hadamard import hadamard_matrix
+from mxfx.algorithms.hadamard import hadamard_matrix, kronecker_orders
 from mxfx.formats import FloatElement, Format, IntElement, ScaleRule, parse
-from mxfx.ops import block_transform, rope
+from mxfx.ops import block_transform, hadamard, rope
 from mxfx.ops import fused as definitions
 from tools.bench import kernels
 from tools.bench.measuring import options, require_cuda
@@ -255,6 +255,26 @@ def check_fused(report: Report, dtype: torch.dtype, block: int, name: str, half:
     report.check(f"T per head {dtype} block {block}", lambda: _same_product(wide_broken, headed))
 
 
+def check_high_orders(report: Report, dtype: torch.dtype) -> None:
+    """Hadamard transforms of a whole row of current models, alone and with a quantizer behind them."""
+    for width, order in ((576, 576), (1536, 1536), (2048, 512), (8192, 8192), (14336, 14336)):
+        x = _broken(torch.randn(3, 7, width).to(dtype), (0, 1, 5), (2, 3, 1))
+        report.check(f"hadamard {order} {dtype}", lambda x=x, order=order: _same_hadamard(x, order))
+        right = kronecker_orders(order)[1]
+        name = f"mxint4@{32 if right % 32 == 0 and right & (right - 1) == 0 else right}/mse"
+        report.check(f"hadamard {order} {name} {dtype}", lambda a=(x, order, name): _same_op("hadamard_quantize", a))
+
+
+def _same_hadamard(x: Tensor, order: int) -> str | None:
+    wanted, got = hadamard(x.double(), order), ops.hadamard(_to_cuda(x), order).cpu().double()
+    # What is not finite may be infinite in one and NaN in the other.
+    if not torch.equal(got.isfinite(), wanted.isfinite()):
+        return f"not finite at {int((~got.isfinite()).sum())} places instead of {int((~wanted.isfinite()).sum())}"
+    got, wanted = torch.where(got.isfinite(), got, 0), torch.where(wanted.isfinite(), wanted, 0)
+    error = ((got - wanted).abs().max() / wanted.abs().max()).item()
+    return None if error < torch.finfo(x.dtype).eps + 1e-6 else f"off by {error:.1e} of the largest"
+
+
 def _broken(x: Tensor, nan: tuple[int, ...], infinite: tuple[int, ...]) -> Tensor:
     """`x`, strides kept, with NaN in one place and infinity in another."""
     x = x.clone()
@@ -351,6 +371,7 @@ def tasks(quick: bool) -> list[tuple[Callable[..., None], tuple]]:
         formats += [(torch.float16, 32, "mxint4@32/mse")]
     found: list[tuple[Callable[..., None], tuple]] = [(check_compiled, ()), (check_shapes, ())]
     found += [(check_fused, (*each, half)) for each in formats for half in range(2)]
+    found += [(check_high_orders, (dtype,)) for dtype in (*dtypes, torch.float32)]
     found += [(check_cases, (part, 8)) for part in range(8)]
     found += [(check_patterns, pair) for pair in itertools.product(dtypes, elements + minifloats)]
     found += [(check_values, (b, e)) for b, e in itertools.product(blocks, elements) if b == 32 or e in ELEMENTS[1:7:2]]

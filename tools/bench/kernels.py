@@ -22,6 +22,7 @@ from torch import Tensor
 
 import mxfx.ops.kernels  # noqa: F401  (registers the ops)
 from mxfx.algorithms.hadamard import hadamard_matrix
+from mxfx.algorithms.hadamard import hadamard_transform as hadamard_by_definition
 from mxfx.formats import parse
 from tools.bench.measuring import arguments_of, host_us, kernel_ms, machine, require_cuda, table, write
 
@@ -64,6 +65,14 @@ def fused(x: Tensor) -> Iterator[Case]:
         yield f"hadamard {block} + {name}", lambda s=signs, n=name: ops.transform_quantize(x, s, n, True), moved
         yield f"T {block} + {name}", lambda t=stored, n=name: ops.transform_quantize(x, t, n, False), moved
         yield f"T {block} in float32 + {name}", lambda t=own, n=name: ops.transform_quantize(x, t, n, False), moved
+    for order in (2048, 8192):
+        rows, name = x.view(-1, order), "mxint4@32/mse"
+        yield f"hadamard {order}", lambda rows=rows, order=order: ops.hadamard(rows, order), moved
+        yield (
+            f"hadamard {order} + {name}",
+            lambda rows=rows, order=order, name=name: ops.hadamard_quantize(rows, order, name),
+            moved,
+        )
     gate, weight = torch.randn_like(x), torch.rand(2048, device=x.device, dtype=x.dtype)
     short, h32, name = x.view(-1, 2048), hadamard_matrix(32, torch.float32, x.device), "mxint4@32/mse"
     t32 = (torch.randn(64, 32, 32, device=x.device) / 32**0.5).to(x.dtype)
@@ -91,6 +100,9 @@ def others(x: Tensor, quick: bool) -> Iterator[Case]:
     for name in ("mxint4@32/mse",) if quick else ("mxint4@32", "mxint4@32/mse", "mxfp4_e2m1@32"):
         compiled = torch.compile(parse(name).fake_quantize, dynamic=False)
         yield f"inductor {name}", lambda compiled=compiled: compiled(x), moved
+    yield "hadamard 8192, two products in float32", lambda: hadamard_by_definition(x, 8192), moved
+    matrix = hadamard_matrix(8192, x.dtype, x.device)
+    yield "hadamard 8192, one dense product in bfloat16", lambda: x @ matrix, moved
     yield "eager mxint4@32/mse", lambda: parse("mxint4@32/mse").fake_quantize(x), moved
     yield "Mase MXINT4", lambda: mase_mxint4(x), moved
     if not quick:
@@ -111,8 +123,10 @@ def peers(x: Tensor, quick: bool) -> Iterator[Case]:
     if find_spec("fast_hadamard_transform"):
         from fast_hadamard_transform import hadamard_transform
 
-        blocks = x.view(-1, 128)
-        yield "fast_hadamard_transform 128", lambda: hadamard_transform(blocks, 128**-0.5), moved
+        for order in (128, 2048, 8192):
+            rows = x.view(-1, order)
+            name = f"fast_hadamard_transform {order}"
+            yield name, lambda rows=rows, order=order: hadamard_transform(rows, order**-0.5), moved
 
 
 def torchao_cast(element: torch.dtype) -> Callable[[Tensor], Tensor]:

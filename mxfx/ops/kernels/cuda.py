@@ -9,9 +9,18 @@ from functools import lru_cache
 
 from torch import Tensor
 
+from mxfx.algorithms.hadamard import DENSE_ORDER
 from mxfx.formats import Format, parse
+from mxfx.ops.kernels.kronecker_triton import kronecker_triton
 from mxfx.ops.kernels.library import signs_of
-from mxfx.ops.kernels.limits import DTYPES, takes_format, takes_norm, takes_rope, takes_transform
+from mxfx.ops.kernels.limits import (
+    DTYPES,
+    takes_format,
+    takes_kronecker,
+    takes_norm,
+    takes_rope,
+    takes_transform,
+)
 from mxfx.ops.kernels.norm_triton import norm_triton, row_scales
 from mxfx.ops.kernels.quantize_triton import fake_quantize_triton
 from mxfx.ops.kernels.transform_triton import transform_triton
@@ -38,10 +47,19 @@ def block_transform(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def hadamard(x: Tensor, block: int) -> Tensor:
+    if block > DENSE_ORDER:
+        return kronecker_triton(x, block) if x.dtype in DTYPES and takes_kronecker(x, block, None) else NotImplemented
     matrix = signs_of(block, x.device)
     if x.dtype not in DTYPES or not takes_transform(x, matrix, None):
         return NotImplemented
     return transform_triton(x, matrix, signs=True)
+
+
+def hadamard_quantize(x: Tensor, block: int, format: str) -> Tensor:
+    fmt = _format(format)
+    if x.dtype not in DTYPES or not takes_kronecker(x, block, fmt):
+        return NotImplemented
+    return kronecker_triton(x, block, fmt)
 
 
 def transform_quantize(x: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False) -> Tensor:

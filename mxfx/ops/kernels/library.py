@@ -15,8 +15,9 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from mxfx.algorithms.hadamard import hadamard_matrix
+from mxfx.algorithms.hadamard import DENSE_ORDER, hadamard_matrix, kronecker_signs, kronecker_transform
 from mxfx.ops import fused, quantize, transform
+from mxfx.ops.kernels.fast_hadamard import by_package
 from mxfx.ops.kernels.limits import has_triton
 from mxfx.ops.rope import rope as rotate
 
@@ -26,15 +27,18 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def kernel_op(
-    definition: Callable[..., Tensor], backward: Callable | None = None, save: Callable | None = None
+    definition: Callable[..., Tensor],
+    backward: Callable | None = None,
+    save: Callable | None = None,
+    name: str = "",
+    cuda: Callable[..., Tensor] | None = None,
 ) -> torch._ops.OpOverload:
-    """`mxfx_kernels::<name>`, of the function of that name in `mxfx.ops.kernels.cuda` and the definition.
+    """`mxfx_kernels::<name>`, of `cuda`, by default the function of that name in `.cuda`, and the definition.
 
     `backward` and `save` are autograd's formula and what it keeps; without them the op has no derivative. Registered
     with the dispatcher directly: the checks of `torch.library.custom_op` take the host longer than most kernels run.
     """
-    name = definition.__name__
-    cuda: Callable[..., Tensor] | None = None
+    name = name or definition.__name__
 
     def anywhere(*args, **kwargs):
         return definition(*args, **kwargs).contiguous()
@@ -97,7 +101,10 @@ def _save_order(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def _hadamard_backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-    return block_transform(grad, signs_of(ctx.order, grad.device).mT.contiguous()), None
+    if ctx.order <= DENSE_ORDER:
+        return block_transform(grad, signs_of(ctx.order, grad.device).mT.contiguous()), None
+    left, right = kronecker_signs(ctx.order, torch.promote_types(grad.dtype, torch.float32), grad.device)
+    return kronecker_transform(grad, left.mT, right.mT), None
 
 
 def _rope_backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
@@ -109,8 +116,10 @@ def _rope_backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
 fake_quantize = kernel_op(quantize.fake_quantize, _straight_through)
 block_transform = kernel_op(transform.block_transform, _transform_backward, _save_operands)
 hadamard = kernel_op(transform.hadamard, _hadamard_backward, _save_order)
+fast_hadamard = kernel_op(transform.hadamard, _hadamard_backward, _save_order, "fast_hadamard", by_package)
 rope = kernel_op(rotate, _rope_backward, _save_operands)
 transform_quantize = kernel_op(fused.transform_quantize)
+hadamard_quantize = kernel_op(fused.hadamard_quantize)
 norm_quantize = kernel_op(fused.norm_quantize)
 silu_mul_quantize = kernel_op(fused.silu_mul_quantize)
 rope_quantize = kernel_op(fused.rope_quantize)

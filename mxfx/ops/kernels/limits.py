@@ -8,12 +8,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from mxfx.algorithms.hadamard import DENSE_ORDER, has_hadamard, kronecker_orders
 from mxfx.formats import Format
 from mxfx.formats.element import FloatElement
 
+#: Orders of the package fast-hadamard-transform.
+FAST_HADAMARD = (8, 32768)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_BLOCK = 4096
-MAX_TRANSFORM = 128
+MAX_TRANSFORM = DENSE_ORDER
 #: A norm holds a row in registers.
 MAX_ROW = 16384
 
@@ -42,6 +45,30 @@ def takes_transform(x: Tensor, matrix: Tensor | None, fmt: Format | None) -> boo
         return fmt is None or takes_format(fmt)
     divides = fmt.block is not None and block % fmt.block == 0
     return takes_format(fmt) and divides and block & (block - 1) == 0
+
+
+def takes_kronecker(x: Tensor, order: int, fmt: Format | None) -> bool:
+    """Whether one kernel can take `x` through a Hadamard matrix of high order and round the result onto `fmt`."""
+    if order <= DENSE_ORDER or x.shape[-1] % order or not has_hadamard(order):
+        return False
+    a, b = kronecker_orders(order)
+    # The terms of a float32 row of 16384 do not fit the shared memory of a multiprocessor.
+    if max(a, b) > MAX_TRANSFORM or (x.dtype == torch.float32 and _power(a) * _power(b) > MAX_ROW // 2):
+        return False
+    if fmt is None or fmt.block == b:
+        return fmt is None or takes_format(fmt)
+    return fmt.block is not None and b & (b - 1) == 0 and b % fmt.block == 0 and takes_format(fmt)
+
+
+def takes_fast_hadamard(order: int) -> bool:
+    """Whether the package fast-hadamard-transform is here and has an order."""
+    low, high = FAST_HADAMARD
+    return order & (order - 1) == 0 and low <= order <= high and has_fast_hadamard()
+
+
+@lru_cache(maxsize=1)
+def has_fast_hadamard() -> bool:
+    return importlib.util.find_spec("fast_hadamard_transform") is not None
 
 
 def takes_rope(x: Tensor, cos: Tensor) -> bool:

@@ -39,7 +39,20 @@ def _serves_transform(node: fx.Node) -> bool:
 
 def _serves_hadamard(node: fx.Node) -> bool:
     block = int(_argument(node, "block"))  # type: ignore[call-overload]
-    return _runs(node) and block <= limits.MAX_TRANSFORM and node.meta["val"].shape[-1] % block == 0
+    val = node.meta["val"]
+    return _runs(node) and (
+        (block <= limits.MAX_TRANSFORM and val.shape[-1] % block == 0) or limits.takes_kronecker(val, block, None)
+    )
+
+
+def _serves_fast_hadamard(node: fx.Node) -> bool:
+    """Orders that no kernel of ours takes."""
+    return _runs(node) and limits.takes_fast_hadamard(int(_argument(node, "block")))  # type: ignore[call-overload]
+
+
+def _serves_hadamard_quantize(node: fx.Node) -> bool:
+    block, fmt = int(_argument(node, "block")), parse(str(_argument(node, "format")))  # type: ignore[call-overload]
+    return _runs(node) and limits.takes_kronecker(node.meta["val"], block, fmt)
 
 
 def _serves_rope(node: fx.Node) -> bool:
@@ -57,16 +70,23 @@ def _serves_norm(node: fx.Node) -> bool:
     return _runs(node) and limits.takes_norm(node.meta["val"], weight, matrix, parse(str(_argument(node, "format"))))
 
 
+def _serves_rope_quantize(node: fx.Node) -> bool:
+    return _serves_fused(node) and _serves_rope(node)
+
+
+#: Of several for one op the first that serves is taken.
 PROVIDERS = tuple(
-    provide(Provider(f"triton-{op.replace('_', '-')}", op, "cuda", target, serves))
-    for op, target, serves in (
-        ("fake_quantize", library.fake_quantize, _serves_quantize),
-        ("block_transform", library.block_transform, _serves_transform),
-        ("hadamard", library.hadamard, _serves_hadamard),
-        ("rope", library.rope, _serves_rope),
-        ("transform_quantize", library.transform_quantize, _serves_fused),
-        ("norm_quantize", library.norm_quantize, _serves_norm),
-        ("silu_mul_quantize", library.silu_mul_quantize, _serves_fused),
-        ("rope_quantize", library.rope_quantize, lambda node: _serves_fused(node) and _serves_rope(node)),
+    provide(Provider(name, op, "cuda", target, serves))
+    for name, op, target, serves in (
+        ("triton-fake-quantize", "fake_quantize", library.fake_quantize, _serves_quantize),
+        ("triton-block-transform", "block_transform", library.block_transform, _serves_transform),
+        ("triton-hadamard", "hadamard", library.hadamard, _serves_hadamard),
+        ("fast-hadamard-transform", "hadamard", library.fast_hadamard, _serves_fast_hadamard),
+        ("triton-rope", "rope", library.rope, _serves_rope),
+        ("triton-transform-quantize", "transform_quantize", library.transform_quantize, _serves_fused),
+        ("triton-hadamard-quantize", "hadamard_quantize", library.hadamard_quantize, _serves_hadamard_quantize),
+        ("triton-norm-quantize", "norm_quantize", library.norm_quantize, _serves_norm),
+        ("triton-silu-mul-quantize", "silu_mul_quantize", library.silu_mul_quantize, _serves_fused),
+        ("triton-rope-quantize", "rope_quantize", library.rope_quantize, _serves_rope_quantize),
     )
 )

@@ -165,6 +165,18 @@ def as_stored(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def narrowed(x, dtype: tl.constexpr):
+    """float32 `x` as `dtype`."""
+    if _PACKS and dtype == tl.bfloat16:
+        narrow = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        narrow = x.to(dtype)
+    return narrow
+
+
+@triton.jit
 def round_to_element(y, GRID: tl.constexpr):
     """Nearest element, ties to even, saturating, NaN kept; a float element keeps -0, an integer has none."""
     if GRID.value.is_float:
