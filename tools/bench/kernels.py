@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mxfx.ops.kernels  # noqa: F401  (registers the ops)
-from mxfx.algorithms.hadamard import hadamard_matrix
-from mxfx.algorithms.hadamard import hadamard_transform as hadamard_by_definition
+from mxfx.algorithms.hadamard import hadamard_matrix, kronecker_signs, kronecker_transform
 from mxfx.formats import parse
 from tools.bench.measuring import arguments_of, host_us, kernel_ms, machine, require_cuda, table, write
 
@@ -100,7 +99,8 @@ def others(x: Tensor, quick: bool) -> Iterator[Case]:
     for name in ("mxint4@32/mse",) if quick else ("mxint4@32", "mxint4@32/mse", "mxfp4_e2m1@32"):
         compiled = torch.compile(parse(name).fake_quantize, dynamic=False)
         yield f"inductor {name}", lambda compiled=compiled: compiled(x), moved
-    yield "hadamard 8192, two products in float32", lambda: hadamard_by_definition(x, 8192), moved
+    signs = kronecker_signs(8192, torch.float32, x.device)
+    yield "hadamard 8192, two products in float32", lambda: kronecker_transform(x, *signs), moved
     matrix = hadamard_matrix(8192, x.dtype, x.device)
     yield "hadamard 8192, one dense product in bfloat16", lambda: x @ matrix, moved
     yield "eager mxint4@32/mse", lambda: parse("mxint4@32/mse").fake_quantize(x), moved

@@ -18,8 +18,8 @@ from mxfx.formats import Format
 from mxfx.ops.kernels.addressing import as_rows, is_walkable
 from mxfx.ops.kernels.rounding_triton import grid_of, quantize_tile, round_to_element, saturated
 
-#: Elements of one program; 32 a thread keep four 16-byte loads of bfloat16 in flight.
-TILE_ELEMENTS = 4096
+#: Elements of one program; 16 a thread leave registers for as many threads as a multiprocessor takes.
+TILE_ELEMENTS = 2048
 WARPS = 4
 
 

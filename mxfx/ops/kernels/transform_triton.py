@@ -1,7 +1,8 @@
 """Block transform with what comes before it (SiLU·up, RoPE, RMSNorm) and `fake_quantize` behind it, in one pass.
 
 A tile is (rows, width): rows of one column, which is one block, or several where nothing is multiplied; side by side
-under a block-diagonal matrix, NaN or infinity in one would reach the others. The product is taken on the tensor
+under a block-diagonal matrix, NaN or infinity in one would reach the others, so several blocks with matrices of their
+own lie one below the other in a tile and are a batch of products. The product is taken on the tensor
 cores with float32 accumulation and is exact or nearly: a Hadamard matrix is used by its signs and scaled after; a
 matrix of x's own 16-bit dtype is used as it is; to a wider one bfloat16 `x` is multiplied as to a sum of two bfloat16
 terms (relative error 2^-17 of each entry, far under the 2^-9 of the result); all else takes three tf32 terms.
@@ -30,7 +31,8 @@ from mxfx.ops.kernels.rounding_triton import as_stored, grid_of, quantize_tile
 class Tiling:
     """How a tile is cut: its elements, how many a thread has, how many are on their way, registers of a thread.
 
-    Four warps of 64 rows or more use the asynchronous tensor cores of Hopper; fewer, the ordinary ones.
+    `blocks` with matrices of their own share a tile where so many are side by side: a line of memory is then read at
+    once. One block of 64 rows and four warps uses the asynchronous tensor cores of Hopper, all else the ordinary ones.
     """
 
     elements: int
@@ -38,6 +40,7 @@ class Tiling:
     stages: int
     registers: int | None = None
     min_rows: int = 64
+    blocks: int = 1
 
 
 #: By what a block is multiplied by (nothing, signs, a matrix in one term, in two) and its width, 128 and above as 128.
@@ -49,12 +52,12 @@ TILINGS = {
     ("signs", 32): Tiling(4096, 32, 1, registers=80),
     ("signs", 64): Tiling(4096, 32, 2),
     ("signs", 128): Tiling(8192, 64, 3, registers=144),
-    ("one term", 32): Tiling(512, 16, 1, min_rows=16),
+    ("one term", 32): Tiling(2048, 16, 1, min_rows=16, blocks=4),
     ("one term", 64): Tiling(4096, 32, 2, registers=72),
     ("one term", 128): Tiling(8192, 64, 3, registers=144),
-    ("two terms", 32): Tiling(4096, 32, 3),
-    ("two terms", 64): Tiling(4096, 32, 3),
-    ("two terms", 128): Tiling(8192, 64, 2, registers=128),
+    ("two terms", 32): Tiling(2048, 32, 1, min_rows=16),
+    ("two terms", 64): Tiling(4096, 32, 1),
+    ("two terms", 128): Tiling(8192, 64, 1, registers=255),
 }
 #: Blocks that nothing multiplies share a tile up to this width: as many bytes as a line of memory.
 GROUP_WIDTH = 64
@@ -156,7 +159,11 @@ def _launch(
         padded = max(padded, 16)
     factor = "none" if matrix is None else "signs" if signs else "one term" if terms == 1 else "two terms"
     tiling = TILINGS[factor, min(max(padded, 32), 128)]
-    tile = max(tiling.elements // padded, tiling.min_rows if matrix is not None else 1)
+    blocks = tiling.blocks if own and before != "norm" else 1
+    while parts % blocks:
+        blocks //= 2
+    parts //= blocks
+    tile = max(tiling.elements // (padded * blocks), tiling.min_rows if matrix is not None else 1)
     tiles, columns = triton.cdiv(rows.count, tile), heads * parts
     return Launch(
         _transform_kernel,
@@ -170,6 +177,7 @@ def _launch(
             "TILE": tile,
             "FLAT": rows.flat and not in_axes and tile * rows.length < 2**31,
             "EVEN": rows.count % tile == 0,
+            "BLOCKS": blocks,
             "WIDTH": width,
             "PADDED": padded,
             "ROW": length if before == "rope" else 0,
@@ -182,7 +190,7 @@ def _launch(
             "STAGES": min(tiling.stages, 2) if before in ("silu", "rope") else tiling.stages,
             "GRID": fmt and grid_of(fmt, dtype),
         },
-        num_warps=max(1, tile * padded // (32 * tiling.per_thread)),
+        num_warps=max(1, blocks * tile * padded // (32 * tiling.per_thread)),
         maxnreg=tiling.registers,
         # A product that meets its sum in one FMA would skip a rounding that the ops of RoPE make.
         enable_fp_fusion=before != "rope",
@@ -207,9 +215,10 @@ def load_matrix(
     TERMS: tl.constexpr,
     NARROW: tl.constexpr,
 ):
-    """Two (PADDED, PADDED) terms of a (B, B) matrix that `multiply` takes, zero outside it.
+    """Two (…, PADDED, PADDED) terms of (B, B) matrices that `multiply` takes, zero outside them.
 
-    Of a Hadamard matrix the signs; `gain` (PADDED,), float32 or None, multiplies the rows of any other.
+    `matrix_ptr`: where one begins, or (n, 1, 1) such places. Of a Hadamard matrix the signs; `gain` (PADDED,), float32
+    or None, multiplies the rows of any other.
     """
     line = tl.arange(0, PADDED)
     inside = (line < B)[:, None] & (line < B)[None, :]
@@ -282,6 +291,7 @@ def _transform_kernel(
     TILE: tl.constexpr,
     FLAT: tl.constexpr,
     EVEN: tl.constexpr,
+    BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     ROW: tl.constexpr,
@@ -295,30 +305,37 @@ def _transform_kernel(
 ):
     """A program keeps the matrix of one column and walks down that column's tiles.
 
-    A column is a part of the row, `WIDTH` wide; with `HEADS`, of the rows of one head.
+    A column is a part of the row, `WIDTH` wide; with `HEADS`, of the rows of one head; with `BLOCKS`, so many parts,
+    each below the one before it in the tile.
     """
     narrow = x_ptr.dtype.element_ty
     column = tl.program_id(0) % columns
     parts = columns // HEADS
     head = column // parts
-    channel = (column % parts) * WIDTH
+    channel = (column % parts) * (WIDTH * BLOCKS)
     lane = tl.arange(0, PADDED)
+    line = tl.arange(0, BLOCKS * TILE)
+    if BLOCKS > 1:
+        channel += (line // TILE) * WIDTH
+        line = line % TILE
     if TERMS > 0:
         gain = None
         if BEFORE == "norm":
             gain = tl.load(second_ptr + channel + lane, mask=lane < WIDTH, other=0.0).to(tl.float32) + GAIN_OFFSET
-        start_of_matrix = matrix_ptr + (column.to(tl.int64) * (WIDTH * WIDTH) if OWN else 0)
+        start_of_matrix = matrix_ptr + (column.to(tl.int64) * (BLOCKS * WIDTH * WIDTH) if OWN else 0)
+        if BLOCKS > 1:
+            start_of_matrix += (tl.arange(0, BLOCKS) * (WIDTH * WIDTH))[:, None, None]
         high, low = load_matrix(start_of_matrix, gain, WIDTH, PADDED, SIGNS, TERMS, narrow)
     first = tl.program_id(0) // columns
     step = tl.num_programs(0) // columns
     tile_size = tl.full([], TILE, tl.int64) * stride0
     for tile in tl.range(first, tiles, step, num_stages=STAGES):
-        row = tile * TILE + tl.arange(0, TILE)
+        row = tile * TILE + line
         x_tile, first_tile, y_tile = x_ptr, first_ptr, y_ptr
         index0, index1, index2 = row_index(row, size1, size2)
         if FLAT:
             # One address a tile; the offsets in it are the same in every turn.
-            start = tl.arange(0, TILE) * stride0
+            start = line * stride0
             target = start
             x_tile += tile * tile_size
             first_tile += tile * tile_size
@@ -329,7 +346,7 @@ def _transform_kernel(
             target = row
             if HEADS > 1:
                 target = ((index0 * HEADS + head) * size1 + index1) * size2 + index2
-            target = target.to(tl.int64) * (parts * WIDTH)
+            target = target.to(tl.int64) * (parts * BLOCKS * WIDTH)
         inside = (row < rows)[:, None] | EVEN
         if PADDED != WIDTH:
             inside = inside & (lane < WIDTH)[None, :]
@@ -339,15 +356,20 @@ def _transform_kernel(
             x = silu_times(gate, x)
         if BEFORE == "rope":
             HALF: tl.constexpr = ROW // 2
-            at = channel + lane
+            at = (channel[:, None] if BLOCKS > 1 else channel) + lane[None, :]
             partner = tl.where(at < HALF, at + HALF, at - HALF)
-            turned = tl.load(x_ptr + start[:, None] + partner[None, :], mask=inside, other=0.0)
-            angle = (index0.to(tl.int64) * angle_stride + index2.to(tl.int64) * ROW + channel)[:, None] + lane[None, :]
+            turned = tl.load(x_ptr + start[:, None] + partner, mask=inside, other=0.0)
+            angle = (index0.to(tl.int64) * angle_stride + index2.to(tl.int64) * ROW)[:, None] + at
             cos = tl.load(first_ptr + angle, mask=inside, other=0.0)
             sin = tl.load(second_ptr + angle, mask=inside, other=0.0)
-            x = rotate(x, turned, cos, sin, (at < HALF)[None, :])
+            x = rotate(x, turned, cos, sin, at < HALF)
         if TERMS > 0:
-            x = multiply(x.to(narrow), high, low, SCALE, SIGNS, TERMS)
+            x = x.to(narrow)
+            if BLOCKS > 1:
+                x = tl.reshape(x, (BLOCKS, TILE, PADDED))
+            x = multiply(x, high, low, SCALE, SIGNS, TERMS)
+            if BLOCKS > 1:
+                x = tl.reshape(x, (BLOCKS * TILE, PADDED))
         if BEFORE == "scale" or BEFORE == "norm":
             x *= tl.load(first_ptr + row, mask=row < rows, other=0.0)[:, None]
         y = as_stored(x.to(tl.float32), narrow)
