@@ -98,6 +98,26 @@ def runtime_weight(program: Program, name: str, casts: CastCache | None = None) 
     return tensor.to(dtype) if casts is None else casts(tensor, dtype)
 
 
+def value_of(program: Program, node: fx.Node) -> Tensor:
+    """What a node that depends on weights alone computes, in the precision that the program runs in.
+
+    Raises ``ValueError`` where an input of the program decides it.
+    """
+    env: dict[fx.Node, object] = {}
+
+    def compute(one: fx.Node) -> object:
+        if one.op == "placeholder":
+            raise ValueError(f"{node.name} depends on the input {one.target}")
+        if one not in env:
+            for operand in one.all_input_nodes:
+                compute(operand)
+            env[one] = _value(program, one, env, {}, True, None)
+        return env[one]
+
+    with torch.no_grad():
+        return compute(node)  # type: ignore[return-value]
+
+
 def _value(
     program: Program,
     node: fx.Node,

@@ -3,6 +3,7 @@
 from mxfx.passes.annotate import Annotate, Rule
 from mxfx.passes.distill import Distill
 from mxfx.passes.expand_attention import ExpandAttention
+from mxfx.passes.fold_constants import FoldConstants
 from mxfx.passes.fuse_activation_quant import FuseActivationQuant
 from mxfx.passes.fuse_hadamard_quant import FuseHadamardQuant
 from mxfx.passes.fuse_norm import FuseNorm
@@ -31,6 +32,7 @@ __all__ = [
     "Annotate",
     "Distill",
     "ExpandAttention",
+    "FoldConstants",
     "FuseActivationQuant",
     "FuseHadamardQuant",
     "FuseNorm",

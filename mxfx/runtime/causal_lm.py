@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mxfx.graph.module import build
 from mxfx.graph.program import Program
-from mxfx.passes import Lower
+from mxfx.passes import FoldConstants, Lower
 from mxfx.passes.fuse_activation_quant import FuseActivationQuant
 from mxfx.passes.fuse_hadamard_quant import FuseHadamardQuant
 from mxfx.passes.fuse_norm_quant import FuseNormQuant
@@ -23,13 +23,13 @@ FUSIONS: tuple[Pass, ...] = (FuseHadamardQuant(), FuseNormQuant(), FuseActivatio
 
 
 def lower(program: Program, device: torch.device | str = "cpu") -> Program:
-    """The program lowered for a device's kernels, on a GPU with quantizers fused; as it is if it is lowered already."""
+    """The program lowered for a device's kernels and folded, on a GPU with quantizers fused; a lowered one as it is."""
     if "lowered" in program.facts:
         return program
     ctx = Context(device=torch.device(device))
     fusing = ctx.device.type == "cuda" and any(program.nodes("fake_quantize"))
     fusions = FUSIONS if fusing else ()
-    for one in (*fusions, Lower()):
+    for one in (*fusions, Lower(), FoldConstants()):
         program = apply(one, program, ctx).program
     return program
 
