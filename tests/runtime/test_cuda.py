@@ -74,6 +74,19 @@ def test_every_quantizer_of_an_activation_has_a_kernel_that_computes_what_it_is_
         assert _distance(module(ids.cuda()), emit(program)(ids)) < 0.03
 
 
+def test_hadamard_transforms_of_whole_rows_have_a_kernel_too(ids):
+    torch.manual_seed(0)
+    program = trace(tiny("llama-tiny", dtype=torch.bfloat16, hidden_size=192, intermediate_size=256, head_dim=48))
+    rule = Rule(Selector(r"model\.layers\.\d+\..*proj"), weight=FORM, input=parse("mxint8@16/mse"))
+    passes = (TransformInputs(block=0), Annotate(rule=(rule,)), RoundWeights(), InsertFakeQuant())
+    for one in (RaiseNorm(), RaiseRope(), RaiseAttention(), *passes):
+        program = apply(one, program).program
+    module = emit(program, "cuda")
+    assert sum("hadamard_quantize" in op_name(n) for n in module.graph.nodes) == 2 * 4
+    with torch.no_grad():
+        assert _distance(module(ids.cuda()), emit(program)(ids)) < 0.03
+
+
 def test_it_compiles_as_one_graph_for_every_shape(module, ids):
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, dynamic=True)

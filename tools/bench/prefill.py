@@ -167,12 +167,21 @@ def variants(name: str, module: fx.GraphModule, ids: torch.Tensor, base: float) 
 
 
 def compiled(name: str, module: fx.GraphModule, ids: torch.Tensor, base: float) -> Iterator[dict[str, object]]:
-    """Through `torch.compile` as one graph."""
-    torch._dynamo.reset()
-    function = torch.compile(module, fullgraph=True, dynamic=False)
-    start = time.perf_counter()
-    row = measure(f"{name}, compiled", lambda: function(ids), base)
-    yield row | {"note": f"{row['note']} cold {time.perf_counter() - start:.0f} s with timing"}
+    """Through `torch.compile` as one graph, for these shapes alone and for all; what the first call took."""
+    for shapes, dynamic in (("these shapes", False), ("all shapes", True)):
+        torch._dynamo.reset()
+        function = torch.compile(module, fullgraph=True, dynamic=dynamic)
+        start = time.perf_counter()
+        try:
+            function(ids)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            cold = f"first call {time.perf_counter() - start:.1f} s"
+        except Exception as error:
+            yield _failed(f"{name}, compiled for {shapes}", error)
+            continue
+        row = measure(f"{name}, compiled for {shapes}", lambda function=function: function(ids), base)
+        yield row | {"note": cold}
 
 
 @torch.no_grad()
