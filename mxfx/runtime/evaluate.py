@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.nn import functional
@@ -381,6 +381,14 @@ def _language_model(model: Any, tokenizer: Any, *, batch_size: int, max_length: 
     class LanguageModel(HFLM):
         windows: list[Piece]
         advance: Callable[[int], None]
+        encoded: ClassVar[dict[tuple, list[int]]] = {}  # the class, too, lives for one evaluation
+
+        def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
+            # A document is asked for twice: for its length, and by lm-eval for its windows.
+            key = (string, args, *options.items())
+            if key not in self.encoded:
+                self.encoded[key] = super().tok_encode(string, *args, **options)
+            return list(self.encoded[key])
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             self.windows = []

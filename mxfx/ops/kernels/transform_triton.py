@@ -159,11 +159,12 @@ def _launch(
         padded = max(padded, 16)
     factor = "none" if matrix is None else "signs" if signs else "one term" if terms == 1 else "two terms"
     tiling = TILINGS[factor, min(max(padded, 32), 128)]
-    blocks = tiling.blocks if own and before != "norm" else 1
+    # A gain differs from block to block, and RoPE's loads are slower with more of them in a tile.
+    blocks = tiling.blocks if own and before not in ("norm", "rope") else 1
     while parts % blocks:
         blocks //= 2
     parts //= blocks
-    tile = max(tiling.elements // (padded * blocks), tiling.min_rows if matrix is not None else 1)
+    tile = max(tiling.elements // (padded * tiling.blocks), tiling.min_rows if matrix is not None else 1)
     tiles, columns = triton.cdiv(rows.count, tile), heads * parts
     return Launch(
         _transform_kernel,
