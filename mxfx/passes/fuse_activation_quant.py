@@ -48,11 +48,7 @@ class FuseActivationQuant(Pass):
             elif rw.match(product, note=str(quantizer)):
                 up = next(operand for operand in product.args if operand is not node)
                 rest = (quantizer.matrix, quantizer.format, quantizer.hadamard)
-                op = torch.ops.mxfx.silu_mul_quantize.default
-                rw.replace(
-                    quantizer.node,
-                    rw.call(op, node.args[0], up, *rest, like=quantizer.node, val=quantizer.node.meta["val"]),
-                )
+                quantizer.become(rw, torch.ops.mxfx.silu_mul_quantize.default, node.args[0], up, *rest)
 
 
 def _product(silu: fx.Node) -> fx.Node | str:

@@ -48,16 +48,15 @@ class FuseHadamardQuant(Pass):
             elif quantizer.matrix is not None:
                 rw.skip(node, "its quantizer transforms already")
             elif rw.match(node, note=quantizer.format):
-                op, operands = _fused(rw, node, quantizer.format)
-                rw.replace(quantizer.node, rw.call(op, *operands, like=quantizer.node, val=quantizer.node.meta["val"]))
+                quantizer.become(rw, *_fused(rw, node, quantizer.format))
 
 
-def _fused(rw: Rewriter, node: fx.Node, format: str) -> tuple[torch._ops.OpOverload, tuple]:
+def _fused(rw: Rewriter, node: fx.Node, format: str) -> tuple[torch._ops.OpOverload, *tuple[object, ...]]:
     """The op that transforms as ``node`` does and rounds, and its operands."""
     if kind(node) == "hadamard" and node.args[1] > DENSE_ORDER:  # type: ignore[operator]
-        return torch.ops.mxfx.hadamard_quantize.default, (*node.args[:2], format)
+        return torch.ops.mxfx.hadamard_quantize.default, *node.args[:2], format
     matrix = _matrix(rw, node)
-    return torch.ops.mxfx.transform_quantize.default, (node.args[0], matrix, format, kind(node) == "hadamard")
+    return torch.ops.mxfx.transform_quantize.default, node.args[0], matrix, format, kind(node) == "hadamard"
 
 
 def _matrix(rw: Rewriter, node: fx.Node) -> fx.Node:

@@ -7,9 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from mxfx.graph.node import operands, path_of
 from mxfx.rewrite import ALL, Context, Local, Numerics, Pass, Rewriter, Selector, register
-from mxfx.rewrite.quantizer import sole_quantizer
+from mxfx.rewrite.quantizer import Quantizer, fuse_sole_quantizers
 
 
 @register
@@ -36,25 +35,18 @@ class FuseNormQuant(Pass):
     select: Selector = ALL
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
-        for node in rw.program.nodes("rms_norm"):
-            if not self.select(path_of(node)):
-                continue
-            quantizer = sole_quantizer(node)
-            if isinstance(quantizer, str):
-                rw.skip(node, quantizer)
-            elif rw.match(node, note=str(quantizer)):
-                norm = operands(node)
-                new = rw.call(
-                    torch.ops.mxfx.norm_quantize.default,
-                    norm["x"],
-                    norm["weight"],
-                    quantizer.matrix,
-                    quantizer.format,
-                    norm["eps"],
-                    norm["offset"],
-                    norm["gain_first"],
-                    quantizer.hadamard,
-                    like=quantizer.node,
-                    val=quantizer.node.meta["val"],
-                )
-                rw.replace(quantizer.node, new)
+        def fuse(norm: dict[str, object], quantizer: Quantizer) -> None:
+            quantizer.become(
+                rw,
+                torch.ops.mxfx.norm_quantize.default,
+                norm["x"],
+                norm["weight"],
+                quantizer.matrix,
+                quantizer.format,
+                norm["eps"],
+                norm["offset"],
+                norm["gain_first"],
+                quantizer.hadamard,
+            )
+
+        fuse_sole_quantizers(rw, "rms_norm", self.select, fuse)

@@ -7,9 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from mxfx.graph.node import operands, path_of
 from mxfx.rewrite import ALL, Context, Local, Numerics, Pass, Rewriter, Selector, register
-from mxfx.rewrite.quantizer import sole_quantizer
+from mxfx.rewrite.quantizer import Quantizer, fuse_sole_quantizers
 
 
 @register
@@ -36,17 +35,8 @@ class FuseRopeQuant(Pass):
     select: Selector = ALL
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
-        for node in rw.program.nodes("rope"):
-            if not self.select(path_of(node)):
-                continue
-            quantizer = sole_quantizer(node)
-            if isinstance(quantizer, str):
-                rw.skip(node, quantizer)
-            elif rw.match(node, note=str(quantizer)):
-                rope = operands(node)
-                rest = (quantizer.matrix, quantizer.format, quantizer.hadamard)
-                op = torch.ops.mxfx.rope_quantize.default
-                new = rw.call(
-                    op, rope["x"], rope["cos"], rope["sin"], *rest, like=quantizer.node, val=quantizer.node.meta["val"]
-                )
-                rw.replace(quantizer.node, new)
+        def fuse(rope: dict[str, object], quantizer: Quantizer) -> None:
+            rest = (quantizer.matrix, quantizer.format, quantizer.hadamard)
+            quantizer.become(rw, torch.ops.mxfx.rope_quantize.default, rope["x"], rope["cos"], rope["sin"], *rest)
+
+        fuse_sole_quantizers(rw, "rope", self.select, fuse)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from mxfx.graph.node import kind, operands
+from mxfx.graph.node import kind, operands, path_of
+from mxfx.rewrite.rewriter import Rewriter
+from mxfx.rewrite.selector import Selector
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,24 @@ class Quantizer:
 
     def __str__(self) -> str:
         return self.format if self.matrix is None else f"transform + {self.format}"
+
+    def become(self, rw: Rewriter, op: torch._ops.OpOverload, *operands: object) -> None:
+        """Let a call that gives the same stand in the quantizer's place."""
+        rw.replace(self.node, rw.call(op, *operands, like=self.node, val=self.node.meta["val"]))
+
+
+def fuse_sole_quantizers(
+    rw: Rewriter, producers: str, select: Selector, fuse: Callable[[dict[str, object], Quantizer], None]
+) -> None:
+    """``fuse(operands, quantizer)`` for each producer of a kind that a quantizer alone reads; others are skipped."""
+    for node in rw.program.nodes(producers):
+        if not select(path_of(node)):
+            continue
+        quantizer = sole_quantizer(node)
+        if isinstance(quantizer, str):
+            rw.skip(node, quantizer)
+        elif rw.match(node, note=str(quantizer)):
+            fuse(operands(node), quantizer)
 
 
 def sole_quantizer(source: fx.Node) -> Quantizer | str:

@@ -1,49 +1,24 @@
-"""The GPTQ kernel's arithmetic, in Triton's interpreter, on views of larger tensors as the solver passes them.
-
-The interpreter is chosen when Triton is first imported, so it gets a process of its own, in which this file finds
-`TRITON_INTERPRET=1`.
-"""
+"""The GPTQ kernel's arithmetic, in Triton's interpreter, on views of larger tensors as the solver passes them."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+from tests.interpreter import IN_INTERPRETER, numpy_scalars, passes_in_interpreter  # noqa: F401
+
+if not IN_INTERPRETER:
 
     @pytest.mark.triton
     def test_all_of_this_file_passes_in_the_interpreter() -> None:
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stdout[-3000:]
+        passes_in_interpreter(__file__)
 
 else:
     import torch
-    from triton.runtime import interpreter
 
     from mxfx.algorithms.block_solver import BlockSolution, searched_exponents, solve_block
     from mxfx.algorithms.gptq import candidate_exponents
     from mxfx.algorithms.gptq_triton import solve_block_triton
     from mxfx.formats import parse
-
-    @pytest.fixture(autouse=True)
-    def numpy_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
-        """The interpreter keeps a scalar as an array of one element, which NumPy 2.5 no longer takes for an index."""
-        patched = interpreter._patch_lang_tensor
-
-        def patch(tensor, scope):
-            patched(tensor, scope)
-            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
 
     def _views(width: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Columns, feedback and precision of the second block of two."""

@@ -1,37 +1,24 @@
-"""The kernels' arithmetic, in Triton's interpreter: bit-equal to the reference in every format and rule.
-
-The interpreter is chosen when Triton is first imported, so it gets a process of its own, in which this file finds
-`TRITON_INTERPRET=1`.
-"""
+"""The kernels' arithmetic, in Triton's interpreter: bit-equal to the reference in every format and rule."""
 
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from tests.interpreter import IN_INTERPRETER, numpy_scalars, passes_in_interpreter  # noqa: F401
 
 ELEMENTS = ("mxint2", "mxint4", "mxint8", "mxfp4_e2m1", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp8_e4m3", "mxfp8_e5m2")
 RULES = ("floor", "rceil", "even", "ceil", "mse")
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+if not IN_INTERPRETER:
 
     @pytest.mark.triton
     def test_all_of_this_file_passes_in_the_interpreter():
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stdout[-3000:]
+        passes_in_interpreter(__file__)
 
 else:
     import torch
-    from triton.runtime import interpreter
 
     from mxfx.algorithms import launch
     from mxfx.algorithms.hadamard import hadamard_matrix, kronecker_orders
@@ -40,17 +27,6 @@ else:
     from mxfx.ops.kernels import cuda, limits
     from mxfx.ops.kernels.quantize_triton import fake_quantize_triton
     from mxfx.ops.kernels.transform_triton import transform_triton
-
-    @pytest.fixture(autouse=True)
-    def numpy_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
-        """The interpreter keeps a scalar as an array of one element, which NumPy 2.5 no longer takes for an index."""
-        patched = interpreter._patch_lang_tensor
-
-        def patch(tensor, scope):
-            patched(tensor, scope)
-            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
 
     def _equal(got: torch.Tensor, wanted: torch.Tensor) -> bool:
         same = (got == wanted) & (torch.signbit(got) == torch.signbit(wanted)) | got.isnan() & wanted.isnan()
