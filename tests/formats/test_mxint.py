@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mxfx.formats import parse
+from mxfx.formats.format import PRECISION
 from tests.formats.reference import same_bits
 
 
@@ -77,3 +78,16 @@ def test_published_relative_error_on_gaussian_blocks() -> None:
     ]:
         error = (parse(text).fake_quantize(x) - x).square().mean() / x.square().mean()
         assert error.item() == pytest.approx(published, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("text", ["mxint2@32/mse", "mxint4@32/mse", "mxfp4_e2m1@32/mse", "mxfp8_e4m3@32/mse"])
+def test_errors_of_few_significant_bits_are_compared_faster_and_alike(text, dtype):
+    fmt, generator = parse(text), torch.Generator().manual_seed(0)
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    patterns = every[torch.randperm(2**16, generator=generator)].view(-1, 32)
+    binades = 2.0 ** torch.randint(-14, 12, (2000, 1), generator=generator)
+    ties = torch.randint(-16, 17, (2000, 32), generator=generator) / 2
+    for x in (patterns, (torch.randn(2000, 32, generator=generator) * binades).to(dtype), (ties * binades).to(dtype)):
+        blocks = x.float()
+        assert torch.equal(fmt.shared_exponent(blocks, PRECISION[dtype]), fmt.shared_exponent(blocks))

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 
 from mxfx.formats import FloatElement, Format, IntElement, ScaleRule
+from mxfx.formats.format import PRECISION
 
 _FLOAT32_MANTISSA = 23
-_PRECISION = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}
 
 _SIGN = tl.constexpr(-(2**31))
 _EXPONENT = tl.constexpr(0x7F80_0000)
@@ -119,17 +119,8 @@ def _sum_of_errors(fmt: Format, dtype: torch.dtype) -> tuple[int, float]:
     """How to sum differences of squared errors so that no rounding can change the sign of the sum."""
     if fmt.rule is not ScaleRule.MSE or fmt.block is None:
         return 0, 1.0
-    element, precision = fmt.element, _PRECISION[dtype]
-    step = 0.5
-    if isinstance(element, FloatElement):
-        step = 2.0 ** (element.min_exponent - element.mantissa_bits - 1)
-    # Where the candidates differ |scaled| >= step / 2, so a difference is a multiple of this.
-    smallest = step * step * 2.0**-precision
-    reach = 2.0 ** (element.max_exponent + 1)
-    saturated = element.max_value / 2 * (2 * reach - 1.5 * element.max_value)
-    ordinary = (reach * 2.0 ** -(element.mantissa_bits + 1)) ** 2
-    largest = max(saturated, ordinary, reach * reach / 4)
-    bits = math.log2(largest * fmt.block / smallest)
+    precision = PRECISION[dtype]
+    bits, smallest = fmt.error_bits(precision)
     if precision < 24 and bits <= 24:
         return 0, 1.0
     if precision < 24 and bits <= 31:
