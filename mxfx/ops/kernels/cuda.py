@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mxfx.algorithms.hadamard import DENSE_ORDER
 from mxfx.formats import Format, parse
-from mxfx.ops.kernels.kronecker_triton import kronecker_triton
+from mxfx.ops.kernels.kronecker_triton import fits, kronecker_triton
 from mxfx.ops.kernels.library import signs_of
 from mxfx.ops.kernels.limits import (
     DTYPES,
@@ -48,7 +48,7 @@ def block_transform(x: Tensor, matrix: Tensor) -> Tensor:
 
 def hadamard(x: Tensor, block: int) -> Tensor:
     if block > DENSE_ORDER:
-        return kronecker_triton(x, block) if x.dtype in DTYPES and takes_kronecker(x, block, None) else NotImplemented
+        return _kronecker(x, block, None)
     matrix = signs_of(block, x.device)
     if x.dtype not in DTYPES or not takes_transform(x, matrix, None):
         return NotImplemented
@@ -56,10 +56,13 @@ def hadamard(x: Tensor, block: int) -> Tensor:
 
 
 def hadamard_quantize(x: Tensor, block: int, format: str) -> Tensor:
-    fmt = _format(format)
-    if x.dtype not in DTYPES or not takes_kronecker(x, block, fmt):
+    return _kronecker(x, block, _format(format))
+
+
+def _kronecker(x: Tensor, order: int, fmt: Format | None) -> Tensor:
+    if x.dtype not in DTYPES or not takes_kronecker(x, order, fmt) or not fits(order, x.dtype, x.device):
         return NotImplemented
-    return kronecker_triton(x, block, fmt)
+    return kronecker_triton(x, order, fmt)
 
 
 def transform_quantize(x: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False) -> Tensor:
