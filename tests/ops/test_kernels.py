@@ -79,6 +79,16 @@ def test_gradient_of_a_block_transform_is_its_definitions(shape, matrices):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(32, 32), (4, 32, 32), (3, 4, 32, 32)])
+def test_a_matrix_in_bfloat16_loses_nothing_to_one_in_float32(shape):
+    """Products are exact and sums are float32 in both; a sum in another order moves a result by one rounding."""
+    x, matrix = torch.randn(2, 6, 50, 128).bfloat16(), (torch.randn(shape) / 6).bfloat16()
+    got, wanted = block_transform(x, matrix), block_transform(x, matrix.float())
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, wanted, rtol=2**-7, atol=1e-5)
+    assert (got != wanted).float().mean() < 1e-3
+
+
 def test_gradient_of_rope():
     x, angle = torch.randn(2, 3, 5, 8, dtype=torch.float64), torch.randn(2, 1, 5, 8, dtype=torch.float64)
     operands = [t.requires_grad_() for t in (x, *angle)]
