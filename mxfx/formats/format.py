@@ -186,7 +186,9 @@ class Format:
         exponent = exponent_from_amax(largest_magnitude(blocks), self.element, self.rule)
         if self.rule is not ScaleRule.MSE:
             return exponent
-        return exponent - self._is_lower_better(blocks, exponent, precision).to(torch.int32)
+        return exponent - self._is_lower_better(*self._candidates(blocks, exponent), exponent, precision).to(
+            torch.int32
+        )
 
     def candidate_exponents(self, blocks: Tensor) -> Tensor:
         """Exponents worth searching, whatever the rule: rceil's e0, at which nothing saturates, then e0 - 1 and
@@ -216,8 +218,18 @@ class Format:
         if self.block is None:
             return self._to_dtype(self.element.round(x.to(self._compute_dtype(x.dtype))), x.dtype)
         blocks = self._to_blocks(x, axis)
-        exponent = self.shared_exponent(blocks, PRECISION[x.dtype]).unsqueeze(-1)
-        return self._from_blocks(self._to_dtype(self.round_to_grid(blocks, exponent), x.dtype), x, axis)
+        if self.rule is ScaleRule.MSE:
+            values = self._round_by_error(blocks, PRECISION[x.dtype])
+        else:
+            values = self.round_to_grid(blocks, self.shared_exponent(blocks).unsqueeze(-1))
+        return self._from_blocks(self._to_dtype(values, x.dtype), x, axis)
+
+    def _round_by_error(self, blocks: Tensor, precision: int) -> Tensor:
+        """What `round_to_grid` gives at the exponents of `mse`; both candidates are there once the choice is made."""
+        exponent = exponent_from_amax(largest_magnitude(blocks), self.element, self.rule)
+        scaled, upper, lower = self._candidates(blocks, exponent)
+        better = self._is_lower_better(scaled, upper, lower, exponent, precision)
+        return torch.where(better.unsqueeze(-1), lower, upper) * power_of_two(exponent, blocks.dtype).unsqueeze(-1)
 
     def error_bits(self, precision: int) -> tuple[float, float]:
         """Bits of any partial sum over a block of differences of squared errors under `mse`, and their common unit.
@@ -236,7 +248,14 @@ class Format:
         ordinary = (reach * 2.0 ** -(element.mantissa_bits + 1)) ** 2
         return math.log2(max(saturated, ordinary, reach * reach / 4) * self.block / unit), unit
 
-    def _is_lower_better(self, blocks: Tensor, exponent: Tensor, precision: int) -> Tensor:
+    def _candidates(self, blocks: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """In units of 2**exponent: the entries, and what they round to at that exponent and at the one below."""
+        scaled = blocks * inverse_power_of_two(exponent, blocks.dtype).unsqueeze(-1)
+        return scaled, self.element.round(scaled), self.element.round(scaled * 2) * 0.5
+
+    def _is_lower_better(
+        self, scaled: Tensor, upper: Tensor, lower: Tensor, exponent: Tensor, precision: int
+    ) -> Tensor:
         """Whether exponent - 1 has the smaller squared error, (...) bool; an equal error keeps the exponent.
 
         The errors are compared by their difference, factored, in units of the scale: what both candidates
@@ -244,15 +263,12 @@ class Format:
         float32 and narrower input, and the sum is taken in integers, or in float32 where that holds it: every
         backend and every order of summation finds the same answer.
         """
-        scaled = blocks * inverse_power_of_two(exponent, blocks.dtype).unsqueeze(-1)
-        upper = self.element.round(scaled)
-        lower = self.element.round(scaled * 2) * 0.5
         searchable = (exponent != NAN_EXPONENT) & (exponent > MIN_EXPONENT)
         # (scaled - lower)^2 - (scaled - upper)^2, with a^2 - b^2 = (a - b)(a + b)
-        if blocks.dtype == torch.float32 and self.error_bits(precision)[0] <= PRECISION[torch.float32]:
+        if scaled.dtype == torch.float32 and self.error_bits(precision)[0] <= PRECISION[torch.float32]:
             return searchable & (((upper - lower) * (scaled * 2 - (upper + lower))).sum(-1) < 0)
         difference = (upper - lower).to(torch.float64) * ((scaled - lower) + (scaled - upper))
-        return searchable & (self._in_fixed_point(difference, blocks.dtype).sum(-1) < 0)
+        return searchable & (self._in_fixed_point(difference, scaled.dtype).sum(-1) < 0)
 
     def _in_fixed_point(self, difference: Tensor, compute: torch.dtype) -> Tensor:
         """int64, in the finest fraction of a squared scale with which the sum of a block fits.
