@@ -23,11 +23,13 @@ def block_transform(x: Tensor, matrix: Tensor) -> Tensor:
     ``(heads, blocks, block, block)`` for ``x`` of shape ``(batch, heads * group, seq, blocks * block)``, where
     ``group`` neighbouring heads share a matrix.
     """
-    # Products of bfloat16 are exact in float32, in which a GEMM of bfloat16 sums: it rounds once, as the wide one does,
-    # and takes a tenth of the time on a CPU.
-    wide = x if x.dtype == matrix.dtype == torch.bfloat16 else compute(x)
-    matrix = matrix.to(wide.dtype)
     block = matrix.shape[-1]
+    # Products of bfloat16 are exact in float32, in which a GEMM of bfloat16 sums: it rounds once, as the wide one does,
+    # and takes a tenth of the time on a CPU. AMX tiles are 32 deep, and oneDNN fills the last one with what lies behind
+    # the row, times zero: NaN in one block would spoil its neighbour, so other blocks are multiplied in float32.
+    narrow = x.dtype == matrix.dtype == torch.bfloat16 and block % 32 == 0
+    wide = x if narrow else compute(x)
+    matrix = matrix.to(wide.dtype)
     if matrix.dim() == 2:
         return (wide.unflatten(-1, (-1, block)) @ matrix).flatten(-2).to(x.dtype)
     # One batched product per block. A broadcasting matmul would expand to sizes, which a trace would fix.

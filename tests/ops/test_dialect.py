@@ -230,6 +230,27 @@ def test_neighbouring_heads_share_a_matrix() -> None:
     assert torch.allclose(ops.block_transform(x, matrix), expected, atol=1e-14)
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("block", [4, 20, 32, 36, 48, 64])
+def test_a_block_that_is_not_finite_keeps_to_itself(block: int, own: bool) -> None:
+    x = randn(40, 4 * block, dtype=torch.bfloat16)
+    x[5, 3], x[9, block + 1], x[39, -1] = float("nan"), float("inf"), float("-inf")
+    matrix = randn(*((4,) if own else ()), block, block, dtype=torch.bfloat16, seed=1)
+    out = ops.block_transform(x, matrix).unflatten(-1, (4, block))
+    broken = torch.zeros(40, 4, dtype=torch.bool)
+    broken[5, 0] = broken[9, 1] = broken[39, 3] = True
+    assert torch.equal(~out.isfinite(), broken.unsqueeze(-1).expand_as(out))
+
+
+@pytest.mark.parametrize("block", [16, 32, 128])
+def test_a_product_in_bfloat16_rounds_once(block: int) -> None:
+    x, matrix = randn(64, 2 * block, dtype=torch.bfloat16), randn(2, block, block, dtype=torch.bfloat16, seed=1)
+    exact = ops.block_transform(x.double(), matrix.double())
+    # Half a unit in the last place, and what a sum in float32 adds where much cancels.
+    off = (ops.block_transform(x, matrix).double() - exact).abs()
+    assert bool((off <= exact.abs() * 2.0**-8 + block * 2.0**-20).all())
+
+
 @pytest.mark.parametrize("block", [2, 4, 12, 24])
 def test_hadamard_is_the_block_transform_by_the_hadamard_matrix(block: int) -> None:
     x = randn(3, 48, dtype=torch.float64)
