@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.runtime.errors import OutOfResources
 
 #: Shapes whose launches are kept; a program in eager mode meets a few dozen.
 KEPT_SHAPES = 4096
@@ -30,9 +32,12 @@ class Launch:
         kernel: takes tensors first, then `scalars`, then, with `tasks`, turns (not specialized on), then constants.
         programs: programs to launch, given how many the device can run at a time.
         scalars: run-time arguments.
-        constants: compile-time arguments by name.
+        constants: compile-time arguments by name. Of `STAGES`, operands on their way at a time, a device whose programs
+            have too little shared memory gets fewer.
         tasks: what all programs have to do together; turns is its share of one of them. 0: no such argument.
         options: of the compiler (`num_warps`, `enable_fp_fusion`).
+
+    A call raises triton's `OutOfResources` where even one stage needs more than a program may have.
     """
 
     def __init__(
@@ -76,24 +81,51 @@ class Launch:
         runner(*(pointers if self._compiles else tensors))
 
     def _prepare(self, tensors: tuple[Tensor, ...]) -> Callable[..., None]:
-        given = {**self._constants, **self._options}
         if not self._compiles:
             programs = self._programs(1)
             interpreted = self._kernel[(programs,)]
+            given = {**self._constants, **self._options}
             return lambda *tensors: interpreted(*tensors, *self._with_turns(programs), **given)
-        compiled = self._kernel.warmup(*tensors, *self._with_turns(1), grid=(1,), **given)
+
+        def compiles(constants: dict[str, object]) -> CompiledKernel:
+            return self._kernel.warmup(*tensors, *self._with_turns(1), grid=(1,), **constants, **self._options)
+
+        properties = torch.cuda.get_device_properties(tensors[0].device)
+        limit = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # its stub lacks it
+        compiled, constants = within(limit, compiles, self._constants)
+        if compiled.metadata.shared > limit:
+            return _refusal(compiled.metadata.shared, limit)
         assert compiled.run is not None  # loads it, and with that knows its registers
         programs = self._programs(_at_a_time(compiled, tensors[0].device))
         start, scalars = compiled[(programs, 1, 1)], self._with_turns(programs)
         names = self._kernel.arg_names[len(tensors) + len(scalars) :]
-        rest = (*scalars, *(self._constants[name] for name in names))
+        rest = (*scalars, *(constants[name] for name in names))
         return lambda *pointers: start(*pointers, *rest)
 
     def _with_turns(self, programs: int) -> tuple:
         return (*self._scalars, triton.cdiv(self._tasks, programs)) if self._tasks else self._scalars
 
 
-def _at_a_time(compiled: triton.compiler.CompiledKernel, device: torch.device) -> int:
+def within(
+    limit: int, compiles: Callable[[dict[str, object]], CompiledKernel], constants: dict[str, object]
+) -> tuple[CompiledKernel, dict[str, object]]:
+    """A kernel with as many of its `STAGES` as `limit` bytes of shared memory allow, but one; and its constants."""
+    compiled, stages = compiles(constants), constants.get("STAGES", 1)
+    while compiled.metadata.shared > limit and isinstance(stages, int) and stages > 1:
+        stages -= 1
+        constants = {**constants, "STAGES": stages}
+        compiled = compiles(constants)
+    return compiled, constants
+
+
+def _refusal(needed: int, limit: int) -> Callable[..., None]:
+    def refuse(*pointers: int) -> None:
+        raise OutOfResources(needed, limit, "shared memory")
+
+    return refuse
+
+
+def _at_a_time(compiled: CompiledKernel, device: torch.device) -> int:
     """Programs of a loaded kernel that run at the same time on a device."""
     limits = torch.cuda.get_device_properties(device)
     warps = compiled.metadata.num_warps

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -207,3 +208,46 @@ def test_an_op_without_a_derivative_says_where_to_find_one():
     x = torch.randn(4, 64, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"differentiate mxfx::transform_quantize, before `lower`"):
         ops.transform_quantize(x, None, "mxint4@32").sum().backward()
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What Triton's compiler answers, as far as `within` reads it: 1000 bytes a stage."""
+
+    metadata: SimpleNamespace
+
+    @classmethod
+    def of(cls, constants: dict[str, object]) -> Compiled:
+        return cls(SimpleNamespace(shared=1000 * constants.get("STAGES", 1)))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("limit", "constants", "left", "shared"),
+    [
+        (9999, {"STAGES": 3}, 3, 3000),
+        (2500, {"STAGES": 3}, 2, 2000),
+        (10, {"STAGES": 3}, 1, 1000),
+        (10, {}, None, 1000),
+    ],
+)
+def test_a_kernel_takes_as_many_stages_as_shared_memory_allows(limit, constants, left, shared):
+    from mxfx.algorithms import launch
+
+    compiled, kept = launch.within(limit, Compiled.of, {**constants, "TILE": 8})
+    assert (kept.get("STAGES"), kept["TILE"], compiled.metadata.shared) == (left, 8, shared)
+    assert constants.get("STAGES") in (3, None)
+
+
+@pytest.mark.triton
+def test_too_little_shared_memory_means_the_definition_and_a_warning(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    from mxfx.ops.kernels import cuda
+
+    def refuses(*args, **kwargs):
+        raise OutOfResources(327680, 232448, "shared memory")
+
+    monkeypatch.setattr(cuda, "transform_triton", refuses)
+    with pytest.warns(RuntimeWarning, match=r"mxfx_kernels::block_transform .* 232448 bytes .* needs 327680"):
+        assert cuda.block_transform(torch.ones(2, 16), hadamard_matrix(16)) is NotImplemented

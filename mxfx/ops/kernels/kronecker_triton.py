@@ -25,8 +25,6 @@ from mxfx.ops.kernels.transform_triton import quantize_blocks
 #: Elements of a thread of a short row and of a long one: fewer warps have more registers, which two products need.
 PER_THREAD = (32, 64)
 LONG = 8192
-#: Shared memory that the compiler takes for each element of a row in 16 bits and in float32.
-BYTES_PER_ELEMENT = (8.5, 12)
 
 
 def kronecker_triton(x: Tensor, order: int, fmt: Format | None = None) -> Tensor:
@@ -42,16 +40,6 @@ def kronecker_triton(x: Tensor, order: int, fmt: Format | None = None) -> Tensor
         left, right = signs_of_factors(order, x.device)
         _launch(x.numel() // order, order, x.dtype, x.device, fmt)(x, left, right, out)
     return out
-
-
-@lru_cache(maxsize=256)
-def fits(order: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a multiprocessor of a device has the shared memory: two matrices of ±1, and what is on its way."""
-    if device.type != "cuda":
-        return True
-    a, b = (max(triton.next_power_of_2(n), 16) for n in kronecker_orders(order))
-    needed = 2 * (a * a + b * b) + BYTES_PER_ELEMENT[dtype == torch.float32] * a * b
-    return needed <= torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @lru_cache(maxsize=64)
