@@ -1,6 +1,6 @@
 """What the compiler itself costs on Llama shapes of 16, 32 and 80 layers, without weights.
 
-    python tools/bench/compiler.py [--json FILE] [--quick]
+    python -m tools.bench.compiler [--json FILE] [--quick]
 
 Every parameter lives on the meta device. A row is one stage: seconds, those of the processor in user mode, and nodes
 after it for each depth, and how the latter seconds grow from the shallowest to the deepest (1 is linear in layers, 2

@@ -1,6 +1,6 @@
 """Do the Triton kernels give the CPU's bits? `kernels.py` beside this says how fast they are.
 
-    python tools/bench/gpu_check.py [--json FILE] [--quick]
+    python -m tools.bench.gpu_check [--json FILE] [--quick]
 
 A failure is collected, not raised, and the exit status says whether there was one.
 """

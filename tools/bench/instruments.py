@@ -1,6 +1,6 @@
 """What the instruments that stand around every run cost, on configuration A of the tutorial and SmolLM2.
 
-    python tools/bench/instruments.py [--json FILE] [--quick]
+    python -m tools.bench.instruments [--json FILE] [--quick]
 
 Runs the same passes bare and with all instruments of `mxfx run --out` (dump, reproducer, ledger, numbers, verifier,
 timing), best of five each (two with --quick), in turns. Shares are of the bare compile: trace and passes, nothing

@@ -1,7 +1,7 @@
 """Bandwidth of the quantizing kernels, beside a device copy, inductor, torchao's casts and Mase's formula.
 
-    python tools/bench/kernels.py [--json FILE] [--plot FILE] [--quick]
-    python tools/bench/kernels.py --plot-from JSON --plot FILE
+    python -m tools.bench.kernels [--json FILE] [--plot FILE] [--quick]
+    python -m tools.bench.kernels --plot-from JSON --plot FILE
 
 A row says what one op costs: median milliseconds on the GPU by CUDA-graph replay, GB/s over the bytes that it must
 move (each operand once), its speed as a share of a device copy of the same bytes, of a fused op its time over

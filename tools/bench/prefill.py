@@ -1,6 +1,6 @@
 """What simulated quantization costs a prefill: Llama-3.2-1B's shape, random weights, bfloat16, 8 × 2048 tokens.
 
-    python tools/bench/prefill.py [--json FILE] [--quick] [--compiled] [--layers N] [--rehearse]
+    python -m tools.bench.prefill [--json FILE] [--quick] [--compiled] [--layers N] [--rehearse]
 
 Rows: the Hugging Face model in eager mode; W4A4KV4 as the tutorial's config A (no transforms) and as config D's graph
 (`passes_configs/best_w4a4kv4.toml`: a matrix for every block of every linear's input, one a head for queries and keys);

@@ -1,6 +1,6 @@
 """What function-preserving passes really change on a real model: ‖Δ‖/‖y‖ of the logits, in float64.
 
-    python -m tools.bench.promises --model DIR --data DIR [--tokens 64]
+    python -m tools.bench.promises --model DIR --data DIR [--tokens 64] [--json FILE]
 
 One row a pass, applied to the float64 twin of the raised program (fused norms where the pass needs them), with the
 bound that the pass promises. Exits non-zero if one does not hold.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 
@@ -35,7 +36,7 @@ from mxfx.pipeline import Pipeline
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Close, Context, Pass, Selector, apply
 from mxfx.runtime.pretrained import load_model, load_tokenizer
-from tools.bench.measuring import machine, table
+from tools.bench.measuring import machine, table, write
 
 _FORMAT = parse("mxint4@32")
 _RULES = (
@@ -64,6 +65,7 @@ def main() -> int:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     print("  ".join(f"{k}={v}" for k, v in machine().items()), flush=True)
     tokenizer = load_tokenizer(args.model)
@@ -84,6 +86,7 @@ def main() -> int:
         rows.append({"pass": str(pass_), "rewrites": changed, "error": error, "promised": pass_.numerics.tol})
         print(rows[-1], flush=True)
     print(table(rows))
+    write({"rows": rows}, args.json)
     return 1 if broken else 0
 
 

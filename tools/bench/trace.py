@@ -1,6 +1,6 @@
 """How long it takes, and how much memory, to trace a model of a given size without its weights.
 
-    python tools/bench/trace.py [--model llama-3-8b | llama-3-70b | qwen3-8b] [--json FILE]
+    python -m tools.bench.trace [--model llama-3-8b | llama-3-70b | qwen3-8b] [--json FILE]
 
 The model is made on the meta device. Peak memory is that of the whole process (with torch and transformers
 loaded), beside what it took before the trace.

@@ -1,6 +1,6 @@
 """Launch parameters of the transforming kernel: which tile, how many elements a thread, stages and registers.
 
-    python tools/bench/tune.py [--json FILE] [--quick]
+    python -m tools.bench.tune [--json FILE] [--quick]
 
 Microseconds for 8192² bfloat16 with MXINT4 `mse` behind the transform (H: Hadamard by signs; T: a matrix for every
 block, in float32 or, "bf16", in x's dtype), a row for each set of parameters, the best first. What cannot be compiled
