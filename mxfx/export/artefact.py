@@ -23,12 +23,15 @@ from torch import Tensor
 from mxfx.calibration.durable import remove_partial_files, write_file
 from mxfx.graph.program import Program
 from mxfx.graph.text import TextError, parse, to_text
+from mxfx.ops import RUNTIME_FUNCTIONS
 
 SCHEMA = 1
 MANIFEST, PROGRAM, WEIGHTS = "manifest.json", "program.mxir", "weights.safetensors"
 
 _CALL = re.compile(r"  %\w+ = ([\w.+-]+)")
-_RUNTIME = frozenset({"attend", "attention_bias", "positions"})
+_RUNTIME = frozenset(function.__name__ for function in RUNTIME_FUNCTIONS)
+#: Namespaces of ops that only compute on tensors.
+_NAMESPACES = ("aten", "mxfx", "mxfx_kernels")
 _OPERATOR = frozenset(
     {"add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "getitem", "eq", "ne", "lt", "le", "gt", "ge"}
 )
@@ -45,21 +48,27 @@ def save(program: Program, folder: Path | str) -> None:
 
     Every file is written whole or not at all, the manifest last, so a killed save leaves no folder that loads.
 
-    Raises ``ArtefactError`` for weights without data or with NaN or Inf, ``WriteError`` for a full or failing disk.
+    Raises ``ArtefactError`` for weights without data or with NaN or Inf and for ops that ``load`` would refuse,
+    ``WriteError`` for a full or failing disk.
     """
     folder = Path(folder)
     _check_weights(program)
+    printed = to_text(program)
+    _check_ops(folder / PROGRAM, printed)
+    text = printed.encode()
     folder.mkdir(parents=True, exist_ok=True)
     remove_partial_files(folder)
     (folder / MANIFEST).unlink(missing_ok=True)
-    text = to_text(program).encode()
     tensors = to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in program.weights.items()})
     write_file(folder / WEIGHTS, tensors)
     write_file(folder / PROGRAM, text)
     manifest = {
         "schema": SCHEMA,
         "mxfx": metadata.version("mxfx"),
-        "files": {PROGRAM: {"bytes": len(text), "blake2b": _hash(text)}, WEIGHTS: {"bytes": len(tensors)}},
+        "files": {
+            PROGRAM: {"bytes": len(text), "blake2b": _hash(text)},
+            WEIGHTS: {"bytes": len(tensors)},
+        },
     }
     write_file(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 
@@ -151,7 +160,8 @@ def _check_ops(path: Path, text: str) -> None:
         found = _CALL.match(line)
         if found is not None and not _allowed(found[1]):
             raise ArtefactError(
-                f"{path}: line {number}: {found[1]!r} is no op of a program; programs call aten.…, mxfx.… and "
+                f"{path}: line {number}: {found[1]!r} is no op of a program; programs call "
+                f"{', '.join(f'{module}.…' for module in _NAMESPACES)} and "
                 f"{', '.join(sorted(_RUNTIME))}"
             )
 
@@ -163,7 +173,7 @@ def _allowed(target: str) -> bool:
     if module in ("runtime", "operator"):
         return rest in (_RUNTIME if module == "runtime" else _OPERATOR)
     name, _, overload = rest.partition(".")
-    packet = getattr(getattr(torch.ops, module), name, None) if module in ("aten", "mxfx") else None
+    packet = getattr(getattr(torch.ops, module), name, None) if module in _NAMESPACES else None
     op = getattr(packet, overload or "default", None)
     return isinstance(op, torch._ops.OpOverload) and not _OUTSIDE_OPERANDS & {a.name for a in op._schema.arguments}
 

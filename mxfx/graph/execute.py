@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from mxfx.graph.node import op_name
 from mxfx.graph.program import Program, compute_dtype
+from mxfx.ops.fused import FUSED
 
 _cast = torch.ops.mxfx.cast.default
 _fake_quantize = torch.ops.mxfx.fake_quantize.default
@@ -58,8 +59,11 @@ def execute(
     ``fake_quantize`` as the identity: the real function behind a program with quantizers. ``casts`` is kept by a caller
     that executes several programs with the same weights.
 
-    Raises ``ValueError`` if a weight is on the meta device: there are no numbers to compute with.
+    Raises ``ValueError`` if a weight is on the meta device (there are no numbers to compute with), and, to be without
+    quantizers, if one is part of a fused op.
     """
+    if not quantize:
+        _check_unfused(program)
     given = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
     last_reader = _last_readers(program.graph)
     env: dict[fx.Node, object] = {}
@@ -141,6 +145,13 @@ def _value(
         return node.target(*args, **kwargs)  # type: ignore[operator]
     except Exception as error:
         raise RuntimeError(f"{node.name} = {op_name(node)} failed: {error}") from error
+
+
+def _check_unfused(program: Program) -> None:
+    for node in program.nodes(*FUSED):
+        raise ValueError(
+            f"{node.name} = {op_name(node)} holds a quantizer, which cannot be left out; fuse quantizers last"
+        )
 
 
 def _last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

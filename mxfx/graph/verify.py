@@ -300,6 +300,9 @@ def _overload(node: fx.Node, target: torch._ops.OpOverload) -> None:
     twice = sorted(set(given) & set(node.kwargs))
     if twice:
         raise _fault(node, f"the operand {twice[0]!r} is given twice", f"see {schema}")
+    if target.namespace == "mxfx" and node.kwargs:
+        by_name = sorted(node.kwargs)[0]
+        raise _fault(node, f"its operand {by_name!r} is given by name", f"give operands in the order of {schema}")
     given |= node.kwargs
     unknown = sorted(set(given) - {a.name for a in schema.arguments})
     if unknown:

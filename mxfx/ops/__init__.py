@@ -10,7 +10,11 @@ from mxfx.ops.quantize import fake_quantize
 from mxfx.ops.rope import rope
 from mxfx.ops.transform import block_transform, hadamard
 
+#: Calls that may stand in a lowered graph beside ATen: traced through by torch.compile, shared by all layers.
+RUNTIME_FUNCTIONS = frozenset({attend, attention_bias, fake_quantize, positions})
+
 __all__ = [
+    "RUNTIME_FUNCTIONS",
     "DialectOp",
     "all_ops",
     "attend",

@@ -57,5 +57,9 @@ def rope_quantize(
     return fake_quantize(_transformed(rope(x, cos, sin), matrix), format)
 
 
+#: Ops that hold a quantizer.
+FUSED = frozenset({"transform_quantize", "hadamard_quantize", "norm_quantize", "silu_mul_quantize", "rope_quantize"})
+
+
 def _transformed(x: Tensor, matrix: Tensor | None) -> Tensor:
     return x if matrix is None else block_transform(x, matrix)

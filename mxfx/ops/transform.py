@@ -41,7 +41,8 @@ def block_transform(x: Tensor, matrix: Tensor) -> Tensor:
     batched = grouped.permute(1, 4, 0, 2, 3, 5)
     # Where a reshape has a size to infer, a trace counts elements, which Dynamo cannot follow.
     moved = torch.bmm(batched.flatten(2, 4).flatten(0, 1), matrix.flatten(0, 1))
-    return moved.reshape(batched.shape).permute(2, 0, 3, 4, 1, 5).reshape(x.shape).to(x.dtype)
+    # With one block a head the reshape is a view: contiguous is what a trace is told.
+    return moved.reshape(batched.shape).permute(2, 0, 3, 4, 1, 5).reshape(x.shape).to(x.dtype).contiguous()
 
 
 def matrix_gradient(x: Tensor, matrix: Tensor, grad: Tensor) -> Tensor:
@@ -67,5 +68,5 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     if x.is_meta or isinstance(x, FakeTensor):
         # A shape is all that is asked for; a matrix built from Python numbers would be real there, not fake.
         hadamard_factors(block)
-        return torch.empty_like(x)
-    return hadamard_transform(x, block)
+        return x.new_empty(x.shape)
+    return hadamard_transform(x, block).contiguous()

@@ -43,7 +43,7 @@ class Distill(Pass):
     name: ClassVar[str] = "distill"
     requires: ClassVar[frozenset[str]] = frozenset({"annotated", "activations-quantized"})
     provides: ClassVar[frozenset[str]] = frozenset({"weights-rounded"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"lowered"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"lowered", "quantizers-fused"})
     numerics: ClassVar[Numerics] = Lossy()
     select: Selector = ALL
     steps: int = 240

@@ -13,6 +13,7 @@ from mxfx.graph.node import op_name, path_of
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, compute_dtype
 from mxfx.rewrite import ALL, Context, Exact, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.basis import free_name
+from mxfx.rewrite.operands import readers_of
 
 
 @register
@@ -57,14 +58,18 @@ class FoldConstants(Pass):
         if not isinstance(val, Tensor):
             return f"it gives no tensor but {type(val).__name__}"
         working = rw.weights.working
-        finer = val.is_floating_point() and torch.promote_types(_real(rw, val.dtype), working) != working
-        if finer:
-            return f"its result is {_real(rw, val.dtype)}, of which the store keeps {working}"
+        real = _real(rw, val.dtype)
+        if val.is_floating_point() and torch.promote_types(real, working) != working:
+            return f"its result is {real}, of which the store keeps {working}"
+        if val.is_floating_point() and real not in (rw.program.dtype, compute_dtype(rw.program.dtype)):
+            return f"its result is {real}, in which no weight of a {rw.program.dtype} program is read"
         leaves = [n for n in cone if n.op == "get_attr"]
         tensors = {n: rw.weights[str(n.target)] for n in leaves}
         if any(tensor.device.type == "meta" for tensor in tensors.values()):
             return "its weights have no data (meta device)"
-        freed = sum(n.meta["val"].nbytes for n in leaves if all(user in cone for user in n.users))
+        # A tied weight has several names, and may be read under each.
+        homes = {rw.weights.canonical(str(n.target)): n.meta["val"].nbytes for n in leaves}
+        freed = sum(size for name, size in homes.items() if all(user in cone for user in readers_of(rw.program, name)))
         growth = val.nbytes - freed
         return None if growth <= self.max_growth else f"the result would take {growth:,} bytes more than its weights"
 

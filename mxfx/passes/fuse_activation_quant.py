@@ -33,6 +33,7 @@ class FuseActivationQuant(Pass):
 
     name: ClassVar[str] = "fuse-activation-quant"
     requires: ClassVar[frozenset[str]] = frozenset({"raised"})
+    provides: ClassVar[frozenset[str]] = frozenset({"quantizers-fused"})
     forbids: ClassVar[frozenset[str]] = frozenset({"lowered"})
     numerics: ClassVar[Numerics] = Local(1e-2)
     select: Selector = ALL

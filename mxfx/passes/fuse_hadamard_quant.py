@@ -34,6 +34,7 @@ class FuseHadamardQuant(Pass):
 
     name: ClassVar[str] = "fuse-hadamard-quant"
     requires: ClassVar[frozenset[str]] = frozenset({"raised"})
+    provides: ClassVar[frozenset[str]] = frozenset({"quantizers-fused"})
     forbids: ClassVar[frozenset[str]] = frozenset({"lowered"})
     numerics: ClassVar[Numerics] = Local(1e-2)
     select: Selector = ALL

@@ -30,6 +30,7 @@ class FuseNormQuant(Pass):
 
     name: ClassVar[str] = "fuse-norm-quant"
     requires: ClassVar[frozenset[str]] = frozenset({"raised"})
+    provides: ClassVar[frozenset[str]] = frozenset({"quantizers-fused"})
     forbids: ClassVar[frozenset[str]] = frozenset({"lowered"})
     numerics: ClassVar[Numerics] = Local(1e-2)
     select: Selector = ALL

@@ -59,7 +59,7 @@ class Gptq(Pass):
     name: ClassVar[str] = "gptq"
     requires: ClassVar[frozenset[str]] = frozenset({"annotated"})
     provides: ClassVar[frozenset[str]] = frozenset({"weights-rounded"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"lowered", "rounded-to-nearest"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"lowered", "rounded-to-nearest", "quantizers-fused"})
     numerics: ClassVar[Numerics] = Lossy()
     select: Selector = ALL
     damp: float = 0.01

@@ -41,6 +41,7 @@ class InsertFakeQuant(Pass):
     name: ClassVar[str] = "insert-fake-quant"
     requires: ClassVar[frozenset[str]] = frozenset({"annotated"})
     provides: ClassVar[frozenset[str]] = frozenset({"activations-quantized"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"quantizers-fused"})
     numerics: ClassVar[Numerics] = Lossy()
     select: Selector = ALL
 

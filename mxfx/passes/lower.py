@@ -14,15 +14,13 @@ from torch.utils._pytree import tree_map_only
 from mxfx.algorithms.hadamard import DENSE_ORDER, hadamard_matrix, kronecker_signs, kronecker_transform
 from mxfx.graph.node import kind, op_name, operands
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, compute_dtype
-from mxfx.ops import attend, attention_bias, fake_quantize, find_op, positions
+from mxfx.ops import attend, attention_bias, find_op, positions
+from mxfx.ops.fused import FUSED
 from mxfx.ops.providers import choose
 from mxfx.rewrite import Context, Local, Numerics, Pass, Rewriter, fact, register
 from mxfx.rewrite.inline import Inliner
 
 aten = torch.ops.aten
-
-#: Calls that may stand in a lowered graph beside ATen: traced through by torch.compile, shared by all layers.
-RUNTIME_FUNCTIONS = frozenset({attend, attention_bias, fake_quantize, positions})
 
 
 @register
@@ -98,8 +96,7 @@ def _cast(val: torch.Tensor, real: Mapping[torch.dtype, torch.dtype]) -> torch.T
 def _split_unserved(rw: Rewriter, device: torch.device) -> None:
     """A producer, a transform and a quantizer instead of each fused op that has no provider."""
     dialect = torch.ops.mxfx
-    fused = ("transform_quantize", "hadamard_quantize", "norm_quantize", "silu_mul_quantize", "rope_quantize")
-    for node in rw.program.nodes(*fused):
+    for node in rw.program.nodes(*FUSED):
         if choose(kind(node), node, device) is not None:
             continue
         given = operands(node)

@@ -34,7 +34,9 @@ class PermuteChannels(Pass):
 
     name: ClassVar[str] = "permute-channels"
     requires: ClassVar[frozenset[str]] = frozenset({"raised"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"weights-rounded", "activations-quantized", "lowered"})
+    forbids: ClassVar[frozenset[str]] = frozenset(
+        {"weights-rounded", "activations-quantized", "lowered", "quantizers-fused"}
+    )
     numerics: ClassVar[Numerics] = Close(1e-9)
     block: int = 32
     select: Selector = ALL

@@ -36,6 +36,7 @@ class QuantizeKvCache(Pass):
     name: ClassVar[str] = "quantize-kv-cache"
     requires: ClassVar[frozenset[str]] = frozenset({"annotated"})
     provides: ClassVar[frozenset[str]] = frozenset({"kv-quantized"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"quantizers-fused"})
     numerics: ClassVar[Numerics] = Lossy()
     select: Selector = ALL
 

@@ -37,7 +37,7 @@ class RotateQk(Pass):
     name: ClassVar[str] = "rotate-qk"
     requires: ClassVar[frozenset[str]] = frozenset({"raised"})
     provides: ClassVar[frozenset[str]] = frozenset({"qk-rotated"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"kv-quantized", "lowered"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"kv-quantized", "lowered", "quantizers-fused"})
     numerics: ClassVar[Numerics] = Close(1e-9)
     block: int = 0
     select: Selector = ALL

@@ -61,7 +61,9 @@ class TransformInputs(Pass):
     name: ClassVar[str] = "transform-inputs"
     requires: ClassVar[frozenset[str]] = frozenset({"raised"})
     provides: ClassVar[frozenset[str]] = frozenset({"inputs-transformed"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"weights-rounded", "activations-quantized", "lowered"})
+    forbids: ClassVar[frozenset[str]] = frozenset(
+        {"weights-rounded", "activations-quantized", "lowered", "quantizers-fused"}
+    )
     numerics: ClassVar[Numerics] = Close(1e-9)
     kind: Literal["hadamard", "wush"] = "hadamard"
     block: int = 32

@@ -59,7 +59,9 @@ class TransformSearch(Pass):
     name: ClassVar[str] = "transform-search"
     requires: ClassVar[frozenset[str]] = frozenset({"raised", "annotated"})
     provides: ClassVar[frozenset[str]] = frozenset({"inputs-transformed"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"weights-rounded", "activations-quantized", "lowered"})
+    forbids: ClassVar[frozenset[str]] = frozenset(
+        {"weights-rounded", "activations-quantized", "lowered", "quantizers-fused"}
+    )
     numerics: ClassVar[Numerics] = Close(1e-9)
     candidates: tuple[str, ...] = (
         _NONE, "hadamard-32", "hadamard-64", "hadamard-128", "hadamard-full", "wush-32", "wush-64", "scaled-32",

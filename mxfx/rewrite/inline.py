@@ -30,6 +30,8 @@ class Inliner:
             node.target,
             tuple(_signature(a) for a in node.args),
             tuple(sorted((k, _signature(v)) for k, v in node.kwargs.items())),
+            # The trace of f(x, x) is not that of f(x, y).
+            tuple(operands.index(a) for a in operands),
         )
         if key not in self._traces:
             self._traces[key] = _trace(node, operands, definition)

@@ -9,6 +9,8 @@ import torch
 from torch import fx
 
 from mxfx.graph.node import kind, operands, path_of
+from mxfx.graph.program import Program
+from mxfx.rewrite.facts import fact
 from mxfx.rewrite.rewriter import Rewriter
 from mxfx.rewrite.selector import Selector
 
@@ -28,6 +30,12 @@ class Quantizer:
     def become(self, rw: Rewriter, op: torch._ops.OpOverload, *operands: object) -> None:
         """Let a call that gives the same stand in the quantizer's place."""
         rw.replace(self.node, rw.call(op, *operands, like=self.node, val=self.node.meta["val"]))
+
+
+@fact("quantizers-fused", "quantizers may be part of other ops, where passes that look for them do not")
+def quantizers_fused(program: Program) -> str | None:
+    """Closes a stage: there may have been nothing to fuse, so there is nothing that a graph could contradict."""
+    return None
 
 
 def fuse_sole_quantizers(

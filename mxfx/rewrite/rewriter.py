@@ -63,7 +63,9 @@ class Rewriter:
         """Create a call node that inherits the module path of ``like``; placed before it unless told otherwise.
 
         ``val`` is the fake result where the caller knows it; else the op runs on the fake values of its operands.
+        Operands of mxfx ops that are given by name are put in the order of the schema, where every pass looks.
         """
+        args, kwargs = in_order(target, args, kwargs)
         where = self.graph.inserting_after(after) if after is not None else self.graph.inserting_before(before or like)
         with where:
             node = self.graph.call_function(target, args, kwargs)
@@ -182,3 +184,19 @@ def clean(program: Program) -> None:
 
 
 __all__ = ["META_KEY", "Rewriter", "clean"]
+
+
+def in_order(target: Callable, args: tuple, kwargs: dict[str, object]) -> tuple[tuple, dict[str, object]]:
+    """Operands of an mxfx op as far as possible by position; those of another call as they are."""
+    if not kwargs or not isinstance(target, torch._ops.OpOverload) or target.namespace != "mxfx":
+        return args, kwargs
+    parameters = target._schema.arguments
+    given = dict(zip((p.name for p in parameters), args, strict=False))
+    if set(given) & set(kwargs) or not set(kwargs) <= {p.name for p in parameters}:
+        return args, kwargs  # the verifier says what is wrong
+    given |= kwargs
+    last = max(i for i, p in enumerate(parameters) if p.name in given)
+    needed = parameters[: last + 1]
+    if any(p.name not in given and not p.has_default_value() for p in needed):
+        return args, kwargs
+    return tuple(given.get(p.name, p.default_value) for p in needed), {}

@@ -23,8 +23,10 @@ from mxfx.graph.program import Program
 from mxfx.graph.text import to_text
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
+from mxfx.ops import fake_quantize
 from mxfx.passes import (
     Annotate,
+    FuseHadamardQuant,
     InsertFakeQuant,
     Lower,
     RaiseAttention,
@@ -34,7 +36,8 @@ from mxfx.passes import (
     Rule,
     TransformInputs,
 )
-from mxfx.rewrite import Context, Selector, apply
+from mxfx.rewrite import Context, Rewriter, Selector, apply
+from mxfx.rewrite.rewriter import clean
 
 _IDS = torch.arange(3, 25).view(2, 11)
 _MXINT4 = parse("mxint4@32")
@@ -91,9 +94,28 @@ def test_lowered_programs_and_transforms_come_back_too(tmp_path: Path) -> None:
     tokens = torch.randint(3, 128, (2, 16))
     rule = Rule(Selector(r".*mlp.*"), weight=_MXINT4, input=_MXINT4)
     program = trace(tiny("llama-tiny"))
-    for pass_ in (RaiseNorm(), RaiseRope(), RaiseAttention(), Annotate((rule,)), TransformInputs(), Lower()):
+    passes = (RaiseNorm(), RaiseRope(), RaiseAttention(), Annotate((rule,)), TransformInputs(), InsertFakeQuant())
+    for pass_ in (*passes, FuseHadamardQuant(), Lower()):
         program = apply(pass_, program, Context(tokens=lambda: tokens)).program
     save(program, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(build(load(tmp_path))(_IDS), build(program)(_IDS))
+
+
+def test_a_program_with_kernels_comes_back_too(tmp_path: Path) -> None:
+    rule = Rule(Selector(r".*mlp.*"), weight=_MXINT4, input=_MXINT4)
+    program = trace(tiny("llama-tiny"))
+    for pass_ in (RaiseNorm(), RaiseRope(), RaiseAttention(), Annotate((rule,)), InsertFakeQuant()):
+        program = apply(pass_, program).program
+    # The kernel's op runs its definition on a CPU.
+    program = apply(Lower(), program).program.copy()
+    rw = Rewriter(program, "test")
+    for node in program.nodes():
+        if node.target is fake_quantize:
+            rw.replace(node, rw.call(torch.ops.mxfx_kernels.fake_quantize.default, *node.args, like=node))
+    clean(program)
+    save(program, tmp_path)
+    assert "mxfx_kernels.fake_quantize" in (tmp_path / PROGRAM).read_text()
     with torch.no_grad():
         assert torch.equal(build(load(tmp_path))(_IDS), build(program)(_IDS))
 

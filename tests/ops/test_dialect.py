@@ -296,3 +296,11 @@ def test_a_definition_is_all_that_an_op_needs() -> None:
 def test_an_op_of_another_library_is_no_op_of_the_dialect() -> None:
     assert find_op(torch.ops.aten.add.Tensor) is None
     assert find_op(print) is None
+
+
+def test_a_result_is_as_contiguous_as_a_trace_is_told() -> None:
+    x = randn(2, 5, 3, 8).transpose(1, 2)
+    matrices = randn(3, 1, 8, 8)
+    for call in (lambda x: ops.hadamard(x, 8), lambda x: ops.block_transform(x, matrices)):
+        assert call(x).is_contiguous()
+        assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x))

@@ -251,3 +251,27 @@ def test_too_little_shared_memory_means_the_definition_and_a_warning(monkeypatch
     monkeypatch.setattr(cuda, "transform_triton", refuses)
     with pytest.warns(RuntimeWarning, match=r"mxfx_kernels::block_transform .* 232448 bytes .* needs 327680"):
         assert cuda.block_transform(torch.ones(2, 16), hadamard_matrix(16)) is NotImplemented
+
+
+def test_a_trace_is_told_the_dtype_to_which_operands_promote():
+    narrow, wide = torch.randn(3, 32, dtype=torch.bfloat16), torch.randn(3, 32)
+    for args in ((narrow, wide, None, "mxint4@32"), (wide, narrow, None, "mxint4@32")):
+        torch.library.opcheck(ops.silu_mul_quantize.default, args, test_utils="test_faketensor")
+    torch.library.opcheck(
+        ops.norm_quantize.default, (narrow, wide[0], None, "mxint4@32", 1e-5), test_utils="test_faketensor"
+    )
+    torch.library.opcheck(ops.block_transform.default, (narrow, torch.eye(16)), test_utils="test_faketensor")
+
+
+def test_angles_that_the_definition_broadcasts_otherwise_are_no_kernel_s():
+    x, whole = torch.randn(2, 3, 5, 64), torch.randn(2, 5, 64)
+    assert limits.takes_rope(x, whole, whole) and limits.takes_rope(x, whole[:1], whole[:1])
+    for cos, sin in (
+        (whole[:1, :1], whole[:1, :1]),
+        (whole[:, :1], whole[:, :1]),
+        (whole, whole[:1]),
+        (whole[:1], whole),
+        (whole, whole.double()),
+        (whole[..., :32], whole[..., :32]),
+    ):
+        assert not limits.takes_rope(x, cos, sin)

@@ -1,4 +1,4 @@
-"""A quantized tiny model in bfloat16, and what every fusion pass is held to."""
+"""A quantized tiny model in float32, and what every fusion pass is held to."""
 
 from __future__ import annotations
 

@@ -91,3 +91,18 @@ def test_weights_without_data_stay_with_a_reason():
     applied = apply(FoldConstants(), before)
     assert "meta device" in applied.record.skips[0].reason
     assert [op_name(n) for n in applied.program.graph.nodes if op_name(n) == "aten.neg.default"]
+
+
+def test_a_tied_weight_is_freed_only_where_nothing_reads_it_under_another_name():
+    program = passed(trace(tiny("llama-tiny", dtype=torch.float32)), RAISE)
+    rw = Rewriter(program.copy(), "test")
+    head, embedding = list(rw.program.nodes("linear"))[-1], next(iter(rw.program.nodes("embedding")))
+    read = str(embedding.args[0].target)
+    (other,) = {"model.embed_tokens.weight", "lm_head.weight"} - {read}
+    tied = rw.weight(other, head)
+    rw.set_operand(head, 1, rw.call(torch.ops.mxfx.fake_quantize.default, tied, "mxint4@32", like=head))
+    clean(rw.program)
+    assert rw.weights.canonical(other) == rw.weights.canonical(read)
+    after = apply(FoldConstants(max_growth=0), rw.program)
+    assert not after.record.matches
+    assert "more than its weights" in after.record.skips[0].reason

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from mxfx.formats import parse
+from mxfx.graph.execute import execute
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
-from mxfx.passes import Annotate, InsertFakeQuant, Lower, Rule, TransformInputs
+from mxfx.passes import Annotate, Distill, Gptq, InsertFakeQuant, Lower, QuantizeKvCache, Rule, TransformInputs
 from mxfx.passes.fuse_hadamard_quant import FuseHadamardQuant
 from mxfx.rewrite import Selector, apply
+from mxfx.rewrite.facts import FactError
 from tests.passes.fusing import EVERY_LINEAR, FORMAT, count, fused, quantized
 from tests.programs import RAISE, passed
 
@@ -35,6 +38,24 @@ def test_the_matrix_of_an_order_is_stored_once_and_its_signs_are_known(raised, c
     after, _ = fused(FuseHadamardQuant(), before, ctx)
     assert [name for name in after.weights if name.startswith("hadamard.")] == ["hadamard.16"]
     assert all(node.args[3] is True for node in after.nodes("transform_quantize"))
+
+
+def test_a_matrix_that_is_no_hadamard_is_not_read_by_its_signs(ctx):
+    program = passed(trace(tiny("llama-tiny")), RAISE)
+    rule = Rule(Selector(EVERY_LINEAR), input=parse(FORMAT))
+    for one in (TransformInputs(kind="wush", block=16), Annotate(rule=(rule,)), InsertFakeQuant()):
+        program = apply(one, program, ctx).program
+    after, _ = fused(FuseHadamardQuant(), program, ctx)
+    assert [node.args[3:] for node in after.nodes("transform_quantize")] == [(False,)] * (2 * 4)
+
+
+@pytest.mark.parametrize("late", [InsertFakeQuant(), QuantizeKvCache(), Gptq(), Distill()])
+def test_passes_that_look_for_quantizers_come_before(raised, ctx, late):
+    after, _ = fused(FuseHadamardQuant(), quantized(raised("llama-tiny"), ctx, transforms=True), ctx)
+    with pytest.raises(FactError, match="quantizers-fused"):
+        apply(late, after, ctx)
+    with pytest.raises(ValueError, match=r"transform_quantize.* holds a quantizer.* fuse quantizers last"):
+        execute(after, torch.ones(1, 4, dtype=torch.int64), quantize=False)
 
 
 def test_without_transforms_there_is_nothing_to_fuse(raised, ctx):

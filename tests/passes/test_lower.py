@@ -15,10 +15,9 @@ from mxfx.graph.program import Program
 from mxfx.graph.tiny import FAMILIES, tiny
 from mxfx.graph.trace import trace
 from mxfx.graph.verify import verify
-from mxfx.ops import find_op
+from mxfx.ops import RUNTIME_FUNCTIONS, find_op
 from mxfx.ops.providers import _PROVIDERS, Provider, provide
 from mxfx.passes import Lower, RotateQk, TransformInputs
-from mxfx.passes.lower import RUNTIME_FUNCTIONS
 from mxfx.rewrite import FactError, apply, find_fact
 from tests.filecheck import check_printed
 from tests.programs import RAISE, config_a, padded_batch, passed, raised, traced

@@ -7,8 +7,10 @@ import torch
 
 from mxfx.formats import parse
 from mxfx.graph.node import Annotation, info, path_of
-from mxfx.graph.verify import verify
-from mxfx.rewrite import Rewriter
+from mxfx.graph.verify import VerifyError, verify
+from mxfx.passes import Lower
+from mxfx.rewrite import Rewriter, apply
+from mxfx.rewrite.inline import Inliner
 from mxfx.rewrite.rewriter import clean
 from tests.programs import raised
 
@@ -137,3 +139,38 @@ def test_the_program_that_was_copied_does_not_change(rw: Rewriter) -> None:
     rw.set_weight("model.norm.weight", torch.zeros(64))
     assert str(raised("llama-tiny").graph) == before
     assert raised("llama-tiny").weights["model.norm.weight"].abs().sum() > 0
+
+
+def test_operands_of_an_mxfx_op_stand_in_order_however_they_are_given(rw: Rewriter) -> None:
+    at = linear(rw)
+    quantize = torch.ops.mxfx.fake_quantize.default
+    assert rw.call(quantize, at.args[1], axis=0, format="mxint4@16", like=at).args[1:] == ("mxint4@16", 0)
+    norm = rw.call(torch.ops.mxfx.rms_norm.default, at.args[0], None, eps=1e-6, gain_first=True, like=at)
+    assert (norm.args[1:], dict(norm.kwargs)) == ((None, 1e-6, 0.0, True), {})
+    assert rw.call(aten.sum.dim_IntList, at.args[0], [-1], keepdim=True, like=at).kwargs == {"keepdim": True}
+
+
+def test_an_operand_by_name_that_no_rewriter_put_in_order_is_a_fault(rw: Rewriter) -> None:
+    at = linear(rw)
+    node = rw.call(torch.ops.mxfx.fake_quantize.default, at.args[1], "mxint4@16", like=at)
+    rw.set_operand(at, 1, node)
+    node.kwargs = {"axis": 0}
+    with pytest.raises(VerifyError, match=r"'axis' is given by name.*in the order of mxfx::fake_quantize"):
+        verify(rw.program)
+
+
+def test_a_definition_is_traced_anew_where_operands_are_the_same_node(rw: Rewriter) -> None:
+    """The trace of f(x, x) is not that of f(x, y)."""
+
+    def difference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x * 2 - y
+
+    rw = Rewriter(apply(Lower(), raised("llama-tiny")).program.copy(), "test")
+    at = linear(rw)
+    one, other = at.args[0], rw.call(aten.relu.default, at.args[0], like=at)
+    inliner = Inliner(rw)
+    made = []
+    for operands in ((one, one), (one, other)):
+        node = rw.call(aten.sub.Tensor, *operands, like=at)
+        made.append(inliner.inline(node, difference))
+    assert [(node.args[0].args[0], node.args[1]) for node in made] == [(one, one), (one, other)]

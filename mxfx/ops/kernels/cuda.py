@@ -129,7 +129,7 @@ def silu_mul_quantize(gate: Tensor, up: Tensor, matrix: Tensor | None, format: s
 
 @_if_it_fits
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    if x.dtype not in DTYPES or not takes_rope(x, cos):
+    if x.dtype not in DTYPES or not takes_rope(x, cos, sin):
         return NotImplemented
     return transform_triton(x, None, angles=(cos, sin))
 
@@ -139,6 +139,6 @@ def rope_quantize(
     x: Tensor, cos: Tensor, sin: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False
 ) -> Tensor:
     fmt = _format(format)
-    if x.dtype not in DTYPES or not takes_rope(x, cos) or not takes_transform(x, matrix, fmt):
+    if x.dtype not in DTYPES or not takes_rope(x, cos, sin) or not takes_transform(x, matrix, fmt):
         return NotImplemented
     return transform_triton(x, matrix, hadamard, fmt, angles=(cos, sin))

@@ -51,7 +51,10 @@ def kernel_op(
         return anywhere(*args, **kwargs) if out is NotImplemented else out
 
     def on_fake(x, *rest, **kwargs):
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        tensors = [t for t in (*rest, *kwargs.values()) if isinstance(t, Tensor)]
+        # Operands of several dtypes promote in some ops and not in others.
+        dtype = x.dtype if all(t.dtype == x.dtype for t in tensors) else definition(x, *rest, **kwargs).dtype
+        return torch.empty(x.shape, dtype=dtype, device=x.device)
 
     def no_backward(ctx, grad):
         raise RuntimeError(

@@ -71,10 +71,12 @@ def has_fast_hadamard() -> bool:
     return importlib.util.find_spec("fast_hadamard_transform") is not None
 
 
-def takes_rope(x: Tensor, cos: Tensor) -> bool:
+def takes_rope(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether one kernel can rotate all channels of `x`; only shapes and dtypes are read."""
-    whole = x.dim() == 4 and cos.dim() == 3 and cos.shape[-1] == x.shape[-1]
-    return whole and cos.dtype == x.dtype and x.shape[-1] <= MAX_BLOCK
+    if x.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape or cos.shape[1:] != (x.shape[2], x.shape[3]):
+        return False
+    each = cos.shape[0] == 1 or cos.shape[0] == x.shape[0]
+    return each and cos.dtype == sin.dtype == x.dtype and x.shape[-1] <= MAX_BLOCK
 
 
 def takes_norm(x: Tensor, weight: Tensor | None, matrix: Tensor | None, fmt: Format) -> bool:

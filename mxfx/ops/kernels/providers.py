@@ -56,8 +56,10 @@ def _serves_hadamard_quantize(node: fx.Node) -> bool:
 
 
 def _serves_rope(node: fx.Node) -> bool:
-    cos = _value(_argument(node, "cos"))
-    return _runs(node) and cos is not None and limits.takes_rope(node.meta["val"], cos)
+    x, cos, sin = (_value(_argument(node, name)) for name in ("x", "cos", "sin"))
+    if x is None or cos is None or sin is None:
+        return False
+    return _runs(node) and limits.takes_rope(x, cos, sin)
 
 
 def _serves_fused(node: fx.Node) -> bool:
@@ -66,8 +68,15 @@ def _serves_fused(node: fx.Node) -> bool:
 
 
 def _serves_norm(node: fx.Node) -> bool:
-    weight, matrix = _value(_argument(node, "weight")), _value(_argument(node, "matrix"))
-    return _runs(node) and limits.takes_norm(node.meta["val"], weight, matrix, parse(str(_argument(node, "format"))))
+    x, weight, matrix = (_value(_argument(node, name)) for name in ("x", "weight", "matrix"))
+    return _runs(node) and x is not None and limits.takes_norm(x, weight, matrix, parse(str(_argument(node, "format"))))
+
+
+def _serves_silu_mul(node: fx.Node) -> bool:
+    gate, up = _value(_argument(node, "gate")), _value(_argument(node, "up"))
+    if gate is None or up is None or gate.dtype != up.dtype or gate.shape != up.shape:
+        return False
+    return _serves_fused(node)
 
 
 def _serves_rope_quantize(node: fx.Node) -> bool:
@@ -86,7 +95,7 @@ PROVIDERS = tuple(
         ("triton-transform-quantize", "transform_quantize", library.transform_quantize, _serves_fused),
         ("triton-hadamard-quantize", "hadamard_quantize", library.hadamard_quantize, _serves_hadamard_quantize),
         ("triton-norm-quantize", "norm_quantize", library.norm_quantize, _serves_norm),
-        ("triton-silu-mul-quantize", "silu_mul_quantize", library.silu_mul_quantize, _serves_fused),
+        ("triton-silu-mul-quantize", "silu_mul_quantize", library.silu_mul_quantize, _serves_silu_mul),
         ("triton-rope-quantize", "rope_quantize", library.rope_quantize, _serves_rope_quantize),
     )
 )
