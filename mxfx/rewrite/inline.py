@@ -76,6 +76,10 @@ def _trace(node: fx.Node, operands: list[fx.Node], definition: Callable) -> fx.G
     if str([f.shape for f in fakes if isinstance(f, FakeTensor)]) != shapes:
         raise ValueError(f"the definition of {node.target} fixes symbolic sizes: {shapes} became those of the example")
     traced.graph.eliminate_dead_code()
+    # The strides of a run may differ from the recorded ones, for which a reshape was traced as a view.
+    for inner in traced.graph.nodes:
+        if inner.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            inner.target = torch.ops.aten.reshape.default
     _drop_device_literals(traced.graph)
     constants = [n for n in traced.graph.nodes if n.op == "get_attr"]
     if constants:
