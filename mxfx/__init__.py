@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mxfx.api import check, compile, load, load_pipeline, run
+    from mxfx.config import Pipeline
     from mxfx.graph.trace import trace
-    from mxfx.pipeline import Pipeline
     from mxfx.runtime.causal_lm import as_causal_lm
 
 _HOME = {
     "trace": "mxfx.graph.trace",
-    "Pipeline": "mxfx.pipeline",
+    "Pipeline": "mxfx.config",
     "as_causal_lm": "mxfx.runtime.causal_lm",
     **dict.fromkeys(("check", "compile", "load", "load_pipeline", "run"), "mxfx.api"),
 }

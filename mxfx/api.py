@@ -16,30 +16,30 @@ import torch
 from torch import Tensor, fx, nn
 
 from mxfx.calibration.datasets import TokenSet, load_tokens
-from mxfx.calibration.durable import write_file
 from mxfx.compat import load_any
+from mxfx.config import ConfigError, Pipeline, Place, apply_overrides, check_order, to_toml
+from mxfx.config.overrides import NoSuchPass
+from mxfx.driver.pretrained import load_meta_model, load_model, load_tokenizer
+from mxfx.evaluation.evaluate import EvalResult, evaluate, ratio_with_stderr
 from mxfx.graph.program import Program
 from mxfx.graph.tiny import FAMILIES
 from mxfx.graph.trace import bind, trace
+from mxfx.ground.files import write_file
+from mxfx.ground.progress import track
 from mxfx.passes import Annotate
-from mxfx.pipeline import ConfigError, Pipeline, Place, apply_overrides, check_order, to_toml
 from mxfx.pipeline.bisect import Culprit, bisect
 from mxfx.pipeline.instruments import Dump, Ledger, Numbers, Reproduce, Timing, Verify
 from mxfx.pipeline.manager import Instrument, PassManager, PipelineResult
 from mxfx.pipeline.opt import load_source, opt, read_passes
-from mxfx.pipeline.overrides import NoSuchPass
 from mxfx.pipeline.probe import Probe, vocabulary
-from mxfx.pipeline.weight_history import FILE as WEIGHT_HISTORY
-from mxfx.pipeline.weight_history import History
 from mxfx.report.html import page
 from mxfx.report.results import coverage_json, pass_json
 from mxfx.report.table import Row
+from mxfx.report.weight_history import FILE as WEIGHT_HISTORY
+from mxfx.report.weight_history import History
 from mxfx.rewrite import Context, MissingCalibration
 from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.causal_lm import as_causal_lm, emit
-from mxfx.runtime.evaluate import EvalResult, evaluate, ratio_with_stderr
-from mxfx.runtime.pretrained import load_meta_model, load_model, load_tokenizer
-from mxfx.runtime.progress import track
 
 
 def load_pipeline(path: str | Path) -> Pipeline:

@@ -134,7 +134,7 @@ def check(file: Annotated[Path, typer.Argument(help="Pipeline file.")], model: M
 @app.command()
 def passes(name: Annotated[str | None, typer.Argument(help="Only this pass.")] = None) -> None:
     """All passes, or one: options, contract, docs."""
-    from mxfx.pipeline.config import register_passes
+    from mxfx.config.pipeline import register_passes
     from mxfx.report.passes import describe, summary
     from mxfx.rewrite import all_passes, find_pass
 
@@ -150,7 +150,7 @@ def config_show(
 ) -> None:
     """The pipeline that a file stands for, as canonical TOML."""
     from mxfx import api
-    from mxfx.pipeline import to_toml
+    from mxfx.config import to_toml
 
     pipeline = api.apply_overrides(
         api.load_any(file), api._assignments(api.RunOptions(model=model, overrides=tuple(set_)))
@@ -161,7 +161,7 @@ def config_show(
 @config_app.command("schema")
 def config_schema() -> None:
     """The JSON Schema of pipeline files, for editors."""
-    from mxfx.pipeline import schema
+    from mxfx.config import schema
 
     sys.stdout.write(json.dumps(schema(), indent=2) + "\n")
 
@@ -283,7 +283,7 @@ def weights(
 ) -> None:
     """Which passes changed a weight, with hashes and relative change; without --changed, one line a weight."""
     from mxfx import api
-    from mxfx.pipeline.weight_history import History
+    from mxfx.report.weight_history import History
 
     history = History.read(api.run_folder(folder))
     if changed is None:
@@ -303,7 +303,7 @@ def report(folder: Annotated[Path, typer.Argument(help="Run directory.")]) -> No
 
 
 def _or_config_error(option: str, check: Callable[[], object]) -> None:
-    from mxfx.pipeline import ConfigError, Place
+    from mxfx.config import ConfigError, Place
 
     try:
         check()
@@ -312,7 +312,7 @@ def _or_config_error(option: str, check: Callable[[], object]) -> None:
 
 
 def _dtype(name: str) -> str:
-    from mxfx.pipeline import ConfigError, Place
+    from mxfx.config import ConfigError, Place
 
     known = ("bfloat16", "float16", "float32", "float64")
     if name not in known:
@@ -369,17 +369,17 @@ def _user_errors() -> tuple[type[Exception], ...]:
         return ()
     from mxfx.api import NoRun
     from mxfx.calibration.datasets import DatasetError
+    from mxfx.config import ConfigError
+    from mxfx.driver.pretrained import ModelError
+    from mxfx.evaluation.evaluate import EvaluationError
     from mxfx.export.artefact import ArtefactError
     from mxfx.formats import FormatError
     from mxfx.graph.text import TextError
     from mxfx.graph.trace import TraceError
-    from mxfx.pipeline import ConfigError
     from mxfx.pipeline.manager import PassError
     from mxfx.pipeline.opt import PrintError, SourceError
-    from mxfx.pipeline.weight_history import HistoryError
+    from mxfx.report.weight_history import HistoryError
     from mxfx.rewrite import FactError, UnknownPass
-    from mxfx.runtime.evaluate import EvaluationError
-    from mxfx.runtime.pretrained import ModelError
 
     return (
         ArtefactError,
@@ -404,7 +404,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
 def _check_device(device: str) -> None:
     import torch
 
-    from mxfx.pipeline import ConfigError, Place
+    from mxfx.config import ConfigError, Place
 
     try:
         kind = torch.device(device).type

@@ -9,15 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mxfx.compat import load_quant_config, quantize_module_transform_pass
+from mxfx.config import Pipeline
+from mxfx.evaluation.evaluate import EvalResult, evaluate
 from mxfx.formats import parse
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
 from mxfx.passes import Annotate, InsertFakeQuant, OnlineRotation, QuantizeKvCache, Rule
-from mxfx.pipeline import Pipeline
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Pass, Selector
 from mxfx.runtime.causal_lm import emit
-from mxfx.runtime.evaluate import EvalResult, evaluate
 from tests.programs import padded_batch
 from tests.reference.mase_hooks import apply_config_a, hadamard, mxint, quantize_activations
 

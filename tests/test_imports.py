@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1] / "mxfx"
 #: A room may import itself and those before it. `mxfx/__init__.py` names what the others define, so it is no room.
 ROOMS = (
-    "formats", "algorithms", "ops", "graph", "rewrite", "calibration", "passes", "pipeline",
-    "runtime", "export", "report", "compat", "api", "cli",
+    "ground", "formats", "algorithms", "ops", "graph", "rewrite", "calibration", "passes", "config", "pipeline",
+    "runtime", "evaluation", "export", "report", "driver", "compat", "api", "cli",
 )  # fmt: skip
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from mxfx.config import Pipeline, loads
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
-from mxfx.pipeline import Pipeline, loads
 from mxfx.pipeline.instruments import Numbers
 from mxfx.pipeline.manager import PassManager
 

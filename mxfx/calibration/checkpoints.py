@@ -4,7 +4,7 @@
     DIR/KEY/layer-00000.safetensors     the layer's rewritten weights
 
 The key is a hash of everything that decides the results (``mxfx.calibration.keys``), so another configuration has
-another folder. Every file is written whole (``mxfx.calibration.durable``), the manifest's line last.
+another folder. Every file is written whole (``mxfx.ground.files``), the manifest's line last.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from mxfx.calibration.durable import remove_partial_files, write_file
+from mxfx.ground.files import remove_partial_files, write_file
 
 _MANIFEST = "manifest.jsonl"
 _SCHEMA = 1

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from mxfx.calibration.datasets import load_tokens
 from mxfx.compat.tutorial import from_pass_args
+from mxfx.driver.pretrained import load_tokenizer
 from mxfx.graph.trace import trace
+from mxfx.ground.progress import track
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Context
 from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm
-from mxfx.runtime.pretrained import load_tokenizer
-from mxfx.runtime.progress import track
 
 
 def quantize_module_transform_pass(

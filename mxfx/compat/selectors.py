@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from mxfx.compat.table import Table
 from mxfx.compat.widths import Written, read_format
-from mxfx.pipeline import options
+from mxfx.config import options
 from mxfx.rewrite import Selector
 
 #: Stage of the attention table -> key of an annotate rule, and the family that the stage is quantized in.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from mxfx.pipeline import options
-from mxfx.pipeline.errors import did_you_mean
-from mxfx.pipeline.locate import Cursor
+from mxfx.config import options
+from mxfx.config.errors import did_you_mean
+from mxfx.config.locate import Cursor
 
 
 class Table:

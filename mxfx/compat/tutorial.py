@@ -24,7 +24,10 @@ from typing import Any
 from mxfx.compat.selectors import Chosen, read_selector, shadowed
 from mxfx.compat.table import Table
 from mxfx.compat.widths import Written, read_format
-from mxfx.pipeline.config import (
+from mxfx.config.errors import did_you_mean
+from mxfx.config.locate import Cursor, Document, KeyPath, Mark, read_toml
+from mxfx.config.options import listed
+from mxfx.config.pipeline import (
     SETTINGS,
     CalibrationConfig,
     ModelConfig,
@@ -32,10 +35,7 @@ from mxfx.pipeline.config import (
     from_document,
     register_passes,
 )
-from mxfx.pipeline.errors import did_you_mean
-from mxfx.pipeline.locate import Cursor, Document, KeyPath, Mark, read_toml
-from mxfx.pipeline.options import listed
-from mxfx.pipeline.spec import PassSpec
+from mxfx.config.spec import PassSpec
 
 _BLOCKS = ("gptq", "rotation_search")
 _REFUSED_BLOCKS = {

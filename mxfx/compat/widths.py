@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mxfx.compat.table import Table
+from mxfx.config import options
+from mxfx.config.locate import Cursor
 from mxfx.formats import Format
-from mxfx.pipeline import options
-from mxfx.pipeline.locate import Cursor
 
 _OCP = {
     (4, 3): "mxfp8_e4m3",

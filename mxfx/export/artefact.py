@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from mxfx.calibration.durable import remove_partial_files, write_file
 from mxfx.graph.program import Program
 from mxfx.graph.text import TextError, parse, to_text
+from mxfx.ground.files import remove_partial_files, write_file
 from mxfx.ops import RUNTIME_FUNCTIONS
 
 SCHEMA = 1

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mxfx.config.pipeline import BudgetConfig, ModelConfig, Pipeline
+from mxfx.config.text import to_text
 from mxfx.graph.execute import executable
 from mxfx.graph.program import Program
-from mxfx.pipeline.config import BudgetConfig, ModelConfig, Pipeline
 from mxfx.pipeline.manager import StopPoint, check_pipeline
 from mxfx.pipeline.opt import command
 from mxfx.pipeline.probe import Probe, mean_kl
-from mxfx.pipeline.text import to_text
 from mxfx.rewrite import Context, Match, Pass, apply
 
 

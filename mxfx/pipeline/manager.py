@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from mxfx.config.order import check_order
+from mxfx.config.pipeline import Pipeline
 from mxfx.graph.program import Program
-from mxfx.pipeline.config import Pipeline
-from mxfx.pipeline.order import check_order
 from mxfx.pipeline.probe import Probe
 from mxfx.rewrite import Context, FactError, Pass, PassRecord, apply, check_facts_before, facts_after
 

@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mxfx.config.pipeline import Pipeline, load
+from mxfx.config.text import from_text
 from mxfx.graph.diff import diff
 from mxfx.graph.program import Program
 from mxfx.graph.text import parse, to_text
 from mxfx.graph.tiny import FAMILIES, tiny
 from mxfx.graph.trace import trace
 from mxfx.graph.verify import verify
-from mxfx.pipeline.config import Pipeline, load
 from mxfx.pipeline.instruments import Numbers, Timing, Verify
 from mxfx.pipeline.manager import Instrument, PassManager, Step, StopPoint
-from mxfx.pipeline.text import from_text
 from mxfx.rewrite import Context
 
 

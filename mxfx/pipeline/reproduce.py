@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, fx
 
+from mxfx.config.pipeline import Pipeline
+from mxfx.config.text import from_text
 from mxfx.graph.node import layer_of
 from mxfx.graph.program import Program
 from mxfx.graph.text import parse
-from mxfx.pipeline.config import Pipeline
 from mxfx.pipeline.instruments import Numbers, Verify
 from mxfx.pipeline.instruments.reproduce import save_reproducer
 from mxfx.pipeline.manager import PassManager, StopPoint
 from mxfx.pipeline.probe import Probe
-from mxfx.pipeline.text import from_text
 from mxfx.rewrite import Context
 from mxfx.rewrite.rewriter import clean
 

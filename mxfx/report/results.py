@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mxfx.graph.program import Program
-from mxfx.pipeline.coverage import Coverage, coverage
 from mxfx.pipeline.manager import PipelineResult, StepResult
+from mxfx.report.coverage import Coverage, coverage
 from mxfx.rewrite import Skip
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")

@@ -13,11 +13,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import make_table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import mxfx.runtime.evaluate as evaluation
+import mxfx.evaluation.evaluate as evaluation
 from mxfx import compat
 from mxfx.compat import quantize_module_transform_pass
+from mxfx.config import ConfigError
 from mxfx.graph.weights import tensor_hash
-from mxfx.pipeline import ConfigError
 from tests.local_model import save_model, save_texts
 from tests.programs import relative
 

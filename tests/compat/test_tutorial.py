@@ -11,8 +11,8 @@ import pytest
 
 from mxfx.compat import from_pass_args, load_any, load_quant_config
 from mxfx.compat.tutorial import from_tutorial
-from mxfx.pipeline import ConfigError, Pipeline, loads, to_toml
-from mxfx.pipeline.locate import parse_toml
+from mxfx.config import ConfigError, Pipeline, loads, to_toml
+from mxfx.config.locate import parse_toml
 
 CONFIGS = Path(__file__).parents[2] / "passes_configs"
 #: SHA-256 of the TOML literals of tutorial 7, without the indentation of the page.

@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mxfx.calibration.durable import WriteError
 from mxfx.export.artefact import MANIFEST, PROGRAM, WEIGHTS, ArtefactError, load, save
 from mxfx.formats import parse
 from mxfx.graph.module import build
@@ -23,6 +22,7 @@ from mxfx.graph.program import Program
 from mxfx.graph.text import to_text
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
+from mxfx.ground.files import WriteError
 from mxfx.ops import fake_quantize
 from mxfx.passes import (
     Annotate,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mxfx.config import Pipeline
 from mxfx.formats import parse
 from mxfx.graph.node import info
 from mxfx.graph.program import Program
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
 from mxfx.passes import Annotate, Distill, InsertFakeQuant, RoundWeights, Rule
-from mxfx.pipeline import Pipeline
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Context, Selector, apply
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from mxfx.algorithms.gptq import gptq as solve
 from mxfx.calibration.checkpoints import CheckpointError
-from mxfx.calibration.durable import WriteError
 from mxfx.formats import parse
 from mxfx.graph.execute import execute
 from mxfx.graph.node import path_of
 from mxfx.graph.program import Program
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
+from mxfx.ground.files import WriteError
 from mxfx.passes import Annotate, InsertFakeQuant, RaiseAttention, RaiseNorm, RaiseRope, RoundWeights, Rule
 from mxfx.passes.gptq import Gptq
 from mxfx.rewrite import Applied, Context, ExpectationError, MissingCalibration, Selector, apply

@@ -1,17 +1,5 @@
-"""The stub passes are registered while the tests of this room run."""
+"""The programs that these tests look at."""
 
-from __future__ import annotations
+from tests.stages import program
 
-from collections.abc import Iterator
-
-import pytest
-
-from mxfx.pipeline.config import register_passes
-from tests.pipeline.stubs import STUBS, registered
-
-
-@pytest.fixture(scope="module", autouse=True)
-def stub_passes() -> Iterator[None]:
-    register_passes()
-    with registered(*STUBS):
-        yield
+__all__ = ["program"]

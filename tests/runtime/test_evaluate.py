@@ -15,8 +15,7 @@ from lm_eval.tasks.wikitext import preprocess_wikitext
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from mxfx.runtime import evaluate as module
-from mxfx.runtime.evaluate import (
+from mxfx.evaluation.evaluate import (
     EvalResult,
     EvaluationError,
     Piece,
@@ -26,6 +25,7 @@ from mxfx.runtime.evaluate import (
     token_perplexity,
     token_windows,
 )
+from mxfx.runtime import evaluate as module
 
 BOS = 0
 PAGES = [

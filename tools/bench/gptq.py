@@ -33,14 +33,14 @@ from torch import Tensor, nn
 
 from mxfx.api import trace
 from mxfx.calibration.datasets import load_tokens
+from mxfx.config import Pipeline
+from mxfx.driver.pretrained import load_model, load_tokenizer
 from mxfx.formats import parse
 from mxfx.graph.program import Program
 from mxfx.passes import Annotate, Rule
 from mxfx.passes.gptq import Gptq
-from mxfx.pipeline import Pipeline
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Context, Selector, apply
-from mxfx.runtime.pretrained import load_model, load_tokenizer
 from tools.bench.mase_gptq import mase_gptq
 from tools.bench.measuring import machine, table
 from tools.bench.peer_llmcompressor import llmcompressor_gptq, missing

@@ -34,17 +34,17 @@ from torch import Tensor, nn
 
 from mxfx import api
 from mxfx.calibration.datasets import documents, load_tokens
+from mxfx.config import Pipeline
+from mxfx.driver.pretrained import load_model, load_tokenizer
+from mxfx.evaluation.evaluate import token_perplexity, token_windows
 from mxfx.formats import parse
 from mxfx.graph.node import layer_of, path_of
 from mxfx.graph.program import Program
 from mxfx.passes import Annotate, InsertFakeQuant, QuantizeKvCache, RoundWeights, Rule, TransformInputs, TransformKv
 from mxfx.passes.gptq import Gptq
-from mxfx.pipeline import Pipeline
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Context, Pass, Selector, apply
 from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm
-from mxfx.runtime.evaluate import token_perplexity, token_windows
-from mxfx.runtime.pretrained import load_model, load_tokenizer
 from tools.bench.mase_gptq import mase_gptq, rotate
 from tools.bench.measuring import machine, table
 from tools.bench.peer_llmcompressor import llmcompressor_gptq, missing

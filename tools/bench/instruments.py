@@ -17,12 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mxfx import api
+from mxfx.config import Pipeline
+from mxfx.driver.pretrained import load_meta_model, load_model
 from mxfx.graph.program import Program
 from mxfx.graph.trace import bind, trace
-from mxfx.pipeline import Pipeline
 from mxfx.pipeline.manager import Instrument, PassManager, Run
 from mxfx.rewrite import Context
-from mxfx.runtime.pretrained import load_meta_model, load_model
 from tools import assets
 from tools.bench.measuring import finish, options
 

@@ -23,12 +23,12 @@ import transformers
 from torch import nn
 
 from mxfx import api
-from mxfx.pipeline import Pipeline, apply_overrides
+from mxfx.config import Pipeline, apply_overrides
+from mxfx.driver.pretrained import load_model, load_tokenizer
+from mxfx.evaluation.evaluate import EvalResult, evaluate
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Context
 from mxfx.runtime.causal_lm import as_causal_lm
-from mxfx.runtime.evaluate import EvalResult, evaluate
-from mxfx.runtime.pretrained import load_model, load_tokenizer
 from tools.bench.measuring import machine, table
 
 

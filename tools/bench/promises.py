@@ -16,6 +16,8 @@ import torch
 
 from mxfx import api
 from mxfx.calibration.datasets import load_tokens
+from mxfx.config import Pipeline
+from mxfx.driver.pretrained import load_model, load_tokenizer
 from mxfx.formats import parse
 from mxfx.graph.execute import execute
 from mxfx.graph.program import Program
@@ -32,10 +34,8 @@ from mxfx.passes import (
     TransformInputs,
     TransformKv,
 )
-from mxfx.pipeline import Pipeline
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Close, Context, Pass, Selector, apply
-from mxfx.runtime.pretrained import load_model, load_tokenizer
 from tools.bench.measuring import machine, table, write
 
 _FORMAT = parse("mxint4@32")

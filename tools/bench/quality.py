@@ -33,13 +33,13 @@ import transformers
 
 from mxfx import api
 from mxfx.calibration.datasets import documents
-from mxfx.pipeline import Pipeline, apply_overrides
+from mxfx.config import Pipeline, apply_overrides
+from mxfx.driver.pretrained import load_model, load_tokenizer
+from mxfx.evaluation.evaluate import token_perplexity, token_windows
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Context
 from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.causal_lm import as_causal_lm
-from mxfx.runtime.evaluate import token_perplexity, token_windows
-from mxfx.runtime.pretrained import load_model, load_tokenizer
 from tests.reference.mase_hooks import quantize_activations
 from tools.bench.mase_gptq import mase_gptq
 

@@ -6,10 +6,10 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mxfx.calibration.durable import write_file
 from mxfx.graph.diff import diff
 from mxfx.graph.program import Program
 from mxfx.graph.text import Printout
+from mxfx.ground.files import write_file
 from mxfx.pipeline.manager import Instrument, Run, Step
 from mxfx.rewrite import ALL, Selector
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from mxfx.config.pipeline import BudgetConfig
 from mxfx.graph.execute import CastCache, executable, execute
 from mxfx.graph.node import kind, layer_of, path_of
 from mxfx.graph.program import Program
-from mxfx.pipeline.config import BudgetConfig
 from mxfx.pipeline.manager import Instrument, Run, Step
 from mxfx.pipeline.probe import mean_kl, sqnr
 from mxfx.rewrite import Close, Lossy

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from mxfx.config.pipeline import Pipeline
+from mxfx.config.text import to_text as pipeline_text
 from mxfx.graph.program import Program
 from mxfx.graph.text import to_text
-from mxfx.pipeline.config import Pipeline
 from mxfx.pipeline.instruments.dump import write, write_bytes
 from mxfx.pipeline.manager import Instrument, Run, Step
-from mxfx.pipeline.text import to_text as pipeline_text
 
 
 @dataclass

@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mxfx.pipeline.config import Pipeline, settings_of
-from mxfx.pipeline.options import fields, write_fields
-from mxfx.pipeline.spec import PassSpec
+from mxfx.config.options import fields, write_fields
+from mxfx.config.pipeline import Pipeline, settings_of
+from mxfx.config.spec import PassSpec
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _LITERAL = re.compile(r"[^'\x00-\x1f\x7f]*")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from mxfx.pipeline import schema
+from mxfx.config import schema
 from mxfx.rewrite import all_passes
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from mxfx.pipeline.config import SETTINGS, register_passes
-from mxfx.pipeline.options import dataclass_schema
+from mxfx.config.options import dataclass_schema
+from mxfx.config.pipeline import SETTINGS, register_passes
 from mxfx.rewrite import Pass, all_passes
 
 

@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import pytest
 
+from mxfx.config import from_text
 from mxfx.graph.text import parse, to_text
-from mxfx.pipeline import from_text
-from mxfx.pipeline.coverage import coverage
 from mxfx.pipeline.instruments import Dump, Reproduce, Timing
 from mxfx.pipeline.manager import PassError, PassManager
 from mxfx.pipeline.opt import opt
 from mxfx.pipeline.reproduce import one_layer, reproduce
+from mxfx.report.coverage import coverage
 from mxfx.rewrite import Lossy, Pass, Selector
 from mxfx.rewrite.pass_ import _REGISTRY, register
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mxfx.pipeline import options
-from mxfx.pipeline.errors import ConfigError, Place, did_you_mean
-from mxfx.pipeline.locate import Cursor, Document, KeyPath, parse_toml, read_toml
-from mxfx.pipeline.spec import NOWHERE, PassSpec, unknown_pass
+from mxfx.config import options
+from mxfx.config.errors import ConfigError, Place, did_you_mean
+from mxfx.config.locate import Cursor, Document, KeyPath, parse_toml, read_toml
+from mxfx.config.spec import NOWHERE, PassSpec, unknown_pass
 from mxfx.rewrite import Pass
 
 #: Every pipeline starts with these, visibly; one that the pipeline lists itself is not added.

@@ -8,10 +8,10 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mxfx.pipeline import options
-from mxfx.pipeline.config import SETTINGS, Pipeline
-from mxfx.pipeline.errors import ConfigError, Place, did_you_mean
-from mxfx.pipeline.locate import Cursor, KeyPath, Mark
+from mxfx.config import options
+from mxfx.config.errors import ConfigError, Place, did_you_mean
+from mxfx.config.locate import Cursor, KeyPath, Mark
+from mxfx.config.pipeline import SETTINGS, Pipeline
 
 _PART = re.compile(r"([A-Za-z0-9_-]+)((?:\[\d+\])*)(?:\.|$)")
 _FORMS = "TABLE.KEY=VALUE, pass.NAME.KEY=VALUE or pass[INDEX].KEY=VALUE"

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
-
-from mxfx.pipeline import ConfigError, Pipeline, check_order, loads
-from mxfx.pipeline.order import possible_order
 from tests.pipeline.stubs import Idle, Mark, Solve, registered
+
+from mxfx.config import ConfigError, Pipeline, check_order, loads
+from mxfx.config.order import possible_order
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def test_the_proposed_order_changes_as_little_as_possible() -> None:
 
 
 def test_a_pass_that_is_missing_is_an_error_too() -> None:
-    from mxfx.pipeline import PassSpec
+    from mxfx.config import PassSpec
 
     with pytest.raises(ConfigError, match="unknown pass 'not-yet'"):
         check_order(Pipeline([PassSpec("not-yet")]))

@@ -8,8 +8,8 @@ from random import Random
 import pytest
 import torch
 
+from mxfx.config import ConfigError, from_text
 from mxfx.graph.verify import verify
-from mxfx.pipeline import ConfigError, from_text
 from mxfx.pipeline.instruments import Numbers, Verify
 from mxfx.pipeline.manager import PassManager, check_pipeline
 from mxfx.pipeline.probe import Probe

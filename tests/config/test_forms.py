@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.pipeline.stubs import Mark, Need, Rule, Solve
 
-from mxfx.formats import parse
-from mxfx.pipeline import (
+from mxfx.config import (
     BudgetConfig,
     CalibrationConfig,
     ConfigError,
@@ -21,8 +21,8 @@ from mxfx.pipeline import (
     to_text,
     to_toml,
 )
+from mxfx.formats import parse
 from mxfx.rewrite import Selector
-from tests.pipeline.stubs import Mark, Need, Rule, Solve
 
 words = st.text(max_size=12)
 formats = st.sampled_from(["mxint4@32", "mxint8@16/mse", "mxfp4_e2m1@32", "minifloat_e3m4"]).map(parse)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxfx.pipeline.errors import ConfigError
-from mxfx.pipeline.locate import locate, parse_toml, read_toml
-from mxfx.pipeline.toml import _key, _value
+from mxfx.config.errors import ConfigError
+from mxfx.config.locate import locate, parse_toml, read_toml
+from mxfx.config.toml import _key, _value
 
 TEXT = '''\
 # a comment with = and [brackets]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import networkx as nx
 
-from mxfx.pipeline.config import Pipeline
-from mxfx.pipeline.errors import ConfigError
+from mxfx.config.errors import ConfigError
+from mxfx.config.pipeline import Pipeline
 from mxfx.rewrite import Pass, all_facts, all_passes, facts_after
 
 

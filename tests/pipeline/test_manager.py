@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mxfx.config import ConfigError, from_text, loads
 from mxfx.graph.execute import execute
-from mxfx.pipeline import ConfigError, from_text, loads
 from mxfx.pipeline.instruments import Timing
 from mxfx.pipeline.manager import Instrument, PassError, PassManager, StopPoint
 from mxfx.rewrite import FactError, find_pass

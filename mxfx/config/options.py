@@ -20,9 +20,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from mxfx.config.errors import ConfigError, did_you_mean
+from mxfx.config.locate import Cursor
 from mxfx.formats import Format, parse
-from mxfx.pipeline.errors import ConfigError, did_you_mean
-from mxfx.pipeline.locate import Cursor
 from mxfx.rewrite import Selector
 
 

@@ -8,10 +8,10 @@ from typing import ClassVar
 import pytest
 import torch
 
+from mxfx.config import from_text
+from mxfx.config.pipeline import BudgetConfig, Pipeline
 from mxfx.graph.verify import VerifyError
-from mxfx.pipeline import from_text
 from mxfx.pipeline.bisect import NothingFound, bisect
-from mxfx.pipeline.config import BudgetConfig, Pipeline
 from mxfx.pipeline.instruments import BudgetError, Ledger, Numbers, NumericsError, Verify
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Close, Exact, Local, Lossy, Pass

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mxfx.pipeline import options
-from mxfx.pipeline.errors import ConfigError, did_you_mean
-from mxfx.pipeline.locate import Cursor
+from mxfx.config import options
+from mxfx.config.errors import ConfigError, did_you_mean
+from mxfx.config.locate import Cursor
 from mxfx.rewrite import Pass, UnknownPass, all_passes, find_pass
 
 NOWHERE = Cursor("<pipeline>", {})

@@ -13,7 +13,7 @@ from filecheck.options import Options
 from typer.testing import CliRunner
 
 from mxfx import api, cli
-from mxfx.pipeline.config import register_passes
+from mxfx.config.pipeline import register_passes
 from mxfx.pipeline.opt import load_source
 from mxfx.rewrite import all_passes
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from mxfx.pipeline import ConfigError, Pipeline, load, loads
 from tests.pipeline.stubs import Solve
+
+from mxfx.config import ConfigError, Pipeline, load, loads
 
 GOOD = r"""
 [model]

@@ -17,12 +17,12 @@ import re
 import tomllib
 from typing import Any
 
-from mxfx.pipeline import options
-from mxfx.pipeline.config import SETTINGS, Pipeline, register_passes, settings_of
-from mxfx.pipeline.errors import ConfigError
-from mxfx.pipeline.locate import Cursor, KeyPath, Mark, place_at
-from mxfx.pipeline.spec import PassSpec, unknown_pass
-from mxfx.pipeline.toml import quoted
+from mxfx.config import options
+from mxfx.config.errors import ConfigError
+from mxfx.config.locate import Cursor, KeyPath, Mark, place_at
+from mxfx.config.pipeline import SETTINGS, Pipeline, register_passes, settings_of
+from mxfx.config.spec import PassSpec, unknown_pass
+from mxfx.config.toml import quoted
 
 _WORD = re.compile(r"[^\s'\"\[\]{},=]+")
 _BLANK = re.compile(r"\s*")

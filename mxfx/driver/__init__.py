@@ -1,0 +1,1 @@
+"""One job: model, tokenizer, tokens, probe, float reference, caches, run directory."""

@@ -1,0 +1,1 @@
+"""How good an emitted model is: texts, perplexity, lm-eval tasks, paired comparison."""
