@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from tests.pipeline.stubs import STUBS, registered
 
 from mxfx.config.pipeline import register_passes
+from tests.config.stubs import STUBS, registered
 
 
 @pytest.fixture(scope="module", autouse=True)

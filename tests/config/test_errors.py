@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.pipeline.stubs import Solve
 
 from mxfx.config import ConfigError, Pipeline, load, loads
+from tests.config.stubs import Solve
 
 GOOD = r"""
 [model]

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.pipeline.stubs import Mark, Need, Rule, Solve
 
 from mxfx.config import (
     BudgetConfig,
@@ -23,6 +22,7 @@ from mxfx.config import (
 )
 from mxfx.formats import parse
 from mxfx.rewrite import Selector
+from tests.config.stubs import Mark, Need, Rule, Solve
 
 words = st.text(max_size=12)
 formats = st.sampled_from(["mxint4@32", "mxint8@16/mse", "mxfp4_e2m1@32", "minifloat_e3m4"]).map(parse)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
-from tests.pipeline.stubs import Idle, Mark, Solve, registered
 
 from mxfx.config import ConfigError, Pipeline, check_order, loads
 from mxfx.config.order import possible_order
+from tests.config.stubs import Idle, Mark, Solve, registered
 
 
 @dataclass(frozen=True)

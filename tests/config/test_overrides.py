@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tests.pipeline.stubs import Mark, Rule, Solve
 
 from mxfx.config import ConfigError, Pipeline, apply_overrides, loads, to_toml
 from mxfx.formats import parse
 from mxfx.rewrite import Selector
+from tests.config.stubs import Mark, Rule, Solve
 
 PIPELINE = Pipeline([Mark(rule=(Rule(Selector("a")), Rule(Selector("b")))), Solve(), Solve(damp=0.5)], model="org/m")
 

@@ -416,7 +416,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from mxfx.calibration import durable
+from mxfx.ground import files
 from mxfx.export.artefact import load
 from mxfx.passes.gptq import Gptq
 from mxfx.rewrite import Context, apply
@@ -450,7 +450,7 @@ def run(kill_at):
                 counted(self.file.write)(part); self.file.flush()
         def flush(self): self.file.flush()
         def fileno(self): return self.file.fileno()
-    durable.open = lambda path, mode: Torn(builtins.open(path, mode))
+    files.open = lambda path, mode: Torn(builtins.open(path, mode))
     apply(Gptq(checkpoint_dir=folder / "victim"), program, Context(tokens=lambda: tokens))
     os._exit(0)
 

@@ -15,6 +15,7 @@ from lm_eval.tasks.wikitext import preprocess_wikitext
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
+from mxfx.evaluation import evaluate as module
 from mxfx.evaluation.evaluate import (
     EvalResult,
     EvaluationError,
@@ -25,7 +26,6 @@ from mxfx.evaluation.evaluate import (
     token_perplexity,
     token_windows,
 )
-from mxfx.runtime import evaluate as module
 
 BOS = 0
 PAGES = [
