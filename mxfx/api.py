@@ -24,6 +24,7 @@ from mxfx.evaluation.evaluate import EvalResult, evaluate, ratio_with_stderr
 from mxfx.graph.program import Program
 from mxfx.graph.tiny import FAMILIES
 from mxfx.graph.trace import bind, trace
+from mxfx.ground.errors import MxfxError
 from mxfx.ground.files import write_file
 from mxfx.ground.progress import track
 from mxfx.passes import Annotate
@@ -241,7 +242,7 @@ def write_report(folder: str | Path) -> Path:
     return folder / "report.html"
 
 
-class NoRun(ValueError):
+class NoRun(MxfxError, ValueError):
     """A folder is not what a run leaves."""
 
 

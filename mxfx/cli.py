@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
+
+from mxfx.ground.errors import MxfxError, exit_code
 
 if TYPE_CHECKING:
     from mxfx.api import Outcome, RunSummary
@@ -20,8 +24,12 @@ config_app = typer.Typer(no_args_is_help=True, help="Look at pipeline files.")
 app.add_typer(config_app, name="config")
 
 # A pipe has no width of its own: the tables fit in 120 columns.
-out = Console(width=None if sys.stdout.isatty() else 120)
-err = Console(stderr=True, highlight=False)
+# Paths and messages may hold brackets: nothing is read as markup.
+out = Console(width=None if sys.stdout.isatty() else 120, markup=False)
+err = Console(stderr=True, highlight=False, markup=False)
+
+#: Exit code of a fault that is not the user's.
+INTERNAL = 3
 
 Files = Annotated[list[Path], typer.Argument(help="Pipeline files, of mxfx or in the tutorial's dialect.")]
 Model = Annotated[str | None, typer.Option("--model", help="Hub id or local folder; overrides the file's.")]
@@ -82,7 +90,7 @@ def run(
     for warning in summary.warnings:
         err.print(f"warning: {warning}")
     if summary.out is not None:
-        err.print(f"written to {summary.out}")
+        err.print(f"written to {summary.out}", soft_wrap=True)
     if strict and summary.warnings:
         raise typer.Exit(1)
 
@@ -329,76 +337,29 @@ def _quiet_imports() -> None:
 
 
 def main() -> None:
-    """Entry point: known errors are one message, everything else is a traceback.
+    """Entry point: an error is one message, never a traceback.
 
     Exit code 2: what the user gave is wrong. Exit code 1: a check stopped the run (numerics, verifier, budget,
-    --strict).
+    --strict). Exit code 3: a fault of mxfx itself; the environment variable ``MXFX_TRACEBACK`` shows its traceback.
     """
     _quiet_imports()
     try:
         app(standalone_mode=True)
-    except (*_user_errors(), *_broken_checks()) as error:
-        err.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
-        for note in getattr(error, "__notes__", ()):
-            err.print(_plain(note), soft_wrap=True)
-        stopped = isinstance(error, _broken_checks()) or isinstance(error.__cause__, _broken_checks())
-        raise SystemExit(1 if stopped else 2) from None
+    except (MxfxError, OSError) as error:
+        _say("error:", str(error), error)
+        raise SystemExit(exit_code(error)) from None
+    except Exception as error:
+        if os.environ.get("MXFX_TRACEBACK"):
+            raise
+        _say("internal error:", f"{type(error).__name__}: {error}", error)
+        err.print("this is a fault of mxfx or of a library below it; MXFX_TRACEBACK=1 shows where")
+        raise SystemExit(INTERNAL) from None
 
 
-def _broken_checks() -> tuple[type[Exception], ...]:
-    """Errors that say: the run was stopped because something that was checked does not hold."""
-    if "torch" not in sys.modules:
-        return ()
-    from mxfx.graph.verify import VerifyError
-    from mxfx.pipeline.bisect import NothingFound
-    from mxfx.pipeline.instruments import BudgetError, NumericsError
-    from mxfx.rewrite.context import StrictError
-
-    return BudgetError, NothingFound, NumericsError, StrictError, VerifyError
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _user_errors() -> tuple[type[Exception], ...]:
-    """Errors that are about what the user gave. Imported late: the help must not load torch."""
-    if "torch" not in sys.modules:
-        return ()
-    from mxfx.api import NoRun
-    from mxfx.calibration.datasets import DatasetError
-    from mxfx.config import ConfigError
-    from mxfx.driver.pretrained import ModelError
-    from mxfx.evaluation.evaluate import EvaluationError
-    from mxfx.export.artefact import ArtefactError
-    from mxfx.formats import FormatError
-    from mxfx.graph.text import TextError
-    from mxfx.graph.trace import TraceError
-    from mxfx.pipeline.manager import PassError
-    from mxfx.pipeline.opt import PrintError, SourceError
-    from mxfx.report.weight_history import HistoryError
-    from mxfx.rewrite import FactError, UnknownPass
-
-    return (
-        ArtefactError,
-        ConfigError,
-        DatasetError,
-        EvaluationError,
-        FactError,
-        FormatError,
-        HistoryError,
-        ModelError,
-        NoRun,
-        PassError,
-        PrintError,
-        SourceError,
-        TextError,
-        TraceError,
-        UnknownPass,
-        OSError,
-    )
+def _say(head: str, message: str, error: Exception) -> None:
+    err.print(Text.assemble((head, "bold red"), " ", message), soft_wrap=True)
+    for note in getattr(error, "__notes__", ()):
+        err.print(note, soft_wrap=True)
 
 
 def _check_device(device: str) -> None:
@@ -421,7 +382,7 @@ def _print_passes(outcome: Outcome, verbose: bool) -> None:
     out.print(pass_table(outcome.result, outcome.name))
     if verbose:
         for line in account_lines(outcome.result):
-            out.print(line, highlight=False, markup=False, soft_wrap=True)
+            out.print(line, highlight=False, soft_wrap=True)
 
 
 def _evaluated(summary: RunSummary) -> str:

@@ -19,11 +19,13 @@ from math import isqrt, prod, sqrt
 import torch
 from torch import Tensor
 
+from mxfx.ground.errors import MxfxError
+
 #: Up to this order one product with the whole matrix is no slower than two with factors of it.
 DENSE_ORDER = 128
 
 
-class HadamardError(ValueError):
+class HadamardError(MxfxError, ValueError):
     """No Hadamard matrix of the asked order can be constructed here."""
 
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from mxfx.ground.errors import MxfxError
 from mxfx.ground.files import remove_partial_files, write_file
 
 _MANIFEST = "manifest.jsonl"
@@ -29,7 +30,7 @@ _SCHEMA = 1
 _LOCK_SECONDS = 10
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(MxfxError, RuntimeError):
     """The checkpoint folder cannot be used; the message says why."""
 
 

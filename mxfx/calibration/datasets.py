@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -13,6 +12,9 @@ from typing import Any
 
 import torch
 
+from mxfx.ground.errors import MxfxError
+from mxfx.ground.nearest import nearest
+
 SEPARATOR = "\n\n"
 """What joins documents before they are cut into windows; GPTQ (arXiv 2210.17323) joins WikiText-2 so too."""
 
@@ -22,7 +24,7 @@ _TEXT_KEY = "text"
 _C4_DOCUMENTS = 8_000
 
 
-class DatasetError(ValueError):
+class DatasetError(MxfxError, ValueError):
     """A data set is unknown, unreachable, malformed or too small; the message says what to do."""
 
 
@@ -130,8 +132,7 @@ def _read(name: str, split: str) -> Iterator[str]:
     expected = f"expected one of {', '.join(_HUB)}, or {_LOCAL_FORMS}"
     if path.suffix or len(path.parts) > 1:
         raise DatasetError(f"{name}: no such file or folder; {expected}")
-    nearest = difflib.get_close_matches(name, _HUB, n=1, cutoff=0.0)[0]
-    raise DatasetError(f"unknown data set {name!r}, nearest is {nearest!r}; {expected}")
+    raise DatasetError(f"unknown data set {name!r}, nearest is {nearest(name, _HUB, cutoff=0.0)!r}; {expected}")
 
 
 def _folder(path: Path) -> Iterator[str]:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, fx
 
 from mxfx.calibration.keys import Keys
+from mxfx.ground.errors import MxfxError
 
 #: Columns of one panel of the upper triangle: wide enough for a product to fill the device.
 _PANEL = 256
 _PANEL_CUDA = 2048
 
 
-class StaleStatistics(RuntimeError):
+class StaleStatistics(MxfxError, RuntimeError):
     """Statistics were offered for a tensor that is not, or no longer, the one that they describe."""
 
 

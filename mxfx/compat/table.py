@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from mxfx.config import options
-from mxfx.config.errors import did_you_mean
 from mxfx.config.locate import Cursor
+from mxfx.ground.nearest import did_you_mean
 
 
 class Table:

@@ -24,7 +24,6 @@ from typing import Any
 from mxfx.compat.selectors import Chosen, read_selector, shadowed
 from mxfx.compat.table import Table
 from mxfx.compat.widths import Written, read_format
-from mxfx.config.errors import did_you_mean
 from mxfx.config.locate import Cursor, Document, KeyPath, Mark, read_toml
 from mxfx.config.options import listed
 from mxfx.config.pipeline import (
@@ -36,6 +35,7 @@ from mxfx.config.pipeline import (
     register_passes,
 )
 from mxfx.config.spec import PassSpec
+from mxfx.ground.nearest import did_you_mean
 
 _BLOCKS = ("gptq", "rotation_search")
 _REFUSED_BLOCKS = {

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
+
+from mxfx.ground.errors import MxfxError
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Place:
         return f"{self.source}:{self.line}:{self.column}" if self.line else self.source
 
 
-class ConfigError(ValueError):
+class ConfigError(MxfxError, ValueError):
     """A pipeline that cannot be run as it is written.
 
     The message starts with ``FILE:LINE:COLUMN:`` and what is wrong; below it the line with a caret, what was
@@ -51,9 +51,3 @@ class ConfigError(ValueError):
 def _pad(place: Place) -> str:
     """Blanks up to the caret; tabs stay tabs, so that the caret stands below its character."""
     return "".join("\t" if c == "\t" else " " for c in place.text[: place.column - 1])
-
-
-def did_you_mean(given: str, valid: Iterable[str]) -> str:
-    """``did you mean 'x'?`` for the nearest valid name, or ``""`` if none is near."""
-    near = difflib.get_close_matches(given, list(valid), n=1)
-    return f"did you mean {near[0]!r}?" if near else ""

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mxfx.config.errors import ConfigError, Place, did_you_mean
+from mxfx.config.errors import ConfigError, Place
+from mxfx.ground.nearest import did_you_mean
 
 KeyPath = tuple[str | int, ...]
 

@@ -20,9 +20,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from mxfx.config.errors import ConfigError, did_you_mean
+from mxfx.config.errors import ConfigError
 from mxfx.config.locate import Cursor
 from mxfx.formats import Format, parse
+from mxfx.ground.nearest import did_you_mean
 from mxfx.rewrite import Selector
 
 

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mxfx.config import options
-from mxfx.config.errors import ConfigError, Place, did_you_mean
+from mxfx.config.errors import ConfigError, Place
 from mxfx.config.locate import Cursor, KeyPath, Mark
 from mxfx.config.pipeline import SETTINGS, Pipeline
+from mxfx.ground.nearest import did_you_mean
 
 _PART = re.compile(r"([A-Za-z0-9_-]+)((?:\[\d+\])*)(?:\.|$)")
 _FORMS = "TABLE.KEY=VALUE, pass.NAME.KEY=VALUE or pass[INDEX].KEY=VALUE"

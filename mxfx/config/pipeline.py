@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mxfx.config import options
-from mxfx.config.errors import ConfigError, Place, did_you_mean
+from mxfx.config.errors import ConfigError, Place
 from mxfx.config.locate import Cursor, Document, KeyPath, parse_toml, read_toml
 from mxfx.config.spec import NOWHERE, PassSpec, unknown_pass
+from mxfx.ground.nearest import did_you_mean
 from mxfx.rewrite import Pass
 
 #: Every pipeline starts with these, visibly; one that the pipeline lists itself is not added.

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mxfx.config import options
-from mxfx.config.errors import ConfigError, did_you_mean
+from mxfx.config.errors import ConfigError
 from mxfx.config.locate import Cursor
+from mxfx.ground.nearest import did_you_mean
 from mxfx.rewrite import Pass, UnknownPass, all_passes, find_pass
 
 NOWHERE = Cursor("<pipeline>", {})

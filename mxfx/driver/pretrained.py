@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from mxfx.ground.errors import MxfxError
 
-class ModelError(ValueError):
+
+class ModelError(MxfxError, ValueError):
     """A model or tokenizer cannot be loaded; the message names it and says what to do."""
 
 

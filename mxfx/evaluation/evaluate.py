@@ -24,13 +24,14 @@ import torch
 from torch.nn import functional
 
 from mxfx.calibration.datasets import SEPARATOR, DatasetError, documents, leading_bos
+from mxfx.ground.errors import MxfxError
 
 Metric = Literal["word_perplexity", "byte_perplexity", "token_perplexity"]
 
 TASK = "wikitext"
 
 
-class EvaluationError(ValueError):
+class EvaluationError(MxfxError, ValueError):
     """An evaluation cannot be done or compared; the message says what to do."""
 
 

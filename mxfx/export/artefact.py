@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mxfx.graph.program import Program
 from mxfx.graph.text import TextError, parse, to_text
+from mxfx.ground.errors import MxfxError
 from mxfx.ground.files import remove_partial_files, write_file
 from mxfx.ops import RUNTIME_FUNCTIONS
 
@@ -39,7 +40,7 @@ _OPERATOR = frozenset(
 _OUTSIDE_OPERANDS = frozenset({"filename", "path"})
 
 
-class ArtefactError(ValueError):
+class ArtefactError(MxfxError, ValueError):
     """A folder holds no artefact, or a damaged one; the message names the file, what is wrong and what to do."""
 
 

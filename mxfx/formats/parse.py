@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from functools import lru_cache
 
@@ -10,6 +9,7 @@ from mxfx.formats.element import Element, FloatElement, IntElement
 from mxfx.formats.errors import FormatError
 from mxfx.formats.format import Format
 from mxfx.formats.scale import ScaleRule
+from mxfx.ground.nearest import nearest
 
 MX_ELEMENTS: dict[str, Element] = {
     **{f"mxint{bits}": IntElement(bits) for bits in range(2, 9)},
@@ -80,4 +80,4 @@ def _error(text: str, reason: str, parts: re.Match[str]) -> FormatError:
 
 def _nearest(given: str, valid: list[str], otherwise: str) -> str:
     longer = [name for name in valid if given and name.startswith(given)]
-    return next(iter(longer or difflib.get_close_matches(given, valid, n=1, cutoff=0.3)), otherwise)
+    return next(iter(longer), None) or nearest(given, valid, cutoff=0.3) or otherwise

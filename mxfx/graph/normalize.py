@@ -9,6 +9,7 @@ from torch import fx
 
 from mxfx.graph.node import NodeInfo, op_name, path_of, set_info
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program
+from mxfx.ground.errors import MxfxError
 
 aten = torch.ops.aten
 
@@ -31,7 +32,7 @@ _CASTS = (
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class NormalizeError(ValueError):
+class NormalizeError(MxfxError, ValueError):
     """A device or dtype literal that cannot be made independent of the trace."""
 
 

@@ -43,6 +43,7 @@ from mxfx.graph.fake import FakeRunner, size_text
 from mxfx.graph.node import Annotation, NodeInfo, info, path_of, set_info
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, Source, Symbol, compute_dtype
 from mxfx.graph.weights import WeightStore, tensor_hash
+from mxfx.ground.errors import MxfxError
 
 VERSION = 1
 
@@ -63,7 +64,7 @@ _MODULES = {"operator": operator, "runtime": mxfx.ops}
 _OUTSIDE = ""
 
 
-class TextError(ValueError):
+class TextError(MxfxError, ValueError):
     """A text that is no printed program, or one that does not fit the weights; the message starts with its line."""
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 
 import torch
 from torch import nn
+
+from mxfx.ground.nearest import did_you_mean
 
 _COMMON: dict[str, object] = {
     "hidden_size": 64,
@@ -51,9 +52,7 @@ def tiny(
     import transformers
 
     if name not in FAMILIES:
-        near = difflib.get_close_matches(name, FAMILIES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no built-in model {name!r}{hint} (there are {', '.join(FAMILIES)})")
+        raise ValueError(f"no built-in model {name!r} (there are {', '.join(FAMILIES)}) {did_you_mean(name, FAMILIES)}")
     class_name, extra = FAMILIES[name]
     given = {**_COMMON, **extra, "num_hidden_layers": layers, **config}
     state = torch.random.get_rng_state()

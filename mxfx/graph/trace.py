@@ -21,12 +21,13 @@ from mxfx.graph.node import NodeInfo, set_info
 from mxfx.graph.normalize import normalize
 from mxfx.graph.program import NOMINAL_MODEL, Program, Source, Symbol
 from mxfx.graph.weights import WeightStore
+from mxfx.ground.errors import MxfxError
 
 _INTERFACE = "mxfx"
 _MAX_BATCH = 4096
 
 
-class TraceError(ValueError):
+class TraceError(MxfxError, ValueError):
     """The model cannot be traced; the message says which part and why."""
 
 

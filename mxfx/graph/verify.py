@@ -27,6 +27,7 @@ from mxfx.formats import parse as parse_format
 from mxfx.graph.fake import FakeRunner, fake_mode_of, sizes_text
 from mxfx.graph.node import META_KEY, OPERANDS, NodeInfo, info, kind, op_name, path_of
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, compute_dtype
+from mxfx.ground.errors import CheckError
 from mxfx.ops import find_op
 
 _INPUTS = ("input_ids", "position_ids", "attention_mask")
@@ -51,7 +52,7 @@ _POSITION = {
 }
 
 
-class VerifyError(ValueError):
+class VerifyError(CheckError, ValueError):
     """A program that is not sound; the message names node, module path, what is wrong and what to do."""
 
 

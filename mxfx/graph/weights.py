@@ -13,13 +13,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from mxfx.ground.errors import MxfxError
+
 #: Bytes hashed as one leaf: small enough to share a weight among threads, large enough to be worth a task.
 _LEAF = 1 << 20
 #: Bytes copied from a device at a time, through pinned memory: several times faster than what is not pinned.
 _STAGE = 64 * _LEAF
 
 
-class UnknownWeight(KeyError):
+class UnknownWeight(MxfxError, KeyError):
     """No weight of that name is in the store."""
 
 

@@ -6,10 +6,12 @@ import contextlib
 import os
 from pathlib import Path
 
+from mxfx.ground.errors import MxfxError
+
 _SUFFIX = ".part"
 
 
-class WriteError(OSError):
+class WriteError(MxfxError, OSError):
     """A file could not be written; whatever stood under its name before still does."""
 
 

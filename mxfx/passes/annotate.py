@@ -10,6 +10,7 @@ from torch import fx
 from mxfx.formats import Format
 from mxfx.graph.node import OPERANDS, Annotation, info, kind, path_of
 from mxfx.graph.program import Program
+from mxfx.ground.nearest import nearest
 from mxfx.rewrite import ALL, Context, Exact, ExpectationError, Numerics, Pass, Rewriter, Selector, fact, register
 from mxfx.rewrite.expect import check, evaluate
 
@@ -157,11 +158,9 @@ def _check_count(rw: Rewriter, rule: Rule, index: int, count: int) -> None:
 
 def _example(rw: Rewriter, rule: Rule) -> str:
     """The path nearest in spelling among the nodes that the rule's keys could speak of."""
-    import difflib
-
     paths = [path_of(n) for n in rw.program.nodes(*OPERANDS) if _operands(rule, n)]
-    near = difflib.get_close_matches(str(rule.match).replace("\\", ""), paths, n=1, cutoff=0.0)
-    return repr(near[0]) if near else "none: the model has no such operand"
+    near = nearest(str(rule.match).replace("\\", ""), paths, cutoff=0.0)
+    return repr(near) if near else "none: the model has no such operand"
 
 
 @fact("annotated", "operands carry formats")

@@ -8,13 +8,14 @@ from mxfx.config.pipeline import BudgetConfig, ModelConfig, Pipeline
 from mxfx.config.text import to_text
 from mxfx.graph.execute import executable
 from mxfx.graph.program import Program
+from mxfx.ground.errors import CheckError
 from mxfx.pipeline.manager import StopPoint, check_pipeline
 from mxfx.pipeline.opt import command
 from mxfx.pipeline.probe import Probe, mean_kl
 from mxfx.rewrite import Context, Match, Pass, apply
 
 
-class NothingFound(ValueError):
+class NothingFound(CheckError, ValueError):
     """The whole pipeline stays below the threshold, or the programs cannot be run."""
 
 

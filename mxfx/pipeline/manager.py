@@ -16,6 +16,7 @@ from typing import TypeVar
 from mxfx.config.order import check_order
 from mxfx.config.pipeline import Pipeline
 from mxfx.graph.program import Program
+from mxfx.ground.errors import MxfxError
 from mxfx.pipeline.probe import Probe
 from mxfx.rewrite import Context, FactError, Pass, PassRecord, apply, check_facts_before, facts_after
 
@@ -26,7 +27,7 @@ Locate = Callable[[int, tuple], "str | None"]
 _About = TypeVar("_About")
 
 
-class PassError(ValueError):
+class PassError(MxfxError, ValueError):
     """A pass failed; the message names it, its place in the pipeline file, and the reason (``__cause__``)."""
 
 

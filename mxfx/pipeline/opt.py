@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +17,18 @@ from mxfx.graph.text import parse, to_text
 from mxfx.graph.tiny import FAMILIES, tiny
 from mxfx.graph.trace import trace
 from mxfx.graph.verify import verify
+from mxfx.ground.errors import MxfxError
+from mxfx.ground.nearest import did_you_mean
 from mxfx.pipeline.instruments import Numbers, Timing, Verify
 from mxfx.pipeline.manager import Instrument, PassManager, Step, StopPoint
 from mxfx.rewrite import Context
 
 
-class SourceError(ValueError):
+class SourceError(MxfxError, ValueError):
     """What ``mxfx opt`` was given is no printed graph, no model folder and no built-in model."""
 
 
-class PrintError(ValueError):
+class PrintError(MxfxError, ValueError):
     """IR was to be printed around a pass that the pipeline does not have."""
 
 
@@ -128,11 +129,9 @@ def load_source(
         return parse(path.read_text(encoding="utf-8"), weights)
     if (path / "config.json").is_file():
         return _load_folder(path, dtype)
-    near = difflib.get_close_matches(str(source), FAMILIES, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
     raise SourceError(
-        f"{str(source)!r} is no printed graph, no model folder and no built-in model{hint} "
-        f"(built in: {', '.join(FAMILIES)})"
+        f"{str(source)!r} is no printed graph, no model folder and no built-in model "
+        f"(built in: {', '.join(FAMILIES)}); {did_you_mean(str(source), FAMILIES)}".removesuffix("; ")
     )
 
 

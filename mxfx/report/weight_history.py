@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mxfx.graph.program import Program
+from mxfx.ground.errors import MxfxError
+from mxfx.ground.nearest import did_you_mean
 
 FILE = "weights.json"
 
 
-class HistoryError(ValueError):
+class HistoryError(MxfxError, ValueError):
     """A folder without a weight history, or a weight that the run never had."""
 
 
@@ -76,9 +77,9 @@ class History:
     def changed(self, name: str) -> tuple[Change, ...]:
         """The changes of one weight, under whichever of its names. Raises ``HistoryError`` for an unknown one."""
         if name not in self.names and not any(name in change.names for change in self.changes):
-            near = difflib.get_close_matches(name, self.names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise HistoryError(f"no weight {name!r} was in this run{hint}")
+            raise HistoryError(
+                f"no weight {name!r} was in this run; {did_you_mean(name, self.names)}".removesuffix("; ")
+            )
         return tuple(change for change in self.changes if name in change.names)
 
     def by_weight(self) -> dict[str, tuple[Change, ...]]:

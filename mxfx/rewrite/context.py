@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from mxfx.graph.program import Program
+from mxfx.ground.errors import CheckError, MxfxError
 
 _T = TypeVar("_T")
 
 
-class MissingCalibration(ValueError):
+class MissingCalibration(MxfxError, ValueError):
     """A pass needs calibration data and the run has none."""
 
 
-class StrictError(RuntimeError):
+class StrictError(CheckError, RuntimeError):
     """A pass fell back to something worse than asked, and the run is strict."""
 
 

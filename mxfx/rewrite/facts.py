@@ -6,16 +6,17 @@ does not hold, or None. ``apply`` runs it after the pass that provides the fact.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from mxfx.graph.program import Program
+from mxfx.ground.errors import MxfxError
+from mxfx.ground.nearest import did_you_mean
 
 Predicate = Callable[[Program], str | None]
 
 
-class FactError(ValueError):
+class FactError(MxfxError, ValueError):
     """A pass needs a fact that does not hold, forbids one that holds, or did not provide what it promised."""
 
 
@@ -46,8 +47,7 @@ def find_fact(name: str) -> Fact:
     """The fact of that name; ``FactError`` names the nearest one."""
     if name in _FACTS:
         return _FACTS[name]
-    near = difflib.get_close_matches(name, _FACTS, n=1)
-    raise FactError(f"unknown fact {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    raise FactError(f"unknown fact {name!r}; {did_you_mean(name, _FACTS)}".removesuffix("; "))
 
 
 def all_facts() -> dict[str, Fact]:

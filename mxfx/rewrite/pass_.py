@@ -7,13 +7,14 @@ instruments do.
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+from mxfx.ground.errors import MxfxError
+from mxfx.ground.nearest import did_you_mean
 from mxfx.rewrite.numerics import Lossy, Numerics
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "mxfx.passes"
 
 
-class UnknownPass(ValueError):
+class UnknownPass(MxfxError, ValueError):
     """No pass of that name is registered."""
 
 
@@ -92,6 +93,5 @@ def find_pass(name: str) -> type[Pass]:
     """The pass of that name; ``UnknownPass`` names the nearest one."""
     if name in _REGISTRY:
         return _REGISTRY[name]
-    near = difflib.get_close_matches(name, _REGISTRY, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UnknownPass(f"unknown pass {name!r}{hint} (`mxfx passes` lists all {len(_REGISTRY)})")
+    hint = did_you_mean(name, _REGISTRY)
+    raise UnknownPass(f"unknown pass {name!r} (`mxfx passes` lists all {len(_REGISTRY)}); {hint}".removesuffix("; "))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mxfx.ground.errors import MxfxError
 
-class ExpectationError(ValueError):
+
+class ExpectationError(MxfxError, ValueError):
     """A pass or a rule matched nothing, or another number of places than its ``expect`` says.
 
     ``rule`` is the rule's number, from 1, so that the pipeline can cite its line.

@@ -12,12 +12,13 @@ from mxfx.config.pipeline import BudgetConfig
 from mxfx.graph.execute import CastCache, executable, execute
 from mxfx.graph.node import kind, layer_of, path_of
 from mxfx.graph.program import Program
+from mxfx.ground.errors import CheckError
 from mxfx.pipeline.manager import Instrument, Run, Step
 from mxfx.pipeline.probe import mean_kl, sqnr
 from mxfx.rewrite import Close, Lossy
 
 
-class BudgetError(ValueError):
+class BudgetError(CheckError, ValueError):
     """A pass lost more than the pipeline's budget allows."""
 
 

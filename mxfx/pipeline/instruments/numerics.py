@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from mxfx.graph.execute import executable, execute
 from mxfx.graph.node import op_name, path_of
 from mxfx.graph.program import Program
+from mxfx.ground.errors import CheckError
 from mxfx.pipeline.manager import Instrument, Step
 from mxfx.pipeline.probe import relative_error
 from mxfx.rewrite import Close, Exact, Lossy, apply
@@ -21,7 +22,7 @@ _fake_quantize = torch.ops.mxfx.fake_quantize.default
 MASTER_TOLERANCE = 1e-4
 
 
-class NumericsError(ValueError):
+class NumericsError(CheckError, ValueError):
     """A pass broke its promise about numbers; the message names the pass and the first node that differs."""
 
 
