@@ -1,4 +1,7 @@
-"""Imports between the rooms of mxfx point one way (the order of the design), imports inside functions included."""
+"""Imports between the rooms of mxfx point one way (the order of the design).
+
+Imports inside functions count, and so do look-ups by name: of a module, and of a pass through its registry.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,17 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"mxfx.{alias.name}") for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mxfx."):
             yield node.lineno, node.module
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            yield from looked_up(node, node.args[0].value)
+
+
+def looked_up(call: ast.Call, name: object) -> Iterator[tuple[int, str]]:
+    """What a call with a literal name fetches: ``find_pass("lower")``, ``import_module("mxfx.api")``."""
+    function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if function == "find_pass":
+        yield call.lineno, f"mxfx.passes.{name}"
+    elif function in ("import_module", "__import__") and str(name).startswith("mxfx."):
+        yield call.lineno, str(name)
 
 
 def is_earlier(name: str, here: int) -> bool:
@@ -60,3 +74,9 @@ def test_imports_in_functions_are_seen(tmp_path: Path) -> None:
     file = tmp_path / "late.py"
     file.write_text("def f():\n    from mxfx.cli import app\n    import mxfx.api\n    from . import x\n")
     assert list(imported(file)) == [(2, "mxfx.cli"), (3, "mxfx.api"), (4, ".")]
+
+
+def test_lookups_by_name_are_seen(tmp_path: Path) -> None:
+    file = tmp_path / "borrowed.py"
+    file.write_text('find_pass("lower")()\nrewrite.find_pass("gptq")\nimport_module("mxfx.api")\nfind_pass(name)\n')
+    assert sorted(imported(file)) == [(1, "mxfx.passes.lower"), (2, "mxfx.passes.gptq"), (3, "mxfx.api")]

@@ -21,7 +21,8 @@ from mxfx.calibration.stages import Stage, cut
 from mxfx.calibration.statistics import CrossMoment, Gram, Statistics
 from mxfx.graph.node import kind, layer_of, path_of
 from mxfx.graph.program import Program, compute_dtype
-from mxfx.rewrite import Context, Rewriter, apply, find_pass
+from mxfx.rewrite import Context, Rewriter
+from mxfx.rewrite.lowering import lowered_copy
 
 
 @dataclass(frozen=True)
@@ -302,7 +303,7 @@ class _Runner:
 
 def _lower(program: Program, dtype: torch.dtype, ctx: Context) -> Program:
     program.dtype = dtype
-    return apply(find_pass("lower")(), program, ctx).program
+    return lowered_copy(program, ctx.device)
 
 
 def _current(rw: Rewriter, run: Program, name: str) -> Tensor:

@@ -13,7 +13,8 @@ from mxfx.formats import Format
 from mxfx.graph.module import build
 from mxfx.graph.node import operands
 from mxfx.graph.program import Program
-from mxfx.rewrite import Context, Rewriter, find_pass
+from mxfx.rewrite import Rewriter
+from mxfx.rewrite.lowering import lower_calls
 
 #: Rows of logits that are in float32 at one time.
 _ROWS = 2048
@@ -55,7 +56,7 @@ def trainable(
             call = rw.call(rounded_weight, node, str(fmt), copy.dtype, like=node, after=node, val=node.meta["val"])
             for reader in readers:
                 reader.replace_input_with(node, call)
-    find_pass("lower")().run(rw, Context(device=device))
+    lower_calls(rw, device)
     copy.graph.eliminate_dead_code()
     copy.facts = copy.facts | {"lowered"}
     module = build(copy).to(device)

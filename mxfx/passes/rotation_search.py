@@ -17,9 +17,9 @@ from mxfx.graph.module import build
 from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
 from mxfx.ops.quantize import fake_quantize
-from mxfx.passes.lower import Lower
 from mxfx.passes.online_rotation import rotate_operands, rotated_operands
-from mxfx.rewrite import Close, Context, Numerics, Pass, Rewriter, apply, register
+from mxfx.rewrite import Close, Context, Numerics, Pass, Rewriter, register
+from mxfx.rewrite.lowering import lowered_copy
 
 _KV = "kv_cache"
 _ALL_SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj", _KV)
@@ -156,7 +156,7 @@ def _scorer(
     for node in rw.program.nodes("linear", "attention"):
         for operand, position in rotated_operands(node).items():
             _insert_switch(rw, node, operand, position, site_of.get(node.name), block)
-    module = build(apply(Lower(), rw.program, ctx).program).to(ctx.device)
+    module = build(lowered_copy(rw.program, ctx.device)).to(ctx.device)
     switches = {site: module.get_buffer(_switch(site)) for site in members}
     batches = tokens.to(ctx.device).split(max(1, 4096 // tokens.shape[1]))
 

@@ -25,7 +25,8 @@ from mxfx.passes.insert_fake_quant import InsertFakeQuant
 from mxfx.passes.quantize_kv_cache import QuantizeKvCache
 from mxfx.passes.round_weights import RoundWeights
 from mxfx.passes.transform_inputs import Site, insert, orthogonal, sites, weight_moments
-from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, apply, find_pass, register
+from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
+from mxfx.rewrite.lowering import lowered_copy
 
 _NONE = "none"
 #: Held-out tokens of the closing check.
@@ -237,7 +238,7 @@ def _parse(candidate: str) -> tuple[str, int]:
 
 @torch.no_grad()
 def _logits(program: Program, ids: Tensor, ctx: Context) -> Tensor:
-    module = build(apply(find_pass("lower")(), program, ctx).program).to(ctx.device)
+    module = build(lowered_copy(program, ctx.device)).to(ctx.device)
     return torch.cat([module(one.to(ctx.device)) for one in ids.split(1)])
 
 

@@ -1,0 +1,157 @@
+"""Lowering: from the dialect to ATen and kernels, in the precision that the model runs in.
+
+The pass ``lower`` does this to a pipeline's program; whatever runs a program to measure it (statistics, training,
+searches) lowers a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_map_only
+
+from mxfx.algorithms.hadamard import DENSE_ORDER, hadamard_matrix, kronecker_signs, kronecker_transform
+from mxfx.graph.node import kind, op_name, operands
+from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, compute_dtype
+from mxfx.ops import attend, attention_bias, find_op, positions
+from mxfx.ops.fused import FUSED
+from mxfx.ops.providers import choose
+from mxfx.rewrite.facts import FactError, fact
+from mxfx.rewrite.inline import Inliner
+from mxfx.rewrite.rewriter import Rewriter, clean
+
+aten = torch.ops.aten
+
+
+def lower_calls(rw: Rewriter, device: torch.device) -> None:
+    """Replace every dialect op of ``rw.program``: by a provider's kernel where one serves, else by its definition."""
+    _concretize(rw.program)
+    _split_unserved(rw, device)
+    inliner = Inliner(rw)
+    biases: dict[tuple, fx.Node] = {}
+    for node in rw.program.nodes():
+        op = find_op(node.target)
+        if op is None:
+            continue
+        rw.match(node)
+        provider = choose(op.name, node, device)
+        if op.name == "cast":
+            _lower_cast(rw, node)
+        elif op.name == "positions":
+            rw.replace(node, rw.call(positions, *node.args, like=node, val=node.meta["val"]))
+        elif op.name == "attention":
+            _lower_attention(rw, node, biases)
+        elif provider is not None:
+            rw.replace(node, rw.call(provider.target, *provider.arguments(node), like=node, val=node.meta["val"]))
+        elif op.name == "hadamard":
+            _lower_hadamard(rw, node, inliner)
+        else:
+            inliner.inline(node, op.definition)
+
+
+def lowered_copy(program: Program, device: torch.device) -> Program:
+    """A copy of ``program`` that can be built and run on ``device``. Raises ``FactError`` for a lowered program."""
+    if "lowered" in program.facts:
+        raise FactError("the program is lowered already: its dialect ops are gone")
+    rw = Rewriter(program.copy(), "lower")
+    lower_calls(rw, device)
+    clean(rw.program)
+    rw.program.facts = program.facts | {"lowered"}
+    return rw.program
+
+
+def _concretize(program: Program) -> None:
+    """Give every fake value the dtype that it will have: roles end here."""
+    compute = compute_dtype(program.dtype)
+    real = {NOMINAL_MODEL: program.dtype, NOMINAL_COMPUTE: compute}
+    for node in program.graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = tree_map_only(torch.Tensor, lambda val: _cast(val, real), node.meta["val"])
+
+
+def _cast(val: torch.Tensor, real: Mapping[torch.dtype, torch.dtype]) -> torch.Tensor:
+    if val.dtype not in real:
+        return val
+    with val.fake_mode:
+        return val.to(real[val.dtype])
+
+
+def _split_unserved(rw: Rewriter, device: torch.device) -> None:
+    """A producer, a transform and a quantizer instead of each fused op that has no provider."""
+    dialect = torch.ops.mxfx
+    for node in rw.program.nodes(*FUSED):
+        if choose(kind(node), node, device) is not None:
+            continue
+        given = operands(node)
+        made = partial(rw.call, like=node, val=node.meta["val"])
+        match kind(node):
+            case "norm_quantize":
+                parts = [given[name] for name in ("x", "weight", "eps", "offset", "gain_first")]
+                value = made(dialect.rms_norm.default, *parts)
+            case "silu_mul_quantize":
+                value = made(aten.mul.Tensor, made(aten.silu.default, given["gate"]), given["up"])
+            case "hadamard_quantize":
+                value = made(dialect.hadamard.default, given["x"], given["block"])
+            case "rope_quantize":
+                value = made(dialect.rope.default, given["x"], given["cos"], given["sin"])
+            case _:
+                value = given["x"]
+        if given.get("matrix") is not None:
+            value = made(dialect.block_transform.default, value, given["matrix"])
+        rw.replace(node, made(dialect.fake_quantize.default, value, given["format"]))
+
+
+def _lower_cast(rw: Rewriter, node: fx.Node) -> None:
+    source, dtype = node.args[0], node.meta["val"].dtype
+    if source.meta["val"].dtype == dtype:
+        rw.replace(node, source)
+        return
+    rw.replace(node, rw.call(aten.to.dtype, source, dtype, like=node))
+
+
+def _lower_attention(rw: Rewriter, node: fx.Node, biases: dict[tuple, fx.Node]) -> None:
+    """One mask for all layers that share tokens, causality and window; then plain attention."""
+    q, k, v, mask, scale, causal, window = operands(node).values()
+    key = (mask, causal, window)
+    if key not in biases:
+        biases[key] = rw.call(attention_bias, mask, q, causal, window, like=node)
+    rw.replace(node, rw.call(attend, q, k, v, biases[key], scale, causal, like=node, val=node.meta["val"]))
+
+
+def _lower_hadamard(rw: Rewriter, node: fx.Node, inliner: Inliner) -> None:
+    """Products with one stored matrix an order, or, of a high order, with the ±1 matrices of its two factors."""
+    order = int(node.args[1])  # type: ignore[call-overload]
+    if order <= DENSE_ORDER:
+        matrix = _stored(rw, node, f"hadamard.{order}", lambda: hadamard_matrix(order, torch.float64))
+        new = rw.call(torch.ops.mxfx.block_transform.default, node.args[0], matrix, like=node)
+        definition = find_op(torch.ops.mxfx.block_transform.default).definition
+    else:
+        sides = [
+            _stored(rw, node, f"hadamard.{order}.{name}", lambda i=i: kronecker_signs(order, torch.float64)[i])  # type: ignore[misc]
+            for i, name in enumerate(("left", "right"))
+        ]
+        definition = kronecker_transform
+        new = rw.call(kronecker_transform, node.args[0], *sides, like=node, val=node.meta["val"])
+    rw.replace(node, new)
+    inliner.inline(new, definition)
+
+
+def _stored(rw: Rewriter, like: fx.Node, name: str, make: Callable[[], torch.Tensor]) -> fx.Node:
+    """A constant of compute precision, made once a program."""
+    if name not in rw.weights:
+        rw.weights.add(name, make(), rw.pass_name, constant=True)
+    matrix = rw.weight(name, like)
+    with matrix.meta["val"].fake_mode:
+        matrix.meta["val"] = matrix.meta["val"].to(compute_dtype(rw.program.dtype))
+    return matrix
+
+
+@fact("lowered", "no dialect op is left")
+def lowered(program: Program) -> str | None:
+    for node in program.graph.nodes:
+        if node.op == "call_function" and find_op(node.target) is not None:
+            return f"{node.name} = {op_name(node)} ({kind(node)}) is not lowered"
+    return None
