@@ -17,6 +17,7 @@ from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
 import mxfx.ops  # noqa: F401  (registers the dialect)
+from mxfx.graph.experts import experts_forward, find_weight, settle_experts
 from mxfx.graph.node import NodeInfo, set_info
 from mxfx.graph.normalize import normalize
 from mxfx.graph.program import NOMINAL_MODEL, Program, Source, Symbol
@@ -57,6 +58,7 @@ def trace(model: nn.Module, *, name: str | None = None) -> Program:
     )
     program = Program(graph, weights, _dtype(model), source, symbols)
     normalize(program)
+    settle_experts(program)
     _make_optional(program)
     _drop_unread(program)
     return program
@@ -76,8 +78,9 @@ def bind(program: Program, model: nn.Module) -> Program:
             raise TraceError(f"{name} is tied to {home} in the model and not in the program: trace the model itself")
     found: dict[str, Tensor] = {}
     for name, meta in program.weights.items():
-        tensor = tensors.get(name, meta)
-        if tensor.shape != meta.shape or (tensor.device.type == "meta" and name not in tensors):
+        own = find_weight(tensors, name)
+        tensor = meta if own is None else own
+        if tensor.shape != meta.shape or (tensor.device.type == "meta" and own is None):
             raise TraceError(f"the model has no weight {name} of shape {tuple(meta.shape)}")
         found[name] = tensor
     bound = program.copy()
@@ -120,6 +123,8 @@ def _skeleton(model: nn.Module) -> nn.Module:
     for module in skeleton.modules():
         if hasattr(getattr(module, "config", None), "_attn_implementation"):
             module.config._attn_implementation = _INTERFACE
+        if hasattr(getattr(module, "config", None), "_experts_implementation"):
+            module.config._experts_implementation = _INTERFACE
     return skeleton
 
 
@@ -139,11 +144,13 @@ def _export(skeleton: nn.Module, longest: int) -> torch.export.ExportedProgram:
 
 
 def _register_interfaces() -> None:
+    from transformers.integrations.moe import ExpertsInterface
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
     AttentionInterface.register(_INTERFACE, _attention)
     AttentionMaskInterface.register(_INTERFACE, _mask)
+    ExpertsInterface.register(_INTERFACE, experts_forward)
 
 
 def _attention(

@@ -169,6 +169,10 @@ class WeightStore(Mapping[str, Tensor]):
             self.constants |= {name}
         self.ledger.append(WeightChange(by, name, "", self.hash(name), None))
 
+    def add_transposed(self, name: str, view: str) -> None:
+        """Let ``view`` name the transposed tensor of a weight, last two axes swapped; both share their memory."""
+        self._tensors[view] = self[name].mT
+
     def untie(self, alias: str, by: str) -> None:
         """Give an alias a tensor of its own, equal to the one that it shared until now."""
         tensor = self[alias]

@@ -4,6 +4,7 @@ import mxfx.ops.kernels  # noqa: F401  (last: kernels are providers of the ops a
 from mxfx.ops.attention import attend, attention, attention_bias
 from mxfx.ops.cast import cast
 from mxfx.ops.dialect import DialectOp, all_ops, define, find_op
+from mxfx.ops.experts import expert_linear
 from mxfx.ops.norm import rms_norm
 from mxfx.ops.positions import positions
 from mxfx.ops.quantize import fake_quantize
@@ -23,6 +24,7 @@ __all__ = [
     "block_transform",
     "cast",
     "define",
+    "expert_linear",
     "fake_quantize",
     "find_op",
     "hadamard",

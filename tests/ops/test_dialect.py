@@ -28,6 +28,7 @@ def ids(*shape: int) -> Tensor:
 
 PADDED = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 MATRIX = randn(4, 4, seed=3)
+EXPERTS = torch.tensor([[2, 0], [0, 2], [2, 0], [0, 2], [0, 2]])
 
 #: Op → arguments that show every optional operand given and absent.
 SAMPLES: dict[str, list[tuple]] = {
@@ -42,6 +43,10 @@ SAMPLES: dict[str, list[tuple]] = {
         (randn(2, 6, 3, 8), randn(3, 2, 4, 4)),
     ],
     "cast": [(randn(3, dtype=torch.bfloat16), "compute"), (randn(3), "compute"), (randn(3), "model")],
+    "expert_linear": [
+        (randn(5, 6), randn(3, 4, 6, seed=1), EXPERTS, randn(3, 4, seed=2)),
+        (randn(5, 2, 6), randn(3, 4, 6, seed=1), EXPERTS),
+    ],
     "fake_quantize": [(randn(2, 40), "mxint4@32", -1), (randn(40, 2), "mxfp4_e2m1@32/mse", 0)],
     "hadamard": [(randn(2, 8), 4), (randn(2, 24), 12)],
     "hadamard_quantize": [(randn(2, 8), 4, "mxint4@4"), (randn(2, 48), 24, "mxint8@8/mse")],
