@@ -20,7 +20,8 @@ from mxfx.compat import load_any
 from mxfx.config import ConfigError, Pipeline, Place, apply_overrides, check_order, to_toml
 from mxfx.config.overrides import NoSuchPass
 from mxfx.driver.pretrained import load_meta_model, load_model, load_tokenizer
-from mxfx.evaluation.evaluate import EvalResult, evaluate, ratio_with_stderr
+from mxfx.evaluation.evaluate import evaluate
+from mxfx.evaluation.results import EvalResult, ratio_with_stderr
 from mxfx.graph.program import Program
 from mxfx.graph.tiny import FAMILIES
 from mxfx.graph.trace import bind, trace

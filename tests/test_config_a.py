@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mxfx.compat import load_quant_config, quantize_module_transform_pass
 from mxfx.config import Pipeline
-from mxfx.evaluation.evaluate import EvalResult, evaluate
+from mxfx.evaluation.evaluate import evaluate
+from mxfx.evaluation.results import EvalResult
 from mxfx.formats import parse
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace

@@ -1,1 +1,1 @@
-"""How good an emitted model is: texts, perplexity, lm-eval tasks, paired comparison."""
+"""How good an emitted model is: texts, perplexity, divergence from the float model, tasks, paired comparison."""

@@ -13,13 +13,15 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import make_table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import mxfx.evaluation.evaluate as evaluation
 from mxfx import compat
+from mxfx.calibration.datasets import documents
 from mxfx.compat import quantize_module_transform_pass
 from mxfx.config import ConfigError
+from mxfx.evaluation.evaluate import evaluate
 from mxfx.graph.weights import tensor_hash
 from tests.local_model import save_model, save_texts
 from tests.programs import relative
+from tests.reference.lm_eval_task import local_task
 
 CONFIG_A = Path(__file__).parents[2] / "passes_configs" / "tutorial_a_rtn.toml"
 DEVICE = "cpu"
@@ -72,7 +74,7 @@ def fresh_model(name, attn_implementation="eager"):
 
 def test_the_tutorial_s_script_runs(folder: Path, texts: Path) -> None:
     # lm-eval's wikitext task on local documents: the hub may be out of reach.
-    wikitext = evaluation._local_task(texts)
+    wikitext = local_task(documents(texts))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     pass_args_a = load_quant_config(CONFIG_A)
     model_a = fresh_model(folder).to(DEVICE)
@@ -93,7 +95,7 @@ def test_in_eight_bits_the_perplexity_is_nearly_the_model_s(folder: Path, texts:
             args[selector]["config"]["kv_cache"]["data_in_width"] = 8
     emitted, _ = quantize_module_transform_pass(fresh_model(folder), args)
     perplexity, expected = (
-        evaluation.evaluate(model, tokenizer, eval_data=texts, max_length=64).word_perplexity
+        evaluate(model, tokenizer, eval_data=texts, max_length=64).word_perplexity
         for model in (emitted, fresh_model(folder, "sdpa"))
     )
     assert perplexity == pytest.approx(expected, rel=0.02)

@@ -11,21 +11,18 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from lm_eval import evaluator
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks.wikitext import preprocess_wikitext
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from mxfx.evaluation import evaluate as module
-from mxfx.evaluation.evaluate import (
-    EvalResult,
-    EvaluationError,
-    Piece,
-    cut_documents,
-    evaluate,
-    ratio_with_stderr,
-    token_perplexity,
-    token_windows,
-)
+from mxfx.evaluation.evaluate import evaluate, measure, text_domain, token_perplexity
+from mxfx.evaluation.results import EvalResult, EvaluationError, Piece, ratio_with_stderr
+from mxfx.evaluation.scoring import FloatLogits
+from mxfx.evaluation.texts import cut_documents, detokenized
+from mxfx.evaluation.windows import token_windows
+from tests.reference.lm_eval_task import local_task
 
 BOS = 0
 PAGES = [
@@ -101,8 +98,77 @@ def test_metrics_are_those_of_their_definition(tokenizer, pages: Path, dtype: to
 
 def test_words_and_bytes_are_counted_as_in_lm_evals_wikitext() -> None:
     for page in PAGES:
-        doc = {"page": page}
-        assert module._process_results(doc, [-7.0]) == preprocess_wikitext.process_results(doc, [-7.0])
+        counted = preprocess_wikitext.process_results({"page": page}, [-7.0])
+        found = detokenized(page)
+        assert (found.words, found.bytes) == (counted["word_perplexity"][1], counted["byte_perplexity"][1])
+
+
+@pytest.mark.parametrize("max_length", [24, 64, 256])
+def test_perplexities_are_those_of_lm_eval(model, tokenizer, pages: Path, max_length: int) -> None:
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, max_length=max_length, softmax_dtype="float32")
+    theirs = evaluator.evaluate(lm, {"wikitext": local_task(PAGES)}, bootstrap_iters=0)["results"]["wikitext"]
+    mine = evaluate(model, tokenizer, eval_data=pages, max_length=max_length)
+    for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
+        assert getattr(mine, metric) == pytest.approx(theirs[f"{metric},none"], rel=1e-5)
+
+
+def test_bos_is_put_once_where_the_tokenizer_puts_it_itself(model, tokenizer, pages: Path) -> None:
+    class Beginning:
+        """Begins every text with BOS of its own accord, as Llama 3's does."""
+
+        is_fast = False
+        bos_token_id = BOS
+
+        def __call__(self, text, add_special_tokens: bool = True, **options: bool) -> dict:
+            ids = tokenizer(text, **options)["input_ids"]
+            nested = isinstance(text, list)
+            lead = [BOS] if add_special_tokens else []
+            return {"input_ids": [lead + row for row in ids] if nested else lead + ids}
+
+        def decode(self, ids):
+            return tokenizer.decode(ids)
+
+    mine = evaluate(model, Beginning(), eval_data=pages)
+    assert mine.word_perplexity == pytest.approx(evaluate(model, tokenizer, eval_data=pages).word_perplexity)
+
+
+def _brute_force_kl(model, other, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        q, p = (m(ids[None]).logits[0].double().log_softmax(-1) for m in (model, other))
+    return (q.exp() * (q - p)).sum(-1)
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 40_000, 1 << 30])
+def test_divergence_is_that_of_its_definition(model, tokenizer, pages: Path, keep_bytes: int) -> None:
+    """However many of the float model's logits are kept, and the second time as the first."""
+    other = tiny_model(seed=1)
+    domain = text_domain("pages", tokenizer, path=pages, max_length=32)
+    reference = FloatLogits(lambda: model, keep_bytes=keep_bytes)
+    first, second = (measure(other, domain, tokenizer, batch_size=2, reference=reference) for _ in range(2))
+    kl = torch.cat([_brute_force_kl(model, other, w.ids)[-w.scored :] for w in domain.windows])
+    assert first.divergence == second.divergence
+    found = first.divergence
+    assert found.mean == pytest.approx(float(kl.mean()), rel=1e-4)
+    for q, value in ((0.5, found.median), (0.9, found.p90), (0.99, found.p99), (0.999, found.p999)):
+        assert value == pytest.approx(float(kl.quantile(q)), rel=1e-4)
+    assert sum(found.histogram) == pytest.approx(1.0)
+    assert found.worst[0].kl == pytest.approx(float(kl.max()), rel=1e-4)
+    assert found.worst[0].text in "".join(PAGES) or found.worst[0].text.startswith("<s>")
+
+
+def test_a_model_does_not_diverge_from_itself(model, tokenizer, pages: Path) -> None:
+    found = evaluate(model, tokenizer, eval_data=pages, reference=FloatLogits(lambda: model)).divergence
+    assert found.mean == pytest.approx(0.0, abs=1e-7)
+    assert (found.agreement, found.agreement_stderr) == (1.0, 0.0)
+
+
+def test_the_float_model_is_built_once_and_let_go(model, tokenizer, pages: Path) -> None:
+    built = []
+    reference = FloatLogits(lambda: built.append(1) or model)
+    for _ in range(2):
+        evaluate(tiny_model(seed=1), tokenizer, eval_data=pages, reference=reference)
+        reference.release()
+    assert len(built) == 1
 
 
 def test_batching_changes_nothing(model, tokenizer, pages: Path) -> None:

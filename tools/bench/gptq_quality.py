@@ -36,7 +36,8 @@ from mxfx import api
 from mxfx.calibration.datasets import documents, load_tokens
 from mxfx.config import Pipeline
 from mxfx.driver.pretrained import load_model, load_tokenizer
-from mxfx.evaluation.evaluate import token_perplexity, token_windows
+from mxfx.evaluation.evaluate import token_perplexity
+from mxfx.evaluation.windows import token_windows
 from mxfx.formats import parse
 from mxfx.graph.node import layer_of, path_of
 from mxfx.graph.program import Program

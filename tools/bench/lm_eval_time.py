@@ -25,7 +25,8 @@ from torch import nn
 from mxfx import api
 from mxfx.config import Pipeline, apply_overrides
 from mxfx.driver.pretrained import load_model, load_tokenizer
-from mxfx.evaluation.evaluate import EvalResult, evaluate
+from mxfx.evaluation.evaluate import evaluate
+from mxfx.evaluation.results import EvalResult
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Context
 from mxfx.runtime.causal_lm import as_causal_lm

@@ -35,7 +35,8 @@ from mxfx import api
 from mxfx.calibration.datasets import documents
 from mxfx.config import Pipeline, apply_overrides
 from mxfx.driver.pretrained import load_model, load_tokenizer
-from mxfx.evaluation.evaluate import token_perplexity, token_windows
+from mxfx.evaluation.evaluate import token_perplexity
+from mxfx.evaluation.windows import token_windows
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Context
 from mxfx.rewrite.size import bits_per_weight
