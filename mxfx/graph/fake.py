@@ -10,10 +10,8 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-import mxfx.ops
-
-_QUANTIZERS = (torch.ops.mxfx.fake_quantize.default, mxfx.ops.fake_quantize)
-_ATTENTION = (torch.ops.mxfx.attention.default, mxfx.ops.attend)
+import mxfx.ops  # noqa: F401  (registers the dialect)
+from mxfx.ops.catalogue import record_of
 
 
 class FakeRunner:
@@ -35,14 +33,11 @@ class FakeRunner:
 
     def _run(self, node: fx.Node) -> object:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        # Padding and SDPA on fake tensors would fix symbolic sizes to their example; both keep a shape that is known.
-        if node.target in _QUANTIZERS:
-            return args[0]
+        record = record_of(node.target)
+        rule = record.shape if record is not None else None
         # Composite ops (linear) meet symbolic sizes only through the Python dispatcher before torch 2.13.
         with self.mode, enable_python_dispatcher(), torch.no_grad():
-            if node.target in _ATTENTION:
-                return _attended(*args[:3])
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return (rule or node.target)(*args, **kwargs)  # type: ignore[operator]
 
 
 def size_text(size: object) -> str:
@@ -67,19 +62,6 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
     """The mode of the graph's fake values; None if it has none."""
     vals = (n.meta.get("val") for n in graph.nodes)
     return next((v.fake_mode for v in vals if isinstance(v, FakeTensor)), None)
-
-
-def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``(batch, heads, seq, head_dim of v)``. Raises ``ValueError`` for shapes that attention cannot take."""
-    if not q.dim() == k.dim() == v.dim() == 4:
-        raise ValueError(f"attention takes (batch, heads, seq, head_dim), not {q.dim()}, {k.dim()} and {v.dim()} axes")
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q has head_dim {q.shape[3]}, k has {k.shape[3]}")
-    if k.shape[1] != v.shape[1] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads and {v.shape[1]} value heads")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q is {q.dtype}, k is {k.dtype}, v is {v.dtype}")
-    return torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
 
 
 def _key(operand: object) -> Hashable:

@@ -14,20 +14,9 @@ import torch
 from torch.fx import Node
 
 from mxfx.formats import Format
+from mxfx.ops.catalogue import spec
 
 META_KEY = "mxfx"
-
-#: Operands that can carry a format, by the kind of node that has them.
-OPERANDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "linear": ("weight", "input", "output", "bias"),
-        "attention": ("q", "k", "v", "probs", "softmax"),
-        "embedding": ("weight", "output"),
-        "rms_norm": ("weight", "input", "output"),
-        "rope": ("input", "output"),
-        "silu": ("input", "output"),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -86,14 +75,6 @@ def layer_of(node: Node) -> int | None:
     return layer_index(path_of(node))
 
 
-_KIND = {
-    "aten.linear.default": "linear",
-    "aten.embedding.default": "embedding",
-    "aten.silu.default": "silu",
-    "aten.gelu.default": "gelu",
-}
-
-
 def op_name(node: Node) -> str:
     """``aten.linear.default``, ``mxfx.rope.default`` … for calls; the FX opcode for other nodes."""
     if node.op != "call_function":
@@ -105,15 +86,7 @@ def op_name(node: Node) -> str:
 
 def kind(node: Node) -> str:
     """The concept that a node stands for: ``linear``, ``embedding``, ``attention``, ``rope``, … or ``""``."""
-    name = op_name(node)
-    if name.startswith("mxfx."):
-        return name.split(".")[1]
-    return _KIND.get(name, "")
-
-
-def value(node: Node) -> torch.Tensor:
-    """The fake tensor that describes the node's result (nominal dtypes: bfloat16 model, float32 compute)."""
-    return node.meta["val"]
+    return spec(node).concept
 
 
 def operands(node: Node) -> dict[str, object]:
@@ -123,6 +96,4 @@ def operands(node: Node) -> dict[str, object]:
     """
     if not isinstance(node.target, torch._ops.OpOverload):
         raise ValueError(f"{node.name} calls {node.target}, which is no op with a schema")
-    parameters = node.target._schema.arguments
-    given = dict(zip((p.name for p in parameters), node.args, strict=False)) | dict(node.kwargs)
-    return {p.name: given.get(p.name, p.default_value) for p in parameters}
+    return spec(node).arguments()

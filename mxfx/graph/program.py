@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from mxfx.graph.node import kind, layer_of
 from mxfx.graph.weights import WeightStore
+from mxfx.ops.catalogue import spec, weights_of
 
 #: Dtypes in ``meta["val"]`` are roles: every program is traced in bfloat16, so that casts are visible.
 NOMINAL_MODEL = torch.bfloat16
@@ -92,11 +93,16 @@ class Program:
 
         Raises ``ValueError`` if the operand is not a ``get_attr`` (a computed weight).
         """
-        position = 0 if kind(node) == "embedding" else 1
-        operand = node.args[position]
-        if not isinstance(operand, fx.Node) or operand.op != "get_attr":
-            raise ValueError(f"{node.name}: its weight {operand} is computed, not stored")
-        return str(operand.target)
+        stored = weights_of(node)
+        if "weight" not in stored:
+            raise ValueError(f"{node.name}: its weight {spec(node).get('weight')} is computed, not stored")
+        return str(stored["weight"].target)
+
+    def products(self) -> Iterator[fx.Node]:
+        """Nodes that multiply an activation by a weight, in topological order: linears and their like."""
+        for node in list(self.graph.nodes):
+            if spec(node).product is not None:
+                yield node
 
     def tensor(self, node: fx.Node) -> Tensor:
         """The stored tensor behind a ``get_attr`` node."""

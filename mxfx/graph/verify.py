@@ -25,31 +25,16 @@ import mxfx.ops
 from mxfx.formats import Format, FormatError
 from mxfx.formats import parse as parse_format
 from mxfx.graph.fake import FakeRunner, fake_mode_of, sizes_text
-from mxfx.graph.node import META_KEY, OPERANDS, NodeInfo, info, kind, op_name, path_of
+from mxfx.graph.node import META_KEY, NodeInfo, info, op_name, path_of
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, compute_dtype
 from mxfx.ground.errors import CheckError
 from mxfx.ops import find_op
+from mxfx.ops.catalogue import Contraction, Spec, spec
 
 _INPUTS = ("input_ids", "position_ids", "attention_mask")
 _OPCODES = ("placeholder", "get_attr", "call_function", "output")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_QUANTIZERS = (torch.ops.mxfx.fake_quantize.default, mxfx.ops.fake_quantize)
 _ROLES = ("compute", "model")
-
-#: Where an annotated operand stands among the operands of its node.
-_POSITION = {
-    ("linear", "input"): 0,
-    ("linear", "weight"): 1,
-    ("linear", "bias"): 2,
-    ("rms_norm", "input"): 0,
-    ("rms_norm", "weight"): 1,
-    ("rope", "input"): 0,
-    ("silu", "input"): 0,
-    ("embedding", "weight"): 0,
-    ("attention", "q"): 0,
-    ("attention", "k"): 1,
-    ("attention", "v"): 2,
-}
 
 
 class VerifyError(CheckError, ValueError):
@@ -447,10 +432,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _formats(node: fx.Node, lowered: bool) -> None:
-    if node.target in _QUANTIZERS:
-        _quantizer(node)
-    if kind(node) == "linear":
-        _contraction(node)
+    call = spec(node)
+    if call.rounds is not None:
+        _quantizer(node, call)
+    for contraction in call.contracts:
+        _contraction(node, call, contraction)
     for operand, annotation in info(node).formats.items():
         if not isinstance(annotation.format, Format):
             raise _fault(
@@ -460,13 +446,15 @@ def _formats(node: fx.Node, lowered: bool) -> None:
             _annotated(node, operand, annotation.format)
 
 
-def _quantizer(node: fx.Node) -> None:
-    source, text, axis = (*node.args, -1)[:3]
+def _quantizer(node: fx.Node, call: Spec) -> None:
+    rounded = call.rounds
+    assert rounded is not None
+    axis = rounded.axis
     try:
-        fmt = parse_format(str(text))
+        fmt = parse_format(rounded.format)
     except FormatError as error:
         raise _fault(node, str(error), "give a format such as mxint4@32") from error
-    val = source.meta["val"]  # type: ignore[union-attr]
+    val = node.meta["val"]
     if not isinstance(axis, int) or not -val.dim() <= axis < val.dim():
         raise _fault(
             node, f"axis {axis} does not exist in {_described(val)}", f"use one from {-val.dim()} to {val.dim() - 1}"
@@ -483,44 +471,47 @@ def _quantizer(node: fx.Node) -> None:
         )
 
 
-def _contraction(node: fx.Node) -> None:
+def _contraction(node: fx.Node, call: Spec, contraction: Contraction) -> None:
     """Blocks along any other axis than the one summed over cannot be multiplied in the format."""
-    source = node.args[0]
-    if not isinstance(source, fx.Node) or source.target not in _QUANTIZERS:
-        return
-    axis = source.args[2] if len(source.args) > 2 else -1
-    rank = source.meta["val"].dim()
-    if axis not in (-1, rank - 1):
-        raise _fault(node, f"its input has blocks along axis {axis}; it sums over the last", "quantize along axis -1")
+    for name, axis in zip((contraction.left, contraction.right), contraction.axes, strict=True):
+        source = call.node_of(name)
+        rounded = spec(source).rounds if source is not None else None
+        if rounded is None or rounded.axis in (axis, call.axis(name)):
+            continue
+        raise _fault(
+            node,
+            f"its {name} has blocks along axis {rounded.axis}; it sums over axis {axis} ({contraction.over})",
+            f"quantize along axis {axis}",
+        )
 
 
 def _annotated(node: fx.Node, operand: str, fmt: Format) -> None:
-    of_kind = kind(node)
+    call = spec(node)
     if operand == "output":
         # Any value may carry the format that it is to be rounded to: a rotated input, scores of spelled-out attention.
         val = node.meta["val"]
         if not (isinstance(val, Tensor) and val.is_floating_point()):
             raise _fault(node, f"output carries {fmt} and is {_described(val)}", "annotate floating values only")
         return
-    if of_kind not in OPERANDS:
+    if not call.carries:
         raise _fault(
             node,
             f"{operand} carries {fmt}, but no operand of this op can carry a format",
             "annotate linears, attention, …",
         )
-    if operand not in OPERANDS[of_kind]:
-        raise _fault(node, f"a {of_kind} has no operand {operand!r}", f"annotate {', '.join(OPERANDS[of_kind])}")
-    position = _POSITION.get((of_kind, operand))
-    if position is None:
+    if not call.has(operand) or call.axis(operand) is None:
+        raise _fault(node, f"a {call.concept} has no operand {operand!r}", f"annotate {', '.join(call.carries)}")
+    if call.operand(operand).argument is None:
         return
-    source = node.args[position] if len(node.args) > position else None
-    if not isinstance(source, fx.Node):
+    source, axis = call.node_of(operand), call.axis(operand)
+    if source is None:
         raise _fault(node, f"{operand} carries {fmt}, but the node has no such operand", "annotate operands that exist")
-    if fmt.block is not None and not isinstance(source.meta["val"].shape[-1], int):
-        raise _fault(node, f"{operand} has no fixed last axis for blocks of {fmt.block}", "annotate another operand")
-    if source.target in _QUANTIZERS and source.args[1] != str(fmt):
+    if fmt.block is not None and not isinstance(source.meta["val"].shape[axis], int):
+        raise _fault(node, f"{operand} has no fixed axis {axis} for blocks of {fmt.block}", "annotate another operand")
+    rounded = spec(source).rounds
+    if rounded is not None and rounded.format != str(fmt):
         raise _fault(
-            node, f"{operand} is annotated {fmt} and quantized to {source.args[1]}", "let one pass decide the format"
+            node, f"{operand} is annotated {fmt} and quantized to {rounded.format}", "let one pass decide the format"
         )
 
 

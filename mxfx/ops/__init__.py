@@ -3,7 +3,7 @@
 import mxfx.ops.kernels  # noqa: F401  (last: kernels are providers of the ops above)
 from mxfx.ops.attention import attend, attention, attention_bias
 from mxfx.ops.cast import cast
-from mxfx.ops.dialect import DialectOp, all_ops, define, find_op
+from mxfx.ops.dialect import all_ops, define, find_op
 from mxfx.ops.experts import expert_linear
 from mxfx.ops.norm import rms_norm
 from mxfx.ops.positions import positions
@@ -16,7 +16,6 @@ RUNTIME_FUNCTIONS = frozenset({attend, attention_bias, fake_quantize, positions}
 
 __all__ = [
     "RUNTIME_FUNCTIONS",
-    "DialectOp",
     "all_ops",
     "attend",
     "attention",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mxfx.ops.catalogue import Contraction, activation, describe, inside, plain
 from mxfx.ops.dialect import define
 
 
@@ -42,11 +43,35 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, c
 def _attended(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = True, window: int | None = None
 ) -> Tensor:
-    """The shape of the result; running the kernel's own checks on symbolic sizes would guard on them (torch 2.11)."""
+    """``(batch, heads, seq, head_dim of v)``; the kernel's own checks on symbolic sizes would guard on them.
+
+    Raises ``ValueError`` for shapes that attention cannot take.
+    """
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(f"attention takes (batch, heads, seq, head_dim), not {q.dim()}, {k.dim()} and {v.dim()} axes")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q has head_dim {q.shape[3]}, k has {k.shape[3]}")
+    if k.shape[1] != v.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads and {v.shape[1]} value heads")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q is {q.dtype}, k is {k.dtype}, v is {v.dtype}")
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
-@define("attention", fake=_attended)
+def _attend_shape(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:
+    return _attended(q, k, v, None, scale, causal)
+
+
+_OPERANDS = (activation("q"), activation("k"), activation("v"), inside("probs"), inside("softmax"))
+_CONTRACTS = (
+    Contraction("q", "k", over="head_dim"),
+    # Blocks of a value run along head_dim, those of a cache too: a 4-bit product would need them along seq.
+    Contraction("probs", "v", axes=(-1, -2), over="seq"),
+)
+describe(attend, "attend", operands=(plain("q"), plain("k"), plain("v")), shape=_attend_shape)
+
+
+@define("attention", operands=_OPERANDS, contracts=_CONTRACTS, fake=_attended)
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = True, window: int | None = None
 ) -> Tensor:

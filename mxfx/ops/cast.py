@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mxfx.ops.catalogue import plain
 from mxfx.ops.dialect import compute, define
 
 
-@define("cast")
+@define("cast", operands=(plain("input", "x"),))
 def cast(x: Tensor, role: str) -> Tensor:
     """``role`` is ``compute`` (max(float32, model dtype)) or ``model`` (the dtype that the model runs in).
 

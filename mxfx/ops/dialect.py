@@ -9,36 +9,34 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from mxfx.ops.catalogue import Contraction, Operand, Record, Rounding, add, record_of, records
 
 NAMESPACE = "mxfx"
 
 Definition = Callable[..., Tensor]
 
 
-@dataclass(frozen=True)
-class DialectOp:
-    """An op of the dialect: its overload, and the ATen definition that ``lower`` inlines."""
-
-    name: str
-    overload: torch._ops.OpOverload
-    definition: Definition
-
-
-_OPS: dict[str, DialectOp] = {}
-
-
 def define(
-    name: str, *, backward: Callable[..., tuple] | None = None, fake: Definition | None = None
+    name: str,
+    *,
+    operands: tuple[Operand, ...] = (),
+    contracts: tuple[Contraction, ...] = (),
+    rounds: Rounding | None = None,
+    backward: Callable[..., tuple] | None = None,
+    fake: Definition | None = None,
+    shape: Definition | None = None,
 ) -> Callable[[Definition], Definition]:
-    """Decorator: register ``mxfx::name`` with the decorated function as its definition.
+    """Decorator: register ``mxfx::name`` with the decorated function as its definition, and put it in the catalogue.
 
+    ``operands``, ``contracts`` and ``rounds`` are what passes ask for (``mxfx.ops.catalogue``).
     ``backward(ctx, grad)`` replaces the derivative of the definition, for ops whose true derivative is useless
     (rounding is flat almost everywhere). ``fake`` replaces the definition on fake tensors, where the definition would
-    guard on symbolic sizes.
+    guard on symbolic sizes; its strides must be those of the definition. ``shape`` need not keep strides: the verifier
+    asks it for sizes and dtype, else ``fake``.
     """
 
     def register(definition: Definition) -> Definition:
@@ -50,19 +48,21 @@ def define(
         else:
             op.register_autograd(backward, setup_context=lambda ctx, inputs, output: None)
         overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-        _OPS[str(overload)] = DialectOp(name, overload, definition)
+        add(Record(name, overload, name, operands, contracts, rounds, definition, shape or fake, backward))
         return definition
 
     return register
 
 
-def find_op(target: object) -> DialectOp | None:
-    """The dialect op behind a node's target, None for any other target."""
-    return _OPS.get(str(target)) if isinstance(target, torch._ops.OpOverload) else None
+def find_op(target: object) -> Record | None:
+    """The record of the dialect op behind a node's target, None for any other target."""
+    record = record_of(target)
+    return record if record is not None and record.definition is not None else None
 
 
-def all_ops() -> dict[str, DialectOp]:
-    return dict(_OPS)
+def all_ops() -> dict[str, Record]:
+    """The ops of the dialect, by the text of their targets."""
+    return {str(record.target): record for record in records() if record.definition is not None}
 
 
 def compute(x: Tensor) -> Tensor:

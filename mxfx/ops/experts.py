@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mxfx.ops.catalogue import OUTPUT, Contraction, activation, weight
 from mxfx.ops.dialect import define
 from mxfx.ops.grouped import grouped_product
 
@@ -42,7 +43,12 @@ def _shape(x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None = Non
     return x.new_empty((*experts.shape, weight.shape[1]))
 
 
-@define("expert_linear", fake=_shape)
+@define(
+    "expert_linear",
+    operands=(weight("weight", features=-2), activation("input", "x"), OUTPUT, weight("bias")),
+    contracts=(Contraction("input", "weight", over="input channels"),),
+    fake=_shape,
+)
 def expert_linear(x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y[t, j] = x[t] @ weight[e].mT + bias[e]`` for ``e = experts[t, j]``: each token through its chosen experts.
 

@@ -9,26 +9,29 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from mxfx.ops.catalogue import Rounding, plain
 from mxfx.ops.dialect import define
 from mxfx.ops.norm import rms_norm
 from mxfx.ops.quantize import fake_quantize
 from mxfx.ops.rope import rope
 from mxfx.ops.transform import block_transform, hadamard
 
+_INPUT = (plain("input", "x"),)
 
-@define("transform_quantize")
+
+@define("transform_quantize", operands=_INPUT, rounds=Rounding())
 def transform_quantize(x: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False) -> Tensor:
     """`fake_quantize(block_transform(x, matrix), format)`; same shape `(..., n)` and dtype as `x`."""
     return fake_quantize(_transformed(x, matrix), format)
 
 
-@define("hadamard_quantize")
+@define("hadamard_quantize", operands=_INPUT, rounds=Rounding())
 def hadamard_quantize(x: Tensor, block: int, format: str) -> Tensor:
     """`fake_quantize(hadamard(x, block), format)` without a stored matrix; same shape `(..., n)` and dtype as `x`."""
     return fake_quantize(hadamard(x, block), format)
 
 
-@define("norm_quantize")
+@define("norm_quantize", operands=_INPUT, rounds=Rounding())
 def norm_quantize(
     x: Tensor,
     weight: Tensor | None,
@@ -43,13 +46,13 @@ def norm_quantize(
     return fake_quantize(_transformed(rms_norm(x, weight, eps, offset, gain_first), matrix), format)
 
 
-@define("silu_mul_quantize")
+@define("silu_mul_quantize", operands=(plain("gate"), plain("up")), rounds=Rounding())
 def silu_mul_quantize(gate: Tensor, up: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False) -> Tensor:
     """`silu(gate) * up` (SwiGLU, arXiv 2002.05202, eq. 5), transform, quantize; shape `(..., n)` of both inputs."""
     return fake_quantize(_transformed(F.silu(gate) * up, matrix), format)
 
 
-@define("rope_quantize")
+@define("rope_quantize", operands=_INPUT, rounds=Rounding())
 def rope_quantize(
     x: Tensor, cos: Tensor, sin: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False
 ) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mxfx.ops.catalogue import OUTPUT, activation, weight
 from mxfx.ops.dialect import compute, define
 
 
-@define("rms_norm")
+@define("rms_norm", operands=(weight("weight"), activation("input", "x"), OUTPUT))
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, gain_first: bool = False) -> Tensor:
     """Root-mean-square norm over the last axis (arXiv 1910.07467, eq. 4), computed in max(float32, input).
 

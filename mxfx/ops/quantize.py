@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from mxfx.formats import Format, parse
+from mxfx.ops.catalogue import Rounding, describe, plain
 from mxfx.ops.dialect import define
 from mxfx.ops.providers import Provider, provide
 
@@ -21,7 +23,17 @@ def _straight_through(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
     return grad, None, None
 
 
-@define("fake_quantize", backward=_straight_through)
+def _same_shape(x: Tensor, format: str, axis: int = -1) -> Tensor:
+    """Padding on fake tensors would fix symbolic sizes to those of their example."""
+    _format(format)
+    return torch.empty_like(x)
+
+
+_INPUT = (plain("input", "x"),)
+_ROUNDING = Rounding("format", "axis")
+
+
+@define("fake_quantize", operands=_INPUT, rounds=_ROUNDING, backward=_straight_through, shape=_same_shape)
 def fake_quantize(x: Tensor, format: str, axis: int = -1) -> Tensor:
     """Round ``x`` onto a format's grid along ``axis``; same shape and dtype (see ``mxfx.formats``).
 
@@ -30,6 +42,7 @@ def fake_quantize(x: Tensor, format: str, axis: int = -1) -> Tensor:
     return _format(format).fake_quantize(x, axis)
 
 
+describe(fake_quantize, "fake_quantize", operands=_INPUT, rounds=_ROUNDING, shape=_same_shape)
 # In eager mode on a CPU the definition as a whole works a cache-sized chunk at a time, five times faster than its ops
 # one by one; torch.compile traces through it.
 provide(Provider("chunked", "fake_quantize", "cpu", fake_quantize))

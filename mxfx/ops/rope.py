@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mxfx.ops.catalogue import OUTPUT, activation
 from mxfx.ops.dialect import define
 
 
-@define("rope")
+@define("rope", operands=(activation("input", "x"), OUTPUT))
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding in the half-split layout (arXiv 2104.09864, eq. 34).
 

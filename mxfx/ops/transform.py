@@ -7,22 +7,49 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mxfx.algorithms.hadamard import hadamard_factors, hadamard_transform
+from mxfx.ops.catalogue import plain
 from mxfx.ops.dialect import compute, define
 
 
-def _same_shape(x: Tensor, *operands: object) -> Tensor:
+def _transformed(x: Tensor, matrix: Tensor) -> Tensor:
     """All that a trace needs to know; the products on symbolic sizes would cost it seconds."""
+    require_fit(x, matrix)
     return x.new_empty(x.shape)
 
 
-@define("block_transform", fake=_same_shape)
+def require_fit(x: Tensor, matrix: Tensor) -> None:
+    """Raise ``ValueError`` for a matrix of which ``block_transform`` has another number than ``x`` has blocks."""
+    reason = misfit(x, matrix)
+    if reason is not None:
+        raise ValueError(f"block_transform: {reason}")
+
+
+def misfit(x: Tensor, matrix: Tensor) -> str | None:
+    """Why a matrix cannot transform the last axis of ``x``; None if it can. Only shapes are read."""
+    if matrix.dim() not in (2, 3, 4) or matrix.shape[-1] != matrix.shape[-2]:
+        return (
+            f"the matrix is {tuple(matrix.shape)}, expected (block, block), (blocks, block, block) "
+            "or (heads, blocks, block, block)"
+        )
+    width, block = x.shape[-1], matrix.shape[-1]
+    if width % block:
+        return f"blocks of {block} do not divide the last axis of {tuple(x.shape)}"
+    if matrix.dim() > 2 and matrix.shape[-3] != width // block:
+        return f"{matrix.shape[-3]} blocks of {block} do not make up the last axis of {tuple(x.shape)}"
+    if matrix.dim() == 4 and (x.dim() != 4 or x.shape[1] % matrix.shape[0]):
+        return f"{matrix.shape[0]} heads of matrices do not fit {tuple(x.shape)}, expected (batch, heads, seq, width)"
+    return None
+
+
+@define("block_transform", operands=(plain("input", "x"),), fake=_transformed)
 def block_transform(x: Tensor, matrix: Tensor) -> Tensor:
     """Multiply each block of the last axis by a matrix: ``x_B @ T_B``; same shape and dtype as ``x``.
 
     ``matrix`` is ``(block, block)``, shared by all blocks; ``(blocks, block, block)``; or
     ``(heads, blocks, block, block)`` for ``x`` of shape ``(batch, heads * group, seq, blocks * block)``, where
-    ``group`` neighbouring heads share a matrix.
+    ``group`` neighbouring heads share a matrix. Raises ``ValueError`` for shapes that do not fit each other.
     """
+    require_fit(x, matrix)
     block = matrix.shape[-1]
     # Products of bfloat16 are exact in float32, in which a GEMM of bfloat16 sums: it rounds once, as the wide one does,
     # and takes a tenth of the time on a CPU. AMX tiles are 32 deep, and oneDNN fills the last one with what lies behind
@@ -59,7 +86,7 @@ def matrix_gradient(x: Tensor, matrix: Tensor, grad: Tensor) -> Tensor:
     return (moment.sum(0) if matrix.dim() == 2 else moment.reshape(matrix.shape)).to(matrix.dtype)
 
 
-@define("hadamard")
+@define("hadamard", operands=(plain("input", "x"),))
 def hadamard(x: Tensor, block: int) -> Tensor:
     """Multiply each block of the last axis by the orthonormal Hadamard matrix of that order; ``block`` divides it.
 

@@ -8,32 +8,14 @@ from typing import ClassVar
 from torch import fx
 
 from mxfx.formats import Format
-from mxfx.graph.node import OPERANDS, Annotation, info, kind, path_of
+from mxfx.graph.node import Annotation, info, kind, path_of
 from mxfx.graph.program import Program
 from mxfx.ground.nearest import nearest
+from mxfx.ops.catalogue import spec
 from mxfx.rewrite import ALL, Context, Exact, ExpectationError, Numerics, Pass, Rewriter, Selector, fact, register
 from mxfx.rewrite.expect import check, evaluate
 
-#: Rule key → the kinds of node and the operands that it speaks of.
-_KEYS: dict[str, tuple[tuple[str, str], ...]] = {
-    "weight": (("linear", "weight"), ("embedding", "weight"), ("rms_norm", "weight")),
-    "bias": (("linear", "bias"),),
-    "input": (("linear", "input"), ("rms_norm", "input"), ("silu", "input"), ("rope", "input")),
-    "output": (
-        ("linear", "output"),
-        ("rms_norm", "output"),
-        ("silu", "output"),
-        ("rope", "output"),
-        ("embedding", "output"),
-    ),
-    "q": (("attention", "q"),),
-    "k": (("attention", "k"),),
-    "v": (("attention", "v"),),
-    "kv": (("attention", "k"), ("attention", "v")),
-    "probs": (("attention", "probs"),),
-    "softmax": (("attention", "softmax"),),
-    "rope": (("rope", "input"),),
-}
+_KEYS = ("weight", "bias", "input", "output", "q", "k", "v", "kv", "probs", "softmax", "rope")
 
 
 @dataclass(frozen=True)
@@ -104,7 +86,7 @@ class Annotate(Pass):
 
     def _apply(self, rw: Rewriter, rule: Rule, by: str) -> int:
         count = 0
-        for node in rw.program.nodes(*OPERANDS):
+        for node in rw.program.nodes():
             wanted = _operands(rule, node)
             if not wanted or not rule.match(path_of(node)):
                 continue
@@ -118,19 +100,19 @@ class Annotate(Pass):
 
 
 def _operands(rule: Rule, node: fx.Node) -> dict[str, Format]:
-    """The operands of ``node`` that the rule's keys speak of, with their formats."""
-    return {
-        operand: fmt
-        for key, fmt in rule.formats().items()
-        for of_kind, operand in _KEYS[key]
-        if of_kind == kind(node) and _present(node, operand)
-    }
+    """The operands of ``node`` that the rule's keys speak of, with their formats; of two keys the later one counts."""
+    carries = spec(node).carries
+    wanted = {operand: fmt for key, fmt in rule.formats().items() for operand in _meant(key, node)}
+    return {operand: fmt for operand, fmt in wanted.items() if operand in carries}
 
 
-def _present(node: fx.Node, operand: str) -> bool:
-    """A bias or a gain that the node does not have carries no format."""
-    position = {("linear", "bias"): 2, ("rms_norm", "weight"): 1}.get((kind(node), operand))
-    return position is None or (len(node.args) > position and node.args[position] is not None)
+def _meant(key: str, node: fx.Node) -> tuple[str, ...]:
+    """The names of operands that a key stands for: its own, but for two that are shorter to write."""
+    if key == "kv":
+        return ("k", "v")
+    if key == "rope":
+        return ("input",) if kind(node) == "rope" else ()
+    return (key,)
 
 
 def _set(rw: Rewriter, node: fx.Node, formats: dict[str, Format], by: str) -> None:
@@ -158,7 +140,7 @@ def _check_count(rw: Rewriter, rule: Rule, index: int, count: int) -> None:
 
 def _example(rw: Rewriter, rule: Rule) -> str:
     """The path nearest in spelling among the nodes that the rule's keys could speak of."""
-    paths = [path_of(n) for n in rw.program.nodes(*OPERANDS) if _operands(rule, n)]
+    paths = [path_of(n) for n in rw.program.nodes() if _operands(rule, n)]
     near = nearest(str(rule.match).replace("\\", ""), paths, cutoff=0.0)
     return repr(near) if near else "none: the model has no such operand"
 

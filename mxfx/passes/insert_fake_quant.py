@@ -8,15 +8,13 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from mxfx.graph.node import info, kind, path_of
+from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
+from mxfx.ops.catalogue import spec
 from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, fact, register
-from mxfx.rewrite.operands import is_quantized, quantized
+from mxfx.rewrite.operands import is_quantized, quantize_operand, quantized
 
 _fake_quantize = torch.ops.mxfx.fake_quantize.default
-
-#: Where the annotated input of a node stands among its operands.
-_INPUT = {"linear": 0, "rms_norm": 0, "silu": 0, "rope": 0}
 
 
 @register
@@ -48,20 +46,9 @@ class InsertFakeQuant(Pass):
     def run(self, rw: Rewriter, ctx: Context) -> None:
         for node in rw.program.nodes():
             if self.select(path_of(node)):
-                _quantize_input(rw, node)
+                if "input" in info(node).formats and spec(node).has("input"):
+                    quantize_operand(rw, node, "input")
                 _quantize_output(rw, node)
-
-
-def _quantize_input(rw: Rewriter, node: fx.Node) -> None:
-    annotation = info(node).formats.get("input")
-    position = _INPUT.get(kind(node))
-    if annotation is None or position is None:
-        return
-    source = node.args[position]
-    if is_quantized(source, annotation.format):
-        rw.skip(node, f"its input is in {annotation.format} already")
-    elif rw.match(node, note=f"input {annotation.format}"):
-        rw.set_operand(node, position, quantized(rw, source, annotation.format))
 
 
 def _quantize_output(rw: Rewriter, node: fx.Node) -> None:

@@ -12,10 +12,10 @@ from torch import fx
 from mxfx.algorithms.hadamard import hadamard_matrix, has_hadamard
 from mxfx.graph.node import Annotation, info, kind, path_of
 from mxfx.graph.program import Program
+from mxfx.ops.catalogue import spec
 from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, fact, register
 
 _hadamard = torch.ops.mxfx.hadamard.default
-_CACHE = {"k": 1, "v": 2}
 
 
 @register
@@ -49,16 +49,23 @@ class OnlineRotation(Pass):
     select: Selector = ALL
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
-        for node in rw.program.nodes("linear", "attention"):
-            site = "linear" if kind(node) == "linear" else "kv_cache"
-            if site in self.sites and self.select(path_of(node)):
+        for node in rw.program.nodes():
+            if site_of(node) in self.sites and self.select(path_of(node)):
                 rotate_operands(rw, node, self.block)
 
 
-def rotated_operands(node: fx.Node) -> dict[str, int]:
-    """Operand → position of what an online rotation of ``node`` would rotate: those that carry a format."""
-    positions = {"input": 0} if kind(node) == "linear" else _CACHE
-    return {operand: at for operand, at in positions.items() if operand in info(node).formats}
+def site_of(node: fx.Node) -> str:
+    """``linear`` for what multiplies by a weight, ``kv_cache`` for attention, else ``""``."""
+    if spec(node).product is not None:
+        return "linear"
+    return "kv_cache" if kind(node) == "attention" else ""
+
+
+def rotated_operands(node: fx.Node) -> tuple[str, ...]:
+    """The operands that an online rotation of ``node`` would rotate: those that carry a format."""
+    product = spec(node).product
+    operands = (product.left,) if product is not None else ("k", "v") if kind(node) == "attention" else ()
+    return tuple(operand for operand in operands if operand in info(node).formats)
 
 
 def rotate_operands(rw: Rewriter, node: fx.Node, block: int) -> None:
@@ -66,16 +73,16 @@ def rotate_operands(rw: Rewriter, node: fx.Node, block: int) -> None:
     found = rotated_operands(node)
     if not found:
         rw.skip(node, "no operand to rotate carries a format")
-    for operand, position in found.items():
-        source = node.args[position]
-        assert isinstance(source, fx.Node)
+    for operand in found:
+        source = spec(node).node_of(operand)
+        assert source is not None
         width = source.meta["val"].shape[-1]
         order = block or width
         if width % order or not has_hadamard(order):
             rw.skip(node, f"{operand}: no Hadamard matrix of order {order} fits its {width} channels")
         elif rw.match(node, note=f"{operand}, order {order}"):
             annotation = info(node).formats[operand]
-            rw.set_operand(node, position, _rotated_back(rw, source, order, annotation, node))
+            spec(node).set(rw, operand, _rotated_back(rw, source, order, annotation, node))
             rest = {o: a for o, a in info(node).formats.items() if o != operand}
             rw.set_info(node, replace(info(node), formats=MappingProxyType(rest)))
 
@@ -86,7 +93,7 @@ def _rotated_back(rw: Rewriter, source: fx.Node, order: int, annotation: Annotat
         rotated = info(user).formats.get("output")
         if (
             user.target is _hadamard
-            and user.args[1] == order
+            and spec(user).get("block") == order
             and rotated is not None
             and rotated.format == annotation.format
         ):
@@ -105,14 +112,14 @@ def _rotated_back(rw: Rewriter, source: fx.Node, order: int, annotation: Annotat
 
 @fact("rotated-online", "rotated tensors carry the formats that their readers gave up")
 def rotated_online(program: Program) -> str | None:
-    for node in program.nodes("linear", "attention"):
-        for operand, position in rotated_operands(node).items():
-            source = node.args[position]
-            if isinstance(source, fx.Node) and kind(source) in ("hadamard", "block_transform") and _is_return(source):
+    for node in program.graph.nodes:
+        for operand in rotated_operands(node):
+            source = spec(node).node_of(operand)
+            if source is not None and kind(source) in ("hadamard", "block_transform") and _is_return(source):
                 return f"{operand} of {path_of(node)} is rotated back and still carries a format"
     return None
 
 
 def _is_return(node: fx.Node) -> bool:
-    before = node.args[0]
-    return isinstance(before, fx.Node) and before.target is _hadamard and "output" in info(before).formats
+    before = spec(node).node_of("input")
+    return before is not None and before.target is _hadamard and "output" in info(before).formats

@@ -9,10 +9,11 @@ from torch import fx
 
 from mxfx.graph.node import info, kind, path_of
 from mxfx.graph.program import Program
+from mxfx.ops.catalogue import spec
 from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, fact, register
-from mxfx.rewrite.operands import is_quantized, quantized
+from mxfx.rewrite.operands import is_quantized, quantize_operand
 
-_POSITION = {"k": 1, "v": 2}
+_CACHED = ("k", "v")
 
 
 @register
@@ -44,14 +45,11 @@ class QuantizeKvCache(Pass):
         for node in rw.program.nodes("attention"):
             if not self.select(path_of(node)):
                 continue
-            for operand, position in _POSITION.items():
-                annotation = info(node).formats.get(operand)
-                if annotation is None:
+            for operand in _CACHED:
+                if operand in info(node).formats:
+                    quantize_operand(rw, node, operand)
+                else:
                     rw.skip(node, f"{operand} carries no format")
-                elif is_quantized(node.args[position], annotation.format):
-                    rw.skip(node, f"{operand} is in {annotation.format} already")
-                elif rw.match(node, note=f"{operand} {annotation.format}"):
-                    rw.set_operand(node, position, quantized(rw, node.args[position], annotation.format))
 
 
 @fact("kv-quantized", "annotated keys and values are rounded")
@@ -64,4 +62,4 @@ def kv_quantized(program: Program) -> str | None:
 
 def _quantized_here(node: fx.Node) -> bool:
     formats = info(node).formats
-    return any(o in formats and is_quantized(node.args[p], formats[o].format) for o, p in _POSITION.items())
+    return any(o in formats and is_quantized(spec(node).get(o), formats[o].format) for o in _CACHED)

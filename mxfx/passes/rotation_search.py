@@ -16,6 +16,7 @@ from mxfx.calibration.keys import Keys, digest, environment, token_key
 from mxfx.graph.module import build
 from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
+from mxfx.ops.catalogue import spec
 from mxfx.ops.quantize import fake_quantize
 from mxfx.passes.online_rotation import rotate_operands, rotated_operands
 from mxfx.rewrite import Close, Context, Numerics, Pass, Rewriter, register
@@ -124,9 +125,9 @@ class RotationSearch(Pass):
 def _members(program: Program, site: str) -> list[fx.Node]:
     """Nodes of a type that carry a format where it would rotate."""
     if site == _KV:
-        candidates = [n for n in program.nodes("attention")]
+        candidates = list(program.nodes("attention"))
     else:
-        candidates = [n for n in program.nodes("linear") if path_of(n).rsplit(".", 1)[-1] == site]
+        candidates = [n for n in program.products() if path_of(n).rsplit(".", 1)[-1] == site]
     return [n for n in candidates if rotated_operands(n)]
 
 
@@ -153,9 +154,9 @@ def _scorer(
     rw = Rewriter(program.copy(), "rotation-search")
     for site in members:
         rw.weights.add(_switch(site), torch.zeros((), dtype=torch.bool), rw.pass_name)
-    for node in rw.program.nodes("linear", "attention"):
-        for operand, position in rotated_operands(node).items():
-            _insert_switch(rw, node, operand, position, site_of.get(node.name), block)
+    for node in rw.program.nodes():
+        for operand in rotated_operands(node):
+            _insert_switch(rw, node, operand, site_of.get(node.name), block)
     module = build(lowered_copy(rw.program, ctx.device)).to(ctx.device)
     switches = {site: module.get_buffer(_switch(site)) for site in members}
     batches = tokens.to(ctx.device).split(max(1, 4096 // tokens.shape[1]))
@@ -173,12 +174,12 @@ def _switch(site: str) -> str:
     return f"switches.{site}"
 
 
-def _insert_switch(rw: Rewriter, node: fx.Node, operand: str, position: int, site: str | None, block: int) -> None:
+def _insert_switch(rw: Rewriter, node: fx.Node, operand: str, site: str | None, block: int) -> None:
     """The quantizer of one operand with a switch; an operand of no searched type is just quantized."""
-    source, fmt = node.args[position], str(info(node).formats[operand].format)
-    assert isinstance(source, fx.Node)
+    source, fmt = spec(node).node_of(operand), str(info(node).formats[operand].format)
+    assert source is not None
     if site is None:
-        rw.set_operand(node, position, rw.call(torch.ops.mxfx.fake_quantize.default, source, fmt, -1, like=node))
+        spec(node).set(rw, operand, rw.call(torch.ops.mxfx.fake_quantize.default, source, fmt, -1, like=node))
         return
     order = block or source.meta["val"].shape[-1]
     name = f"hadamard_rotation.{order}"
@@ -186,7 +187,7 @@ def _insert_switch(rw: Rewriter, node: fx.Node, operand: str, position: int, sit
         rw.weights.add(name, hadamard_matrix(order, torch.float64), rw.pass_name, constant=True)
     rotation, on = rw.weight(name, node), rw.weight(_switch(site), node)
     new = rw.call(switched_quantize, source, fmt, rotation, on, like=node, val=source.meta["val"])
-    rw.set_operand(node, position, new)
+    spec(node).set(rw, operand, new)
 
 
 def _perplexity(module: fx.GraphModule, batches: tuple[Tensor, ...]) -> float:

@@ -7,10 +7,11 @@ from typing import ClassVar
 
 from torch import fx
 
-from mxfx.graph.node import info, kind, path_of
+from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
+from mxfx.ops.catalogue import spec, weights_of
 from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, fact, register
-from mxfx.rewrite.operands import POSITION, is_rounded, mark_rounded, readers_of, weight_format
+from mxfx.rewrite.operands import is_rounded, mark_rounded, readers_of, weight_format
 
 
 @register
@@ -40,17 +41,17 @@ class RoundWeights(Pass):
         for node in rw.program.nodes():
             if not self.select(path_of(node)):
                 continue
-            for operand in ("weight", "bias"):
-                if operand in info(node).formats:
+            for operand in info(node).formats:
+                if spec(node).has(operand) and spec(node).operand(operand).stored:
                     self._round(rw, node, operand)
 
     def _round(self, rw: Rewriter, node: fx.Node, operand: str) -> None:
         fmt = info(node).formats[operand].format
-        source = node.args[POSITION[kind(node), operand]]
+        source = weights_of(node).get(operand)
         if is_rounded(node, operand):
             rw.skip(node, f"{operand} is on the grid of {fmt} already")
             return
-        if not isinstance(source, fx.Node) or source.op != "get_attr":
+        if source is None:
             rw.skip(node, f"{operand} is computed, not stored")
             return
         readers = readers_of(rw.program, str(source.target))
@@ -62,7 +63,9 @@ class RoundWeights(Pass):
                 f"at {path_of(stranger)}, which reads the same tensor; untie it (fuse-norm does) or annotate both alike"
             )
         if rw.match(node, note=f"{operand} {fmt}"):
-            rw.set_weight(str(source.target), fmt.fake_quantize(rw.weights.master(str(source.target))))
+            axis = spec(node).axis(operand)
+            assert axis is not None
+            rw.set_weight(str(source.target), fmt.fake_quantize(rw.weights.master(str(source.target)), axis))
             for reader in readers:
                 mark_rounded(rw, reader, operand)
 
@@ -74,11 +77,7 @@ def rounded_to_nearest(program: Program) -> str | None:
 
 @fact("weights-rounded", "annotated weights lie on their grids")
 def weights_rounded(program: Program) -> str | None:
-    for node in program.graph.nodes:
-        for operand in ("weight", "bias"):
-            stored = operand in info(node).formats and isinstance(node.args[POSITION[kind(node), operand]], fx.Node)
-            if stored and is_rounded(node, operand):
-                return None
-    if any({"weight", "bias"} & set(info(n).formats) for n in program.graph.nodes):
+    annotated = [(n, operand) for n in program.graph.nodes for operand in weights_of(n) if operand in info(n).formats]
+    if annotated and not any(is_rounded(node, operand) for node, operand in annotated):
         return "weights carry formats and none is rounded"
     return None

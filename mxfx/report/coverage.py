@@ -8,21 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from mxfx.formats import Format, parse
-from mxfx.graph.node import OPERANDS, info, kind, op_name, operands, path_of
+from mxfx.graph.node import info, op_name, path_of
 from mxfx.graph.program import Program
+from mxfx.ops.catalogue import Contraction, Spec, spec, weights_of
 from mxfx.rewrite import PassRecord
-from mxfx.rewrite.operands import POSITION, is_quantized, is_rounded
-
-#: Where a computed operand stands; weights are in ``POSITION``.
-_ACTIVATION = {
-    ("linear", "input"): 0,
-    ("rms_norm", "input"): 0,
-    ("rope", "input"): 0,
-    ("silu", "input"): 0,
-    ("attention", "q"): 0,
-    ("attention", "k"): 1,
-    ("attention", "v"): 2,
-}
+from mxfx.rewrite.operands import is_quantized, is_rounded
 
 
 @dataclass(frozen=True)
@@ -78,91 +68,101 @@ class Coverage:
 def coverage(program: Program, records: Sequence[PassRecord] = ()) -> Coverage:
     """The report of a program that is not lowered yet; ``records`` give the reasons of what passes skipped."""
     skipped = {skip.node: f"{record.name}: {skip.reason}" for record in records for skip in record.skips}
-    carriers = [n for n in program.graph.nodes if kind(n) in OPERANDS or info(n).formats]
-    rows = tuple(row for node in carriers for row in _rows(node, skipped))
-    gemms = tuple(_gemm(node) for node in program.nodes("linear")) + tuple(
-        product for node in program.nodes("attention") for product in _attention_gemms(node)
-    )
+    rows = tuple(row for node in program.graph.nodes for row in _rows(node, skipped))
+    gemms = tuple(_gemm(spec(node), c) for node in program.graph.nodes for c in spec(node).contracts)
     bits, parameters = weight_bits(program)
     return Coverage(rows, gemms, bits / max(parameters, 1), parameters)
 
 
 def _rows(node: fx.Node, skipped: dict[str, str]) -> Iterable[Row]:
-    of_kind = kind(node) or op_name(node)
-    for operand in OPERANDS.get(of_kind, tuple(info(node).formats)):
-        if not _exists(node, operand):
-            continue
+    call = spec(node)
+    of_kind = call.concept or op_name(node)
+    for operand in call.carries or tuple(info(node).formats):
         annotation = info(node).formats.get(operand)
         if annotation is None:
-            reason = skipped.get(node.name) or _moved(node, operand) or "no rule speaks of it"
+            reason = skipped.get(node.name) or _moved(call, operand) or "no rule speaks of it"
             yield Row(node.name, path_of(node), of_kind, operand, "", "", "float", reason)
         else:
-            state = _state(node, operand, annotation.format)
+            state = _state(call, operand, annotation.format)
             yield Row(node.name, path_of(node), of_kind, operand, str(annotation.format), annotation.by, state)
 
 
-def _moved(node: fx.Node, operand: str) -> str:
+def _moved(call: Spec, operand: str) -> str:
     """Why an operand carries no format although it was rounded: the format moved up, to a rotated value."""
-    position = _ACTIVATION.get((kind(node), operand))
-    source = node.args[position] if position is not None else None
-    if isinstance(source, fx.Node) and _quantizer_format(source) is None and _quantized_above(source):
+    source = None if call.has(operand) and call.operand(operand).stored else _source(call, operand)
+    if source is not None and spec(source).rounds is None and _quantized_above(source):
         return f"rounded in another basis, read behind {op_name(source)}"
     return ""
 
 
-def _quantizer_format(node: fx.Node) -> str | None:
-    """The format that a node rounds to, alone or fused with what comes before; None if it rounds nothing."""
-    return str(operands(node)["format"]) if kind(node).endswith("quantize") else None
+def _source(call: Spec, operand: str) -> fx.Node | None:
+    return call.node_of(operand) if call.has(operand) else None
 
 
-def _exists(node: fx.Node, operand: str) -> bool:
-    position = POSITION.get((kind(node), operand))
-    return position is None or (len(node.args) > position and isinstance(node.args[position], fx.Node))
-
-
-def _state(node: fx.Node, operand: str, fmt: Format) -> str:
-    of_kind = kind(node)
-    if (of_kind, operand) in POSITION:
-        return "rounded" if is_rounded(node, operand) else "annotated"
+def _state(call: Spec, operand: str, fmt: Format) -> str:
+    if call.has(operand) and call.operand(operand).stored:
+        return "rounded" if is_rounded(call.node, operand) else "annotated"
     if operand == "output":
-        return "quantized" if any(is_quantized(u, fmt) for u in node.users) else "annotated"
-    position = _ACTIVATION.get((of_kind, operand))
-    source = node.args[position] if position is not None else None
-    rounded = isinstance(source, fx.Node) and _quantizer_format(source) == str(fmt)
-    return "quantized" if rounded else "annotated"
+        return "quantized" if any(is_quantized(u, fmt) for u in call.node.users) else "annotated"
+    source = _source(call, operand)
+    rounded = spec(source).rounds if source is not None else None
+    return "quantized" if rounded is not None and rounded.format == str(fmt) else "annotated"
 
 
-def _gemm(node: fx.Node) -> Gemm:
-    problems = [_weight_problem(node), _input_problem(node, "input", 0)]
-    reason = "; ".join(p for p in problems if p)
-    return Gemm(node.name, path_of(node), not reason, reason or "weight and input on 4-bit grids along the summed axis")
+def _gemm(call: Spec, contraction: Contraction) -> Gemm:
+    pair = (
+        (contraction.right, contraction.left) if call.product is contraction else (contraction.left, contraction.right)
+    )
+    axes = dict(zip((contraction.left, contraction.right), contraction.axes, strict=True))
+    reason = "; ".join(problem for name in pair for problem in _problems(call, name, axes[name], contraction.over))
+    path = path_of(call.node)
+    if len(call.contracts) > 1:
+        path = f"{path} ({contraction.left}·{contraction.right})"
+    return Gemm(
+        call.node.name, path, not reason, reason or f"{' and '.join(pair)} on 4-bit grids along {contraction.over}"
+    )
 
 
-def _weight_problem(node: fx.Node) -> str:
-    annotation = info(node).formats.get("weight")
+def _problems(call: Spec, name: str, axis: int, over: str) -> Iterable[str]:
+    """Why an operand of a product is not in 4 bits along the axis that is summed over."""
+    operand = call.operand(name)
+    if operand.stored:
+        problem = _weight_problem(call, name)
+    elif operand.argument is None:
+        # Such a value exists only inside the op: to round it, expand-attention spells the op out.
+        problem = f"{name} is float" if name not in info(call.node).formats else f"{name} is not spelled out"
+    else:
+        problem = _input_problem(call, name)
+    if problem:
+        yield problem
+    if operand.axis is not None and operand.axis != axis:
+        yield f"blocks of {name} run along axis {operand.axis}, the sum over {over}"
+
+
+def _weight_problem(call: Spec, name: str) -> str:
+    annotation = info(call.node).formats.get(name)
     if annotation is None:
-        return "weight is float"
+        return f"{name} is float"
     if not annotation.format.is_four_bit:
-        return f"weight is {annotation.format}"
-    source = node.args[1]
-    if not isinstance(source, fx.Node) or source.op != "get_attr":
-        return f"weight is computed by {op_name(source) if isinstance(source, fx.Node) else source}, not stored"
-    return "" if is_rounded(node, "weight") else "weight is annotated, not rounded"
+        return f"{name} is {annotation.format}"
+    source = call.get(name)
+    if name not in weights_of(call.node):
+        return f"{name} is computed by {op_name(source) if isinstance(source, fx.Node) else source}, not stored"
+    return "" if is_rounded(call.node, name) else f"{name} is annotated, not rounded"
 
 
-def _input_problem(node: fx.Node, operand: str, position: int) -> str:
+def _input_problem(call: Spec, name: str) -> str:
     """4-bit operands are read straight from a quantizer: anything in between leaves the grid."""
-    source = node.args[position]
-    rounded = _quantizer_format(source) if isinstance(source, fx.Node) else None
-    if not isinstance(source, fx.Node) or rounded is None:
+    source = call.get(name)
+    rounded = spec(source).rounds if isinstance(source, fx.Node) else None
+    if rounded is None:
         after = op_name(source) if isinstance(source, fx.Node) else repr(source)
         hidden = isinstance(source, fx.Node) and _quantized_above(source)
-        return f"{operand} is read behind {after}, off the grid" if hidden else f"{operand} is float"
-    fmt = parse(rounded)
+        return f"{name} is read behind {after}, off the grid" if hidden else f"{name} is float"
+    fmt = parse(rounded.format)
     if not fmt.is_four_bit:
-        return f"{operand} is {fmt}"
-    axis = operands(source).get("axis", -1)
-    return "" if axis in (-1, source.meta["val"].dim() - 1) else f"{operand} has blocks along axis {axis}"
+        return f"{name} is {fmt}"
+    return "" if rounded.axis == call.axis(name) else f"{name} has blocks along axis {rounded.axis}"
 
 
 def _quantized_above(node: fx.Node, steps: int = 3) -> bool:
@@ -172,20 +172,9 @@ def _quantized_above(node: fx.Node, steps: int = 3) -> bool:
         if len(above) != 1:
             return False
         (node,) = above
-        if _quantizer_format(node) is not None:
+        if spec(node).rounds is not None:
             return True
     return False
-
-
-def _attention_gemms(node: fx.Node) -> Iterable[Gemm]:
-    path = path_of(node)
-    scores = "; ".join(p for p in (_input_problem(node, "q", 0), _input_problem(node, "k", 1)) if p)
-    yield Gemm(node.name, f"{path} (q·k)", not scores, scores or "q and k on 4-bit grids along head_dim")
-    probs = "" if "probs" in info(node).formats else "probs is float"
-    mixed = "; ".join(
-        p for p in (probs, _input_problem(node, "v", 2), "v has blocks along head_dim, the sum runs over seq") if p
-    )
-    yield Gemm(node.name, f"{path} (probs·v)", False, mixed)
 
 
 def weight_bits(program: Program) -> tuple[float, int]:
@@ -208,12 +197,11 @@ def weight_bits(program: Program) -> tuple[float, int]:
 def _stored_formats(program: Program) -> dict[str, Format]:
     found: dict[str, set[Format | None]] = {}
     for node in program.graph.nodes:
-        for position, operand in enumerate(node.args):
-            if not isinstance(operand, fx.Node) or operand.op != "get_attr":
-                continue
-            role = next((o for (k, o), p in POSITION.items() if k == kind(node) and p == position), "")
+        roles = {source: name for name, source in weights_of(node).items()}
+        for source in (n for n in node.all_input_nodes if n.op == "get_attr"):
+            role = roles.get(source, "")
             fmt = info(node).formats[role].format if role in info(node).formats and is_rounded(node, role) else None
-            found.setdefault(program.weights.canonical(str(operand.target)), set()).add(fmt)
+            found.setdefault(program.weights.canonical(str(source.target)), set()).add(fmt)
     return {name: fmt for name, seen in found.items() if len(seen) == 1 and (fmt := next(iter(seen))) is not None}
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from torch import Tensor, fx
 
 from mxfx.algorithms.block_transform import apply_blocks
-from mxfx.graph.node import kind, path_of
+from mxfx.graph.node import path_of
+from mxfx.ops.catalogue import spec, weights_of
 from mxfx.rewrite.operands import readers_of
 from mxfx.rewrite.rewriter import Rewriter
 
@@ -15,37 +16,45 @@ from mxfx.rewrite.rewriter import Rewriter
 Change = Callable[[Tensor], Tensor]
 
 
-def change_input(rw: Rewriter, linear: fx.Node, change: Change) -> None:
-    """``W <- change(W)`` along the input axis of a linear ``(out, in)`` or the output axis of an embedding."""
-    name = rw.program.weight_of(linear)
-    rw.set_weight(name, change(rw.weights[name].double()))
+def change_input(rw: Rewriter, node: fx.Node, change: Change) -> None:
+    """``W <- change(W)`` along the axis of a weight that is contracted with the input, as ``x M`` for ``x M⁻ᵀ`` asks.
+
+    A weight that nothing is contracted with, an embedding, changes along its features: ``y <- change(y)``.
+    """
+    product = spec(node).product
+    axis = product.axes[1] if product is not None else _features(node, "weight")
+    _change(rw, rw.program.weight_of(node), change, axis)
 
 
-def change_output(rw: Rewriter, linear: fx.Node, change: Change) -> None:
-    """``y <- change(y)`` for a linear's output, by its rows and its bias."""
-    name = rw.program.weight_of(linear)
-    rw.set_weight(name, change(rw.weights[name].double().mT).mT.contiguous())
-    bias = bias_of(linear)
-    if bias is not None:
-        rw.set_weight(bias, change(rw.weights[bias].double()))
+def change_output(rw: Rewriter, node: fx.Node, change: Change) -> None:
+    """``y <- change(y)`` along the last axis of the result, by everything stored that makes it: weight and bias."""
+    for operand, source in weights_of(node).items():
+        _change(rw, str(source.target), change, _features(node, operand))
 
 
-def bias_of(linear: fx.Node) -> str | None:
-    """Name of a linear's bias; None if it has none."""
-    if kind(linear) != "linear":
-        return None
-    bias = linear.args[2] if len(linear.args) > 2 else linear.kwargs.get("bias")
-    return str(bias.target) if isinstance(bias, fx.Node) else None
+def _change(rw: Rewriter, name: str, change: Change, axis: int) -> None:
+    rw.set_weight(name, change(rw.weights[name].double().movedim(axis, -1)).movedim(-1, axis).contiguous())
+
+
+def _features(node: fx.Node, operand: str) -> int:
+    """The axis of a stored operand that becomes the last axis of the result."""
+    axis = spec(node).operand(operand).features
+    assert axis is not None
+    return axis
+
+
+def bias_of(node: fx.Node) -> str | None:
+    """Name of the bias that a node adds; None if it has none."""
+    bias = weights_of(node).get("bias")
+    return None if bias is None else str(bias.target)
 
 
 def why_shared(rw: Rewriter, linear: fx.Node, allowed: frozenset[fx.Node] = frozenset()) -> str | None:
     """Why a linear's weight or bias may not change: somebody outside ``allowed`` reads it too. None if nobody does."""
-    operand = linear.args[0 if kind(linear) == "embedding" else 1]
-    if not isinstance(operand, fx.Node) or operand.op != "get_attr":
+    stored = weights_of(linear)
+    if "weight" not in stored:
         return f"the weight of {path_of(linear) or linear.name} is computed, not stored"
-    for name in (str(operand.target), bias_of(linear)):
-        if name is None:
-            continue
+    for name in (str(source.target) for source in stored.values()):
         for reader in readers_of(rw.program, name):
             if reader is not linear and reader not in allowed:
                 return f"{name} is read by {path_of(reader) or reader.name} too"
@@ -54,7 +63,6 @@ def why_shared(rw: Rewriter, linear: fx.Node, allowed: frozenset[fx.Node] = froz
 
 def untie(rw: Rewriter, node: fx.Node) -> None:
     """Give a linear or embedding a tensor of its own, if it shares one under another name (tied embeddings)."""
-    position = 0 if kind(node) == "embedding" else 1
     name = rw.program.weight_of(node)
     names = (name, *rw.weights.tied_to(name))
     if len(names) == 1:
@@ -64,9 +72,8 @@ def untie(rw: Rewriter, node: fx.Node) -> None:
     rw.weights.untie(own, rw.pass_name)
     for reader in readers_of(rw.program, own):
         if reader is not node:
-            place = 0 if kind(reader) == "embedding" else 1
-            rw.set_operand(reader, place, rw.weight(rest, reader))
-    rw.set_operand(node, position, rw.weight(own, node))
+            spec(reader).set(rw, "weight", rw.weight(rest, reader))
+    spec(node).set(rw, "weight", rw.weight(own, node))
 
 
 def change_columns(rw: Rewriter, linear: fx.Node, columns: Tensor, blocks: Tensor) -> None:

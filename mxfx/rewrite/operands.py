@@ -6,12 +6,10 @@ import torch
 from torch import fx
 
 from mxfx.formats import Format
-from mxfx.graph.node import info, kind
+from mxfx.graph.node import info
 from mxfx.graph.program import Program
+from mxfx.ops.catalogue import Rounded, spec, weights_of
 from mxfx.rewrite.rewriter import Rewriter
-
-#: Position of the operand that holds the tensor of an annotated weight or bias.
-POSITION = {("linear", "weight"): 1, ("linear", "bias"): 2, ("embedding", "weight"): 0, ("rms_norm", "weight"): 1}
 
 _ROUNDED = "rounded"
 _fake_quantize = torch.ops.mxfx.fake_quantize.default
@@ -19,7 +17,7 @@ _fake_quantize = torch.ops.mxfx.fake_quantize.default
 
 def is_quantized(node: object, fmt: Format, axis: int = -1) -> bool:
     """Whether ``node`` already rounds onto ``fmt`` along ``axis``."""
-    return isinstance(node, fx.Node) and node.target is _fake_quantize and node.args[1:] == (str(fmt), axis)
+    return isinstance(node, fx.Node) and node.target is _fake_quantize and spec(node).rounds == Rounded(str(fmt), axis)
 
 
 def quantized(rw: Rewriter, source: fx.Node, fmt: Format, axis: int = -1) -> fx.Node:
@@ -28,6 +26,17 @@ def quantized(rw: Rewriter, source: fx.Node, fmt: Format, axis: int = -1) -> fx.
         if is_quantized(user, fmt, axis):
             return user
     return rw.call(_fake_quantize, source, str(fmt), axis, like=source, after=source, val=source.meta["val"])
+
+
+def quantize_operand(rw: Rewriter, node: fx.Node, operand: str) -> None:
+    """Let an annotated operand come from a quantizer of its format; matched, or skipped where it does already."""
+    fmt, axis = info(node).formats[operand].format, spec(node).axis(operand)
+    source = spec(node).node_of(operand)
+    assert source is not None and axis is not None
+    if is_quantized(source, fmt, axis):
+        rw.skip(node, f"its {operand} is in {fmt} already")
+    elif rw.match(node, note=f"{operand} {fmt}"):
+        spec(node).set(rw, operand, quantized(rw, source, fmt, axis))
 
 
 def readers_of(program: Program, weight: str) -> list[fx.Node]:
@@ -52,14 +61,7 @@ def is_rounded(node: fx.Node, operand: str) -> bool:
 def weight_format(node: fx.Node, weight: str, program: Program) -> Format | None:
     """The format under which ``node`` reads the tensor of that name; None if it reads it unquantized."""
     home = program.weights.canonical(weight)
-    for (of_kind, operand), position in POSITION.items():
-        if of_kind != kind(node) or len(node.args) <= position or operand not in info(node).formats:
-            continue
-        source = node.args[position]
-        if (
-            isinstance(source, fx.Node)
-            and source.op == "get_attr"
-            and program.weights.canonical(str(source.target)) == home
-        ):
+    for operand, source in weights_of(node).items():
+        if operand in info(node).formats and program.weights.canonical(str(source.target)) == home:
             return info(node).formats[operand].format
     return None

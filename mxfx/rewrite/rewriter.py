@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -12,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mxfx.graph.node import META_KEY, NodeInfo, info, path_of, set_info
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program
+from mxfx.ops.catalogue import in_schema_order, spec
 from mxfx.rewrite.record import Match, PassRecord, Skip
 
 
@@ -103,9 +103,16 @@ class Rewriter:
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         self.record.touched.add(new.name)
 
-    def set_operand(self, node: fx.Node, position: int, new: fx.Node) -> None:
-        """Let one operand of ``node`` read ``new``."""
-        node.update_arg(position, new)
+    def set_operand(self, node: fx.Node, place: int | str, new: fx.Node | None) -> None:
+        """Let one operand of ``node``, by position or keyword, be ``new``; operands left out before it get defaults.
+
+        ``spec(node).set(rw, name, new)`` finds the place.
+        """
+        if isinstance(place, str):
+            node.update_kwarg(place, new)
+        else:
+            given = (*node.args, *list(spec(node).arguments().values())[len(node.args) : place + 1])
+            node.args = (*given[:place], new, *given[place + 1 :])
         self.touch(node)
 
     def set_info(self, node: fx.Node, record: NodeInfo) -> None:
@@ -165,13 +172,6 @@ class Rewriter:
                     self.touch(user)
                 self.touch(node)
 
-    @contextmanager
-    def region(self, note: str) -> Iterator[None]:
-        """Group the matches made inside under one note (reports show them together)."""
-        start = len(self.record.matches)
-        yield
-        self.record.matches[start:] = [replace(m, note=m.note or note) for m in self.record.matches[start:]]
-
 
 def clean(program: Program) -> None:
     """Remove what nobody reads: dead nodes (placeholders stay) and weights that no node names."""
@@ -190,13 +190,6 @@ def in_order(target: Callable, args: tuple, kwargs: dict[str, object]) -> tuple[
     """Operands of an mxfx op as far as possible by position; those of another call as they are."""
     if not kwargs or not isinstance(target, torch._ops.OpOverload) or target.namespace != "mxfx":
         return args, kwargs
-    parameters = target._schema.arguments
-    given = dict(zip((p.name for p in parameters), args, strict=False))
-    if set(given) & set(kwargs) or not set(kwargs) <= {p.name for p in parameters}:
-        return args, kwargs  # the verifier says what is wrong
-    given |= kwargs
-    last = max(i for i, p in enumerate(parameters) if p.name in given)
-    needed = parameters[: last + 1]
-    if any(p.name not in given and not p.has_default_value() for p in needed):
-        return args, kwargs
-    return tuple(given.get(p.name, p.default_value) for p in needed), {}
+    ordered = in_schema_order(target, args, kwargs)
+    # The verifier says what is wrong with operands that the schema does not allow.
+    return (args, kwargs) if ordered is None else (ordered, {})

@@ -349,7 +349,7 @@ def _quantizer(program: Program) -> fx.Node:
     return first(program, torch.ops.mxfx.fake_quantize.default)
 
 
-@damage("quantized", "sums over the last")
+@damage("quantized", "sums over axis -1")
 def blocks_along_the_wrong_axis(program):
     rw = Rewriter(program, "test")
     heads, reader = node(program, "view"), node(program, "transpose")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_the_op_gives_the_bits_of_its_definition(name: str, index: int) -> None:
     op = find_op(getattr(ops, name).default)
     args = SAMPLES[name][index]
     assert op is not None
-    assert torch.equal(op.overload(*args), op.definition(*args))
+    assert torch.equal(op.target(*args), op.definition(*args))
 
 
 @pytest.mark.parametrize(("name", "index"), CASES)
@@ -293,9 +294,9 @@ def test_a_definition_is_all_that_an_op_needs() -> None:
         assert torch.equal(out, 2 * x) and torch.equal(x.grad, torch.full((3,), 2.0))
         assert find_op(ops.test_double.default).definition is double
     finally:
-        from mxfx.ops import dialect
+        from mxfx.ops import catalogue
 
-        del dialect._OPS["mxfx.test_double.default"]
+        del catalogue._RECORDS[ops.test_double.default]
 
 
 def test_an_op_of_another_library_is_no_op_of_the_dialect() -> None:
@@ -309,3 +310,20 @@ def test_a_result_is_as_contiguous_as_a_trace_is_told() -> None:
     for call in (lambda x: ops.hadamard(x, 8), lambda x: ops.block_transform(x, matrices)):
         assert call(x).is_contiguous()
         assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x))
+
+
+@pytest.mark.parametrize(
+    ("shape", "matrix", "said"),
+    [
+        ((2, 5, 64), (4, 8, 8), "4 blocks of 8 do not make up the last axis of (2, 5, 64)"),
+        ((2, 5, 60), (8, 8), "blocks of 8 do not divide the last axis"),
+        ((2, 5, 64), (2, 8, 8, 8), "2 heads of matrices do not fit (2, 5, 64)"),
+        ((2, 3, 5, 64), (2, 8, 8, 8), "2 heads of matrices do not fit"),
+        ((2, 5, 64), (8, 4), "expected (block, block)"),
+    ],
+)
+def test_a_matrix_whose_shape_does_not_fit_is_an_error_of_the_op(shape: tuple, matrix: tuple, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        ops.block_transform(randn(*shape), randn(*matrix))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        ops.block_transform(torch.empty(shape, device="meta"), torch.empty(matrix, device="meta"))
