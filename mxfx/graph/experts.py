@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx, nn
 
+from mxfx.graph.errors import TraceError
 from mxfx.graph.node import info, set_info
 from mxfx.graph.program import Program
 
@@ -28,8 +29,6 @@ def experts_forward(
     Raises ``TraceError`` for a part of a model: under expert parallelism a module holds some of its experts.
     """
     if getattr(module, "_is_expert_parallel", False):
-        from mxfx.graph.trace import TraceError
-
         raise TraceError(
             f"{type(module).__name__} holds a part of its experts (expert parallelism); trace the whole model"
         )

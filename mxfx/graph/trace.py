@@ -17,19 +17,16 @@ from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
 import mxfx.ops  # noqa: F401  (registers the dialect)
+from mxfx.graph.constants import KeepLiterals, store_literals
+from mxfx.graph.errors import TraceError
 from mxfx.graph.experts import experts_forward, find_weight, settle_experts
 from mxfx.graph.node import NodeInfo, set_info
 from mxfx.graph.normalize import normalize
 from mxfx.graph.program import NOMINAL_MODEL, Program, Source, Symbol
 from mxfx.graph.weights import WeightStore
-from mxfx.ground.errors import MxfxError
 
 _INTERFACE = "mxfx"
 _MAX_BATCH = 4096
-
-
-class TraceError(MxfxError, ValueError):
-    """The model cannot be traced; the message says which part and why."""
 
 
 def trace(model: nn.Module, *, name: str | None = None) -> Program:
@@ -46,10 +43,10 @@ def trace(model: nn.Module, *, name: str | None = None) -> Program:
         raise TraceError(f"expected a transformers causal LM with a .config, got {type(model).__name__}")
     skeleton = _skeleton(model)
     longest = int(getattr(config, "max_position_embeddings", 1 << 17) or 1 << 17)
-    exported = _export(skeleton, longest)
-    module = exported.module(check_guards=False)
+    module = _functional(_export(skeleton, longest)).module(check_guards=False)
     weights, rename = _weights(model, module)
     graph = _adopt_graph(module.graph, module, rename)
+    weights = weights.extended(store_literals(graph))
     symbols = (Symbol("batch", 1, _MAX_BATCH), Symbol("seq", 1, longest))
     source = Source(
         name or getattr(config, "name_or_path", "") or type(model).__name__,
@@ -133,7 +130,7 @@ def _export(skeleton: nn.Module, longest: int) -> torch.export.ExportedProgram:
     example = [torch.zeros(2, 17, dtype=torch.int64, device="meta") for _ in range(3)]
     dims = {0: Dim("batch", min=1, max=_MAX_BATCH), 1: Dim("seq", min=2, max=longest)}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), KeepLiterals():
             return torch.export.export(
                 _Logits(skeleton), tuple(example), strict=False, dynamic_shapes=(dims, dims, dims)
             )
@@ -141,6 +138,22 @@ def _export(skeleton: nn.Module, longest: int) -> torch.export.ExportedProgram:
         raise
     except Exception as error:
         raise TraceError(f"torch.export cannot trace {type(skeleton).__name__}: {error}") from error
+
+
+def _functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The trace without an op that changes its operand; nothing is decomposed beyond that.
+
+    Raises ``TraceError`` if the model changes one of its own tensors: a program keeps no state.
+    """
+    targets = [node.target for node in exported.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    if not any(target._schema.is_mutable for target in targets):
+        return exported
+    functional = exported.run_decompositions({})
+    signature = functional.graph_signature
+    written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    if written:
+        raise TraceError(f"the forward pass writes {written[0].removeprefix('model.')}; a program keeps no state")
+    return functional
 
 
 def _register_interfaces() -> None:
@@ -237,6 +250,8 @@ def _make_optional(program: Program) -> None:
     strangers = [u for u in attention_mask.users if u.target is not torch.ops.mxfx.attention.default]
     if strangers:
         raise TraceError(f"the model computes with attention_mask beyond attention: {strangers[0].format_node()}")
+    if not position_ids.users:
+        return
     with program.graph.inserting_after(attention_mask):
         counted = program.graph.call_function(
             torch.ops.mxfx.positions.default, (input_ids, position_ids, attention_mask)

@@ -196,6 +196,12 @@ class WeightStore(Mapping[str, Tensor]):
         self.constants -= {home}
         self._aliases = {a: c for a, c in self._aliases.items() if c != home}
 
+    def extended(self, constants: Mapping[str, Tensor]) -> WeightStore:
+        """A store with these constants beside its weights, as if it had been made with them: no ledger entry."""
+        return WeightStore(
+            {**self._tensors, **constants}, self._aliases, self.working, self.constants | frozenset(constants)
+        )
+
     def copy(self) -> WeightStore:
         """A store that shares tensors with this one until either is changed."""
         twin = WeightStore(self._tensors, self._aliases, self.working, self.constants)

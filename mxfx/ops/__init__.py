@@ -1,6 +1,7 @@
 """The dialect: semantic ops ``mxfx::…``, each with a schema, a fake kernel and an ATen definition."""
 
 import mxfx.ops.kernels  # noqa: F401  (last: kernels are providers of the ops above)
+from mxfx.ops.arange import arange
 from mxfx.ops.attention import attend, attention, attention_bias
 from mxfx.ops.cast import cast
 from mxfx.ops.dialect import all_ops, define, find_op
@@ -12,11 +13,12 @@ from mxfx.ops.rope import rope
 from mxfx.ops.transform import block_transform, hadamard
 
 #: Calls that may stand in a lowered graph beside ATen: traced through by torch.compile, shared by all layers.
-RUNTIME_FUNCTIONS = frozenset({attend, attention_bias, fake_quantize, positions})
+RUNTIME_FUNCTIONS = frozenset({arange, attend, attention_bias, fake_quantize, positions})
 
 __all__ = [
     "RUNTIME_FUNCTIONS",
     "all_ops",
+    "arange",
     "attend",
     "attention",
     "attention_bias",

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from mxfx.algorithms.hadamard import DENSE_ORDER, hadamard_matrix, kronecker_signs, kronecker_transform
 from mxfx.graph.node import kind, op_name, operands
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, compute_dtype
-from mxfx.ops import attend, attention_bias, find_op, positions
+from mxfx.ops import arange, attend, attention_bias, find_op, positions
 from mxfx.ops.fused import FUSED
 from mxfx.ops.providers import choose
 from mxfx.rewrite.facts import FactError, fact
@@ -24,6 +24,9 @@ from mxfx.rewrite.inline import Inliner
 from mxfx.rewrite.rewriter import Rewriter, clean
 
 aten = torch.ops.aten
+
+#: Ops that stay calls of their definitions, which take the device from an operand.
+_AS_THEY_ARE = {"arange": arange, "positions": positions}
 
 
 def lower_calls(rw: Rewriter, device: torch.device) -> None:
@@ -40,8 +43,8 @@ def lower_calls(rw: Rewriter, device: torch.device) -> None:
         provider = choose(op.name, node, device)
         if op.name == "cast":
             _lower_cast(rw, node)
-        elif op.name == "positions":
-            rw.replace(node, rw.call(positions, *node.args, like=node, val=node.meta["val"]))
+        elif op.name in _AS_THEY_ARE:
+            rw.replace(node, rw.call(_AS_THEY_ARE[op.name], *node.args, like=node, val=node.meta["val"]))
         elif op.name == "attention":
             _lower_attention(rw, node, biases)
         elif provider is not None:
