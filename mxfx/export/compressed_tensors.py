@@ -1,0 +1,169 @@
+"""``--to compressed-tensors``: packed weights as vLLM, SGLang and transformers read them.
+
+Written with the library's own configuration classes, read back by transformers through its decompressors. An MXINT
+weight is an integer weight in groups whose scales happen to be powers of two: ``pack-quantized`` holds it exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxfx.export.errors import ExportError
+from mxfx.export.plain import Plain, on_grid
+from mxfx.export.prove import same_logits, same_values
+from mxfx.export.target import Target, register
+from mxfx.formats import FloatElement, Format, IntElement
+
+
+def refuse(given: Plain) -> str | None:
+    if given.lost:
+        return given.lost[0]
+    if not given.formats:
+        return "no weight is rounded; --to hf writes a plain model"
+    kinds = {scheme_of(fmt) for fmt in _linear(given).values()}
+    if None in kinds:
+        odd = next(f"{name} in {fmt}" for name, fmt in _linear(given).items() if scheme_of(fmt) is None)
+        return f"{odd}: it knows MXFP4 and MXFP8 (e4m3) in blocks of 32, and integers of 4 and 8 bits"
+    if len(kinds) > 1:
+        return f"weights in {len(kinds)} formats ({', '.join(sorted(map(str, kinds)))}); its reader takes one a file"
+    strange = {f for path, f in given.inputs.items() if _stem(f) != _stem(given.formats.get(f"{path}.weight"))}
+    return f"inputs in {next(iter(strange))}, which differ from their weights' format" if strange else None
+
+
+def scheme_of(fmt: Format) -> str | None:
+    """The library's name of a weight format; None if it has none."""
+    element = fmt.element
+    if isinstance(element, IntElement) and fmt.block is not None and element.bits in (4, 8):
+        return "pack-quantized"
+    if isinstance(element, FloatElement) and fmt.block == 32:
+        return {"e2m1": "mxfp4-pack-quantized", "e4m3": "mxfp8-quantized"}.get(element.name)
+    return None
+
+
+def write(given: Plain, folder: Path, tokenizer: Any) -> tuple[str, ...]:
+    from huggingface_hub import save_torch_state_dict
+
+    linear = _linear(given)
+    scheme = next(scheme for fmt in linear.values() if (scheme := scheme_of(fmt)))
+    state: dict[str, Tensor] = {}
+    tied = given.tied_copies()
+    for name, tensor in given.state.items():
+        if name in tied:
+            continue
+        if name in linear:
+            state |= _packed(name.removesuffix(".weight"), tensor, linear[name], scheme)
+        else:
+            state[name] = tensor
+    config = given.config
+    config.dtype = given.program.dtype
+    config.architectures = [given.program.source.architecture]
+    config.quantization_config = _config(given, linear, scheme)
+    config.save_pretrained(folder)
+    save_torch_state_dict(state, folder, max_shard_size="4GB", metadata={"format": "pt"})
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    notes = [f"{len(linear)} weights packed as {scheme}"]
+    if given.inputs:
+        notes.append("its readers round activations in the same format, by the library's own rule for scales")
+    kept = [name for name in given.formats if name not in linear]
+    if kept:
+        notes.append(f"{kept[0]} lies on its grid and is stored in {given.program.dtype}: only linears are packed")
+    return tuple(notes)
+
+
+def prove(given: Plain, folder: Path) -> Mapping[str, object]:
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    read = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
+    ).eval()
+    named = {n: p.detach() for n, p in read.named_parameters(remove_duplicate=False)}
+    if set(named) != set(given.state):
+        raise ExportError(f"transformers reads other parameters: {sorted(set(named) ^ set(given.state))[:3]}")
+    return same_values(given, named) | same_logits(given, read) | _stored(folder, _linear(given))
+
+
+def _stored(folder: Path, linear: Mapping[str, Format]) -> dict[str, object]:
+    """No tensor that the configuration calls quantized is float in the files."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        total += file.stat().st_size
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                if name in linear and opened.get_slice(name).get_dtype() in ("F32", "BF16", "F16"):
+                    raise ExportError(f"{file.name} holds {name} as float")
+    return {"bytes": total}
+
+
+def _linear(given: Plain) -> dict[str, Format]:
+    """Formats of the linears' weights; an embedding's, or one that it shares with the head, is not packed."""
+    shared = given.embeddings()
+    return {name: fmt for name, fmt in given.formats.items() if name not in shared}
+
+
+def _packed(path: str, weight: Tensor, fmt: Format, scheme: str) -> dict[str, Tensor]:
+    encoded = on_grid(weight, fmt)
+    assert encoded.scales is not None
+    if scheme == "mxfp4-pack-quantized":
+        return {f"{path}.weight_packed": fmt.pack(encoded.codes), f"{path}.weight_scale": encoded.scales}
+    if scheme == "mxfp8-quantized":
+        codes = encoded.codes.view(torch.float8_e4m3fn)
+        return {f"{path}.weight": codes, f"{path}.weight_scale": encoded.scales}
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    scale = torch.exp2(encoded.scales.float() - 127).to(weight.dtype)
+    return {
+        f"{path}.weight_packed": pack_to_int32(encoded.codes, fmt.bits),
+        f"{path}.weight_scale": scale,
+        f"{path}.weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
+    }
+
+
+def _config(given: Plain, linear: Mapping[str, Format], scheme: str) -> dict[str, object]:
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+
+    fmt = next(iter(linear.values()))
+    integer = isinstance(fmt.element, IntElement)
+    common: dict[str, Any] = {
+        "num_bits": fmt.bits,
+        "type": "int" if integer else "float",
+        "strategy": "group",
+        "group_size": fmt.block,
+        "symmetric": True,
+    }
+    if not integer:
+        common |= {"scale_dtype": torch.uint8, "zp_dtype": torch.uint8}
+    paths = [name.removesuffix(".weight") for name in linear]
+    args: dict[str, Any] = {"targets": paths, "weights": QuantizationArgs(**common), "format": scheme}
+    if any(path in given.inputs for path in paths):
+        args["input_activations"] = QuantizationArgs(**common, dynamic=True)
+    config = QuantizationConfig(
+        config_groups={"group_0": QuantizationScheme(**args)},
+        format=scheme,
+        quantization_status="compressed",
+        ignore=[],
+    )
+    return config.to_dict()
+
+
+def _stem(fmt: Format | None) -> tuple[str, int | None] | None:
+    return None if fmt is None else (fmt.element.name, fmt.block)
+
+
+register(
+    Target(
+        "compressed-tensors",
+        "packed weights for vLLM, SGLang, transformers",
+        refuse,
+        write,
+        prove,
+        needs=("compressed_tensors",),
+    )
+)

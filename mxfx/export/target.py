@@ -1,0 +1,108 @@
+"""Targets of ``mxfx export``: one file a target, registered in it, each proved by reading back what it wrote."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+from mxfx.export.bake import baked
+from mxfx.export.errors import ExportError
+from mxfx.export.plain import Plain, plain
+from mxfx.graph.program import Program
+from mxfx.ground.nearest import did_you_mean
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an export wrote and how it was proved.
+
+    checks: name → figure (tensors compared, bytes, relative error of logits). notes: what a user should know.
+    """
+
+    folder: Path
+    target: str
+    checks: Mapping[str, object]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Target:
+    """``refuse`` gives the reason why a program cannot be written, or None; ``write`` fills an empty folder and
+    ``prove`` opens it with the other library, raising ``ExportError`` where codes or logits differ.
+    """
+
+    name: str
+    meaning: str
+    refuse: Callable[[Plain], str | None]
+    write: Callable[[Plain, Path, Any], tuple[str, ...]]
+    prove: Callable[[Plain, Path], Mapping[str, object]]
+    needs: tuple[str, ...] = field(default=())
+
+
+_TARGETS: dict[str, Target] = {}
+
+
+def register(target: Target) -> Target:
+    _TARGETS[target.name] = target
+    return target
+
+
+def targets() -> Mapping[str, Target]:
+    """Every target by name: a file of this room that registers one is found by being there."""
+    package = import_module("mxfx.export")
+    for module in iter_modules(package.__path__, "mxfx.export."):
+        import_module(module.name)
+    return dict(_TARGETS)
+
+
+def export(program: Program, folder: Path | str, to: str, *, bake: bool = False, tokenizer: Any = None) -> Written:
+    """Write ``program`` for another library into ``folder``, which must not exist or be empty, and prove it.
+
+    ``bake`` multiplies transforms at run time into weights, which then lie on no grid (bfloat16 only). The folder is
+    there whole or not at all.
+
+    Raises ``ExportError`` for an unknown target, for what it cannot express, and for a file that reads back otherwise.
+    """
+    target = _find(to)
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ExportError(f"{folder} exists already and is not empty; give a new folder")
+    given = plain(baked(program) if bake else program)
+    if bake:
+        given.config.mxfx_note = "transforms of the quantized model are baked into these weights: they lie on no grid"
+    reason = target.refuse(given)
+    if reason is not None:
+        raise ExportError(f"{to} cannot hold this model: {reason}")
+    partial = folder.with_name(folder.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        notes = target.write(given, partial, tokenizer)
+        checks = target.prove(given, partial)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Written(folder, to, checks, notes)
+
+
+def _find(name: str) -> Target:
+    known = targets()
+    if name not in known:
+        raise ExportError(f"no export target {name!r}; {did_you_mean(name, known)} expected one of {', '.join(known)}")
+    missing = [package for package in known[name].needs if not _installed(package)]
+    if missing:
+        raise ExportError(f"{name} needs the package {missing[0]}: pip install 'mxfx[export]'")
+    return known[name]
+
+
+def _installed(package: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(package) is not None

@@ -1,0 +1,202 @@
+"""Exports open in the other library with the same codes and logits, or are refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from mxfx.config import loads
+from mxfx.export import target as module
+from mxfx.export.errors import ExportError
+from mxfx.export.target import Written, export, targets
+from mxfx.formats import parse
+from mxfx.graph.program import Program
+from mxfx.graph.tiny import tiny
+from mxfx.graph.trace import trace
+from mxfx.pipeline.manager import PassManager
+
+_ROUNDED = """
+[[pass]]
+name = "fuse-norm"
+[[pass]]
+name = "annotate"
+  [[pass.rule]]
+  match  = '.*_proj'
+  weight = "{weight}"
+  {more}
+[[pass]]
+name = "round-weights"
+"""
+_QUANTIZED = '[[pass]]\nname = "insert-fake-quant"\n'
+_CACHE = """
+[[pass]]
+name = "annotate"
+  [[pass.rule]]
+  match = '.*self_attn'
+  kv    = "mxint4@32"
+[[pass]]
+name = "quantize-kv-cache"
+"""
+_HADAMARD = '[[pass]]\nname = "transform-inputs"\nkind = "hadamard"\nblock = 32\n'
+_KEYS = '[[pass]]\nname = "rotate-qk"\n'
+
+
+@cache
+def _model(family: str):
+    """In bfloat16 as a loaded model is: weights are cast, rotary frequencies are not."""
+    model = tiny(family)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+@cache
+def _program(weight: str, *, more: str = "", before: str = "", after: str = "", family: str = "llama-tiny") -> Program:
+    text = before + _ROUNDED.format(weight=weight, more=more) + after
+    return PassManager().run(trace(_model(family)), loads(text).completed()).program
+
+
+def _weight(program: Program, name: str) -> torch.Tensor:
+    return program.weights[name].to(torch.bfloat16)
+
+
+_PROJ = "model.layers.1.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("family", "weight"),
+    [("llama-tiny", "mxint4@32/mse"), ("gemma3-tiny", "mxfp4_e2m1@32"), ("phi3-tiny", "mxint8@16")],
+)
+def test_a_plain_model_opens_with_the_rounded_weights(weight: str, family: str, tmp_path: Path) -> None:
+    written = export(_program(weight, family=family), tmp_path / "out", "hf")
+    assert written.checks["relative error of float32 logits"] <= 1e-5
+    assert written.checks["of them quantized"] >= 8
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(
+    ("weight", "scheme", "bits"),
+    [
+        ("mxfp4_e2m1@32/mse", "mxfp4-pack-quantized", 4.25),
+        ("mxfp8_e4m3@32", "mxfp8-quantized", 8.25),
+        ("mxint4@32/mse", "pack-quantized", 4.5),
+        ("mxint8@32/ceil", "pack-quantized", 8.5),
+    ],
+)
+def test_compressed_tensors_reads_the_codes(weight: str, scheme: str, bits: float, tmp_path: Path) -> None:
+    program = _program(weight, more=f'input = "{weight}"', after=_QUANTIZED)
+    written = export(program, tmp_path / "out", "compressed-tensors")
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["format"] == scheme
+    assert written.checks["relative error of float32 logits"] <= 1e-5
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys() if name.startswith(_PROJ)}  # noqa: SIM118
+    elements = _weight(program, f"{_PROJ}.weight").numel()
+    payload = sum(t.nbytes for name, t in stored.items() if not name.endswith("_shape"))
+    assert payload * 8 / elements == bits
+
+
+def test_an_mxfp4_file_holds_the_formats_own_codes(tmp_path: Path) -> None:
+    program = _program("mxfp4_e2m1@32")
+    export(program, tmp_path / "out", "compressed-tensors")
+    fmt = parse("mxfp4_e2m1@32")
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        codes = fmt.unpack(file.get_tensor(f"{_PROJ}.weight_packed"), 96)
+        scales = file.get_tensor(f"{_PROJ}.weight_scale")
+    from mxfx.formats import Encoded
+
+    decoded = fmt.decode(Encoded(codes, scales, -1, torch.float32), torch.bfloat16)
+    assert torch.equal(decoded, _weight(program, f"{_PROJ}.weight"))
+
+
+@pytest.mark.parametrize(
+    ("weight", "kind"), [("mxfp4_e2m1@32", "MXFP4"), ("mxint4@32/mse", "Q4_0"), ("mxint8@32", "Q8_0")]
+)
+def test_gguf_holds_the_codes_in_its_own_types(weight: str, kind: str, tmp_path: Path) -> None:
+    from gguf import GGUFReader, dequantize
+
+    program = _program(weight)
+    written = export(program, tmp_path / "out", "gguf")
+    assert written.checks["relative error of float32 logits"] <= 1e-5
+    tensors = {t.name: t for t in GGUFReader(tmp_path / "out/model.gguf").tensors}
+    down = tensors["blk.1.ffn_down.weight"]
+    assert down.tensor_type.name == kind
+    expected = _weight(program, f"{_PROJ}.weight").float().numpy()
+    assert np.array_equal(dequantize(down.data, down.tensor_type), expected)
+
+
+def test_baking_moves_transforms_into_the_weights_of_a_plain_model(tmp_path: Path) -> None:
+    program = _program("mxint4@32/mse", before=_KEYS + _HADAMARD)
+    with pytest.raises(ExportError, match=r"a transform at run time.*--bake"):
+        export(program, tmp_path / "plain", "hf")
+    assert not (tmp_path / "plain").exists()
+    written = export(program, tmp_path / "baked", "hf", bake=True)
+    assert written.checks["relative error of float32 logits"] <= 1e-5
+    config = json.loads((tmp_path / "baked/config.json").read_text())
+    assert "baked" in config["mxfx_note"]
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "reason"),
+    [
+        ("compressed-tensors", {"weight": "mxfp6_e3m2@32"}, "in mxfp6_e3m2@32: it knows"),
+        ("compressed-tensors", {"weight": "mxfp4_e2m1@16"}, "in mxfp4_e2m1@16: it knows"),
+        ("compressed-tensors", {"weight": "mxfp4_e2m1@32", "more": 'input = "mxint8@32"'}, "inputs in mxint8@32"),
+        ("gguf", {"weight": "mxint4@16"}, "in mxint4@16: it knows"),
+        ("gguf", {"weight": "mxint4@32", "more": 'input = "mxint4@32"'}, "a GGUF reader rounds activations"),
+        ("gguf", {"weight": "mxint4@32", "family": "gemma3-tiny"}, "could not be proved"),
+        ("hf", {"weight": "mxint4@32", "after": _CACHE}, "attention's k in mxint4@32"),
+        ("compressed-tensors", {"weight": "mxint4@32", "before": _HADAMARD}, "a transform at run time"),
+    ],
+)
+def test_what_a_target_cannot_express_is_refused_with_the_reason(
+    to: str, options: dict[str, str], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match=reason):
+        export(_program(**options), tmp_path / "out", to)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_reads_back_otherwise_is_no_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that loses a bit is caught by its own proof, and nothing stays."""
+    from mxfx.export import compressed_tensors
+
+    honest = compressed_tensors._packed
+
+    def lossy(path: str, *rest: object) -> dict[str, torch.Tensor]:
+        found = honest(path, *rest)  # type: ignore[arg-type]
+        if path == _PROJ:
+            found[f"{path}.weight_packed"][3, 1] ^= 1
+        return found
+
+    monkeypatch.setattr(compressed_tensors, "_packed", lossy)
+    with pytest.raises(ExportError, match=rf"{_PROJ}.weight reads back with 1 of 6144 elements changed"):
+        export(_program("mxfp4_e2m1@32"), tmp_path / "out", "compressed-tensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_targets_and_full_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x").write_text("")
+    with pytest.raises(ExportError, match=r"no export target 'ggfu'; did you mean 'gguf'\?"):
+        export(_program("mxint4@32"), tmp_path / "out", "ggfu")
+    with pytest.raises(ExportError, match="is not empty; give a new folder"):
+        export(_program("mxint4@32"), tmp_path / "full", "hf")
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "_installed", lambda package: package != "gguf")
+    with pytest.raises(ExportError, match=r"needs the package gguf: pip install 'mxfx\[export\]'"):
+        export(_program("mxint4@32"), tmp_path / "out", "gguf")
+
+
+def test_every_target_says_what_it_is() -> None:
+    assert set(targets()) == {"hf", "compressed-tensors", "gguf"}
+    assert all(t.meaning for t in targets().values())
+    assert Written(Path("x"), "hf", {}).notes == ()
