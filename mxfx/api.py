@@ -22,6 +22,7 @@ from mxfx.config.overrides import NoSuchPass
 from mxfx.driver.pretrained import load_meta_model, load_model, load_tokenizer
 from mxfx.evaluation.evaluate import evaluate
 from mxfx.evaluation.results import EvalResult, ratio_with_stderr
+from mxfx.graph.module import build
 from mxfx.graph.program import Program
 from mxfx.graph.tiny import FAMILIES
 from mxfx.graph.trace import bind, trace
@@ -41,7 +42,7 @@ from mxfx.report.weight_history import FILE as WEIGHT_HISTORY
 from mxfx.report.weight_history import History
 from mxfx.rewrite import Context, MissingCalibration
 from mxfx.rewrite.size import bits_per_weight
-from mxfx.runtime.causal_lm import as_causal_lm, emit
+from mxfx.runtime.causal_lm import as_causal_lm
 
 
 def load_pipeline(path: str | Path) -> Pipeline:
@@ -57,22 +58,23 @@ def compile(
     device: torch.device | str | None = None,
     instruments: Sequence[Instrument] = (),
 ) -> fx.GraphModule:
-    """One call: trace, run the pipeline, lower, build.
+    """One call: trace, run the pipeline with its raise and emit stages, build.
 
     ``tokens`` are calibration ids, int64 ``(samples, length)``, or a function that gives them. The result is called as
-    ``gm(input_ids, position_ids=None, attention_mask=None)``; it has ``.program`` (before lowering) and ``.report``
-    (the account of every pass). The model given is not changed.
+    ``gm(input_ids, position_ids=None, attention_mask=None)``; it has ``.program`` (before the emit stage)
+    and ``.report`` (the account of every pass). The model given is not changed.
 
     Raises ``ConfigError``, ``PassError`` or what an instrument raises.
     """
-    pipeline = (pipeline if isinstance(pipeline, Pipeline) else Pipeline(pipeline)).completed()
     place = torch.device(device) if device is not None else next(model.parameters()).device
+    pipeline = pipeline if isinstance(pipeline, Pipeline) else Pipeline(pipeline)
+    pipeline = pipeline.completed().emitted(place.type)
     ctx = Context(seed=pipeline.calibration.seed, device=place, progress=track)
     if tokens is not None:
         ctx.tokens = tokens if callable(tokens) else lambda: tokens
     result = PassManager(instruments).run(trace(model), pipeline, ctx)
-    module = emit(result.program, place)
-    vars(module).update(program=result.program, report=result)
+    module = build(result.program).to(place)
+    vars(module).update(program=result.before_emit, report=result)
     return module
 
 
@@ -164,7 +166,14 @@ def prepare(files: Sequence[str | Path], options: RunOptions) -> list[tuple[str,
         if name in found:
             raise ConfigError(_command_line(), f"two pipelines are called {name!r}", "files with different names")
         found[name] = load_any(file)
+    # Settings first: they decide the emit stage, whose options an assignment may set.
+    of_passes = [text for text in _assignments(options) if text.startswith("pass")]
     for assignment in _assignments(options):
+        if assignment not in of_passes:
+            _override(found, assignment)
+    for name, pipeline in found.items():
+        found[name] = pipeline.emitted(torch.device(options.device).type)
+    for assignment in of_passes:
         _override(found, assignment)
     for pipeline in found.values():
         check_order(pipeline)
@@ -333,11 +342,12 @@ def _load(pipeline: Pipeline, checked: Checked, options: RunOptions) -> _Loaded:
 
 
 def _float_outcome(name: str, loaded: _Loaded, options: RunOptions) -> Outcome:
-    raised = Pipeline([]).completed()
-    program = PassManager().run(loaded.program, raised).program
+    raised = Pipeline([]).completed().emitted(torch.device(options.device).type)
+    result = PassManager().run(loaded.program, raised, Context(device=torch.device(options.device)))
     options.say("evaluating the float model") if options.eval else None
-    evaluation = _evaluate(program, loaded, options)
-    return Outcome(name, "", raised, None, evaluation, bits_per_weight(program), 0.0, name, _note(program))
+    evaluation = _evaluate(result.program, loaded, options)
+    bits, note = bits_per_weight(result.before_emit), _note(result.program)
+    return Outcome(name, "", raised, None, evaluation, bits, 0.0, name, note)
 
 
 def _run_one(name: str, file: str, pipeline: Pipeline, loaded: _Loaded, options: RunOptions) -> Outcome:
@@ -364,7 +374,7 @@ def _run_one(name: str, file: str, pipeline: Pipeline, loaded: _Loaded, options:
             _save(result.program, loaded.tokenizer, folder / "model")
     options.say(f"evaluating {name}") if options.eval else None
     evaluation = _evaluate(result.program, loaded, options)
-    bits, note = bits_per_weight(result.program), _note(result.program)
+    bits, note = bits_per_weight(result.before_emit), _note(result.program)
     return Outcome(name, file, pipeline, result, evaluation, bits, seconds, loaded.baseline, note)
 
 

@@ -154,15 +154,14 @@ def passes(name: Annotated[str | None, typer.Argument(help="Only this pass.")] =
 def config_show(
     file: Annotated[Path, typer.Argument(help="Pipeline file.")],
     model: Model = None,
+    device: Annotated[str, typer.Option(help="Device whose emit stage is shown: cpu, cuda.")] = "cpu",
     set_: Set = [],  # noqa: B006
 ) -> None:
-    """The pipeline that a file stands for, as canonical TOML."""
+    """The pipeline that a file stands for, raise and emit stages included, as canonical TOML."""
     from mxfx import api
     from mxfx.config import to_toml
 
-    pipeline = api.apply_overrides(
-        api.load_any(file), api._assignments(api.RunOptions(model=model, overrides=tuple(set_)))
-    )
+    ((_, pipeline),) = api.prepare([file], api.RunOptions(model=model, device=device, overrides=tuple(set_)))
     sys.stdout.write(to_toml(pipeline))
 
 

@@ -1,5 +1,6 @@
 """From TOML, one line of text or Python values to a checked, typed pipeline, and back."""
 
+from mxfx.config.emit import EmitConfig
 from mxfx.config.errors import ConfigError, Place
 from mxfx.config.order import check_order
 from mxfx.config.overrides import apply_overrides
@@ -22,6 +23,7 @@ __all__ = [
     "BudgetConfig",
     "CalibrationConfig",
     "ConfigError",
+    "EmitConfig",
     "ModelConfig",
     "PassSpec",
     "Pipeline",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mxfx.config import options
+from mxfx.config.emit import EmitConfig, emit_stage
 from mxfx.config.errors import ConfigError, Place
 from mxfx.config.locate import Cursor, Document, KeyPath, parse_toml, read_toml
 from mxfx.config.spec import NOWHERE, PassSpec, unknown_pass
@@ -76,7 +77,12 @@ class BudgetConfig:
 
 
 #: The tables of a pipeline file beside ``[[pass]]``.
-SETTINGS: dict[str, type] = {"model": ModelConfig, "calibration": CalibrationConfig, "budget": BudgetConfig}
+SETTINGS: dict[str, type] = {
+    "model": ModelConfig,
+    "calibration": CalibrationConfig,
+    "budget": BudgetConfig,
+    "emit": EmitConfig,
+}
 
 
 @dataclass(frozen=True, init=False)
@@ -90,6 +96,7 @@ class Pipeline:
     model: ModelConfig
     calibration: CalibrationConfig
     budget: BudgetConfig
+    emit: EmitConfig
     root: Cursor = field(compare=False, repr=False)
 
     def __init__(
@@ -98,6 +105,7 @@ class Pipeline:
         model: ModelConfig | str | None = None,
         calibration: CalibrationConfig | None = None,
         budget: BudgetConfig | None = None,
+        emit: EmitConfig | None = None,
         root: Cursor = NOWHERE,
     ) -> None:
         specs = tuple(p if isinstance(p, PassSpec) else PassSpec.of(p) for p in passes)
@@ -105,6 +113,7 @@ class Pipeline:
         object.__setattr__(self, "model", ModelConfig(name=model) if isinstance(model, str) else model or ModelConfig())
         object.__setattr__(self, "calibration", calibration or CalibrationConfig())
         object.__setattr__(self, "budget", budget or BudgetConfig())
+        object.__setattr__(self, "emit", emit or EmitConfig())
         object.__setattr__(self, "root", root)
 
     @property
@@ -130,13 +139,34 @@ class Pipeline:
         raised = [PassSpec.read(name, {}, NOWHERE) for name in RAISE_PASSES]
         return self.replace(specs=(*raised, *self.specs))
 
+    def emitted(self, device: str = "cpu") -> Pipeline:
+        """With the emit stage behind, unless the pipeline lowers its program itself.
+
+        ``device`` is the type of the device that the run is on; ``[emit] device`` overrides it. A pass of the stage
+        that the pipeline lists is not added again. Raises ``ConfigError`` for a stage that this mxfx cannot make.
+        """
+        listed = {spec.name for spec in self.specs}
+        if "lower" in listed:
+            return self
+        register_passes()
+        added = [
+            PassSpec.read(name, options, NOWHERE)
+            for name, options in emit_stage(self.emit, device)
+            if name not in listed
+        ]
+        for spec in added:
+            if spec.value is None:
+                raise unknown_pass(spec.name, self.root / "emit")
+        return self.replace(specs=(*self.specs, *added))
+
     def replace(self, **changes: Any) -> Pipeline:
-        """A copy with some of ``specs``, ``model``, ``calibration``, ``budget`` changed."""
+        """A copy with some of ``specs``, ``model``, ``calibration``, ``budget``, ``emit`` changed."""
         return Pipeline(
             changes.get("specs", self.specs),
             changes.get("model", self.model),
             changes.get("calibration", self.calibration),
             changes.get("budget", self.budget),
+            changes.get("emit", self.emit),
             changes.get("root", self.root),
         )
 
@@ -191,7 +221,8 @@ def from_document(document: Document) -> Pipeline:
     for key in raw:
         if key not in valid:
             hint = did_you_mean(key, valid)
-            raise (root / key).error(f"unknown table {key!r}", "[model], [calibration], [budget] or [[pass]]", hint)
+            tables = ", ".join(f"[{name}]" for name in SETTINGS)
+            raise (root / key).error(f"unknown table {key!r}", f"{tables} or [[pass]]", hint)
     settings = {
         name: options.read_dataclass(cls, raw[name], root / name, f"[{name}]")
         for name, cls in SETTINGS.items()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+import torch
 
 from mxfx.rewrite import Context, Local, Numerics, Pass, Rewriter, register
 from mxfx.rewrite.lowering import lower_calls
@@ -29,6 +31,8 @@ class Lower(Pass):
 
     Roles become dtypes: ``compute`` is max(float32, model dtype); a cast that changes nothing is dropped. A fused op
     that no kernel serves is split into its parts, each of which may have one.
+
+    device: whose kernels are chosen; the run's device if not given.
     """
 
     name: ClassVar[str] = "lower"
@@ -37,6 +41,7 @@ class Lower(Pass):
     forbids: ClassVar[frozenset[str]] = frozenset({"lowered"})
     numerics: ClassVar[Numerics] = Local(1e-2)
     required: ClassVar[bool] = True
+    device: Literal["cpu", "cuda"] | None = None
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
-        lower_calls(rw, ctx.device)
+        lower_calls(rw, ctx.device if self.device is None else torch.device(self.device))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from mxfx.config.emit import emit_start
 from mxfx.config.order import check_order
 from mxfx.config.pipeline import Pipeline
 from mxfx.graph.program import Program
@@ -125,9 +126,13 @@ class StepResult:
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """The program after a pipeline, and the account of every pass."""
+    """The program after a pipeline, and the account of every pass.
+
+    ``before_emit`` is the program that the emit stage began with: dialect ops, formats and all.
+    """
 
     program: Program
+    before_emit: Program
     steps: tuple[StepResult, ...]
 
     @property
@@ -180,8 +185,9 @@ class PassManager:
                 instrument.exit(run)
 
     def _run(self, run: Run, stop: StopPoint | None) -> PipelineResult:
-        program = run.source
+        program = before_emit = run.source
         done: list[StepResult] = []
+        emission = emit_start([pass_.name for pass_ in run.passes])
         for index, pass_ in enumerate(run.passes, start=1):
             if stop is not None and index > stop.number:
                 break
@@ -190,9 +196,10 @@ class PassManager:
             run.steps.append(step)
             program = self._step(step)
             assert step.record is not None
+            before_emit = program if index <= emission else before_emit
             done.append(StepResult(index, pass_, step.place, step.record, step.findings))
             run.steps[-1] = _without_programs(step)
-        return PipelineResult(program, tuple(done))
+        return PipelineResult(program, before_emit, tuple(done))
 
     def _step(self, step: Step) -> Program:
         inner = tuple(reversed(self.instruments))

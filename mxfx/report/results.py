@@ -29,10 +29,10 @@ def pass_json(step: StepResult) -> dict[str, object]:
 
 
 def coverage_json(result: PipelineResult) -> dict[str, object] | None:
-    """The coverage of a run's program, alike layers in one row; None once it is lowered, for operands are then gone."""
-    if "lowered" in result.program.facts:
+    """Coverage of a run's program before its emit stage, alike layers in one row; None if it was lowered already."""
+    if "lowered" in result.before_emit.facts:
         return None
-    return fold(coverage(result.program, result.records), result.program)
+    return fold(coverage(result.before_emit, result.records), result.before_emit)
 
 
 def fold(report: Coverage, program: Program) -> dict[str, object]:

@@ -11,32 +11,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mxfx.graph.module import build
 from mxfx.graph.program import Program
-from mxfx.passes import FoldConstants, Lower
-from mxfx.passes.fuse_activation_quant import FuseActivationQuant
-from mxfx.passes.fuse_hadamard_quant import FuseHadamardQuant
-from mxfx.passes.fuse_norm_quant import FuseNormQuant
-from mxfx.passes.fuse_rope_quant import FuseRopeQuant
-from mxfx.rewrite import Context, Pass, apply
-
-#: Transforms first: each of the others takes a transform in with its quantizer.
-FUSIONS: tuple[Pass, ...] = (FuseHadamardQuant(), FuseNormQuant(), FuseActivationQuant(), FuseRopeQuant())
-
-
-def lower(program: Program, device: torch.device | str = "cpu") -> Program:
-    """The program lowered for a device's kernels and folded, on a GPU with quantizers fused; a lowered one as it is."""
-    if "lowered" in program.facts:
-        return program
-    ctx = Context(device=torch.device(device))
-    fusing = ctx.device.type == "cuda" and any(program.nodes("fake_quantize"))
-    fusions = FUSIONS if fusing else ()
-    for one in (*fusions, Lower(), FoldConstants()):
-        program = apply(one, program, ctx).program
-    return program
+from mxfx.pipeline.emit import emitted
 
 
 def emit(program: Program, device: torch.device | str = "cpu") -> fx.GraphModule:
-    """Lower and build: ``gm(input_ids, position_ids=None, attention_mask=None)`` gives ``(batch, seq, vocabulary)``."""
-    return build(lower(program, device)).to(device)
+    """Emit and build: ``gm(input_ids, position_ids=None, attention_mask=None)`` gives ``(batch, seq, vocabulary)``."""
+    return build(emitted(program, device)).to(device)
 
 
 def as_causal_lm(program: Program, device: torch.device | str = "cpu") -> EmittedCausalLM:

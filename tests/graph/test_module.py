@@ -10,7 +10,8 @@ from mxfx.graph.execute import execute
 from mxfx.graph.module import build
 from mxfx.graph.program import Program, compute_dtype
 from mxfx.graph.tiny import FAMILIES
-from mxfx.runtime.causal_lm import emit, lower
+from mxfx.pipeline.emit import emitted as lower
+from mxfx.runtime.causal_lm import emit
 from tests.programs import RAISE, config_a, model, padded_batch, passed, raised, relative, traced
 
 #: Families whose linears have the names that configuration A selects.

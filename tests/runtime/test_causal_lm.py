@@ -12,11 +12,14 @@ from mxfx.export.artefact import load, save
 from mxfx.graph.module import build
 from mxfx.graph.program import Program
 from mxfx.ops.kernels import limits
-from mxfx.passes import TransformKv
+from mxfx.passes import FuseActivationQuant, FuseHadamardQuant, FuseNormQuant, FuseRopeQuant, TransformKv
+from mxfx.pipeline.emit import emitted as lower
 from mxfx.rewrite import Context, apply
-from mxfx.runtime.causal_lm import FUSIONS, EmittedCausalLM, as_causal_lm, emit, lower
+from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm, emit
 from tests.passes.fusing import quantized
 from tests.programs import config_a, model, padded_batch, passed, raised
+
+FUSIONS = (FuseHadamardQuant(), FuseNormQuant(), FuseActivationQuant(), FuseRopeQuant())
 
 
 @pytest.fixture(scope="module")

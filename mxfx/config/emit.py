@@ -1,0 +1,45 @@
+"""The last stage of every pipeline: what makes a program run on a device. Added visibly, as the raise passes are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+#: Transforms first: each of the others takes a transform in with its quantizer.
+FUSIONS = ("fuse-hadamard-quant", "fuse-norm-quant", "fuse-activation-quant", "fuse-rope-quant")
+
+#: Every pass that the stage may hold. A new one stands here and in ``emit_stage``.
+EMIT_PASSES = frozenset({*FUSIONS, "pack-weights", "lower", "fold-constants"})
+
+
+@dataclass(frozen=True)
+class EmitConfig:
+    """What the emitted graph is made for.
+
+    device: whose kernels are chosen, ``cpu`` or ``cuda``; the run's device if not given. Kernels also run elsewhere, by
+        their definitions.
+    packed: weights are held as packed codes and scales instead of as numbers in the model's dtype.
+    """
+
+    device: Literal["cpu", "cuda"] | None = None
+    packed: bool = False
+
+
+def emit_stage(settings: EmitConfig, device: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """Names and options of the passes of the stage, in order; ``device`` is the type of the run's device."""
+    target = settings.device or ("cuda" if device == "cuda" else "cpu")
+    stage: list[tuple[str, Mapping[str, Any]]] = []
+    if target == "cuda":
+        stage += [(name, {}) for name in FUSIONS]
+    if settings.packed:
+        stage.append(("pack-weights", {}))
+    return [*stage, ("lower", {"device": target}), ("fold-constants", {})]
+
+
+def emit_start(names: Sequence[str]) -> int:
+    """Where the emit stage begins among the names of a pipeline's passes: their number if there is none."""
+    start = len(names)
+    while start and names[start - 1] in EMIT_PASSES:
+        start -= 1
+    return start
