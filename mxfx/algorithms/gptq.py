@@ -1,7 +1,7 @@
 """GPTQ for MX formats: rounds a weight so that the layer's output, not the weight, changes least.
 
 Minimises tr((Q - W) H (Q - W)ᵀ) over Q on the grid, column by column (Frantar et al., arXiv 2210.17323), with
-the shared exponent of each block and row searched while its columns are being compensated, and blocks kept
+the shared scale of each block and row searched while its columns are being compensated, and blocks kept
 whole under activation ordering.
 """
 
@@ -16,10 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mxfx.algorithms.block_solver import EXPONENT_LIMIT, BlockSolution, searched_exponents, solve_block
+from mxfx.algorithms.block_solver import BlockSolution, searched_exponents, solve_block
 from mxfx.algorithms.gptq_refine import refine_blocks
 from mxfx.algorithms.hessian_factor import factorize, permute_symmetric, revive_dead_columns, rounding_order
-from mxfx.formats import FloatElement, Format, ScaleRule
+from mxfx.formats import E8M0, FloatElement, Format, ScaleRule
 
 Order = Literal["block", "none"]
 Exponents = Literal["sweep", "rule"]
@@ -34,9 +34,10 @@ class GptqResult:
 
     Attributes:
         weight: `(rows, cols)` on the format's grid; float64 for float64 weights, else float32.
-        exponents: `(rows, blocks)` int32, the shared exponent that each block was rounded with; None for a format
-            without blocks. Packing needs only the weight: the rule `mse` encodes it without loss, whichever exponent
-            was searched. Other rules may not: MXINT's lowest code alone makes `floor` and `ceil` pick a wider scale.
+        scales: `(rows, blocks)`, the scale that each block was rounded with (E8M0: int32 exponents); None for a format
+            without blocks. Packing MX formats needs only the weight: the rule `mse` encodes it without loss, whichever
+            exponent was searched. Other rules may not: MXINT's lowest code alone makes `floor` and `ceil` pick a wider
+            scale. Nor does NVFP4, whose scales do not follow from the rounded weight.
         loss: tr((Q - W) H (Q - W)ᵀ) with the undamped H; never above `rtn_loss`.
         rtn_loss: the same for rounding to nearest.
         damping_used: relative damping that the factorization took.
@@ -46,7 +47,7 @@ class GptqResult:
     """
 
     weight: Tensor
-    exponents: Tensor | None
+    scales: Tensor | None
     loss: float
     rtn_loss: float
     damping_used: float
@@ -116,7 +117,10 @@ def gptq_batch(
     dtype = _compute_dtype(weights, fmt)
     weight = join(w.to(dtype) for w in weights)
     goal = weight if targets is None else join(t.to(dtype) for t in targets)
-    solved = _solve(weight, goal, hessian[None] if shared else hessian, fmt, damping, order, exponents, refine)
+    # What a tensor has once is held for each of its rows.
+    units = [(fmt.common(w), len(w)) for w in weights]
+    common = None if units[0][0] is None else join(unit.to(dtype).expand(rows) for unit, rows in units)  # type: ignore[union-attr]
+    solved = _solve(weight, goal, hessian[None] if shared else hessian, fmt, common, damping, order, exponents, refine)
     pieces = [solved]
     if shared:
         bounds = [0, *torch.tensor([len(w) for w in weights]).cumsum(0).tolist()]
@@ -168,7 +172,7 @@ class _Solved:
     """A stack of rounded weights `(groups, rows, cols)`, with losses per row `(groups, rows)` in float64."""
 
     weight: Tensor
-    exponents: Tensor | None
+    scales: Tensor | None
     loss: Tensor
     rtn_loss: Tensor
     rtn_rows: Tensor
@@ -178,9 +182,9 @@ class _Solved:
 
     def rows(self, start: int, stop: int) -> _Solved:
         cut = slice(start, stop)
-        exponents = None if self.exponents is None else self.exponents[:, cut]
+        scales = None if self.scales is None else self.scales[:, cut]
         per_row = (self.loss[:, cut], self.rtn_loss[:, cut], self.rtn_rows[:, cut])
-        return _Solved(self.weight[:, cut], exponents, *per_row, self.damping, self.failed, self.dead)
+        return _Solved(self.weight[:, cut], scales, *per_row, self.damping, self.failed, self.dead)
 
     def result(self, group: int) -> GptqResult:
         sums = (self.loss, self.rtn_loss, self.dead, self.rtn_rows)
@@ -189,7 +193,7 @@ class _Solved:
         loss, rtn_loss, dead, rtn_rows, damping, failed = torch.stack([one.double() for one in scalars]).tolist()
         return GptqResult(
             weight=self.weight[group],
-            exponents=None if self.exponents is None else self.exponents[group],
+            scales=None if self.scales is None else self.scales[group],
             loss=loss,
             rtn_loss=rtn_loss,
             damping_used=damping,
@@ -204,6 +208,7 @@ def _solve(
     goal: Tensor,
     hessian: Tensor,
     fmt: Format,
+    common: Tensor | None,
     damping: float,
     order: Order,
     exponents: Exponents,
@@ -222,15 +227,16 @@ def _solve(
     aim = work.clone() if refine else work
     values = torch.empty_like(work)
     residual = work.new_empty(groups, width, work.shape[-1])
-    shared = torch.empty(groups, math.ceil(n / width), work.shape[-1], dtype=torch.int32, device=work.device)
+    kind = torch.int32 if common is None else work.dtype
+    shared = torch.empty(groups, math.ceil(n / width), work.shape[-1], dtype=kind, device=work.device)
     searched = _searches(fmt, exponents)
     for index, start in enumerate(range(0, n, width)):
         cut = slice(start, min(start + width, n))
         block = work[:, cut]
-        candidates = None if searched else candidate_exponents(block, fmt, exponents)
+        candidates = None if searched else candidate_scales(block, fmt, exponents, common)
         out = BlockSolution(values[:, cut], residual[:, : cut.stop - start], shared[:, index])
         feedback = factor.feedback[:, cut]
-        solve_block(block, candidates, feedback[:, :, cut], factor.precision[:, cut], fmt.element, out)
+        solve_block(block, candidates, feedback[:, :, cut], factor.precision[:, cut], fmt, common, out)
         work[:, cut.stop :].baddbmm_(feedback[:, :, cut.stop :].mT, out.residual, alpha=-1)
     shared = shared.mT
     if refine:
@@ -243,34 +249,31 @@ def _solve(
             curvature,
             fmt,
             width,
-            lambda block: candidate_exponents(block, fmt, exponents),
+            lambda block: candidate_scales(block, fmt, exponents, common),
             refine,
+            common,
         )
 
     rounded = torch.empty_like(work).scatter_(1, columns[:, :, None].expand_as(work), values).mT.contiguous()
     blocks = torch.div(columns[:, ::width], width, rounding_mode="floor")
     shared = torch.empty_like(shared).scatter_(2, blocks[:, None].expand_as(shared), shared)
-    return _keep_better_rows(weight, goal, rounded, shared, hessian, fmt, factor.damping, factor.failed, dead)
+    return _keep_better_rows(weight, goal, rounded, shared, hessian, fmt, common, factor.damping, factor.failed, dead)
 
 
-def candidate_exponents(columns: Tensor, fmt: Format, exponents: Exponents) -> Tensor:
-    """Exponents to try for a block of columns `(groups, b, rows)`: `(groups, candidates, rows)` int32."""
+def candidate_scales(columns: Tensor, fmt: Format, exponents: Exponents, common: Tensor | None = None) -> Tensor:
+    """Scales to try for a block of columns `(groups, b, rows)`: `(groups, candidates, rows)`."""
     if fmt.block is None:
         return torch.zeros_like(columns[:, :1], dtype=torch.int32)
-    if exponents == "rule":
-        found = fmt.shared_exponent(columns.mT.contiguous())[None]
-        return found.movedim(0, 1).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
-    found = searched_exponents(columns, fmt.element)
     if _searches(fmt, exponents):
-        return found
-    # What the other rules choose is a candidate already.
-    own = fmt.shared_exponent(columns.mT.contiguous()).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
-    return torch.cat([found, own[:, None]], dim=1)
+        return searched_exponents(columns, fmt.element)
+    blocks, sweep = columns.mT.contiguous(), exponents == "sweep"
+    return fmt.scale.candidates(blocks, fmt.element, common, sweep).movedim(0, 1)
 
 
 def _searches(fmt: Format, exponents: Exponents) -> bool:
     """Whether the candidates are those that `solve_block` finds by itself."""
-    return exponents == "sweep" and fmt.block is not None and fmt.rule is not ScaleRule.CEIL
+    powers = fmt.block is not None and isinstance(fmt.scale, E8M0)
+    return powers and exponents == "sweep" and fmt.rule is not ScaleRule.CEIL
 
 
 def _keep_better_rows(
@@ -280,23 +283,27 @@ def _keep_better_rows(
     shared: Tensor,
     hessian: Tensor,
     fmt: Format,
+    common: Tensor | None,
     damping: Tensor,
     failed: Tensor,
     dead: Tensor,
 ) -> _Solved:
     """Takes rounding to nearest for the rows where it is better, and everywhere the factorization failed."""
-    nearest = fmt.fake_quantize(weight)
+    of_block = None if common is None else common[:, :, None]
+    nearest = fmt.fake_quantize(weight, common=of_block)
     curvature = hessian.to(weight.dtype)
     loss = _row_losses(rounded - goal, curvature)
     rtn_loss = _row_losses(nearest - goal, curvature)
     # Written so that a NaN loss loses.
     use_nearest = ~(loss <= rtn_loss) | failed[:, None]
-    exponents = None
+    scales = None
     if fmt.block is not None:
-        exponents = torch.where(use_nearest[:, :, None], _rule_exponents(weight, fmt, fmt.block), shared)
+        padded = torch.nn.functional.pad(weight, (0, -weight.shape[-1] % fmt.block))
+        own = fmt.choose(padded.unflatten(-1, (-1, fmt.block)), of_block)
+        scales = torch.where(use_nearest[:, :, None], own, shared)
     return _Solved(
         weight=torch.where(use_nearest[:, :, None], nearest, rounded),
-        exponents=exponents,
+        scales=scales,
         loss=torch.where(use_nearest, rtn_loss, loss),
         rtn_loss=rtn_loss,
         rtn_rows=use_nearest,
@@ -309,11 +316,6 @@ def _keep_better_rows(
 def _row_losses(error: Tensor, hessian: Tensor) -> Tensor:
     """e H eᵀ of each row, `(groups, rows)` float64."""
     return (torch.matmul(error, hessian) * error).sum(-1, dtype=torch.float64)
-
-
-def _rule_exponents(weight: Tensor, fmt: Format, block: int) -> Tensor:
-    padded = torch.nn.functional.pad(weight, (0, -weight.shape[-1] % block))
-    return fmt.shared_exponent(padded.unflatten(-1, (-1, block)))
 
 
 def _compute_dtype(weights: Sequence[Tensor], fmt: Format) -> torch.dtype:

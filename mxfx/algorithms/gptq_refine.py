@@ -2,7 +2,7 @@
 
 GPTQ decides each column knowing only the errors made before it. Given all other codes, the loss in one block
 B is a quadratic around the optimum t = W_B - c H_BB⁻¹, where c is the gradient that the errors of the other
-blocks exert on B; so the block is solved again around t, exponents included, and the result taken row by row
+blocks exert on B; so the block is solved again around t, scales included, and the result taken row by row
 where it is better. Sweeps over all blocks never raise the (damped) loss.
 """
 
@@ -22,29 +22,31 @@ from mxfx.formats import Format
 def refine_blocks(
     aim: Tensor,
     values: Tensor,
-    exponents: Tensor,
+    scales: Tensor,
     hessian: Tensor,
     fmt: Format,
     width: int,
     candidates: Callable[[Tensor], Tensor],
     sweeps: int,
+    common: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Re-optimises the codes and exponents of each block in turn.
+    """Re-optimises the codes and scales of each block in turn.
 
     Args:
         aim: `(groups, n, rows)`, the columns to approximate, in rounding order.
         values: `(groups, n, rows)` on the grid.
-        exponents: `(groups, rows, blocks)` int32.
+        scales: `(groups, rows, blocks)`, as `Format.choose` gives.
         hessian: `(groups, n, n)` positive definite, in rounding order.
         width: columns in a block.
-        candidates: exponents to try for a block `(groups, b, rows)`, as `(groups, candidates, rows)`.
+        candidates: scales to try for a block `(groups, b, rows)`, as `(groups, candidates, rows)`.
         sweeps: passes over all blocks.
+        common: `(groups, rows)`, see `Format.common`.
 
     Returns:
-        New values and exponents, shaped as given.
+        New values and scales, shaped as given.
     """
     n = aim.shape[1]
-    values, exponents, error = values.clone(), exponents.clone(), values - aim
+    values, scales, error = values.clone(), scales.clone(), values - aim
     blocks = [slice(start, min(start + width, n)) for start in range(0, n, width)]
     systems = _block_systems(hessian, blocks)
     for _ in range(sweeps):
@@ -53,12 +55,12 @@ def refine_blocks(
             own = torch.bmm(local, error[:, cut])
             others = torch.bmm(hessian[:, cut], error) - own
             optimum = aim[:, cut] - torch.bmm(system.inverse, others)
-            found = solve_block(optimum, candidates(optimum), system.feedback, system.precision, fmt.element)
+            found = solve_block(optimum, candidates(optimum), system.feedback, system.precision, fmt, common)
             better = _losses(found.values - optimum, local) < _losses(values[:, cut] - optimum, local)
             values[:, cut] = torch.where(better[:, None], found.values, values[:, cut])
-            exponents[:, :, index] = torch.where(better, found.exponents, exponents[:, :, index])
+            scales[:, :, index] = torch.where(better, found.scales, scales[:, :, index])
             error[:, cut] = values[:, cut] - aim[:, cut]
-    return values, exponents
+    return values, scales
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxfx.algorithms.block_solver import EXPONENT_LIMIT, SEARCHED, search_constants
+from mxfx.algorithms.block_solver import search_constants
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Element, FloatElement, IntElement
+from mxfx.formats.e8m0 import SEARCH_LIMIT, SEARCHED
 
 _TILE_ROWS = 32
 _FLOAT32_MANTISSA = 23
@@ -60,7 +61,7 @@ def _launch(groups: int, b: int, rows: int, candidates: int | None, strides: tup
     constants = {
         "SEARCH": candidates is None,
         "FLOAT": isinstance(element, FloatElement),
-        "LIMIT": EXPONENT_LIMIT,
+        "LIMIT": SEARCH_LIMIT,
         "B": padded,
         "TILE": _TILE_ROWS,
     }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mxfx.export.errors import ExportError
-from mxfx.formats import Encoded, Format, ScaleRule
+from mxfx.formats import E8M0, Encoded, Format, ScaleRule
 from mxfx.graph.execute import execute
 from mxfx.graph.node import info, kind, op_name, path_of
 from mxfx.graph.program import Program
@@ -106,7 +106,8 @@ def on_grid(weight: Tensor, fmt: Format) -> Encoded:
 
     Exponents are found anew, by least error: the rule that chose them may choose others for what it rounded.
     """
-    encoded = replace(fmt, rule=ScaleRule.MSE).encode(weight.float())
+    searched = replace(fmt, scale=E8M0(ScaleRule.MSE)) if isinstance(fmt.scale, E8M0) else fmt
+    encoded = searched.encode(weight.float())
     if not torch.equal(fmt.decode(encoded), weight.float()):
         raise ExportError(
             f"a weight of shape {tuple(weight.shape)} is said to be in {fmt} and does not lie on its grid"

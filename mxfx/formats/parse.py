@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
+from mxfx.formats.e4m3 import E4M3, NVFP4_BLOCK, NVFP4_ELEMENT, BlockRule
+from mxfx.formats.e8m0 import E8M0, ScaleRule
 from mxfx.formats.element import Element, FloatElement, IntElement
 from mxfx.formats.errors import FormatError
 from mxfx.formats.format import Format
-from mxfx.formats.scale import ScaleRule
+from mxfx.formats.scale import Scale
 from mxfx.ground.nearest import nearest
 
-MX_ELEMENTS: dict[str, Element] = {
-    **{f"mxint{bits}": IntElement(bits) for bits in range(2, 9)},
-    "mxfp4_e2m1": FloatElement(2, 1),
-    "mxfp6_e3m2": FloatElement(3, 2),
-    "mxfp6_e2m3": FloatElement(2, 3),
-    "mxfp8_e4m3": FloatElement(4, 3, reserved_codes=1),
-    "mxfp8_e5m2": FloatElement(5, 2, reserved_codes=4),
+
+@dataclass(frozen=True)
+class _Stem:
+    """What stands before `@`: the element; its scales by rule, the default first; the only block size, if there is
+    one.
+    """
+
+    element: Element
+    scales: Mapping[str, Scale]
+    block: int | None = None
+
+
+# Not of the class: torch.compile on torch 2.11 cannot trace one as an iterable.
+_E8M0 = {str(rule): E8M0(rule) for rule in ScaleRule.__members__.values()}
+_E4M3 = {str(rule): E4M3(rule) for rule in BlockRule.__members__.values()}
+
+STEMS: dict[str, _Stem] = {
+    **{f"mxint{bits}": _Stem(IntElement(bits), _E8M0) for bits in range(2, 9)},
+    "mxfp4_e2m1": _Stem(FloatElement(2, 1), _E8M0),
+    "mxfp4_e1m2": _Stem(FloatElement(1, 2), _E8M0),
+    "mxfp6_e3m2": _Stem(FloatElement(3, 2), _E8M0),
+    "mxfp6_e2m3": _Stem(FloatElement(2, 3), _E8M0),
+    "mxfp8_e4m3": _Stem(FloatElement(4, 3, reserved_codes=1), _E8M0),
+    "mxfp8_e5m2": _Stem(FloatElement(5, 2, reserved_codes=4), _E8M0),
+    "mxfp8_e3m4": _Stem(FloatElement(3, 4), _E8M0),
+    "nvfp4": _Stem(NVFP4_ELEMENT, _E4M3, NVFP4_BLOCK),
 }
 
 _WRITTEN = re.compile(r"(?P<stem>[^@/]*)(?:@(?P<block>[^@/]*))?(?:/(?P<rule>[^@/]*))?")
 _MINIFLOAT = re.compile(r"minifloat_e(\d+)m(\d+)")
 _BLOCK = re.compile(r"[1-9]\d{0,5}")
-_EXPECTED = "expected ELEMENT@BLOCK or ELEMENT@BLOCK/RULE, such as mxint4@32/mse, or minifloat_eXmY"
-
-# Not list(ScaleRule): torch.compile on torch 2.11 cannot trace a class as an iterable.
-_RULES = [str(rule) for rule in ScaleRule.__members__.values()]
+_EXPECTED = "expected ELEMENT@BLOCK or ELEMENT@BLOCK/RULE, such as mxint4@32/mse, nvfp4, or minifloat_eXmY"
 
 
 @lru_cache(maxsize=256)
@@ -34,8 +54,9 @@ def parse(text: str) -> Format:
     """The format that `text` names.
 
     `ELEMENT@BLOCK[/RULE]` with an element of `mxint2` … `mxint8`, `mxfp4_e2m1`, `mxfp6_e3m2`, `mxfp6_e2m3`,
-    `mxfp8_e4m3`, `mxfp8_e5m2`, a block of 1 to 999999 elements and a rule of `floor` (the default), `rceil`,
-    `even`, `ceil`, `mse`; or `minifloat_eXmY` alone. `str(parse(text))` is the canonical form.
+    `mxfp8_e4m3`, `mxfp8_e5m2` (OCP), `mxfp4_e1m2`, `mxfp8_e3m4` (not OCP), a block of 1 to 999999 elements and a rule
+    of `floor` (the default), `rceil`, `even`, `ceil`, `mse`; `nvfp4[@16]` with a rule of `six` (the default) or
+    `four-over-six`; or `minifloat_eXmY` alone. `str(parse(text))` is the canonical form.
 
     Raises:
         FormatError: names the part that is wrong and the nearest format that exists.
@@ -46,15 +67,19 @@ def parse(text: str) -> Format:
     if text.startswith("minifloat"):
         return _parse_minifloat(text, parts)
     stem, block, rule = parts["stem"], parts["block"], parts["rule"]
-    if stem not in MX_ELEMENTS:
+    if stem not in STEMS:
         raise _error(text, f"no element type {stem!r}", parts)
-    if block is None:
+    known = STEMS[stem]
+    if block is None and known.block is None:
         raise _error(text, "the block size is missing", parts)
-    if _BLOCK.fullmatch(block) is None:
+    if block is not None and _BLOCK.fullmatch(block) is None:
         raise _error(text, f"the block size {block!r} is no whole number from 1 to 999999", parts)
-    if rule is not None and rule not in _RULES:
-        raise _error(text, f"no scale rule {rule!r} (there are {', '.join(ScaleRule)})", parts)
-    return Format(MX_ELEMENTS[stem], int(block), ScaleRule(rule) if rule else ScaleRule.FLOOR)
+    if block is not None and known.block not in (None, int(block)):
+        raise _error(text, f"{stem} has blocks of {known.block}", parts)
+    if rule is not None and rule not in known.scales:
+        raise _error(text, f"no scale rule {rule!r} (there are {', '.join(known.scales)})", parts)
+    scale = next(iter(known.scales.values())) if rule is None else known.scales[rule]
+    return Format(known.element, known.block or int(block or 0), scale)
 
 
 def _parse_minifloat(text: str, parts: re.Match[str]) -> Format:
@@ -72,10 +97,13 @@ def _parse_minifloat(text: str, parts: re.Match[str]) -> Format:
 
 
 def _error(text: str, reason: str, parts: re.Match[str]) -> FormatError:
-    stem = _nearest(parts["stem"].lower(), list(MX_ELEMENTS), "mxint4")
-    block = parts["block"] if _BLOCK.fullmatch(parts["block"] or "") else "32"
-    rule = "" if parts["rule"] is None else "/" + _nearest(parts["rule"].lower(), _RULES, "floor")
-    return FormatError(f"unknown format {text!r}: {reason}; did you mean {f'{stem}@{block}{rule}'!r}? ({_EXPECTED})")
+    stem = _nearest(parts["stem"].lower(), list(STEMS), "mxint4")
+    block = f"@{parts['block'] if _BLOCK.fullmatch(parts['block'] or '') else 32}"
+    if STEMS[stem].block is not None:
+        block = ""
+    rules = list(STEMS[stem].scales)
+    rule = "" if parts["rule"] is None else "/" + _nearest(parts["rule"].lower(), rules, rules[0])
+    return FormatError(f"unknown format {text!r}: {reason}; did you mean {f'{stem}{block}{rule}'!r}? ({_EXPECTED})")
 
 
 def _nearest(given: str, valid: list[str], otherwise: str) -> str:

@@ -24,7 +24,9 @@ def _round_row(row: np.ndarray, upper: np.ndarray, fmt: Format, order: list[int]
     for start in range(0, len(w), block):
         stop = min(start + block, len(w))
         tail = torch.from_numpy(w[start:stop])
-        exponents = [0] if fmt.block is None else fmt.candidate_exponents(tail).tolist()
+        exponents = [0]
+        if fmt.block is not None:
+            exponents = fmt.scale.candidates(tail, fmt.element, None, sweep=True).tolist()
         trials = [_round_block(w.copy(), q.copy(), upper, fmt, start, stop, e) for e in exponents]
         _, w, q = min(trials, key=lambda trial: trial[0])
     out = torch.empty(len(w), dtype=torch.float64)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxfx.algorithms.gptq import GptqResult, asymmetric_target, candidate_exponents, gptq, gptq_batch
+from mxfx.algorithms.gptq import GptqResult, asymmetric_target, candidate_scales, gptq, gptq_batch
 from mxfx.algorithms.gptq_refine import refine_blocks
 from mxfx.algorithms.hessian_factor import factorize, permute_symmetric, revive_dead_columns, rounding_order
-from mxfx.formats import Format, ScaleRule, parse
+from mxfx.formats import E8M0, Format, ScaleRule, parse
 from tests.algorithms.gptq_reference import gptq_reference
 from tests.algorithms.synthetic_layer import correlated_inputs, correlated_layer
 
@@ -36,12 +36,12 @@ def loss_of(rounded: Tensor, weight: Tensor, hessian: Tensor) -> Tensor:
 
 def on_grid(result: GptqResult, fmt: Format) -> bool:
     """Whether every block, rounded again with the exponent reported for it, stays as it is."""
-    if result.exponents is None:
+    if result.scales is None:
         return torch.equal(fmt.fake_quantize(result.weight), result.weight)
     assert fmt.block is not None
     padded = torch.nn.functional.pad(result.weight, (0, -result.weight.shape[1] % fmt.block))
     blocks = padded.unflatten(-1, (-1, fmt.block))
-    return torch.equal(fmt.round_to_grid(blocks, result.exponents[..., None]), blocks)
+    return torch.equal(fmt.round_to_grid(blocks, result.scales[..., None]), blocks)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -62,7 +62,7 @@ def test_every_block_lies_on_its_grid_and_loss_stays_below_rtn(name: str, cols: 
 @pytest.mark.parametrize("name", [name for name in FORMATS if "@" in name])
 @pytest.mark.parametrize("refine", [0, 2])
 def test_the_values_alone_are_enough_to_pack_the_weight(name: str, refine: int) -> None:
-    fmt = dataclasses.replace(parse(name), rule=ScaleRule.MSE)
+    fmt = dataclasses.replace(parse(name), scale=E8M0(ScaleRule.MSE))
     weight, hessian = correlated_layer(64, 96)
     rounded = gptq(weight, hessian, parse(name), refine=refine).weight
     assert torch.equal(fmt.decode(fmt.encode(rounded)), rounded)
@@ -145,8 +145,8 @@ def test_candidates_are_the_formats_own(name: str) -> None:
     columns *= 2.0 ** torch.arange(-150, 100, 5)
     columns[:, :, 7] = 0
     columns[0, 3, :] = columns.abs().amax(1)[0].log2().ceil().exp2()
-    expected = fmt.candidate_exponents(columns.mT.contiguous()).movedim(0, 1).clamp(-126, 126)
-    assert torch.equal(candidate_exponents(columns, fmt, "sweep")[:, :3], expected)
+    expected = fmt.scale.candidates(columns.mT.contiguous(), fmt.element, None, sweep=True).movedim(0, 1)[:, :3]
+    assert torch.equal(candidate_scales(columns, fmt, "sweep")[:, :3], expected)
 
 
 class TestOrder:
@@ -180,7 +180,7 @@ class TestBatch:
         for part, result in zip(parts, together, strict=True):
             alone = gptq(part, hessian, parse("mxint4@32"))
             assert torch.equal(result.weight, alone.weight)
-            assert torch.equal(result.exponents, alone.exponents)
+            assert torch.equal(result.scales, alone.scales)
             assert result.loss == pytest.approx(alone.loss, rel=1e-5)
 
     @pytest.mark.parametrize("refine", [0, 1])
@@ -234,7 +234,7 @@ class TestDeadColumns:
         fmt = parse("mxint4@32")
         result = gptq(weight, hessian, fmt)
         assert result.dead_columns == 2
-        nearest = fmt.round_to_grid(weight.unflatten(1, (2, 32)), result.exponents[..., None]).flatten(1)
+        nearest = fmt.round_to_grid(weight.unflatten(1, (2, 32)), result.scales[..., None]).flatten(1)
         assert torch.equal(result.weight[:, [3, 40]], nearest[:, [3, 40]])
 
     def test_hessian_of_zeros_gives_a_rounded_weight(self) -> None:
@@ -272,7 +272,7 @@ class TestRefinement:
         fmt = parse("mxint4@16")
         weight, hessian = correlated_layer(16, 64, dtype=torch.float64)
         start = fmt.fake_quantize(weight)
-        exponents = fmt.shared_exponent(weight.unflatten(1, (4, 16)))
+        exponents = fmt.choose(weight.unflatten(1, (4, 16)))
         columns, rounded = weight.mT[None], start.mT[None]
         found, _ = refine_blocks(
             columns,
@@ -281,7 +281,7 @@ class TestRefinement:
             hessian[None],
             fmt,
             16,
-            lambda block: fmt.candidate_exponents(block.mT).movedim(0, 1),
+            lambda block: fmt.scale.candidates(block.mT, fmt.element, None, sweep=True).movedim(0, 1),
             1,
         )
         assert (loss_of(found[0].mT, weight, hessian) <= loss_of(start, weight, hessian) + 1e-12).all()

@@ -16,7 +16,7 @@ else:
     import torch
 
     from mxfx.algorithms.block_solver import BlockSolution, searched_exponents, solve_block
-    from mxfx.algorithms.gptq import candidate_exponents
+    from mxfx.algorithms.gptq import candidate_scales
     from mxfx.algorithms.gptq_triton import solve_block_triton
     from mxfx.formats import parse
 
@@ -45,34 +45,32 @@ else:
     def test_the_kernel_writes_what_the_cpu_path_does(name: str, width: int, given: bool) -> None:
         fmt, rows = parse(name), 37
         columns, feedback, precision = _views(width, rows)
-        candidates = candidate_exponents(columns, fmt, "sweep") if given else None
-        expected = solve_block(columns, candidates, feedback, precision, fmt.element)
+        candidates = candidate_scales(columns, fmt, "sweep") if given else None
+        expected = solve_block(columns, candidates, feedback, precision, fmt)
         around = BlockSolution(
             torch.zeros(2, 3 * width, rows),
             torch.zeros(2, 2 * width, rows),
             torch.zeros(2, 3, rows, dtype=torch.int32),
         )
-        out = BlockSolution(around.values[:, width : 2 * width], around.residual[:, :width], around.exponents[:, 1])
-        solve_block_triton(
-            columns, candidates, feedback, precision, fmt.element, out.values, out.residual, out.exponents
-        )
-        same = expected.exponents == out.exponents
+        out = BlockSolution(around.values[:, width : 2 * width], around.residual[:, :width], around.scales[:, 1])
+        solve_block_triton(columns, candidates, feedback, precision, fmt.element, out.values, out.residual, out.scales)
+        same = expected.scales == out.scales
         # A fused multiply-add may move a value across a rounding boundary once in a while.
         assert same.float().mean() > 0.97
         assert (out.values == expected.values).float().mean() > 0.99
         rest = around.values.clone()
         rest[:, width : 2 * width] = 0
-        assert not rest.any() and not around.residual[:, width:].any() and not around.exponents[:, [0, 2]].any()
+        assert not rest.any() and not around.residual[:, width:].any() and not around.scales[:, [0, 2]].any()
 
     def test_the_search_is_that_of_the_cpu_path() -> None:
         """One column and one candidate that loses nothing: the first exponent is the one kept."""
-        element = parse("mxint8@1").element
+        fmt = parse("mxint8@1")
         magnitudes = 2.0 ** torch.arange(-120, 120.0).repeat(2) * torch.tensor([1.0, 1.99]).repeat_interleave(240)
         columns, one = magnitudes[None, None], torch.ones(1, 1, 1)
-        allowed = searched_exponents(columns, element)
+        allowed = searched_exponents(columns, fmt.element)
         kept = torch.zeros(1, 480, dtype=torch.int32)
         out = BlockSolution(torch.empty_like(columns), torch.empty_like(columns), kept)
-        solve_block_triton(columns, None, one, one[0], element, out.values, out.residual, out.exponents)
-        expected = solve_block(columns, allowed, one, one[0], element)
-        assert torch.equal(out.exponents, expected.exponents)
+        solve_block_triton(columns, None, one, one[0], fmt.element, out.values, out.residual, out.scales)
+        expected = solve_block(columns, allowed, one, one[0], fmt)
+        assert torch.equal(out.scales, expected.scales)
         assert torch.equal(out.values, expected.values)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mxfx.algorithms.block_solver import solve_block
-from mxfx.algorithms.gptq import candidate_exponents, gptq
+from mxfx.algorithms.gptq import candidate_scales, gptq
 from mxfx.formats import parse
 from tests.algorithms.synthetic_layer import correlated_layer
 
@@ -30,13 +30,13 @@ def test_kernel_equals_the_cpu_path(name: str, width: int) -> None:
     precision = torch.rand(2, width, generator=generator) + 0.5
     columns = torch.randn(2, width, 700, generator=generator)
     searched = "@" in name and "ceil" not in name
-    candidates = None if searched else candidate_exponents(columns, fmt, "sweep")
-    expected = solve_block(columns, candidates, feedback, precision, fmt.element)
+    candidates = None if searched else candidate_scales(columns, fmt, "sweep")
+    expected = solve_block(columns, candidates, feedback, precision, fmt)
     given = [None if tensor is None else tensor.cuda() for tensor in (columns, candidates, feedback, precision)]
-    found = solve_block(*given, fmt.element)
+    found = solve_block(*given, fmt)
     # A fused multiply-add may move a value across a rounding boundary once in a while.
     assert (found.values.cpu() != expected.values).float().mean() < 1e-3
-    assert (found.exponents.cpu() != expected.exponents).float().mean() < 1e-3
+    assert (found.scales.cpu() != expected.scales).float().mean() < 1e-3
 
 
 @pytest.mark.parametrize("refine", [0, 2])

@@ -14,8 +14,12 @@ import torch
 OCP_FLOATS = {"e2m1": (2, 1, 1), "e3m2": (3, 2, 3), "e2m3": (2, 3, 1), "e4m3": (4, 3, 7), "e5m2": (5, 2, 15)}
 """Exponent bits, mantissa bits and bias: OCP MX v1.0, table 3, and OCP FP8 v1.0."""
 
+FLOATS = {**OCP_FLOATS, "e1m2": (1, 2, 0), "e3m4": (3, 4, 3)}
+"""With the two of the tutorial's dialect that OCP does not have; every code a finite number."""
+
 RULES = ("floor", "rceil", "even", "ceil", "mse")
 MX_FLOATS = ("mxfp4_e2m1", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp8_e4m3", "mxfp8_e5m2")
+MORE_FLOATS = ("mxfp4_e1m2", "mxfp8_e3m4")
 MX_INTS = tuple(f"mxint{bits}" for bits in range(2, 9))
 
 _POWERS = np.ldexp(1.0, np.arange(-1074, 1024))
@@ -32,8 +36,8 @@ def float_magnitudes(exponent_bits: int, mantissa_bits: int, bias: int) -> np.nd
 
 
 def ocp_magnitudes(name: str) -> np.ndarray:
-    """Finite magnitudes of an OCP element in code order."""
-    values = float_magnitudes(*OCP_FLOATS[name])
+    """Finite magnitudes of a float element in code order."""
+    values = float_magnitudes(*FLOATS[name])
     if name == "e4m3":
         return values[:-1]  # S.1111.111 is NaN
     return values[:-4] if name == "e5m2" else values  # E5M2: S.11111.00 is Inf, the other three NaN
@@ -63,7 +67,7 @@ class Reference:
         else:
             self.grid = ocp_magnitudes(stem.split("_")[1])
             self.even = np.arange(len(self.grid)) % 2 == 0
-            self.mantissa_bits = OCP_FLOATS[stem.split("_")[1]][1]
+            self.mantissa_bits = FLOATS[stem.split("_")[1]][1]
             self.largest = self.grid[-1]
 
     def exponents(self, blocks: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ import torch
 
 from mxfx.formats import parse
 from tests.formats.reference import (
+    MORE_FLOATS,
     MX_FLOATS,
     MX_INTS,
     RULES,
@@ -45,7 +46,7 @@ def assert_equals_brute_force(stem: str, rule: str, blocks: torch.Tensor) -> Non
     assert same_bits(fmt.fake_quantize(blocks), expected)
 
 
-@pytest.mark.parametrize("stem", MX_INTS + MX_FLOATS)
+@pytest.mark.parametrize("stem", MX_INTS + MX_FLOATS + MORE_FLOATS)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_hard_blocks(stem: str, rule: str, dtype: torch.dtype) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mxfx.formats import FormatError, parse
-from tests.formats.reference import MX_FLOATS, MX_INTS, RULES, same_bits
+from tests.formats.reference import MORE_FLOATS, MX_FLOATS, MX_INTS, RULES, same_bits
 
 MINIFLOATS = ("minifloat_e3m4", "minifloat_e1m2", "minifloat_e5m10", "minifloat_e8m7", "minifloat_e2m1")
 
@@ -18,7 +18,7 @@ def wide_tensor(dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
-@pytest.mark.parametrize("stem", MX_INTS + MX_FLOATS)
+@pytest.mark.parametrize("stem", MX_INTS + MX_FLOATS + MORE_FLOATS)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_decoded_packed_codes_equal_fake_quantize(stem: str, rule: str, dtype: torch.dtype) -> None:

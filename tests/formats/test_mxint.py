@@ -46,26 +46,27 @@ def test_floor_and_ceil_differ_at_exact_powers_of_two_only() -> None:
     ],
 )  # fmt: skip
 def test_the_step_of_mxint4_under_each_rule(rule: str, amax: float, exponent: int) -> None:
-    assert parse(f"mxint4@4/{rule}").shared_exponent(torch.tensor([amax, 0.0, 0.0, 0.0])).item() == exponent
+    assert parse(f"mxint4@4/{rule}").choose(torch.tensor([amax, 0.0, 0.0, 0.0])).item() == exponent
 
 
 def test_mse_takes_the_finer_step_where_saturating_one_value_costs_less() -> None:
     x = torch.tensor([4.25] + [0.5] * 31)
-    assert parse("mxint4@32/floor").shared_exponent(x).item() == 0
-    assert parse("mxint4@32/mse").shared_exponent(x).item() == -1
+    assert parse("mxint4@32/floor").choose(x).item() == 0
+    assert parse("mxint4@32/mse").choose(x).item() == -1
     assert parse("mxint4@32/mse").fake_quantize(x).tolist() == [3.5] + [0.5] * 31
 
 
 def test_mse_keeps_the_coarser_step_on_a_tie() -> None:
     # Coarser: 4.0 exact and 0.5 to 0, error 0.25; the finer step: 3.5 and 0.5, error 0.25.
     x = torch.tensor([4.0, 0.5])
-    assert parse("mxint4@2/mse").shared_exponent(x).item() == 0
+    assert parse("mxint4@2/mse").choose(x).item() == 0
 
 
 def test_candidates_are_the_step_that_saturates_nothing_and_the_two_below() -> None:
-    blocks = torch.tensor([[4.0, 1.0], [7.5, 1.0], [0.0, 0.0], [float("inf"), 1.0]])
-    expected = torch.tensor([[0, 1, -127, 128], [-1, 0, -127, 128], [-2, -1, -127, 128]], dtype=torch.int32)
-    assert torch.equal(parse("mxint4@2/ceil").candidate_exponents(blocks), expected)
+    blocks = torch.tensor([[4.0, 1.0], [7.5, 1.0]])
+    fmt = parse("mxint4@2/mse")
+    expected = torch.tensor([[0, 1], [-1, 0], [-2, -1]], dtype=torch.int32)
+    assert torch.equal(fmt.scale.candidates(blocks, fmt.element, None, sweep=True), expected)
 
 
 def test_published_relative_error_on_gaussian_blocks() -> None:
@@ -90,4 +91,5 @@ def test_errors_of_few_significant_bits_are_compared_faster_and_alike(text, dtyp
     ties = torch.randint(-16, 17, (2000, 32), generator=generator) / 2
     for x in (patterns, (torch.randn(2000, 32, generator=generator) * binades).to(dtype), (ties * binades).to(dtype)):
         blocks = x.float()
-        assert torch.equal(fmt.shared_exponent(blocks, PRECISION[dtype]), fmt.shared_exponent(blocks))
+        few = fmt.scale.choose(blocks, fmt.element, None, PRECISION[dtype])
+        assert torch.equal(few, fmt.choose(blocks))

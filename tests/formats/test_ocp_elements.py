@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mxfx.formats import parse
-from tests.formats.reference import MX_FLOATS, float_magnitudes, nearest, ocp_magnitudes, same_bits
+from tests.formats.reference import MORE_FLOATS, MX_FLOATS, float_magnitudes, nearest, ocp_magnitudes, same_bits
 
 LARGEST = {
     "mxfp4_e2m1": 6.0,
@@ -13,18 +13,30 @@ LARGEST = {
     "mxfp6_e2m3": 7.5,
     "mxfp8_e4m3": 448.0,
     "mxfp8_e5m2": 57344.0,
+    "mxfp4_e1m2": 3.5,
+    "mxfp8_e3m4": 31.0,
 }
-EMAX = {"mxfp4_e2m1": 2, "mxfp6_e3m2": 4, "mxfp6_e2m3": 2, "mxfp8_e4m3": 8, "mxfp8_e5m2": 15}
+EMAX = {
+    "mxfp4_e2m1": 2,
+    "mxfp6_e3m2": 4,
+    "mxfp6_e2m3": 2,
+    "mxfp8_e4m3": 8,
+    "mxfp8_e5m2": 15,
+    "mxfp4_e1m2": 1,
+    "mxfp8_e3m4": 4,
+}
 SMALLEST = {
     "mxfp4_e2m1": 0.5,
     "mxfp6_e3m2": 2**-4,
     "mxfp6_e2m3": 2**-3,
     "mxfp8_e4m3": 2**-9,
     "mxfp8_e5m2": 2**-16,
+    "mxfp4_e1m2": 0.5,
+    "mxfp8_e3m4": 2**-6,
 }
 
 
-@pytest.mark.parametrize("stem", MX_FLOATS)
+@pytest.mark.parametrize("stem", MX_FLOATS + MORE_FLOATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_each_code_decodes_to_the_value_of_the_specification(stem: str, dtype: torch.dtype) -> None:
     element = parse(f"{stem}@32").element
@@ -37,7 +49,7 @@ def test_each_code_decodes_to_the_value_of_the_specification(stem: str, dtype: t
     assert magnitudes[1] == SMALLEST[stem]
 
 
-@pytest.mark.parametrize("stem", MX_FLOATS)
+@pytest.mark.parametrize("stem", MX_FLOATS + MORE_FLOATS)
 def test_rounding_hits_the_nearest_value_and_the_even_one_of_two(stem: str) -> None:
     grid = ocp_magnitudes(stem.split("_")[1])
     middles = (grid[1:] + grid[:-1]) / 2

@@ -2,11 +2,11 @@
 
 import pytest
 
-from mxfx.formats import FloatElement, Format, FormatError, IntElement, ScaleRule, parse
-from tests.formats.reference import MX_FLOATS, MX_INTS, RULES
+from mxfx.formats import E8M0, FloatElement, Format, FormatError, IntElement, ScaleRule, parse
+from tests.formats.reference import MORE_FLOATS, MX_FLOATS, MX_INTS, RULES
 
 
-@pytest.mark.parametrize("stem", MX_INTS + MX_FLOATS)
+@pytest.mark.parametrize("stem", MX_INTS + MX_FLOATS + MORE_FLOATS)
 @pytest.mark.parametrize("rule", RULES)
 def test_canonical_text_survives_the_round_trip(stem: str, rule: str) -> None:
     text = f"{stem}@32" if rule == "floor" else f"{stem}@32/{rule}"
@@ -19,8 +19,8 @@ def test_the_default_rule_is_not_written() -> None:
 
 
 def test_parse_gives_the_parts() -> None:
-    assert parse("mxint4@16/mse") == Format(IntElement(4), 16, ScaleRule.MSE)
-    assert parse("mxfp6_e3m2@128") == Format(FloatElement(3, 2), 128, ScaleRule.FLOOR)
+    assert parse("mxint4@16/mse") == Format(IntElement(4), 16, E8M0(ScaleRule.MSE))
+    assert parse("mxfp6_e3m2@128") == Format(FloatElement(3, 2), 128)
     assert parse("minifloat_e3m4") == Format(FloatElement(3, 4), None)
 
 
@@ -72,6 +72,6 @@ def test_no_text_but_a_format_is_a_format(text: str) -> None:
 
 def test_a_minifloat_has_neither_rule_nor_integers() -> None:
     with pytest.raises(FormatError, match="scale rule"):
-        Format(FloatElement(3, 4), None, ScaleRule.MSE)
+        Format(FloatElement(3, 4), None, E8M0(ScaleRule.MSE))
     with pytest.raises(FormatError, match="block size"):
         Format(IntElement(4), None)

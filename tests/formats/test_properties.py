@@ -70,7 +70,7 @@ def test_the_most_negative_code_makes_floor_not_idempotent() -> None:
 @given(stem=ELEMENTS, rule=st.sampled_from(RULES), x=BLOCKS)
 def test_every_value_is_an_element_times_the_scale_and_within_its_range(stem: str, rule: str, x: torch.Tensor) -> None:
     fmt = parse(f"{stem}@8/{rule}")
-    scale = 2.0 ** fmt.shared_exponent(x).item()
+    scale = 2.0 ** fmt.choose(x).item()
     elements = fmt.fake_quantize(x).double() / scale
     lowest = getattr(fmt.element, "min_value", -fmt.element.max_value)
     assert (elements <= fmt.element.max_value).all() and (elements >= lowest).all()
@@ -81,7 +81,7 @@ def test_every_value_is_an_element_times_the_scale_and_within_its_range(stem: st
 @given(stem=ELEMENTS, rule=st.sampled_from(("rceil", "floor", "even")), x=BLOCKS)
 def test_error_is_half_a_step_where_nothing_saturates(stem: str, rule: str, x: torch.Tensor) -> None:
     fmt = parse(f"{stem}@8/{rule}")
-    scale = 2.0 ** fmt.shared_exponent(x).item()
+    scale = 2.0 ** fmt.choose(x).item()
     inside = x.abs().double() <= fmt.element.max_value * scale
     coarsest = 2.0 ** (fmt.element.max_exponent - fmt.element.mantissa_bits) * scale
     error = (fmt.fake_quantize(x).double() - x.double()).abs()
@@ -93,4 +93,4 @@ def test_error_is_half_a_step_where_nothing_saturates(stem: str, rule: str, x: t
 def test_round_to_grid_at_the_shared_exponent_is_fake_quantize(stem: str) -> None:
     fmt: Format = parse(f"{stem}@8/mse")
     x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
-    assert same_bits(fmt.round_to_grid(x, fmt.shared_exponent(x).unsqueeze(-1)), fmt.fake_quantize(x))
+    assert same_bits(fmt.round_to_grid(x, fmt.choose(x).unsqueeze(-1)), fmt.fake_quantize(x))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mxfx.algorithms.hadamard import DENSE_ORDER, has_hadamard, kronecker_orders
-from mxfx.formats import Format
+from mxfx.formats import E8M0, Format
 from mxfx.formats.element import FloatElement
 
 #: Orders of the package fast-hadamard-transform.
@@ -29,9 +29,9 @@ def has_triton() -> bool:
 
 @lru_cache(maxsize=256)
 def takes_format(fmt: Format) -> bool:
-    """Whether the kernels round onto a format (an element as wide as float32 needs float64)."""
+    """Whether the kernels round onto a format: by powers of two, and no element as wide as float32."""
     wide = isinstance(fmt.element, FloatElement) and fmt.element.exponent_bits == 8
-    return not wide and (fmt.block is None or fmt.block <= MAX_BLOCK)
+    return not wide and isinstance(fmt.scale, E8M0) and (fmt.block is None or fmt.block <= MAX_BLOCK)
 
 
 def takes_transform(x: Tensor, matrix: Tensor | None, fmt: Format | None) -> bool:

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from mxfx.formats import FloatElement, Format, IntElement, ScaleRule
+from mxfx.formats.e8m0 import error_bits
 from mxfx.formats.format import PRECISION
 
 _FLOAT32_MANTISSA = 23
@@ -120,7 +121,7 @@ def _sum_of_errors(fmt: Format, dtype: torch.dtype) -> tuple[int, float]:
     if fmt.rule is not ScaleRule.MSE or fmt.block is None:
         return 0, 1.0
     precision = PRECISION[dtype]
-    bits, smallest = fmt.error_bits(precision)
+    bits, smallest = error_bits(fmt.element, fmt.block, precision)
     if precision < 24 and bits <= 24:
         return 0, 1.0
     if precision < 24 and bits <= 31:
