@@ -7,6 +7,7 @@ from mxfx.ops.cast import cast
 from mxfx.ops.dialect import all_ops, define, find_op
 from mxfx.ops.experts import expert_linear
 from mxfx.ops.norm import rms_norm
+from mxfx.ops.packed import mx_embedding, mx_linear
 from mxfx.ops.positions import positions
 from mxfx.ops.quantize import fake_quantize
 from mxfx.ops.rope import rope
@@ -29,6 +30,8 @@ __all__ = [
     "fake_quantize",
     "find_op",
     "hadamard",
+    "mx_embedding",
+    "mx_linear",
     "positions",
     "rms_norm",
     "rope",

@@ -13,6 +13,7 @@ from mxfx.passes.gptq import Gptq
 from mxfx.passes.insert_fake_quant import InsertFakeQuant
 from mxfx.passes.lower import Lower
 from mxfx.passes.online_rotation import OnlineRotation
+from mxfx.passes.pack_weights import PackWeights
 from mxfx.passes.permute_channels import PermuteChannels
 from mxfx.passes.quantize_kv_cache import QuantizeKvCache
 from mxfx.passes.raise_attention import RaiseAttention
@@ -42,6 +43,7 @@ __all__ = [
     "InsertFakeQuant",
     "Lower",
     "OnlineRotation",
+    "PackWeights",
     "PermuteChannels",
     "QuantizeKvCache",
     "RaiseAttention",

@@ -19,6 +19,10 @@ MAX_BLOCK = 4096
 MAX_TRANSFORM = DENSE_ORDER
 #: A norm holds a row in registers.
 MAX_ROW = 16384
+#: Rows that meet packed codes as they are; from there on expanding the weight pays.
+FEW_ROWS = 64
+#: Largest number of FP8 E4M3.
+E4M3_MAX = 448.0
 
 
 @lru_cache(maxsize=1)
@@ -86,6 +90,19 @@ def takes_norm(x: Tensor, weight: Tensor | None, matrix: Tensor | None, fmt: For
     block = matrix.shape[-1] if matrix is not None and matrix.dim() == 2 else fmt.block or 32
     short = max(_power(-(-x.shape[-1] // block)), 16) * max(_power(block), 16) <= MAX_ROW
     return short and (weight is None or weight.dtype == x.dtype)
+
+
+def takes_packed(fmt: Format, width: int) -> bool:
+    """Whether kernels can read weights `(…, width)` that are packed in a format: whole bytes and whole blocks."""
+    block = fmt.block
+    return (
+        fmt.bits in (4, 8) and block is not None and 2 <= block <= 128 and not block & (block - 1) and not width % block
+    )
+
+
+def takes_e4m3_rows(width: int) -> bool:
+    """Whether a kernel can fold rows of that length into E4M3: it holds one in registers."""
+    return width <= MAX_ROW
 
 
 def _power(n: int) -> int:

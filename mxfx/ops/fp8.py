@@ -1,0 +1,52 @@
+"""MX operands as FP8 E4M3 with one power of two a row: what the tensor cores of Hopper and Ada multiply.
+
+A block's exponent folds into the payload: E4M3 holds code · 2^d exactly for 15 shifts d of a 4-bit code, so a row whose
+blocks span few enough octaves loses nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mxfx.formats import FloatElement, Format
+from mxfx.formats.stored import restore
+
+E4M3 = torch.float8_e4m3fn
+#: Significant bits of E4M3, the leading one included.
+SIGNIFICANT = 4
+
+
+def to_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` (..., k) as E4M3 bytes, uint8 (..., k), and the power of two of each row, float32 (..., 1).
+
+    The largest entry of a row comes to lie in [128, 256). Entries that E4M3 does not hold are rounded to nearest, ties
+    to even; a row with NaN or Inf keeps them as NaN.
+    """
+    wide = x.to(torch.float32)
+    largest = wide.abs().amax(-1, keepdim=True)
+    exponent = (largest.view(torch.int32) >> 23) - 7
+    scale = (exponent.clamp(1, 253) << 23).view(torch.float32)
+    payload = torch.where(wide.isfinite(), wide / scale, float("nan")).to(E4M3)
+    return payload.view(torch.uint8), scale
+
+
+def from_rows(payload: Tensor, row_scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `to_rows` took, as `dtype`."""
+    return (payload.view(E4M3).to(torch.float32) * row_scales).to(dtype)
+
+
+def carries(fmt: Format) -> bool:
+    """Whether E4M3 can hold entries of a format, in as many octaves as a row leaves it."""
+    element = fmt.element
+    if fmt.block is None:
+        return False
+    if isinstance(element, FloatElement):
+        return element.mantissa_bits < SIGNIFICANT
+    return element.bits - 1 <= SIGNIFICANT
+
+
+def octaves_beyond(codes: Tensor, scales: Tensor, fmt: Format, width: int) -> int:
+    """How many rows of a packed weight E4M3 does not hold with one power of two a row."""
+    weight = restore(codes, scales, fmt, width, torch.float32)
+    return int((from_rows(*to_rows(weight), torch.float32) != weight).any(-1).sum())

@@ -1,0 +1,113 @@
+"""Products with packed weights as `torch.library` ops that choose their way by device, dtype and number of rows.
+
+On a CPU each runs its definition. On a CUDA device few rows meet the packed codes themselves; for many the weight is
+expanded into memory that the allocator gives to the next layer after, and a GEMM runs. Rows are a shape: the choice
+costs no synchronization, is made once in a CUDA graph, and `torch.compile` sees one node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from mxfx.ops import fp8, packed
+from mxfx.ops.kernels.library import _LIBRARY, NAMESPACE
+from mxfx.ops.kernels.limits import has_triton
+from mxfx.ops.providers import Provider, provide
+
+
+def e4m3_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`mxfx.ops.fp8.to_rows`: E4M3 bytes (..., k) and a power of two a row (..., 1)."""
+    return fp8.to_rows(x)
+
+
+def mx_linear_e4m3(
+    payload: Tensor,
+    row_scales: Tensor,
+    codes: list[Tensor],
+    scales: list[Tensor],
+    biases: list[Tensor],
+    format: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Linears that read one input, given as `e4m3_rows` gives it, their results side by side, `(..., Σ out)`.
+
+    `codes`, `scales` and `biases` (as many, or none) are those of `mxfx::mx_linear`, all in one `format`.
+    """
+    x = fp8.from_rows(payload, row_scales, dtype)
+    given: list[Tensor | None] = [*biases] or [None] * len(codes)
+    parts = [packed.mx_linear(x, c, s, b, format) for c, s, b in zip(codes, scales, given, strict=True)]
+    return torch.cat(parts, -1)
+
+
+@cache
+def inexact_rows(device: torch.device) -> Tensor:
+    """int64 (1,) on the device: rows that `e4m3_rows` had to round there, since the process began."""
+    return torch.zeros(1, dtype=torch.int64, device=device)
+
+
+def _define(name: str, schema: str, definition: Callable, fake: Callable) -> torch._ops.OpOverload:
+    """`mxfx_kernels::<name>`: of `packed_cuda` on a CUDA device, else, or where that takes it not, the definition."""
+
+    def anywhere(*args):
+        return definition(*args)
+
+    def on_cuda(*args):
+        out = _on_cuda(name)(*args) if has_triton() else NotImplemented
+        return definition(*args) if out is NotImplemented else out
+
+    _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, on_cuda, "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+
+    def no_backward(ctx, *grads):
+        raise RuntimeError(f"{NAMESPACE}::{name} has no derivative; differentiate the graph before `lower`")
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", no_backward, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+@cache
+def _on_cuda(name: str) -> Callable:
+    return getattr(import_module("mxfx.ops.kernels.packed_cuda"), name)
+
+
+def _fake_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def _fake_products(
+    payload: Tensor, row_scales: Tensor, codes: list, scales: list, biases: list, format: str, dtype: torch.dtype
+) -> Tensor:
+    return payload.new_empty((*payload.shape[:-1], sum(c.shape[0] for c in codes)), dtype=dtype)
+
+
+LINEAR = _define(
+    "mx_linear",
+    "(Tensor x, Tensor codes, Tensor scales, Tensor? bias, str format) -> Tensor",
+    packed.mx_linear,
+    packed._projected,
+)
+EMBEDDING = _define(
+    "mx_embedding",
+    "(Tensor codes, Tensor scales, Tensor ids, str format, SymInt width) -> Tensor",
+    packed.mx_embedding,
+    packed._gathered,
+)
+E4M3_ROWS = _define("e4m3_rows", "(Tensor x) -> (Tensor, Tensor)", e4m3_rows, _fake_rows)
+LINEAR_E4M3 = _define(
+    "mx_linear_e4m3",
+    "(Tensor payload, Tensor row_scales, Tensor[] codes, Tensor[] scales, Tensor[] biases, str format, "
+    "ScalarType dtype) -> Tensor",
+    mx_linear_e4m3,
+    _fake_products,
+)
+
+for _device in ("cpu", "cuda"):
+    provide(Provider("packed", "mx_linear", _device, LINEAR))
+    provide(Provider("packed", "mx_embedding", _device, EMBEDDING))

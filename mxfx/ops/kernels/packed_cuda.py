@@ -1,0 +1,106 @@
+"""Packed weights on a CUDA device: each function gives a kernel's result, or `NotImplemented` for what none takes.
+
+Importable only where `triton` is.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mxfx.formats import Format
+from mxfx.ops.fp8 import E4M3
+from mxfx.ops.kernels.fp8_triton import rows_to_e4m3
+from mxfx.ops.kernels.limits import DTYPES, FEW_ROWS, takes_e4m3_rows, takes_packed
+from mxfx.ops.kernels.packed import inexact_rows
+from mxfx.ops.kernels.packed_triton import expand, expand_to_e4m3, multiply_rows
+from mxfx.ops.quantize import _format
+
+#: Up to this many products FP8 tensor cores summed MX operands exactly without the slower promotion of partial sums.
+FAST_SUMS = 8192
+
+
+def mx_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str) -> Tensor:
+    fmt, width, channels = _format(format), x.shape[-1], codes.shape[0]
+    if x.dtype not in DTYPES or not takes_packed(fmt, width) or x.numel() == 0:
+        return NotImplemented
+    if _is_few(x.numel() // width, x.dtype):
+        out = torch.empty((*x.shape[:-1], channels), dtype=x.dtype, device=x.device)
+        rows = x.reshape(-1, width).contiguous()
+        multiply_rows(rows, codes, scales, bias, fmt, out.view(-1, channels))
+        return out
+    weight = torch.empty((channels, width), dtype=x.dtype, device=x.device)
+    expand(codes, scales, fmt, weight)
+    return F.linear(x, weight, bias)
+
+
+def mx_embedding(codes: Tensor, scales: Tensor, ids: Tensor, format: str, width: int) -> Tensor:
+    """Few rows are decoded: the definition will do."""
+    return NotImplemented
+
+
+def e4m3_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    if x.dtype not in DTYPES or not takes_e4m3_rows(x.shape[-1]) or x.numel() == 0:
+        return NotImplemented
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    payload = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    row_scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    rows_to_e4m3(rows, payload.view(rows.shape), row_scales.view(-1), inexact_rows(x.device))
+    return payload, row_scales
+
+
+def mx_linear_e4m3(
+    payload: Tensor,
+    row_scales: Tensor,
+    codes: list[Tensor],
+    scales: list[Tensor],
+    biases: list[Tensor],
+    format: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    fmt, width = _format(format), payload.shape[-1]
+    if dtype not in DTYPES or not takes_packed(fmt, width) or payload.numel() == 0:
+        return NotImplemented
+    channels = [c.shape[0] for c in codes]
+    rows, factors = payload.reshape(-1, width).contiguous(), row_scales.reshape(-1, 1).contiguous()
+    out_shape = (*payload.shape[:-1], sum(channels))
+    if _is_few(rows.shape[0], dtype):
+        out = torch.empty(out_shape, dtype=dtype, device=payload.device)
+        given: list[Tensor | None] = [*biases] or [None] * len(codes)
+        parts = out.view(rows.shape[0], -1).split(channels, -1)
+        for c, s, bias, part in zip(codes, scales, given, parts, strict=True):
+            multiply_rows(rows, c, s, bias, fmt, part, factors)
+        return out
+    return _product(rows, factors, codes, scales, biases, fmt, dtype).view(out_shape)
+
+
+def _product(
+    rows: Tensor,
+    factors: Tensor,
+    codes: list[Tensor],
+    scales: list[Tensor],
+    biases: list[Tensor],
+    fmt: Format,
+    dtype: torch.dtype,
+) -> Tensor:
+    """One FP8 GEMM for all weights, expanded one below the other."""
+    width, channels = rows.shape[-1], [c.shape[0] for c in codes]
+    weight = torch.empty((sum(channels), width), dtype=torch.uint8, device=rows.device)
+    of_channels = torch.empty(sum(channels), dtype=torch.float32, device=rows.device)
+    for c, s, part, factor in zip(codes, scales, weight.split(channels), of_channels.split(channels), strict=True):
+        expand_to_e4m3(c, s, fmt, part, factor)
+    out = torch._scaled_mm(
+        rows.view(E4M3),
+        weight.view(E4M3).t(),
+        scale_a=factors,
+        scale_b=of_channels.view(1, -1),
+        out_dtype=dtype,
+        use_fast_accum=width <= FAST_SUMS,
+    )
+    return out + torch.cat(biases) if biases else out
+
+
+def _is_few(rows: int, dtype: torch.dtype) -> bool:
+    """Products of several rows are taken on tensor cores, which would round float32."""
+    return rows == 1 or (rows <= FEW_ROWS and dtype != torch.float32)

@@ -1,0 +1,368 @@
+"""Packed weights on a GPU: expanded for a GEMM, or multiplied as they are with a few rows.
+
+A 4-bit weight holds two codes a byte, an 8-bit one a code a byte; other widths have no kernel here. Every value that a
+kernel makes of a code and its scale is exact in the dtype that it is made in.
+
+Importable only where `triton` is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mxfx.algorithms.launch import KEPT_SHAPES, Launch
+from mxfx.formats import FloatElement, Format
+from mxfx.ops.kernels.limits import E4M3_MAX
+
+_NAN = tl.constexpr(0x7FC0_0000)
+_SIGN = tl.constexpr(-(2**31))
+#: Bytes of codes that a program expands, or multiplies with one row, at a time.
+EXPAND_BYTES = 4096
+ROW_BYTES = 4096
+ROW_CHANNELS = 4
+#: A tile of the product with several rows: output channels, bytes of codes of each.
+TILE_CHANNELS = 16
+TILE_BYTES = 128
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What the kernels know of an element type: `mantissa` and `bias` of a float (-1 and 0 for an integer).
+
+    `top`: the greatest d at which every code times 2^d is at most E4M3's largest number.
+    """
+
+    bits: int
+    mantissa: int
+    bias: int
+    top: int
+
+    @property
+    def value(self) -> Codes:
+        """Itself: a kernel meets its constants wrapped, except in the interpreter."""
+        return self
+
+
+@lru_cache(maxsize=64)
+def codes_of(fmt: Format) -> Codes:
+    element = fmt.element
+    if isinstance(element, FloatElement):
+        return Codes(fmt.bits, element.mantissa_bits, element.bias, math.floor(math.log2(E4M3_MAX / element.max_value)))
+    return Codes(fmt.bits, -1, 0, math.floor(math.log2(E4M3_MAX)) - (fmt.bits - 1))
+
+
+def expand(codes: Tensor, scales: Tensor, fmt: Format, out: Tensor) -> None:
+    """Write the decoded weight (n, k) to `out` (n, k), bfloat16, float16 or float32, contiguous."""
+    _launch_expand(codes.shape[0], out.shape[1], out.dtype, codes.device, fmt)(codes, scales, out, out)
+
+
+def expand_to_e4m3(codes: Tensor, scales: Tensor, fmt: Format, payload: Tensor, row_scales: Tensor) -> None:
+    """Write the weight as E4M3 bytes, `payload` uint8 (n, k), and the power of two of each row, float32 (n,).
+
+    Exact where the row's blocks span few enough octaves (`mxfx.ops.kernels.limits.fits_e4m3`).
+    """
+    _launch_expand(codes.shape[0], payload.shape[1], torch.uint8, codes.device, fmt)(codes, scales, payload, row_scales)
+
+
+@lru_cache(maxsize=KEPT_SHAPES)
+def _launch_expand(rows: int, width: int, dtype: torch.dtype, device: torch.device, fmt: Format) -> Launch:
+    assert fmt.block is not None
+    block_bytes = fmt.block * fmt.bits // 8
+    per_row = triton.cdiv(width, fmt.block)
+    blocks = min(triton.next_power_of_2(per_row), max(EXPAND_BYTES // block_bytes, 1))
+    return Launch(
+        _expand_kernel,
+        lambda at_a_time: rows,
+        (width, per_row),
+        {
+            "BLOCKS": blocks,
+            "BLOCK_BYTES": block_bytes,
+            "PER_BYTE": 8 // fmt.bits,
+            "PADDED": triton.next_power_of_2(per_row),
+            "CODES": codes_of(fmt),
+        },
+        num_warps=4,
+    )
+
+
+@triton.jit
+def element(code, CODES: tl.constexpr):
+    """The value of a code whose highest bit is bit 31 of int32 `code`, float32."""
+    if CODES.value.mantissa < 0:
+        value = (code >> (32 - CODES.value.bits)).to(tl.float32)
+    else:
+        aligned = (code & 0x7FFF_FFFF) >> (31 - (CODES.value.bits - 1))
+        magnitude = (aligned << (23 - CODES.value.mantissa)).to(tl.float32, bitcast=True)
+        value = magnitude * (2.0 ** (127 - CODES.value.bias))
+        value = (value.to(tl.int32, bitcast=True) | (code & _SIGN)).to(tl.float32, bitcast=True)  # -0 stays
+    return value
+
+
+@triton.jit
+def power(biased):
+    """2^(biased - 127) as float32 for an E8M0 byte; NaN for 255."""
+    bits = tl.where(biased == 0, 1 << 22, biased << 23)
+    return tl.where(biased == 255, _NAN, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def e4m3_bits(x):
+    """E4M3 bits of float32 `x`, |x| at most 448, to nearest, ties to even, int32; and whether `x` is one, int32.
+
+    Scaled so that the biases agree, E4M3's bits are the top bits of the float, subnormals included.
+    """
+    bits = (tl.abs(x) * (2.0**-120)).to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+    broken = (bits >> 23) == 255
+    return tl.where(broken, 0x7F, rounded | sign), tl.where(broken, 1, ((bits & 0xFFFFF) == 0).to(tl.int32))
+
+
+@triton.jit
+def of_e4m3(code):
+    """float32 of E4M3 bits, uint8."""
+    wide = code.to(tl.int32)
+    magnitude = ((wide & 0x7F) << 20).to(tl.float32, bitcast=True) * (2.0**120)
+    value = (magnitude.to(tl.int32, bitcast=True) | ((wide & 0x80) << 24)).to(tl.float32, bitcast=True)
+    return tl.where((wide & 0x7F) == 0x7F, float("nan"), value)
+
+
+@triton.jit
+def _expand_kernel(
+    codes_ptr,
+    scales_ptr,
+    out_ptr,
+    row_scales_ptr,
+    width,
+    per_row,
+    BLOCKS: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+    PER_BYTE: tl.constexpr,
+    PADDED: tl.constexpr,
+    CODES: tl.constexpr,
+):
+    """One program, one row."""
+    row = tl.program_id(0).to(tl.int64)
+    bytes_a_row = per_row * BLOCK_BYTES
+    kind = out_ptr.dtype.element_ty
+    lowest = 0
+    if kind == tl.uint8:
+        every = tl.arange(0, PADDED)
+        scale = tl.load(scales_ptr + row * per_row + every, mask=every < per_row, other=0).to(tl.int32)
+        highest = tl.max(tl.where(scale == 255, 0, scale), axis=0)
+        # The row's scale is a normal number.
+        lowest = tl.maximum(highest - CODES.value.top, 1)
+        tl.store(row_scales_ptr + row, (lowest << 23).to(tl.float32, bitcast=True))
+    block = tl.arange(0, BLOCKS)
+    byte = block[:, None] * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)[None, :]
+    for start in range(0, per_row, BLOCKS):
+        inside = (start + block) < per_row
+        scale = tl.load(scales_ptr + row * per_row + start + block, mask=inside, other=0).to(tl.int32)
+        at = row * bytes_a_row + start * BLOCK_BYTES
+        code = tl.load(codes_ptr + at + byte, mask=inside[:, None], other=0).to(tl.int32)
+        if kind == tl.uint8:
+            # Below 2^-126 nothing is left in E4M3 anyway.
+            away = tl.maximum(scale - lowest + 127, 1)
+            factor = tl.where(scale == 255, _NAN, away << 23).to(tl.float32, bitcast=True)
+        else:
+            factor = power(scale)
+        if PER_BYTE == 2:
+            low = element(code << 28, CODES) * factor[:, None]
+            high = element((code >> 4) << 28, CODES) * factor[:, None]
+            values = tl.reshape(tl.join(low, high), (BLOCKS, 2 * BLOCK_BYTES))
+        else:
+            values = element(code << 24, CODES) * factor[:, None]
+        column = (start + block)[:, None] * (BLOCK_BYTES * PER_BYTE) + tl.arange(0, BLOCK_BYTES * PER_BYTE)[None, :]
+        here = inside[:, None]
+        if kind == tl.uint8:
+            payload, _ = e4m3_bits(values)
+            tl.store(out_ptr + row * width + column, payload.to(tl.uint8), mask=here)
+        else:
+            tl.store(out_ptr + row * width + column, values.to(kind), mask=here)
+
+
+def multiply_rows(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    fmt: Format,
+    out: Tensor,
+    row_scales: Tensor | None = None,
+) -> None:
+    """Write `linear(x, w, bias)` of few rows to `out` (m, n), any row stride; x (m, k), contiguous.
+
+    Sums in float32; with several rows, products are taken on the tensor cores in `out`'s dtype, which then has 16 bits.
+    x is of that dtype, or E4M3 bytes with `row_scales`, a power of two a row.
+    """
+    rows, width = x.shape
+    launch = _launch_rows(rows, width, codes.shape[0], out.stride(0), x.dtype, x.device, bias is not None, fmt)
+    launch(x, x if row_scales is None else row_scales, codes, scales, out if bias is None else bias, out)
+
+
+@lru_cache(maxsize=KEPT_SHAPES)
+def _launch_rows(
+    rows: int,
+    width: int,
+    channels: int,
+    out_stride: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    bias: bool,
+    fmt: Format,
+) -> Launch:
+    assert fmt.block is not None
+    block_bytes = fmt.block * fmt.bits // 8
+    per_row = width // fmt.block
+    shared = {"BLOCK_BYTES": block_bytes, "PER_BYTE": 8 // fmt.bits, "BIAS": bias, "CODES": codes_of(fmt)}
+    if rows == 1:
+        blocks = min(triton.next_power_of_2(per_row), max(ROW_BYTES // (ROW_CHANNELS * block_bytes), 1))
+        return Launch(
+            _one_row_kernel,
+            lambda at_a_time: triton.cdiv(channels, ROW_CHANNELS),
+            (channels, per_row),
+            {"CHANNELS": ROW_CHANNELS, "BLOCKS": blocks, **shared},
+            num_warps=4,
+        )
+    blocks = max(TILE_BYTES // block_bytes, 1)
+    return Launch(
+        _few_rows_kernel,
+        lambda at_a_time: triton.cdiv(channels, TILE_CHANNELS),
+        (rows, channels, per_row, out_stride),
+        {
+            "ROWS": max(triton.next_power_of_2(rows), 16),
+            "CHANNELS": TILE_CHANNELS,
+            "BLOCKS": blocks,
+            **shared,
+            "STAGES": 4,
+        },
+        num_warps=4,
+    )
+
+
+@triton.jit
+def load_rows(at, mask):
+    """Entries of activations as float32, whatever they are stored as."""
+    x = tl.load(at, mask=mask, other=0)
+    return of_e4m3(x) if x.dtype == tl.uint8 else x.to(tl.float32)
+
+
+@triton.jit
+def _one_row_kernel(
+    x_ptr,
+    row_scales_ptr,
+    codes_ptr,
+    scales_ptr,
+    bias_ptr,
+    y_ptr,
+    channels,
+    per_row,
+    CHANNELS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+    PER_BYTE: tl.constexpr,
+    BIAS: tl.constexpr,
+    CODES: tl.constexpr,
+):
+    """One program, `CHANNELS` results: each lane keeps a sum of its own until the end."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    real = channel < channels
+    line = channel.to(tl.int64)[:, None] * per_row
+    block = tl.arange(0, BLOCKS)
+    lane = tl.arange(0, BLOCK_BYTES)
+    total = tl.zeros((CHANNELS, BLOCKS, BLOCK_BYTES), tl.float32)
+    for start in range(0, per_row, BLOCKS):
+        inside = (start + block) < per_row
+        mask = real[:, None] & inside[None, :]
+        scale = power(tl.load(scales_ptr + line + (start + block)[None, :], mask=mask, other=0).to(tl.int32))
+        at = (line + (start + block)[None, :])[:, :, None] * BLOCK_BYTES + lane[None, None, :]
+        code = tl.load(codes_ptr + at, mask=mask[:, :, None], other=0).to(tl.int32)
+        column = ((start + block)[:, None] * BLOCK_BYTES + lane[None, :]) * PER_BYTE
+        here = inside[:, None]
+        if PER_BYTE == 2:
+            even = load_rows(x_ptr + column, here)
+            odd = load_rows(x_ptr + column + 1, here)
+            product = element(code << 28, CODES) * even[None, :, :]
+            product += element((code >> 4) << 28, CODES) * odd[None, :, :]
+        else:
+            every = load_rows(x_ptr + column, here)
+            product = element(code << 24, CODES) * every[None, :, :]
+        total += product * scale[:, :, None]
+    y = tl.sum(tl.sum(total, axis=2), axis=1)
+    if x_ptr.dtype.element_ty == tl.uint8:
+        y *= tl.load(row_scales_ptr)
+    if BIAS:
+        y += tl.load(bias_ptr + channel, mask=real, other=0.0).to(tl.float32)
+    tl.store(y_ptr + channel, y.to(y_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _few_rows_kernel(
+    x_ptr,
+    row_scales_ptr,
+    codes_ptr,
+    scales_ptr,
+    bias_ptr,
+    y_ptr,
+    rows,
+    channels,
+    per_row,
+    out_stride,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+    PER_BYTE: tl.constexpr,
+    BIAS: tl.constexpr,
+    CODES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program, all rows of `CHANNELS` results; even and odd columns are multiplied apart, as the codes lie."""
+    narrow = y_ptr.dtype.element_ty
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    real = channel < channels
+    line = channel.to(tl.int64)[:, None] * per_row
+    block = tl.arange(0, BLOCKS)
+    byte = tl.arange(0, BLOCKS * BLOCK_BYTES)
+    row = tl.arange(0, ROWS)
+    width = per_row * BLOCK_BYTES * PER_BYTE
+    total = tl.zeros((ROWS, CHANNELS), tl.float32)
+    for start in tl.range(0, per_row, BLOCKS, num_stages=STAGES):
+        inside = start + byte // BLOCK_BYTES < per_row
+        mask = real[:, None] & inside[None, :]
+        there = real[:, None] & (start + block < per_row)[None, :]
+        scale = power(tl.load(scales_ptr + line + (start + block)[None, :], mask=there, other=0).to(tl.int32))
+        at = line * BLOCK_BYTES + start * BLOCK_BYTES + byte[None, :]
+        code = tl.load(codes_ptr + at, mask=mask, other=0).to(tl.int32)
+        code = tl.reshape(code, (CHANNELS, BLOCKS, BLOCK_BYTES))
+        column = row[:, None] * width + (start * BLOCK_BYTES + byte)[None, :] * PER_BYTE
+        here = (row < rows)[:, None] & inside[None, :]
+        if PER_BYTE == 2:
+            low = scaled(element(code << 28, CODES), scale, CHANNELS, BLOCKS * BLOCK_BYTES, narrow)
+            high = scaled(element((code >> 4) << 28, CODES), scale, CHANNELS, BLOCKS * BLOCK_BYTES, narrow)
+            even = load_rows(x_ptr + column, here).to(narrow)
+            odd = load_rows(x_ptr + column + 1, here).to(narrow)
+            total = tl.dot(even, tl.trans(low), total)
+            total = tl.dot(odd, tl.trans(high), total)
+        else:
+            every = scaled(element(code << 24, CODES), scale, CHANNELS, BLOCKS * BLOCK_BYTES, narrow)
+            total = tl.dot(load_rows(x_ptr + column, here).to(narrow), tl.trans(every), total)
+    if x_ptr.dtype.element_ty == tl.uint8:
+        total *= tl.load(row_scales_ptr + row, mask=row < rows, other=0.0)[:, None]
+    if BIAS:
+        total += tl.load(bias_ptr + channel, mask=real, other=0.0).to(tl.float32)[None, :]
+    at = row.to(tl.int64)[:, None] * out_stride + channel[None, :]
+    tl.store(y_ptr + at, total.to(narrow), mask=(row < rows)[:, None] & real[None, :])
+
+
+@triton.jit
+def scaled(values, scale, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, narrow: tl.constexpr):
+    """A tile (channels, blocks, bytes) of elements times their scales, (channels, width) of `narrow`."""
+    return tl.reshape(values * scale[:, :, None], (CHANNELS, WIDTH)).to(narrow)

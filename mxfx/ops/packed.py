@@ -1,0 +1,52 @@
+"""``mxfx::mx_linear`` and ``mxfx::mx_embedding``: weights as packed codes and shared scales."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mxfx.formats.stored import restore
+from mxfx.ops.catalogue import OUTPUT, Contraction, activation, plain, weight
+from mxfx.ops.dialect import define
+from mxfx.ops.quantize import _format
+
+
+def _projected(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _gathered(codes: Tensor, scales: Tensor, ids: Tensor, format: str, width: int) -> Tensor:
+    return codes.new_empty((*ids.shape, width), dtype=torch.float32)
+
+
+@define(
+    "mx_linear",
+    operands=(
+        weight("weight", "codes", features=-2),
+        weight("scales", axis=None),
+        activation("input", "x"),
+        OUTPUT,
+        weight("bias"),
+    ),
+    contracts=(Contraction("input", "weight", over="input channels"),),
+    fake=_projected,
+)
+def mx_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str) -> Tensor:
+    """``linear(x, w, bias)`` with ``w`` ``(out, in)`` decoded from what ``mxfx.formats.stored.store`` gave.
+
+    ``x`` is ``(..., in)``, ``codes`` uint8 ``(out, ceil(in · bits / 8))``, ``scales`` uint8 ``(out, ceil(in / block))``
+    in blocks of ``format`` along ``in``; the result is ``(..., out)`` in ``x``'s dtype. The bits are those of a linear
+    whose weight was decoded first.
+    """
+    return F.linear(x, restore(codes, scales, _format(format), x.shape[-1], x.dtype), bias)
+
+
+@define(
+    "mx_embedding",
+    operands=(weight("weight", "codes"), weight("scales", axis=None), plain("indices", "ids"), OUTPUT),
+    fake=_gathered,
+)
+def mx_embedding(codes: Tensor, scales: Tensor, ids: Tensor, format: str, width: int) -> Tensor:
+    """Rows ``ids`` of a packed ``(rows, width)`` table, float32 ``(*ids.shape, width)``; only they are decoded."""
+    return restore(codes[ids], scales[ids], _format(format), width, torch.float32)

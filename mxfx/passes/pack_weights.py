@@ -1,0 +1,115 @@
+"""``pack-weights``: rounded weights as the bytes that they are, not as floats that happen to lie on a grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from mxfx.formats import Format
+from mxfx.formats.stored import store
+from mxfx.graph.node import info, kind, path_of
+from mxfx.ops.catalogue import spec, weights_of
+from mxfx.rewrite import ALL, Context, Exact, Numerics, Pass, Rewriter, Selector, register
+from mxfx.rewrite.operands import is_rounded, readers_of, weight_format
+
+_READERS = ("linear", "embedding")
+_PARTS = ("codes", "scales")
+
+
+@register
+@dataclass(frozen=True)
+class PackWeights(Pass):
+    """Keep each rounded weight as codes and shared scales: 4.25 bits of a 4-bit weight in blocks of 32.
+
+    Before::
+
+        %x4 = mxfx.fake_quantize(%x, "mxint4@32", -1)
+        %y  = aten.linear(%x4, @up.weight)                                  # {weight: mxint4@32}, f32[out, in]
+
+    After::
+
+        %x4 = mxfx.fake_quantize(%x, "mxint4@32", -1)
+        %y  = mxfx.mx_linear(%x4, @up.weight.codes, @up.weight.scales, None, "mxint4@32")
+
+    An embedding becomes ``mx_embedding``; a tied weight is packed once for all who read it. What is decoded has the
+    bits of the weight that was packed, so the logits keep theirs. A weight that lies off its grid, or that someone
+    reads unpacked, stays as it is, and the record says why.
+    """
+
+    name: ClassVar[str] = "pack-weights"
+    requires: ClassVar[frozenset[str]] = frozenset({"raised", "weights-rounded"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"lowered"})
+    numerics: ClassVar[Numerics] = Exact()
+    select: Selector = ALL
+
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        done: set[str] = set()
+        for node in rw.program.nodes(*_READERS):
+            if not self.select(path_of(node)) or "weight" not in info(node).formats:
+                continue
+            source = weights_of(node).get("weight")
+            if source is None:
+                rw.skip(node, "its weight is computed, not stored")
+                continue
+            name = rw.weights.canonical(str(source.target))
+            if name not in done:
+                done.add(name)
+                self._pack(rw, node, name)
+
+    def _pack(self, rw: Rewriter, node: fx.Node, name: str) -> None:
+        fmt = info(node).formats["weight"].format
+        readers = readers_of(rw.program, name)
+        reason = _why_not(rw, readers, name, fmt)
+        if reason is not None:
+            rw.skip(node, reason)
+            return
+        stored = store(rw.weights.master(name), fmt)
+        if stored is None:
+            rw.skip(node, f"its weight does not lie on the grid of {fmt}, or has no packed form in it")
+            return
+        if not rw.match(node, note=f"{fmt}, {fmt.bits_per_element:g} bits"):
+            return
+        for part, tensor in zip(_PARTS, stored, strict=True):
+            rw.weights.add(f"{name}.{part}", tensor, rw.pass_name)
+        for reader in readers:
+            _unpack_at(rw, reader, name, fmt)
+
+
+def _why_not(rw: Rewriter, readers: list[fx.Node], name: str, fmt: Format) -> str | None:
+    if rw.weights[name].device.type == "meta":
+        return "its weight has no data (meta device)"
+    for reader in readers:
+        if weight_format(reader, name, rw.program) != fmt:
+            return f"{path_of(reader) or reader.name} reads the same tensor, not as {fmt}"
+        if not is_rounded(reader, "weight"):
+            return f"its weight is not rounded to {fmt} yet"
+        if kind(reader) == "embedding" and rw.program.dtype == torch.float64:
+            return "an embedding is decoded in float32, and this program runs in float64"
+    return None
+
+
+def _unpack_at(rw: Rewriter, reader: fx.Node, name: str, fmt: Format) -> None:
+    """Let a reader decode the packed weight itself."""
+    call = spec(reader)
+    codes, scales = (rw.weight(f"{name}.{part}", reader) for part in _PARTS)
+    val = reader.meta["val"]
+    if call.concept == "linear":
+        op = torch.ops.mxfx.mx_linear.default
+        new = rw.call(op, call.get("input"), codes, scales, call.get("bias"), str(fmt), like=reader, val=val)
+        rw.set_info(new, replace(info(new), notes=info(reader).notes))
+        rw.replace(reader, new)
+        return
+    op, width = torch.ops.mxfx.mx_embedding.default, rw.weights[name].shape[-1]
+    rows = rw.call(op, codes, scales, call.get("indices"), str(fmt), width, like=reader)
+    new = rw.call(torch.ops.mxfx.cast.default, rows, "model", like=reader, val=val)
+    formats = info(reader).formats
+    rw.set_info(
+        rows, replace(info(rows), notes=info(reader).notes, formats=MappingProxyType({"weight": formats["weight"]}))
+    )
+    rw.replace(reader, new)
+    rest = {operand: annotation for operand, annotation in formats.items() if operand != "weight"}
+    rw.set_info(new, replace(info(new), formats=MappingProxyType(rest)))

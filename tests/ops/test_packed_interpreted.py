@@ -1,0 +1,108 @@
+"""The kernels of packed weights, in Triton's interpreter: bits of the definitions, products to float32's rounding."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.interpreter import IN_INTERPRETER, numpy_scalars, passes_in_interpreter  # noqa: F401
+
+FORMATS = ("mxint4@32", "mxint4@16", "mxfp4_e2m1@32", "mxint8@32", "mxfp8_e4m3@64", "mxfp8_e5m2@32")
+
+if not IN_INTERPRETER:
+
+    @pytest.mark.triton
+    def test_all_of_this_file_passes_in_the_interpreter():
+        passes_in_interpreter(__file__)
+
+else:
+    import torch
+    import torch.nn.functional as F
+
+    from mxfx.formats import parse
+    from mxfx.formats.stored import restore, store
+    from mxfx.ops import fp8
+    from mxfx.ops.kernels.fp8_triton import rows_to_e4m3
+    from mxfx.ops.kernels.packed_triton import expand, expand_to_e4m3, multiply_rows
+
+    def _packed(text: str, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes, scales, and the float32 weight behind them; a zero block, blocks of many sizes."""
+        fmt, generator = parse(text), torch.Generator().manual_seed(rows)
+        weight = torch.randn(rows, width, generator=generator)
+        weight *= torch.exp2(torch.randint(-3, 3, (rows, width), generator=generator))
+        weight[0, : fmt.block] = 0.0
+        weight[-1] *= 2.0**-40
+        codes, scales = store(fmt.fake_quantize(weight), fmt)  # type: ignore[misc]
+        return codes, scales, restore(codes, scales, fmt, width, torch.float32)
+
+    def _same(got: torch.Tensor, wanted: torch.Tensor) -> bool:
+        equal = (got == wanted) & (got.signbit() == wanted.signbit())
+        return got.shape == wanted.shape and bool((equal | (got.isnan() & wanted.isnan())).all())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("text", FORMATS)
+    def test_expanding_gives_the_bits_of_the_weight(text, dtype):
+        codes, scales, weight = _packed(text, 6, 320)
+        scales[2, 1] = 255
+        weight = restore(codes, scales, parse(text), 320, dtype)
+        out = torch.empty(6, 320, dtype=dtype)
+        expand(codes, scales, parse(text), out)
+        assert _same(out, weight) and out.isnan().sum() == parse(text).block
+
+    @pytest.mark.parametrize("text", ["mxint4@32", "mxint4@16", "mxint4@128", "mxfp4_e2m1@32", "mxfp4_e2m1@64"])
+    def test_expanding_to_e4m3_loses_nothing(text):
+        codes, scales, weight = _packed(text, 6, 384)
+        payload, row_scales = torch.empty(6, 384, dtype=torch.uint8), torch.empty(6)
+        expand_to_e4m3(codes, scales, parse(text), payload, row_scales)
+        assert fp8.octaves_beyond(codes, scales, parse(text), 384) == 0
+        assert _same(fp8.from_rows(payload, row_scales[:, None], torch.float32), weight)
+
+    def test_a_block_that_is_not_a_number_stays_one_in_e4m3():
+        codes, scales, _ = _packed("mxint4@32", 4, 96)
+        scales[1, 2] = 255
+        payload, row_scales = torch.empty(4, 96, dtype=torch.uint8), torch.empty(4)
+        expand_to_e4m3(codes, scales, parse("mxint4@32"), payload, row_scales)
+        back = fp8.from_rows(payload, row_scales[:, None], torch.float32)
+        assert _same(back, restore(codes, scales, parse("mxint4@32"), 96, torch.float32))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("text", ["mxint4@32", "mxfp4_e2m1@16", "mxfp6_e2m3@32"])
+    def test_rows_become_e4m3_as_their_definition_says(text, dtype):
+        x = torch.randn(7, 160, generator=torch.Generator().manual_seed(2)).to(dtype)
+        x[1] = 0.0
+        x = parse(text).fake_quantize(x)
+        x[3, 5] = float("nan")
+        payload, row_scales = torch.empty(7, 160, dtype=torch.uint8), torch.empty(7)
+        inexact = torch.zeros(1, dtype=torch.int64)
+        rows_to_e4m3(x, payload, row_scales, inexact)
+        wanted, scales = fp8.to_rows(x)
+        finite = x.isfinite().all(-1)
+        assert torch.equal(payload[finite], wanted[finite]) and torch.equal(row_scales[finite], scales[finite, 0])
+        assert inexact.item() == 0
+        assert _same(fp8.from_rows(payload, row_scales[:, None], dtype)[finite], x[finite])
+        assert fp8.from_rows(payload, row_scales[:, None], dtype)[3, 5].isnan()
+
+    def test_rows_that_span_too_many_octaves_are_counted():
+        x = torch.ones(9, 64)
+        x[4, 0], x[7, 3] = 2.0**-17, 1.0009765625
+        payload, row_scales = torch.empty(9, 64, dtype=torch.uint8), torch.empty(9)
+        inexact = torch.tensor([5])
+        rows_to_e4m3(x, payload, row_scales, inexact)
+        assert inexact.item() == 7
+        assert torch.equal(payload, fp8.to_rows(x)[0])
+
+    @pytest.mark.parametrize("text", FORMATS)
+    @pytest.mark.parametrize("rows", [1, 3, 17])
+    def test_few_rows_meet_the_packed_codes(text, rows):
+        fmt, width, channels = parse(text), 320, 21
+        codes, scales, weight = _packed(text, channels, width)
+        generator = torch.Generator().manual_seed(3)
+        x = parse("mxint4@32").fake_quantize(torch.randn(rows, width, generator=generator).to(torch.float16))
+        bias = torch.randn(channels, generator=generator).to(torch.float16)
+        wide = torch.zeros(rows, channels + 5, dtype=torch.float16)
+        wanted = F.linear(x.double(), weight.double(), bias.double())
+        for given, factors in ((x, None), fp8.to_rows(x)):
+            for b in (bias, None):
+                multiply_rows(given, codes, scales, b, fmt, wide[:, 2 : channels + 2], factors)
+                expected = wanted if b is not None else wanted - bias.double()
+                torch.testing.assert_close(wide[:, 2 : channels + 2].double(), expected, rtol=2e-3, atol=2e-3)
+        assert not wide[:, :2].any() and not wide[:, channels + 2 :].any()
