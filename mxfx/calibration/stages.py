@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from mxfx.graph.node import layer_of, path_of
+from mxfx.ops.catalogue import spec
 
 
 @dataclass
 class Stage:
     """A run of nodes between two cuts.
 
-    ``layer`` is the decoder layer (None in prologue and epilogue). ``measured`` maps each node whose value a target
-    reads to those targets: the linears whose weights may change before the stage runs. ``inputs`` are values of
+    ``layer`` is the decoder layer (None in prologue and epilogue). ``measured`` maps each node that is the input of
+    targets to those targets: the linears whose weights may change before the stage runs. ``inputs`` are values of
     earlier stages, ``outputs`` those that later stages read, ``last_use`` the inputs that nobody reads afterwards.
     """
 
@@ -51,16 +52,25 @@ def cut(graph: fx.Graph, targets: Collection[str], *, within_layer: bool) -> lis
         local = [position[s][1] for s in sources if position[s][0] == segment]
         is_target = node.name in targets
         # Its input lies in this segment: the target opens a new stage behind it.
-        step = 1 if within_layer and is_target and position.get(node.args[0], (-1,))[0] == segment else 0
+        step = 1 if within_layer and is_target and position.get(input_of(node), (-1,))[0] == segment else 0
         position[node] = (segment, max(local, default=0) + step)
         layer = segment - 1 if 0 < segment < epilogue else None
         stage = stages.setdefault(position[node], Stage(layer))
         stage.nodes.append(node)
         if is_target:
-            stage.measured.setdefault(node.args[0], []).append(node)
+            stage.measured.setdefault(input_of(node), []).append(node)
     ordered = [stages[key] for key in sorted(stages)]
     _find_boundaries(ordered)
     return ordered
+
+
+def input_of(node: fx.Node) -> fx.Node:
+    """What a product with a weight multiplies by it. Raises ``ValueError`` for a node that is none."""
+    product = spec(node).product
+    source = None if product is None else spec(node).node_of(product.left)
+    if source is None:
+        raise ValueError(f"{node.name} ({path_of(node)}) is no product with a weight")
+    return source
 
 
 def _segment(node: fx.Node, sources: list[fx.Node], position: dict[fx.Node, tuple[int, int]], epilogue: int) -> int:

@@ -38,7 +38,7 @@ class Gram:
         for start in range(0, rows.shape[1], self._panel):
             stop = start + self._panel
             panel = rows[:, start:stop]
-            self._sum[start:stop, start:] += _product(panel, rows[:, start:], self._sum.dtype)
+            self._sum[start:stop, start:] += product_of_rows(panel, rows[:, start:], self._sum.dtype)
 
     def value(self) -> Tensor:
         """The whole symmetric matrix, mirrored in place: a copy of a wide layer's matrix would cost a gigabyte."""
@@ -57,13 +57,14 @@ class CrossMoment:
         self._sum = torch.zeros(columns, columns, dtype=dtype, device=device)
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        self._sum += _product(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), self._sum.dtype)
+        self._sum += product_of_rows(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), self._sum.dtype)
 
     def value(self) -> Tensor:
         return self._sum
 
 
-def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+def product_of_rows(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """``xᵀ y`` in ``dtype``; products of half-precision rows are exact, sums are float32 or better."""
     if x.is_cuda and x.dtype == y.dtype and x.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32:
         return torch.mm(x.mT, y, out_dtype=torch.float32)
     return x.to(dtype).mT @ y.to(dtype)

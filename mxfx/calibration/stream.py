@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, fx
 
 from mxfx.calibration.activations import ActivationStore, Placement
+from mxfx.calibration.expert_statistics import ExpertStatistics, choice_of, measure_experts
 from mxfx.calibration.keys import Keys, environment, token_key
-from mxfx.calibration.stages import Stage, cut
+from mxfx.calibration.stages import Stage, cut, input_of
 from mxfx.calibration.statistics import CrossMoment, Gram, Statistics
-from mxfx.graph.node import kind, layer_of, path_of
+from mxfx.graph.node import layer_of, path_of
 from mxfx.graph.program import Program, compute_dtype
+from mxfx.ops.catalogue import spec
 from mxfx.rewrite import Context, Rewriter
 from mxfx.rewrite.lowering import lowered_copy
 
@@ -42,6 +44,7 @@ class StreamOptions:
     within_layer: bool = True
     accumulate: torch.dtype = torch.float32
     reference: bool = False
+    fewest: int = 0
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -68,6 +71,18 @@ class Group:
 
 
 @dataclass(frozen=True)
+class ExpertGroup:
+    """Stacked linears that read one tensor by one choice of experts, and the statistics of a range of the experts.
+
+    ``sources`` are the tensor and the choice. The groups of one stack follow each other until they have all experts.
+    """
+
+    sources: tuple[fx.Node, fx.Node]
+    linears: tuple[fx.Node, ...]
+    statistics: ExpertStatistics
+
+
+@dataclass(frozen=True)
 class LayerRun:
     """A decoder layer (``index`` None: before or behind the layers) that the stream has come to.
 
@@ -77,9 +92,9 @@ class LayerRun:
 
     index: int | None
     targets: tuple[fx.Node, ...]
-    _groups: Callable[[], Iterator[Group]] = field(repr=False)
+    _groups: Callable[[], Iterator[Group | ExpertGroup]] = field(repr=False)
 
-    def groups(self) -> Iterator[Group]:
+    def groups(self) -> Iterator[Group | ExpertGroup]:
         """Each group in turn; what the caller rewrote before asking for the next one is in its statistics."""
         return self._groups()
 
@@ -133,7 +148,7 @@ class _Stream:
         self._device = ctx.device
         self._targets = {node.name: node for node in targets}
         start = rw.program.copy()
-        sources = {_input(node).name for node in targets}
+        sources = {source.name for node in targets for source in (input_of(node), choice_of(node)) if source}
         #: Of the program as it is now, by the name of the tensor that is measured.
         self._sources = {node.name: node for node in start.graph.nodes if node.name in sources}
         self._start_hash = start.weights.hash
@@ -171,13 +186,15 @@ class _Stream:
             names = [node.name for i in mine for group in self._main.stages[i].measured.values() for node in group]
             yield LayerRun(layer, tuple(self._targets[name] for name in names), lambda mine=mine: self._groups(mine))  # type: ignore[misc]
 
-    def _groups(self, stages: list[int]) -> Iterator[Group]:
+    def _groups(self, stages: list[int]) -> Iterator[Group | ExpertGroup]:
         for index in stages:
             if self._closed:
                 raise RuntimeError("the stream is closed: measure a layer while stream_layers stands at it")
             self._run_to(index)
-            # All groups of a stage are measured at once, then handed out one by one.
+            self._note_weights(self._main.stages[index])
+            # Groups of plain linears are measured all at once, then handed out one by one.
             yield from self._measure(index)
+            yield from self._measure_experts(index)
 
     def _run_to(self, index: int) -> None:
         """Run every stage before ``index`` that has not run yet, with the weights of this moment."""
@@ -193,9 +210,11 @@ class _Stream:
         self._used |= {name: self._rw.weights.hash(name) for name in names if name in self._rw.weights}
 
     def _measure(self, index: int) -> list[Group]:
-        self._note_weights(self._main.stages[index])
-        measured = self._main.stages[index].measured
+        found = self._main.stages[index].measured.items()
+        measured = {source: plain for source, all_ in found if (plain := [n for n in all_ if choice_of(n) is None])}
         sources = list(measured)
+        if not sources:
+            return []
         grams: dict[fx.Node, Gram] = {}
         crosses: dict[fx.Node, CrossMoment] = {}
         twins = self._reference.sources(measured) if self._reference is not None else {}
@@ -211,16 +230,42 @@ class _Stream:
                     cross.add(x, other[twins[source]])
         return [self._group(linears, grams[source], crosses.get(source)) for source, linears in measured.items()]
 
+    def _measure_experts(self, index: int) -> Iterator[ExpertGroup]:
+        """Stacked linears of a stage by what they read, and all experts of one before those of the next."""
+        stacks: dict[tuple[fx.Node, fx.Node], list[fx.Node]] = {}
+        for source, linears in self._main.stages[index].measured.items():
+            for node in linears:
+                if (choice := choice_of(node)) is not None:
+                    stacks.setdefault((source, choice), []).append(node)
+        for (source, choice), linears in stacks.items():
+            targets = tuple(self._targets[node.name] for node in linears)
+            sources = [input_of(targets[0]), choice_of(targets[0])]
+            twins = None if self._reference is None else self._reference.expert_sources(linears[0].name)
+            experts = self._rw.weights[self._rw.program.weight_of(targets[0])].shape[0]
+            for part in measure_experts(
+                lambda nodes: self._main.values(index, nodes),
+                None if self._reference is None else lambda nodes: self._reference.values(index, nodes),  # type: ignore[union-attr]
+                (source, choice),
+                twins,
+                experts,
+                self._options.fewest,
+                self._options.accumulate,
+            ):
+                key = self._key(sources)
+                yield ExpertGroup((sources[0], sources[1]), targets, part.locked(key, self._data, self._keys))
+
     def _group(self, linears: list[fx.Node], gram: Gram, cross: CrossMoment | None) -> Group:
         targets = tuple(self._targets[node.name] for node in linears)
-        used = self._used
-        source = _input(targets[0])
-        key = self._start_keys.key(
-            [self._sources[source.name]], lambda name: used.get(name) or self._start_hash(name), self._data
-        )
+        source = input_of(targets[0])
         moments = None if cross is None else cross.value()
-        statistics = Statistics(key, gram.rows, self._data, gram.value(), moments, self._keys)
+        statistics = Statistics(self._key([source]), gram.rows, self._data, gram.value(), moments, self._keys)
         return Group(source, targets, statistics)
+
+    def _key(self, sources: Sequence[fx.Node | None]) -> str:
+        """The key of what ``sources`` computed, with the weights that the stages before them ran with."""
+        used = self._used
+        ends = [self._sources[source.name] for source in sources if source is not None]
+        return self._start_keys.key(ends, lambda name: used.get(name) or self._start_hash(name), self._data)
 
 
 class _Runner:
@@ -253,6 +298,14 @@ class _Runner:
         """Which node of this program corresponds to each measured node of another, by the linears that read it."""
         mine = {n.name: source for stage in self.stages for source, readers in stage.measured.items() for n in readers}
         return {source: mine[readers[0].name] for source, readers in measured.items()}
+
+    def expert_sources(self, name: str) -> tuple[fx.Node, fx.Node]:
+        """The tensor and the choice of experts that the stacked linear of that name reads in this program."""
+        found = (n for stage in self.stages for readers in stage.measured.values() for n in readers if n.name == name)
+        node = next(found)
+        choice = choice_of(node)
+        assert choice is not None
+        return input_of(node), choice
 
     @torch.no_grad()
     def run_next(self) -> None:
@@ -311,12 +364,6 @@ def _current(rw: Rewriter, run: Program, name: str) -> Tensor:
     return rw.weights[name] if name in rw.weights else run.weights[name]
 
 
-def _input(linear: fx.Node) -> fx.Node:
-    source = linear.args[0]
-    assert isinstance(source, fx.Node)
-    return source
-
-
 def _check(program: Program, targets: Sequence[fx.Node], tokens: Tensor) -> None:
     if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
         raise ValueError(
@@ -324,7 +371,7 @@ def _check(program: Program, targets: Sequence[fx.Node], tokens: Tensor) -> None
         )
     known = set(program.graph.nodes)
     for node in targets:
-        if node not in known or kind(node) != "linear":
+        if node not in known or spec(node).product is None:
             raise ValueError(
                 f"{node.name} ({path_of(node) or layer_of(node)}) is no linear of the program that streams"
             )

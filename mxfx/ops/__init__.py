@@ -14,7 +14,7 @@ from mxfx.ops.rope import rope
 from mxfx.ops.transform import block_transform, hadamard
 
 #: Calls that may stand in a lowered graph beside ATen: traced through by torch.compile, shared by all layers.
-RUNTIME_FUNCTIONS = frozenset({arange, attend, attention_bias, fake_quantize, positions})
+RUNTIME_FUNCTIONS = frozenset({arange, attend, attention_bias, expert_linear, fake_quantize, positions})
 
 __all__ = [
     "RUNTIME_FUNCTIONS",

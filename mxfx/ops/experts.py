@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mxfx.ops.catalogue import OUTPUT, Contraction, activation, weight
+from mxfx.ops.catalogue import OUTPUT, Contraction, activation, describe, plain, weight
 from mxfx.ops.dialect import define
 from mxfx.ops.grouped import grouped_product
 
@@ -43,12 +43,17 @@ def _shape(x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None = Non
     return x.new_empty((*experts.shape, weight.shape[1]))
 
 
-@define(
-    "expert_linear",
-    operands=(weight("weight", features=-2), activation("input", "x"), OUTPUT, weight("bias")),
-    contracts=(Contraction("input", "weight", over="input channels"),),
-    fake=_shape,
+_OPERANDS = (
+    weight("weight", features=-2),
+    activation("input", "x"),
+    OUTPUT,
+    weight("bias"),
+    plain("experts"),
 )
+_CONTRACTS = (Contraction("input", "weight", over="input channels"),)
+
+
+@define("expert_linear", operands=_OPERANDS, contracts=_CONTRACTS, fake=_shape)
 def expert_linear(x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y[t, j] = x[t] @ weight[e].mT + bias[e]`` for ``e = experts[t, j]``: each token through its chosen experts.
 
@@ -66,3 +71,8 @@ def expert_linear(x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | Non
     if bias is not None:
         y = y + bias[ordered]
     return y[torch.argsort(order)].unflatten(0, experts.shape)
+
+
+# In a lowered graph the definition stands as one call: how many tokens an expert gets is data, and what is measured
+# between calls keeps its place.
+describe(expert_linear, "expert_linear", operands=_OPERANDS, contracts=_CONTRACTS, shape=_shape)

@@ -13,12 +13,22 @@ import torch
 from torch import Tensor, fx
 
 from mxfx.algorithms.gptq import GptqResult, asymmetric_target, gptq_batch
+from mxfx.algorithms.gptq_experts import ExpertResult, gptq_experts
+from mxfx.calibration.accounts import expert_account, fallback, linear_account
 from mxfx.calibration.activations import Placement
 from mxfx.calibration.checkpoints import LayerCheckpoints, open_checkpoints
 from mxfx.calibration.keys import Keys, digest, environment, token_key
-from mxfx.calibration.stream import Group, LayerRun, StreamOptions, stream_layers, without_quantizers
+from mxfx.calibration.stream import (
+    ExpertGroup,
+    Group,
+    LayerRun,
+    StreamOptions,
+    stream_layers,
+    without_quantizers,
+)
 from mxfx.graph.node import info, layer_of, path_of
 from mxfx.graph.program import Program
+from mxfx.ops.catalogue import spec, weights_of
 from mxfx.passes.insert_fake_quant import InsertFakeQuant
 from mxfx.passes.quantize_kv_cache import QuantizeKvCache
 from mxfx.rewrite import ALL, Context, ExpectationError, Lossy, Numerics, Pass, Rewriter, Selector, register
@@ -27,6 +37,8 @@ from mxfx.rewrite.operands import is_rounded, mark_rounded, readers_of
 
 #: λ of the asymmetric target, relative to the mean diagonal of the Hessian.
 _RIDGE = 0.1
+#: The options that decide how a weight is solved.
+_SOLVER = ("damp", "order", "exponents", "refine", "asymmetric", "min_expert_tokens")
 
 
 @register
@@ -54,6 +66,10 @@ class Gptq(Pass):
     the run's cache). ``precision`` is that of the calibration run: auto is float32 on CPU, the model's own elsewhere.
 
     A linear whose Hessian cannot be factorized is rounded to nearest, with a warning and a count in ``fallbacks``.
+
+    Experts have a Hessian each, of the tokens that they got, and are solved many at a time. One that got fewer than
+    ``min_expert_tokens`` takes the Hessian of all tokens of its layer, or is rounded to nearest where those are too few
+    as well: with a warning, and in the table ``experts`` of the record.
     """
 
     name: ClassVar[str] = "gptq"
@@ -67,6 +83,7 @@ class Gptq(Pass):
     exponents: Literal["sweep", "rule"] = "sweep"
     refine: int = 0
     asymmetric: float = 0.0
+    min_expert_tokens: int = 128
     quantized_inputs: bool | None = None
     samples: int | None = None
     length: int | None = None
@@ -79,6 +96,7 @@ class Gptq(Pass):
     def __post_init__(self) -> None:
         _require(self.damp >= 0, "damp", self.damp, "0 or more")
         _require(self.refine >= 0, "refine", self.refine, "0 or more")
+        _require(self.min_expert_tokens >= 1, "min_expert_tokens", self.min_expert_tokens, "1 or more")
         _require(0 <= self.asymmetric <= 1, "asymmetric", self.asymmetric, "between 0 and 1")
         for name in ("samples", "length", "batch_size", "max_layers"):
             number = getattr(self, name)
@@ -86,7 +104,7 @@ class Gptq(Pass):
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         targets = self._targets(rw)
-        rw.record.details |= {"fallbacks": 0, "resumed_layers": 0, "linears": []}
+        rw.record.details |= {"fallbacks": 0, "resumed_layers": 0, "linears": [], "experts": []}
         if not targets:
             first = f"; {rw.record.skips[0].path}: {rw.record.skips[0].reason}" if rw.record.skips else ""
             raise ExpectationError(
@@ -94,7 +112,11 @@ class Gptq(Pass):
             )
         tokens = self._tokens(ctx)
         options = StreamOptions(
-            self.batch_size, self._dtype(rw.program), self.activations, reference=self.asymmetric > 0
+            self.batch_size,
+            self._dtype(rw.program),
+            self.activations,
+            reference=self.asymmetric > 0,
+            fewest=self.min_expert_tokens,
         )
         with self._checkpoints(rw, ctx, targets, tokens, options) as checkpoints:
             layers = stream_layers(rw, ctx, targets, tokens, options, self._view())
@@ -105,8 +127,8 @@ class Gptq(Pass):
 
     def _targets(self, rw: Rewriter) -> list[fx.Node]:
         found = []
-        for node in rw.program.nodes("linear"):
-            if not self.select(path_of(node)) or "weight" not in info(node).formats:
+        for node in rw.program.nodes():
+            if spec(node).product is None or not self.select(path_of(node)) or "weight" not in info(node).formats:
                 continue
             reason = _unfit(rw.program, node) or self._beyond(node)
             if reason:
@@ -146,7 +168,7 @@ class Gptq(Pass):
             return nullcontext()
         # Neither max_layers nor bisect's limit changes what a layer becomes: their runs share a folder.
         about: dict[str, object] = {
-            "solver": {name: getattr(self, name) for name in ("damp", "order", "exponents", "refine", "asymmetric")},
+            "solver": {name: getattr(self, name) for name in _SOLVER},
             "formats": _formats(rw.program, self.select),
             "tokens": token_key(tokens),
             "seed": ctx.seed,
@@ -168,8 +190,12 @@ class Gptq(Pass):
             self._restore(rw, ctx, layer, *stored)
             return
         results: list[dict[str, object]] = []
+        pending: dict[fx.Node, list[ExpertResult]] = defaultdict(list)
         for group in layer.groups():
-            results += self._rewrite_group(rw, ctx, group)
+            if isinstance(group, ExpertGroup):
+                results += self._rewrite_experts(rw, ctx, group, pending)
+            else:
+                results += self._rewrite_group(rw, ctx, group)
             if rw.record.limited:
                 return
         if checkpoints is not None:
@@ -204,11 +230,46 @@ class Gptq(Pass):
         for nodes in by_format.values():
             for node, result in zip(nodes, self._solve(rw, ctx, group, nodes), strict=True):
                 weight = rw.program.weight_of(node)
-                account = _account(node, weight, result, group.statistics.tokens)
+                account = linear_account(node, weight, result, group.statistics.tokens)
                 # A clone of its own: the result is a view into the solver's stack.
                 rounded = result.weight.to(rw.weights[weight].device, copy=True).contiguous()
                 self._accept(rw, ctx, node, rounded, account)
                 accounts.append(account)
+        return accounts
+
+    def _rewrite_experts(
+        self, rw: Rewriter, ctx: Context, group: ExpertGroup, pending: dict[fx.Node, list[ExpertResult]]
+    ) -> list[dict[str, object]]:
+        """Solve a range of experts of each stack; a stack whose last range this is goes into the program."""
+        moments = group.statistics.moments(group.sources, rw.weights.hash)
+        accounts = []
+        for node in group.linears:
+            fmt, weight = info(node).formats["weight"].format, rw.program.weight_of(node)
+            if moments.experts.start == 0 and not rw.match(node, note=str(fmt)):
+                break
+            part = rw.weights[weight][moments.experts.start : moments.experts.stop]
+            pending[node] += gptq_experts(
+                part.to(ctx.device),
+                moments.own,
+                moments.hits[moments.experts.start : moments.experts.stop],
+                fmt,
+                fewest=self.min_expert_tokens,
+                shared=moments.shared,
+                shared_rows=moments.rows,
+                cross=moments.cross,
+                asymmetric=self.asymmetric,
+                ridge=_RIDGE,
+                damping=self.damp,
+                order=self.order,
+                exponents=self.exponents,
+                refine=self.refine,
+            )
+            if moments.experts.stop < len(moments.hits):
+                continue
+            solved = pending.pop(node)
+            rounded = torch.stack([one.solved.weight.to(rw.weights[weight].device) for one in solved])
+            accounts.append(expert_account(node, weight, solved, moments.hits, self.min_expert_tokens))
+            self._accept(rw, ctx, node, rounded, accounts[-1])
         return accounts
 
     def _solve(self, rw: Rewriter, ctx: Context, group: Group, nodes: list[fx.Node]) -> list[GptqResult]:
@@ -233,13 +294,14 @@ class Gptq(Pass):
         """Put a solved weight into the program and its account into the record."""
         rw.set_weight(str(account["weight"]), rounded)
         mark_rounded(rw, node, "weight")
-        rw.record.details["linears"].append(account)  # type: ignore[attr-defined]
-        if not account["fell_back"]:
+        details = dict(account)
+        coverage = details.pop("experts", None)
+        rw.record.details["linears"].append(details)  # type: ignore[attr-defined]
+        if isinstance(coverage, dict):
+            rw.record.details["experts"].append({"path": path_of(node), **coverage})  # type: ignore[attr-defined]
+        message = fallback(node, account)
+        if message is None:
             return
-        message = (
-            f"{path_of(node)}: its Hessian cannot be factorized even with damping {account['damping']}; "
-            "rounded to nearest instead. Give more calibration data or raise damp"
-        )
         if ctx.strict:
             raise StrictError(f"gptq: {message}")
         rw.record.details["fallbacks"] += 1  # type: ignore[operator]
@@ -263,15 +325,18 @@ def _formats(program: Program, select: Selector) -> dict[str, str]:
     """Weight formats of the linears that GPTQ takes when nothing stops it."""
     return {
         node.name: str(info(node).formats["weight"].format)
-        for node in program.nodes("linear")
-        if select(path_of(node)) and "weight" in info(node).formats and _unfit(program, node) is None
+        for node in program.nodes()
+        if spec(node).product is not None
+        and select(path_of(node))
+        and "weight" in info(node).formats
+        and _unfit(program, node) is None
     }
 
 
 def _unfit(program: Program, node: fx.Node) -> str | None:
     """Why GPTQ cannot take the weight of a linear; None if it can."""
-    source = node.args[1]
-    if not isinstance(source, fx.Node) or source.op != "get_attr":
+    source = weights_of(node).get("weight")
+    if source is None:
         return "its weight is computed, not stored"
     if is_rounded(node, "weight"):
         return "its weight is on the grid already"
@@ -279,20 +344,6 @@ def _unfit(program: Program, node: fx.Node) -> str | None:
     if others:
         return f"its weight is read by {path_of(others[0]) or others[0].name} too; untie it, or round-weights takes it"
     return None
-
-
-def _account(node: fx.Node, weight: str, result: GptqResult, tokens: int) -> dict[str, object]:
-    """What is told about one linear; losses are mean squared output errors, summed over output channels."""
-    return {
-        "path": path_of(node),
-        "weight": weight,
-        "loss": result.loss / tokens,
-        "rtn_loss": result.rtn_loss / tokens,
-        "damping": result.damping_used,
-        "fell_back": result.fell_back,
-        "dead_columns": result.dead_columns,
-        "rtn_rows": result.rtn_rows,
-    }
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from mxfx.algorithms.hadamard import DENSE_ORDER, hadamard_matrix, kronecker_signs, kronecker_transform
 from mxfx.graph.node import kind, op_name, operands
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, compute_dtype
-from mxfx.ops import arange, attend, attention_bias, find_op, positions
+from mxfx.ops import arange, attend, attention_bias, expert_linear, find_op, positions
 from mxfx.ops.fused import FUSED
 from mxfx.ops.providers import choose
 from mxfx.rewrite.facts import FactError, fact
@@ -47,6 +47,8 @@ def lower_calls(rw: Rewriter, device: torch.device) -> None:
             rw.replace(node, rw.call(_AS_THEY_ARE[op.name], *node.args, like=node, val=node.meta["val"]))
         elif op.name == "attention":
             _lower_attention(rw, node, biases)
+        elif op.name == "expert_linear":
+            rw.retarget(node, expert_linear)
         elif provider is not None:
             rw.replace(node, rw.call(provider.target, *provider.arguments(node), like=node, val=node.meta["val"]))
         elif op.name == "hadamard":

@@ -115,6 +115,11 @@ class Rewriter:
             node.args = (*given[:place], new, *given[place + 1 :])
         self.touch(node)
 
+    def retarget(self, node: fx.Node, target: Callable) -> None:
+        """Let ``node`` call something that computes the same from the same operands; it keeps its name."""
+        node.target = target
+        self.touch(node)
+
     def set_info(self, node: fx.Node, record: NodeInfo) -> None:
         """Change annotations or notes of a node."""
         set_info(node, record)
