@@ -17,7 +17,7 @@ from mxfx.export.errors import ExportError
 from mxfx.export.plain import Plain, on_grid
 from mxfx.export.prove import same_logits, same_values
 from mxfx.export.target import Target, register
-from mxfx.formats import FloatElement, Format, IntElement
+from mxfx.formats import E8M0, FloatElement, Format, IntElement
 
 
 def refuse(given: Plain) -> str | None:
@@ -38,6 +38,8 @@ def refuse(given: Plain) -> str | None:
 def scheme_of(fmt: Format) -> str | None:
     """The library's name of a weight format; None if it has none."""
     element = fmt.element
+    if not isinstance(fmt.scale, E8M0):
+        return None
     if isinstance(element, IntElement) and fmt.block is not None and element.bits in (4, 8):
         return "pack-quantized"
     if isinstance(element, FloatElement) and fmt.block == 32:

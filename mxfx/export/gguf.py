@@ -20,7 +20,7 @@ from mxfx.export.errors import ExportError
 from mxfx.export.plain import Plain, on_grid
 from mxfx.export.prove import same_logits, same_values
 from mxfx.export.target import Target, register
-from mxfx.formats import Format, IntElement
+from mxfx.formats import E8M0, Format, IntElement
 
 FILE = "model.gguf"
 
@@ -49,7 +49,7 @@ def _type_of(fmt: Format | None, weight: Tensor) -> Any:
             if weight.dim() < 2
             else {torch.bfloat16: Type.BF16, torch.float16: Type.F16}.get(weight.dtype, Type.F32)
         )
-    if fmt.block != 32 or weight.shape[-1] % 32:
+    if fmt.block != 32 or weight.shape[-1] % 32 or not isinstance(fmt.scale, E8M0):
         return None
     if isinstance(fmt.element, IntElement):
         return {4: Type.Q4_0, 8: Type.Q8_0}.get(fmt.bits)

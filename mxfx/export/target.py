@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -12,7 +12,7 @@ from typing import Any
 
 from mxfx.export.bake import baked
 from mxfx.export.errors import ExportError
-from mxfx.export.plain import Plain, plain
+from mxfx.export.plain import plain
 from mxfx.graph.program import Program
 from mxfx.ground.nearest import did_you_mean
 
@@ -33,15 +33,17 @@ class Written:
 @dataclass(frozen=True)
 class Target:
     """``refuse`` gives the reason why a program cannot be written, or None; ``write`` fills an empty folder and
-    ``prove`` opens it with the other library, raising ``ExportError`` where codes or logits differ.
+    ``prove`` opens it with the other library, raising ``ExportError`` where codes or logits differ. All three take what
+    ``of`` makes of the program: its state in the terms of the source model, or the program itself.
     """
 
     name: str
     meaning: str
-    refuse: Callable[[Plain], str | None]
-    write: Callable[[Plain, Path, Any], tuple[str, ...]]
-    prove: Callable[[Plain, Path], Mapping[str, object]]
-    needs: tuple[str, ...] = field(default=())
+    refuse: Callable[[Any], str | None]
+    write: Callable[[Any, Path, Any], tuple[str, ...]]
+    prove: Callable[[Any, Path], Mapping[str, object]]
+    needs: tuple[str, ...] = ()
+    of: Callable[[Program], Any] = plain
 
 
 _TARGETS: dict[str, Target] = {}
@@ -72,8 +74,8 @@ def export(program: Program, folder: Path | str, to: str, *, bake: bool = False,
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"{folder} exists already and is not empty; give a new folder")
-    given = plain(baked(program) if bake else program)
-    if bake:
+    given = target.of(baked(program) if bake else program)
+    if bake and target.of is plain:
         given.config.mxfx_note = "transforms of the quantized model are baked into these weights: they lie on no grid"
     reason = target.refuse(given)
     if reason is not None:

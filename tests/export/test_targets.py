@@ -34,14 +34,9 @@ name = "annotate"
 name = "round-weights"
 """
 _QUANTIZED = '[[pass]]\nname = "insert-fake-quant"\n'
-_CACHE = """
-[[pass]]
-name = "annotate"
-  [[pass.rule]]
+_CACHE = """[[pass.rule]]
   match = '.*self_attn'
   kv    = "mxint4@32"
-[[pass]]
-name = "quantize-kv-cache"
 """
 _HADAMARD = '[[pass]]\nname = "transform-inputs"\nkind = "hadamard"\nblock = 32\n'
 _KEYS = '[[pass]]\nname = "rotate-qk"\n'
@@ -151,7 +146,11 @@ def test_baking_moves_transforms_into_the_weights_of_a_plain_model(tmp_path: Pat
         ("gguf", {"weight": "mxint4@16"}, "in mxint4@16: it knows"),
         ("gguf", {"weight": "mxint4@32", "more": 'input = "mxint4@32"'}, "a GGUF reader rounds activations"),
         ("gguf", {"weight": "mxint4@32", "family": "gemma3-tiny"}, "could not be proved"),
-        ("hf", {"weight": "mxint4@32", "after": _CACHE}, "attention's k in mxint4@32"),
+        (
+            "hf",
+            {"weight": "mxint4@32", "more": _CACHE, "after": "[[pass]]\nname = 'quantize-kv-cache'\n"},
+            "attention's k in mxint4@32",
+        ),
         ("compressed-tensors", {"weight": "mxint4@32", "before": _HADAMARD}, "a transform at run time"),
     ],
 )
@@ -181,6 +180,18 @@ def test_a_file_that_reads_back_otherwise_is_no_export(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_model_explorer_takes_the_graph_with_overlays(tmp_path: Path) -> None:
+    program = _program("mxint4@32", more='input = "mxint8@32"', after=_QUANTIZED)
+    written = export(program, tmp_path / "out", "model-explorer")
+    assert written.checks == {"nodes": len(program.graph.nodes), "edges": written.checks["edges"], "overlays": 3}
+    bits = json.loads((tmp_path / "out/overlay_bits.json").read_text())["program"]["results"]
+    assert {node["value"] for node in bits.values()} == {4.25}
+    errors = json.loads((tmp_path / "out/overlay_relative_error.json").read_text())["program"]["results"]
+    assert 0 < errors["fake_quantize_default"]["value"] < 0.02
+    (graph,) = json.loads((tmp_path / "out/graph.json").read_text())["graphs"]
+    assert any(node["namespace"] == "model/layers/0/mlp/down_proj" for node in graph["nodes"])
+
+
 def test_unknown_targets_and_full_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").write_text("")
@@ -197,6 +208,6 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_every_target_says_what_it_is() -> None:
-    assert set(targets()) == {"hf", "compressed-tensors", "gguf"}
+    assert set(targets()) == {"hf", "compressed-tensors", "gguf", "model-explorer"}
     assert all(t.meaning for t in targets().values())
     assert Written(Path("x"), "hf", {}).notes == ()
