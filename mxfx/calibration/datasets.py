@@ -155,7 +155,7 @@ def _file(path: Path) -> Iterator[str]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DatasetError(f"{path}: is not UTF-8 (byte {error.start}); convert it first") from error
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 import mxfx.ops.kernels  # noqa: F401  (registers the kernels that have derivatives)
+from mxfx.calibration.stages import Stage, cut
 from mxfx.formats import Format
 from mxfx.graph.module import build
 from mxfx.graph.node import operands
@@ -32,13 +34,19 @@ def rounded_weight(weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
     return straight_through(weight, format).to(dtype)
 
 
+def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter of training precision in the dtype that it is stored in; the gradient passes the rounding."""
+    return weight.to(dtype)
+
+
 def trainable(
-    program: Program, weights: Mapping[str, Format], device: torch.device
+    program: Program, weights: Mapping[str, Format], device: torch.device, *, free: Collection[str] = ()
 ) -> tuple[fx.GraphModule, dict[str, nn.Parameter]]:
     """The program as it is emitted for ``device``, but differentiable, and its float32 parameters by weight name.
 
     Each weight in ``weights`` is rounded onto its format in every forward pass; its parameter is what stands behind the
-    rounding. All other weights are constants. Activations are of the dtype that the model runs in.
+    rounding. Weights in ``free`` (canonical names) are parameters without a grid. All other weights are constants.
+    Activations are of the dtype that the model runs in.
     """
     # Gradients underflow in float16.
     copy = program.twin(torch.float32) if program.dtype == torch.float16 else program.copy()
@@ -60,7 +68,7 @@ def trainable(
     copy.graph.eliminate_dead_code()
     copy.facts = copy.facts | {"lowered"}
     module = build(copy).to(device)
-    return module, {name: _parameter(module, copy, name, device) for name in weights}
+    return module, {name: _parameter(module, copy, name, device) for name in [*weights, *sorted(free)]}
 
 
 def _parameter(module: fx.GraphModule, program: Program, name: str, device: torch.device) -> nn.Parameter:
@@ -72,6 +80,52 @@ def _parameter(module: fx.GraphModule, program: Program, name: str, device: torc
         path, _, leaf = alias.rpartition(".")
         setattr(module.get_submodule(path), leaf, parameter)
     return parameter
+
+
+def checkpointed(module: fx.GraphModule) -> Callable[[Tensor], Tensor]:
+    """The module as a function of ``input_ids`` that keeps, for the gradient, only what crosses from layer to layer.
+
+    Each decoder layer runs a second time when its gradient is asked for (arXiv 1604.06174): memory of one layer and one
+    value a layer, for a third more work.
+    """
+    stages = cut(module.graph, frozenset(), within_layer=False)
+    result = next(node for node in module.graph.nodes if node.op == "output").args[0]
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+
+    def call(ids: Tensor) -> Tensor:
+        env: dict[fx.Node, Any] = {node: ids if node.target == "input_ids" else None for node in inputs}
+        for stage in stages:
+            wanted = [*stage.outputs, *([result] if result in stage.nodes else [])]
+
+            def run(*values: Any, stage: Stage = stage, wanted: list[fx.Node] = wanted) -> tuple:
+                return run_stage(module, stage, dict(zip(stage.inputs, values, strict=True)), wanted)
+
+            given = [env[node] for node in stage.inputs]
+            if stage.layer is None:
+                found = run(*given)
+            else:
+                found = checkpoint(run, *given, use_reentrant=False, preserve_rng_state=False)
+            env.update(zip(wanted, found, strict=True))
+            for node in stage.last_use:
+                env.pop(node, None)
+        return env[result]
+
+    return call
+
+
+def run_stage(module: fx.GraphModule, stage: Stage, env: dict[fx.Node, Any], wanted: Sequence[fx.Node]) -> tuple:
+    """The values of ``wanted`` nodes of a stage of the module's graph; ``env`` holds the stage's inputs."""
+    env.update({node: attribute(module, str(node.target)) for node in stage.weights})
+    for node in stage.nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+        env[node] = node.target(*args, **kwargs)
+    return tuple(env[node] for node in wanted)
+
+
+def attribute(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its dotted name."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(path), leaf)
 
 
 class _Divergence(torch.autograd.Function):

@@ -39,7 +39,7 @@ def quantize_module_transform_pass(
         tokenizer = load_tokenizer(pipeline.model.name or program.source.name)
         calibration = pipeline.calibration
         return load_tokens(
-            calibration.dataset or "wikitext2",
+            calibration.sources[0],
             tokenizer,
             samples=calibration.samples,
             length=calibration.length,

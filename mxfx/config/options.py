@@ -74,7 +74,8 @@ def read(hint: Any, raw: object, at: Cursor) -> Any:
     if get_origin(hint) is Literal:
         return _read_choice(get_args(hint), raw, at)
     if _is_union(hint):
-        return read(_without_none(hint), raw, at)
+        one, several = _members(hint)
+        return read(several if several is not None and isinstance(raw, list | tuple) else one, raw, at)
     if get_origin(hint) is tuple:
         return _read_tuple(hint, raw, at)
     if inspect.isclass(hint) and issubclass(hint, enum.Enum):
@@ -217,7 +218,8 @@ def expected(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return f"one of {listed([str(choice) for choice in get_args(hint)])}"
     if _is_union(hint):
-        return expected(_without_none(hint))
+        one, several = _members(hint)
+        return expected(one) if several is None else f"{expected(one)}, or {expected(several)}"
     if get_origin(hint) is tuple:
         inner = get_args(hint)[0]
         return "an array of tables" if dataclasses.is_dataclass(inner) else f"an array, each item {expected(inner)}"
@@ -235,7 +237,8 @@ def schema(hint: Any) -> dict[str, Any]:
     if get_origin(hint) is Literal:
         return {"enum": list(get_args(hint))}
     if _is_union(hint):
-        return schema(_without_none(hint))
+        one, several = _members(hint)
+        return schema(one) if several is None else {"anyOf": [schema(one), schema(several)]}
     if get_origin(hint) is tuple:
         return {"type": "array", "items": schema(get_args(hint)[0])}
     if inspect.isclass(hint) and issubclass(hint, enum.Enum):
@@ -312,11 +315,16 @@ def _is_union(hint: Any) -> bool:
     return get_origin(hint) in (Union, types.UnionType)
 
 
-def _without_none(hint: Any) -> Any:
+def _members(hint: Any) -> tuple[Any, Any]:
+    """``X`` and None of ``X | None``; ``X`` and ``tuple[X, ...]`` of ``X | tuple[X, ...]``, with or without None."""
     inner = [choice for choice in get_args(hint) if choice is not type(None)]
-    if len(inner) != 1:
-        raise TypeError(f"option type {hint!r}: of unions, only `X | None` has a form in a pipeline file")
-    return inner[0]
+    if len(inner) == 1:
+        return inner[0], None
+    if len(inner) == 2 and get_origin(inner[1]) is tuple and get_args(inner[1])[0] == inner[0]:
+        return inner[0], inner[1]
+    raise TypeError(
+        f"option type {hint!r}: of unions, only `X | None` and `X | tuple[X, ...]` have a form in a pipeline file"
+    )
 
 
 def listed(names: typing.Iterable[str]) -> str:

@@ -39,16 +39,19 @@ class ModelConfig:
 class CalibrationConfig:
     """The token ids, ``(samples, length)``, that passes see.
 
-    dataset: ``wikitext2``, ``c4``, ``ptb``, or a local text, jsonl or parquet file.
+    dataset: ``wikitext2``, ``c4``, ``ptb``, a local text, jsonl or parquet file, or ``self``: texts sampled from the
+        float model; or an array of such sources.
+    shares: of the samples, one number for each source; equal where none are given.
     samples: number of sequences.
     length: tokens in each.
     seed: which sequences are drawn, and every other random choice of the run.
     """
 
-    dataset: str | None = None
+    dataset: str | tuple[str, ...] | None = None
     samples: int = 32
     length: int = 512
     seed: int = 0
+    shares: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("samples", "length"):
@@ -56,6 +59,17 @@ class CalibrationConfig:
                 raise ValueError(f"{name!r} is {getattr(self, name)}, must be at least 1")
         if self.seed < 0:
             raise ValueError(f"'seed' is {self.seed}, must not be negative")
+        if self.dataset == ():
+            raise ValueError("'dataset' is empty, expected a source or several")
+        if self.shares and (len(self.shares) != len(self.sources) or not min(self.shares) > 0):
+            raise ValueError(f"'shares' are {list(self.shares)}, expected a positive number for each source of dataset")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The data sets by name; ``wikitext2`` where none is named."""
+        if self.dataset is None:
+            return ("wikitext2",)
+        return (self.dataset,) if isinstance(self.dataset, str) else self.dataset
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,13 @@ def write_file(path: Path, data: bytes) -> None:
         ) from error
 
 
+def cache_home() -> Path:
+    """Where results are kept that several runs share: ``$MXFX_CACHE``, else ``mxfx`` in the user's cache folder."""
+    given = os.environ.get("MXFX_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME")
+    return Path(given) if given else (Path(base) if base else Path.home() / ".cache") / "mxfx"
+
+
 def remove_partial_files(folder: Path) -> None:
     """Remove what a killed process left half-written."""
     for leftover in folder.glob("*" + _SUFFIX):

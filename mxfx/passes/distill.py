@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
-from mxfx.calibration.training import GradientStep, divergence, trainable
+from mxfx.calibration.distillation import Distillation, History, Plan
+from mxfx.calibration.keys import Keys, environment, token_key
+from mxfx.calibration.training import checkpointed, divergence, trainable
 from mxfx.formats import Format
-from mxfx.graph.node import info, path_of
+from mxfx.graph.node import info, kind, path_of
+from mxfx.graph.program import Program
 from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, register
+from mxfx.rewrite.basis import bias_of
 from mxfx.rewrite.operands import is_rounded, mark_rounded, readers_of
+
+#: What may be tuned beside the weights on grids; none of it costs anything at inference.
+Free = Literal["gains", "biases", "transforms", "embedding", "head"]
+
+#: Samples that are enough to tell states apart.
+_MOST_HELD_OUT = 64
 
 
 @register
@@ -36,8 +45,22 @@ class Distill(Pass):
 
     ``steps`` of ``batch_size`` calibration samples each; ``learning_rate`` is in units of each weight's root mean
     square. Weights that no pass has rounded yet begin where they are and end on their grids, which works better than to
-    begin with GPTQ's. ``held_out`` of the samples are kept apart; if the KL on them did not fall, the weights are only
-    rounded to nearest and the run is warned. The device holds both models and 16 bytes for each weight that is tuned.
+    begin with GPTQ's. No sample comes twice before all have come. ``held_out`` of the samples, at most 64, are kept
+    apart: the state with the least KL on them is taken; if none is better than the first, the weights are only rounded
+    to nearest and the run is warned. The device holds both models and 16 bytes for each weight that is tuned.
+
+    Options:
+        steps: number of steps of the optimizer.
+        learning_rate: of Adam, relative to each tensor's root mean square; warm-up, then a cosine to zero.
+        batch_size: samples a step.
+        held_out: share of the samples that states are compared on.
+        tune: what is tuned beside the weights on grids: gains (of norms), biases, transforms (their matrices stay
+            invertible), embedding, head; without a format these stay in the model's own precision.
+        accumulate: parts that a batch is cut into where the device cannot hold it; their gradients are summed.
+        recompute: keep only what crosses from layer to layer, and run each layer again for its gradient.
+        checks: how often the held-out samples are looked at.
+        checkpoint_every: steps between two checkpoints in the run's cache; 0 writes none.
+        select: which linears and embeddings.
     """
 
     name: ClassVar[str] = "distill"
@@ -50,9 +73,14 @@ class Distill(Pass):
     learning_rate: float = 1e-3
     batch_size: int = 4
     held_out: float = 0.0625
+    tune: tuple[Free, ...] = ()
+    accumulate: int = 1
+    recompute: bool = False
+    checks: int = 8
+    checkpoint_every: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("batch_size", 1)):
+        for name, low in (("steps", 1), ("batch_size", 1), ("accumulate", 1), ("checks", 1), ("checkpoint_every", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name!r} is {getattr(self, name)}, must be at least {low}")
         if not self.learning_rate > 0:
@@ -64,40 +92,68 @@ class Distill(Pass):
         if ctx.reference is None:
             raise ValueError("distill needs the float model that the pipeline began with; run it through a PassManager")
         found = self._targets(rw)
-        formats = {weight: info(nodes[0]).formats["weight"].format for weight, nodes in found.items()}
+        formats = {weight: _format(nodes[0]) for weight, nodes in found.items()}
         targets = {weight: nodes for weight, nodes in found.items() if rw.match(nodes[0], note=str(formats[weight]))}
-        taken = {weight: formats[weight] for weight in targets}
-        if not targets:
-            rw.warn("nothing to tune: no selected linear has a weight format")
+        grids = {weight: fmt for weight in targets if (fmt := formats[weight]) is not None}
+        if not grids:
+            rw.warn("nothing to tune: no selected linear or embedding has a weight format")
             return
-        student, parameters = trainable(rw.program, taken, ctx.device)
+        free = free_weights(rw.program, self.tune, self.select) - set(grids)
+        student, parameters = trainable(rw.program, grids, ctx.device, free=free)
         teacher, _ = trainable(ctx.reference, {}, ctx.device)
+        run = checkpointed(student) if self.recompute else student
         train, kept = _split(ctx.tokens(), self.held_out)
-        before = _mean_kl(student, teacher, kept, ctx)
-        self._train(student, teacher, parameters, train, ctx)
-        after = _mean_kl(student, teacher, kept, ctx)
-        rw.record.details |= {"held_out_kl": {"before": before, "after": after}, "held_out_samples": len(kept)}
-        if not after < before:
-            rw.warn(f"no weight was tuned: KL on held-out samples went from {before:.4f} to {after:.4f}")
-            parameters = {}
-        for weight, nodes in targets.items():
-            self._round(rw, weight, nodes, parameters.get(weight))
+        matrices = [parameters[name] for name in sorted(free & _transforms(rw.program))]
 
-    def _round(self, rw: Rewriter, weight: str, nodes: list[fx.Node], tuned: Tensor | None) -> None:
-        """Put a tuned weight on its grid into the program; without one, the weight that it began with."""
-        if tuned is None and all(is_rounded(node, "weight") for node in nodes):
-            return
-        latent = rw.weights.master(weight) if tuned is None else tuned.detach()
-        fmt = info(nodes[0]).formats["weight"].format
-        rw.set_weight(weight, fmt.fake_quantize(latent).to(rw.weights[weight].device))
-        for node in nodes:
-            if not is_rounded(node, "weight"):
-                mark_rounded(rw, node, "weight")
+        def check() -> float:
+            # A matrix that lost its inverse would be no change of basis any more.
+            return _mean_kl(student, teacher, kept, ctx) if _invertible(matrices) else float("inf")
+
+        every = max(1, self.steps // self.checks)
+        plan = Plan(self.steps, self.batch_size, self.learning_rate, self.accumulate, every, self.checkpoint_every)
+        loop = Distillation(
+            plan,
+            parameters,
+            lambda ids: _kl(run, teacher, ids),
+            check,
+            train,
+            ctx,
+            file=self._file(rw.program, ctx, train),
+        )
+        history = loop.run()
+        self._account(rw, history, len(kept), sorted(free))
+        better = history.best_step > 0
+        if not better:
+            last = history.held_out[max(history.held_out)]
+            rw.warn(
+                f"no weight was tuned: KL on held-out samples went from {history.held_out[0]:.4f} to {last:.4f} at best"
+            )
+        for weight, nodes in targets.items():
+            _round(rw, weight, nodes, formats[weight], parameters[weight] if better else None)
+        for weight in sorted(free) if better else ():
+            rw.set_weight(weight, parameters[weight].detach().to(rw.weights[weight].device))
+
+    def _account(self, rw: Rewriter, history: History, kept: int, free: list[str]) -> None:
+        rw.record.details |= {
+            "held_out_kl": {"before": history.held_out[0], "after": history.best},
+            "held_out_by_step": {str(step): loss for step, loss in history.held_out.items()},
+            "best_step": history.best_step,
+            "held_out_samples": kept,
+            "tuned_beside_grids": len(free),
+        }
+
+    def _file(self, program: Program, ctx: Context, train: Tensor) -> Path | None:
+        if ctx.cache is None or not self.checkpoint_every:
+            return None
+        output = next(n for n in program.graph.nodes if n.op == "output")
+        data = {"tokens": token_key(train), "pass": repr(self), "seed": ctx.seed, "dtype": str(program.dtype)}
+        key = Keys().key([output], program.weights.hash, data | {"environment": environment(ctx.device)})
+        return ctx.cache / f"distill-{key}.safetensors"
 
     def _targets(self, rw: Rewriter) -> dict[str, list[fx.Node]]:
-        """Weight → the linears that read it, all in one format."""
+        """Weight → the linears and embeddings that read it, all in one format."""
         found: dict[str, list[fx.Node]] = {}
-        for node in rw.program.nodes("linear"):
+        for node in rw.program.nodes("linear", "embedding"):
             if not self.select(path_of(node)) or "weight" not in info(node).formats:
                 continue
             weight = rw.weights.canonical(rw.program.weight_of(node))
@@ -108,34 +164,49 @@ class Distill(Pass):
             found[weight] = readers
         return found
 
-    def _train(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        tokens: Tensor,
-        ctx: Context,
-    ) -> None:
-        # A step of Adam moves every weight about alike; only against a weight's own scale does that mean the same.
-        scales = {p: float(p.detach().square().mean().sqrt()) for p in parameters.values()}
-        groups = [{"params": [p], "lr": self.learning_rate * scale} for p, scale in scales.items()]
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=ctx.device.type == "cuda")
-        generator = ctx.generator("distill")
-        size = min(self.batch_size, len(tokens))
-        rounds = math.ceil(self.steps * size / len(tokens))
-        order = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(rounds)])
-        batches = order[: self.steps * size].split(size)
-        warm = max(1, self.steps // 20)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / self.steps)))
-        )
-        tuned = list(parameters.values())
-        step = GradientStep(lambda ids: _kl(student, teacher, ids), tuned, ctx.device)
-        for batch in ctx.progress(batches, "distill", self.steps):
-            step(tokens[batch])
-            torch.nn.utils.clip_grad_norm_(tuned, 1.0)
-            optimizer.step()
-            schedule.step()
+
+def free_weights(program: Program, kinds: tuple[Free, ...], select: Selector) -> set[str]:
+    """Canonical names of the weights of those kinds that selected nodes read."""
+    last = next((n for n in reversed(program.graph.nodes) if kind(n) == "linear"), None)
+    wanted: set[str] = set()
+    for node in program.graph.nodes:
+        if not select(path_of(node)):
+            continue
+        names = {
+            "gains": _stored(node, 1) if kind(node) == "rms_norm" else None,
+            "biases": bias_of(node),
+            "transforms": _stored(node, 1) if kind(node) == "block_transform" else None,
+            "embedding": _stored(node, 0) if kind(node) == "embedding" else None,
+            "head": _stored(node, 1) if node is last else None,
+        }
+        wanted |= {program.weights.canonical(name) for of, name in names.items() if name is not None and of in kinds}
+    return wanted
+
+
+def _stored(node: fx.Node, position: int) -> str | None:
+    source = node.args[position] if len(node.args) > position else None
+    return str(source.target) if isinstance(source, fx.Node) and source.op == "get_attr" else None
+
+
+def _transforms(program: Program) -> set[str]:
+    return free_weights(program, ("transforms",), ALL)
+
+
+def _invertible(matrices: list[nn.Parameter]) -> bool:
+    """Whether every block's condition number is below 1e4."""
+    return all(bool((torch.linalg.cond(m.detach().float()) < 1e4).all()) for m in matrices)
+
+
+def _round(rw: Rewriter, weight: str, nodes: list[fx.Node], fmt: Format | None, tuned: Tensor | None) -> None:
+    """Put a tuned weight on its grid into the program; without one, the weight that it began with."""
+    assert fmt is not None
+    if tuned is None and all(is_rounded(node, "weight") for node in nodes):
+        return
+    latent = rw.weights.master(weight) if tuned is None else tuned.detach()
+    rw.set_weight(weight, fmt.fake_quantize(latent).to(rw.weights[weight].device))
+    for node in nodes:
+        if not is_rounded(node, "weight"):
+            mark_rounded(rw, node, "weight")
 
 
 def _format(node: fx.Node) -> Format | None:
@@ -145,7 +216,7 @@ def _format(node: fx.Node) -> Format | None:
 
 def _split(tokens: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
     """The last samples, at least one, are kept apart. Raises ``ValueError`` where none is left to train on."""
-    kept = max(1, round(len(tokens) * held_out))
+    kept = min(max(1, round(len(tokens) * held_out)), _MOST_HELD_OUT)
     if kept >= len(tokens):
         raise ValueError(f"distill needs at least two calibration samples, got {len(tokens)}")
     return tokens[:-kept], tokens[-kept:]

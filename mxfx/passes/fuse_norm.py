@@ -29,6 +29,10 @@ class FuseNorm(Pass):
 
     Gains with an offset (Gemma's ``1 + g``) fold as they act. A norm that anything but a linear reads (q/k norms,
     norms before a residual sum) keeps its gain. Source: arXiv 2401.15024, §3.1 (RMSNorm commutes with rotations).
+
+    Options:
+        keep_tied: a norm whose linear shares its weight with an embedding keeps its gain, so that one tensor stays one.
+        select: which norms.
     """
 
     name: ClassVar[str] = "fuse-norm"
@@ -36,6 +40,7 @@ class FuseNorm(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"norms-fused"})
     forbids: ClassVar[frozenset[str]] = frozenset({"weights-rounded", "activations-quantized", "kv-quantized"})
     numerics: ClassVar[Numerics] = Close(1e-9)
+    keep_tied: bool = False
     select: Selector = ALL
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
@@ -43,6 +48,8 @@ class FuseNorm(Pass):
             if not self.select(path_of(norm)):
                 continue
             reason = _refusal(norm)
+            if reason is None and self.keep_tied:
+                reason = _tied(rw.program, norm)
             if reason is not None:
                 rw.skip(norm, reason)
             elif rw.match(norm, note=f"into {', '.join(path_of(u) for u in norm.users)}"):
@@ -55,6 +62,16 @@ def _refusal(norm: fx.Node) -> str | None:
     strangers = [u for u in norm.users if kind(u) != "linear" or u.args[0] is not norm]
     if strangers:
         return f"{op_name(strangers[0])} at {path_of(strangers[0]) or 'top level'} reads it, which is no linear"
+    return None
+
+
+def _tied(program: Program, norm: fx.Node) -> str | None:
+    """Which linear behind the norm shares its weight under another name; None if none does."""
+    for linear in norm.users:
+        name = program.weight_of(linear)
+        others = program.weights.tied_to(name)
+        if others:
+            return f"{name} is tied to {others[0]}"
     return None
 
 
@@ -79,9 +96,9 @@ def _gain(program: Program, norm: fx.Node) -> Tensor:
     return gain + float(operands(norm)["offset"])  # type: ignore[arg-type]
 
 
-@fact("norms-fused", "norms that only linears read have no gain")
+@fact("norms-fused", "norms that only linears with weights of their own read have no gain")
 def norms_fused(program: Program) -> str | None:
     for norm in program.nodes("rms_norm"):
-        if _refusal(norm) is None:
+        if _refusal(norm) is None and _tied(program, norm) is None:
             return f"{norm.name} ({path_of(norm)}) still has a gain"
     return None

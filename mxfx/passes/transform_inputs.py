@@ -55,7 +55,8 @@ class TransformInputs(Pass):
     Hadamard, arXiv 2509.23202), ``wush`` the data-aware T in closed form from second moments of activations and of all
     weights that read them (arXiv 2512.00956); blocks whose T is conditioned worse than ``max_condition`` get H.
     ``block`` is the order of T, 0 the whole axis (``hadamard`` only). Sites are the linears whose input carries a
-    format, or all linears of decoder layers where nothing is annotated yet.
+    format, or all linears of decoder layers where nothing is annotated yet. ``samples`` limits the calibration samples
+    that moments are taken over.
     """
 
     name: ClassVar[str] = "transform-inputs"
@@ -70,6 +71,7 @@ class TransformInputs(Pass):
     signs: bool = False
     damping: float = 1e-4
     max_condition: float = 1e3
+    samples: int | None = None
     select: Selector = ALL
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
@@ -77,7 +79,7 @@ class TransformInputs(Pass):
         moments: dict[fx.Node, Tensor] = {}
         if self.kind == "wush":
             blocks = {site.source: self.block for site in found}
-            moments = block_moments(rw.program, blocks, ctx)
+            moments = block_moments(rw.program, blocks, ctx, ctx.tokens()[: self.samples])
         generator = ctx.generator("transform-inputs")
         for site in found:
             transform = self._transform(rw, site, moments, generator)

@@ -37,7 +37,8 @@ class TransformKv(Pass):
 
     ``hadamard`` takes T = H; ``wush`` (arXiv 2512.00956) balances keys against the queries of their group, and values
     against the columns of the output projection that read them. ``block`` divides the head dimension; 0 takes all of
-    it. Keys and values are chosen by ``keys`` and ``values``; a value region with other readers is skipped.
+    it. Keys and values are chosen by ``keys`` and ``values``; a value region with other readers is skipped. ``samples``
+    limits the calibration samples that moments are taken over.
     """
 
     name: ClassVar[str] = "transform-kv"
@@ -53,6 +54,7 @@ class TransformKv(Pass):
     values: bool = True
     damping: float = 1e-4
     max_condition: float = 1e3
+    samples: int | None = None
     select: Selector = ALL
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
@@ -77,7 +79,9 @@ class TransformKv(Pass):
             return {}
         names = (("q", "k") if self.keys else ()) + (("v",) if self.values else ())
         nodes = [_operand(attention, name) for attention in chosen for name in names]
-        return block_moments(program, {n: self.block or n.meta["val"].shape[-1] for n in nodes}, ctx)
+        return block_moments(
+            program, {n: self.block or n.meta["val"].shape[-1] for n in nodes}, ctx, ctx.tokens()[: self.samples]
+        )
 
     def _keys(self, rw: Rewriter, attention: fx.Node, moments: dict[fx.Node, Tensor]) -> None:
         q, k = _operand(attention, "q"), _operand(attention, "k")

@@ -220,3 +220,11 @@ def test_articles_hold_no_markup(calibration_articles: Path, evaluation_articles
     texts = [*documents(calibration_articles), *documents(evaluation_articles)]
     assert not [mark for mark in ("{{", "[[", "<ref", "|thumb", "{|") if any(mark in text for text in texts)]
     assert min(map(len, texts)) > 3_000
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, suffix: str) -> None:
+    text = "first word" if suffix == ".txt" else json.dumps({"text": "first word"})
+    path = tmp_path / f"marked{suffix}"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert documents(path) == ["first word"]

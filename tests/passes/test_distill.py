@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,9 +13,10 @@ from mxfx.graph.node import info
 from mxfx.graph.program import Program
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
-from mxfx.passes import Annotate, Distill, InsertFakeQuant, RoundWeights, Rule
+from mxfx.passes import Annotate, Distill, FuseNorm, InsertFakeQuant, RoundWeights, Rule
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Context, Selector, apply
+from mxfx.rewrite.size import bits_per_weight
 
 FORMAT = parse("mxint4@32/mse")
 TOKENS = torch.randint(3, 128, (48, 32), generator=torch.Generator().manual_seed(0))
@@ -94,3 +97,99 @@ def test_a_program_without_its_float_model_is_refused(programs) -> None:
 def test_options_out_of_range_are_named(option: str, value: float) -> None:
     with pytest.raises(ValueError, match=option):
         Distill(**{option: value})
+
+
+TIED = Annotate(
+    rule=(
+        Rule(Selector(r".*_proj"), weight=FORMAT, input=FORMAT),
+        Rule(Selector(r".*embed_tokens|lm_head"), weight=FORMAT),
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def tied() -> tuple[Program, Program]:
+    """The float program, and one whose embedding and head share a weight that is to be rounded too."""
+    start = trace(tiny("llama-tiny"))
+    passes = [FuseNorm(keep_tied=True), TIED, InsertFakeQuant()]
+    return start, PassManager().run(start, Pipeline(passes).completed()).program
+
+
+def test_a_tied_weight_stays_one_tensor_and_ends_on_its_grid(tied) -> None:
+    done = _distill(tied, steps=12, batch_size=8, learning_rate=1e-2, tune=("gains",)).program
+    (embedding,), head = done.nodes("embedding"), [n for n in done.nodes("linear")][-1]
+    name = done.weight_of(embedding)
+    assert done.weights.canonical(done.weight_of(head)) == done.weights.canonical(name)
+    assert torch.equal(FORMAT.fake_quantize(done.weights[name]), done.weights[name])
+    assert bits_per_weight(done) < 5.5
+
+
+def test_gains_are_tuned_only_where_they_are_asked_for(tied) -> None:
+    gain = next(tied[1].weight_of(n) for n in tied[1].nodes("rms_norm") if n.args[1] is not None)
+    options = {"steps": 12, "batch_size": 8, "learning_rate": 1e-2}
+    assert torch.equal(_distill(tied, **options).program.weights[gain], tied[1].weights[gain])
+    assert not torch.equal(_distill(tied, **options, tune=("gains",)).program.weights[gain], tied[1].weights[gain])
+
+
+def test_running_layers_again_for_their_gradients_changes_nothing(unrounded) -> None:
+    options = {"steps": 4, "batch_size": 8, "learning_rate": 1e-2}
+    plain, again = (_distill(unrounded, **options, recompute=flag) for flag in (False, True))
+    assert _bytes(plain.program) == _bytes(again.program)
+
+
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(unrounded) -> None:
+    options = {"steps": 4, "batch_size": 8, "learning_rate": 1e-2}
+    whole, parts = (_distill(unrounded, **options, accumulate=count) for count in (1, 4))
+    for name, tensor in whole.program.weights.items():
+        close = (parts.program.weights[name] - tensor).abs() < 1e-6
+        assert close.float().mean() > 0.99  # a rounding may fall to the other side
+
+
+def test_the_state_that_is_kept_is_the_best_of_those_looked_at(unrounded) -> None:
+    details = _distill(unrounded, steps=24, batch_size=8, learning_rate=0.3, checks=6).record.details
+    looked = {int(step): loss for step, loss in details["held_out_by_step"].items()}
+    assert sorted(looked) == [0, 4, 8, 12, 16, 20, 24]
+    assert details["held_out_kl"]["after"] == min(looked.values()) == looked[details["best_step"]]
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_a_killed_run_resumed_ends_with_the_same_bytes(unrounded, tmp_path: Path) -> None:
+    start, quantized = unrounded
+    pass_ = Distill(steps=12, batch_size=8, learning_rate=1e-2, checkpoint_every=4, checks=3)
+
+    def kill(items, *_):
+        for item in items:
+            if item == 9:
+                raise _Killed
+            yield item
+
+    def run(folder: Path, **options) -> Program:
+        ctx = Context(tokens=lambda: TOKENS, reference=start, cache=tmp_path / folder, **options)
+        return apply(pass_, quantized, ctx).program
+
+    whole = run(Path("whole"))
+    with pytest.raises(_Killed):
+        run(Path("killed"), progress=kill)
+    assert len(list((tmp_path / "killed").glob("distill-*.safetensors"))) == 1
+    steps: list[int] = []
+    resumed = run(Path("killed"), progress=lambda items, *_: (steps.append(i) or i for i in items))
+    assert steps == [8, 9, 10, 11]
+    assert _bytes(resumed) == _bytes(whole)
+
+
+def test_a_damaged_checkpoint_is_named(unrounded, tmp_path: Path) -> None:
+    start, quantized = unrounded
+    ctx = Context(tokens=lambda: TOKENS, reference=start, cache=tmp_path)
+    pass_ = Distill(steps=2, checkpoint_every=1)
+    apply(pass_, quantized, ctx)
+    (file,) = tmp_path.glob("distill-*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"distill-.*cannot be read.*remove it"):
+        apply(pass_, quantized, ctx)
+
+
+def _bytes(program: Program) -> dict[str, str]:
+    return {name: program.weights.hash(name) for name in program.weights}

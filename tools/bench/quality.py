@@ -1,14 +1,19 @@
-"""Perplexity of pipelines on a real model: several configurations and seeds in one run, with medians.
+"""Quality of pipelines on a real model: several domains, configurations and seeds in one run.
 
-    python -m tools.bench.quality passes_configs/tutorial_a_rtn.toml … --model DIR --data DIR --eval-data DIR
-        [--seeds 0 1 2] [--jobs 3] [--tokens 105000] [--device cuda] [--set k=v] [--hooks] [--json FILE]
+    python -m tools.bench.quality FILE[;k=v…] … --model DIR --data DIR --domain encyclopedia=DIR [--domain code=DIR …]
+        [--chat 50000] [--seeds 0 1 2] [--jobs 3] [--tokens 105000] [--domain-tokens 52000] [--device cuda]
+        [--set k=v] [--minutes 9] [--scores DIR] [--hooks] [--json FILE]
 
-Prints the machine and the versions, then one row a configuration: token perplexity over 2048-token windows of the
-evaluation documents (joined by blank lines, float32 log-softmax), its ratio to the float model in the same run, the
-median over seeds, and the seconds that the passes took. With ``--jobs`` that many seeds run at a time, a process each;
-seconds are then those of a shared device. With ``--hooks`` each pipeline that searched rotations gets a second row: an
-independent reference of the tutorial's scheme, module hooks on the Hugging Face model with the same winners, its
-weights rounded by Mase's formula. Needs neither the hub nor lm-eval.
+Prints the machine and the versions, then at once, for each configuration and seed: of each domain the ratio of token
+perplexities to the float model in the same run, mean KL to it in nats with its standard error, the KL's 99 % quantile,
+and how often both hold the same next token for the likeliest; bits a weight, seconds of the passes, peak memory. At the
+end a table with medians over seeds. The first domain may be long (``--tokens``), the others ``--domain-tokens`` each;
+``--chat`` adds the float model's own answers. ``--data`` stands for ``wikitext2`` in the pipelines' calibration; what
+``self`` needs is sampled before the clock of the passes starts, and timed apart. No configuration is begun after
+``--minutes``. With ``--jobs`` that many seeds run at a time, a process each; seconds are then those of a shared device.
+``--scores`` keeps every token's score for ``mxfx compare``. With ``--hooks`` each pipeline that searched rotations gets
+a second row: an independent reference of the tutorial's scheme, module hooks on the Hugging Face model with the same
+winners, its weights rounded by Mase's formula. Needs neither the hub nor lm-eval.
 """
 
 from __future__ import annotations
@@ -25,18 +30,21 @@ import tempfile
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
 
 from mxfx import api
-from mxfx.calibration.datasets import documents
+from mxfx.calibration.sources import SELF, calibration_tokens
 from mxfx.config import Pipeline, apply_overrides
 from mxfx.driver.pretrained import load_model, load_tokenizer
-from mxfx.evaluation.evaluate import token_perplexity
-from mxfx.evaluation.windows import token_windows
+from mxfx.driver.texts import FloatTexts
+from mxfx.evaluation.compare import write_scores
+from mxfx.evaluation.evaluate import Domain, measure, text_domain
+from mxfx.evaluation.results import EvalResult
+from mxfx.evaluation.scoring import FloatLogits
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Context
 from mxfx.rewrite.size import bits_per_weight
@@ -46,105 +54,182 @@ from tools.bench.mase_gptq import mase_gptq
 
 
 @dataclass(frozen=True)
+class OnDomain:
+    """Figures of one domain; ``ratio`` is to the float model's token perplexity."""
+
+    ratio: float
+    kl: float
+    kl_stderr: float | None
+    p99: float
+    agreement: float
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Result:
-    """What one configuration came to with one seed; ``ratio`` is to the float model's perplexity."""
+    """What one configuration came to with one seed."""
 
     config: str
     seed: int
-    ratio: float
+    domains: dict[str, OnDomain]
     seconds: float
-    bits_per_weight: float
+    sampling_seconds: float = 0.0
+    bits_per_weight: float = math.nan
+    peak_gb: float = math.nan
+    details: dict = field(default_factory=dict)
+
+    @property
+    def mean_kl(self) -> float:
+        return statistics.fmean(found.kl for found in self.domains.values())
 
 
 def main() -> int:
     args = _arguments()
     _print_machine(args)
-    found = _in_processes(args) if args.jobs > 1 else Bench(args).run()
-    rows = _medians(found["results"])
-    print(f"\n{'config':60} {'median ×':>9} {'all ratios':26} {'bits/w':>6} {'pass s':>7}")
+    results = _in_processes(args) if args.jobs > 1 else Bench(args).run()
+    rows = _medians(results)
+    names = list(rows[0]["domains"]) if rows else []
+    print(f"\n{'median over seeds':52} {'mean KL':>8} {'bits/w':>6} {'pass s':>7} {'GB':>5}  × float | KL | agreement")
     for row in rows:
-        ratios = " ".join(f"{x:.4f}" for x in row["ratios"])
+        domains = "   ".join("{ratio:.3f} {kl:.4f} {agreement:.3f}".format(**row["domains"][name]) for name in names)
         print(
-            f"{row['config']:60} {row['median']:9.4f} {ratios:26} {row['bits_per_weight']:6.2f} {row['seconds']:7.1f}"
+            f"{row['config']:52} {row['mean_kl']:8.4f} {row['bits_per_weight']:6.2f} {row['seconds']:7.1f} "
+            f"{row['peak_gb']:5.1f}  {domains}"
         )
+    print(f"domains: {', '.join(names)}")
     if args.json:
-        Path(args.json).write_text(json.dumps(found | {"medians": rows}, indent=2) + "\n")
-    return 0 if all(len(row["ratios"]) == len(args.seeds) for row in rows) else 1
+        _write(args, results, rows)
+    return 0 if rows and all(row["seeds"] == len(args.seeds) for row in rows) else 1
 
 
-def _medians(results: list[dict]) -> list[dict]:
+def _write(args: argparse.Namespace, results: list[Result], rows: list[dict]) -> None:
+    document = {"results": [asdict(result) for result in results], "medians": rows}
+    Path(args.json).write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _medians(results: list[Result]) -> list[dict]:
     rows = []
-    for config in dict.fromkeys(r["config"] for r in results):
-        mine = [r for r in results if r["config"] == config]
-        medians = {name: statistics.median(r[name] for r in mine) for name in ("seconds", "bits_per_weight")}
-        ratios = [r["ratio"] for r in mine]
-        rows.append({"config": config, "ratios": ratios, "median": statistics.median(ratios), **medians})
+    for config in dict.fromkeys(r.config for r in results):
+        mine = [r for r in results if r.config == config]
+        row = {
+            name: statistics.median(getattr(r, name) for r in mine)
+            for name in ("mean_kl", "seconds", "bits_per_weight", "peak_gb")
+        }
+        domains = {
+            name: {
+                figure: statistics.median(getattr(r.domains[name], figure) for r in mine)
+                for figure in ("ratio", "kl", "p99", "agreement")
+            }
+            for name in mine[0].domains
+        }
+        rows.append({"config": config, "seeds": len(mine), "domains": domains, **row})
     return rows
 
 
-def _in_processes(args: argparse.Namespace) -> dict:
+def _in_processes(args: argparse.Namespace) -> list[Result]:
     """Each seed in a process of its own, ``--jobs`` at a time; what they found, together."""
 
-    def one(seed: int) -> dict:
+    def one(seed: int) -> list[Result]:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "found.json"
             own = [*sys.argv[1:], "--jobs", "1", "--seeds", str(seed), "--json", str(file)]
             subprocess.run([sys.executable, "-m", "tools.bench.quality", *own], check=False)
-            return json.loads(file.read_text()) if file.exists() else {"float": math.nan, "results": []}
+            found = json.loads(file.read_text())["results"] if file.exists() else []
+        return [Result(**{**r, "domains": {n: OnDomain(**d) for n, d in r["domains"].items()}}) for r in found]
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        parts = list(pool.map(one, args.seeds))
-    return {"float": parts[0]["float"], "results": [r for part in parts for r in part["results"]]}
+        return [result for part in pool.map(one, args.seeds) for result in part]
 
 
 class Bench:
-    """The float program, the evaluation windows, and every configuration with every seed."""
+    """The float program, the domains, and every configuration with every seed."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
+        self._started = time.perf_counter()
         self._tokenizer = load_tokenizer(args.model)
-        self._windows = _windows(args, self._tokenizer)
         self._model = load_model(args.model, args.dtype).to(args.device)
+        self._texts = FloatTexts(self._model, self._tokenizer, args.device, args.cache)
+        self._domains = self._read_domains()
         traced = api.trace(self._model, name=args.model)
         self._program = PassManager().run(traced, Pipeline([]).completed()).program
-        self._reference = self._perplexity(as_causal_lm(self._program, args.device))
-        print(f"float: token ppl {self._reference:.4f} on {sum(w.numel() for w in self._windows):,} tokens", flush=True)
+        self._float = as_causal_lm(self._program, args.device)
+        self._reference = FloatLogits(lambda: self._float)
+        self._float_results = {d.name: self._measure(self._float, d, None) for d in self._domains}
+        for name, found in self._float_results.items():
+            print(f"float on {name}: token ppl {found.token_perplexity:.4f} on {found.tokens:,} tokens", flush=True)
+        print(f"ready after {time.perf_counter() - self._started:.0f} s", flush=True)
 
-    def run(self) -> dict:
-        results = []
+    def run(self) -> list[Result]:
+        results: list[Result] = []
         for entry in self._args.configs:
             for seed in self._args.seeds:
+                if time.perf_counter() - self._started > 60 * self._args.minutes:
+                    print(f"  {entry} seed {seed}: not begun, {self._args.minutes} minutes are over", flush=True)
+                    continue
                 try:
                     results += self._configuration(entry, seed)
                 except Exception:
                     # One failing configuration must not cost the figures of the others.
                     traceback.print_exc(limit=-6)
-        return {"float": self._reference, "results": [vars(result) for result in results]}
+                if self._args.json:
+                    _write(self._args, results, _medians(results))
+        return results
+
+    def _read_domains(self) -> list[Domain]:
+        args = self._args
+        found = []
+        for index, entry in enumerate(args.domain):
+            name, _, path = entry.partition("=")
+            limit = args.tokens if index == 0 else args.domain_tokens
+            found.append(text_domain(name, self._tokenizer, path=path, limit_tokens=limit))
+        if args.chat:
+            began = time.perf_counter()
+            found.append(self._texts.chat(args.chat, 2048))
+            print(f"chat: {len(found[-1].windows)} answers in {time.perf_counter() - began:.0f} s", flush=True)
+        return found
 
     def _configuration(self, entry: str, seed: int) -> list[Result]:
         """An entry is ``FILE`` or ``FILE;k=v;k=v`` with overrides of its own."""
         file, *own = entry.split(";")
         args = self._args
         name = Path(file).stem + "".join(f" {o}" for o in own)
-        overrides = [*args.set, *own, f"calibration.seed={seed}", f"calibration.dataset={json.dumps(args.data)}"]
-        pipeline = apply_overrides(api.load_pipeline(file), [f"model.name={json.dumps(args.model)}", *overrides])
-        wanted = pipeline.calibration
-        ids = api.load_tokens(
-            args.data, self._tokenizer, samples=wanted.samples, length=wanted.length, seed=wanted.seed
-        ).ids
-        ctx = Context(seed=wanted.seed, device=torch.device(args.device), tokens=lambda: ids)
-        started = time.perf_counter()
+        overrides = [f"model.name={json.dumps(args.model)}", *args.set, *own, f"calibration.seed={seed}"]
+        pipeline = apply_overrides(api.load_pipeline(file), overrides)
+        began = time.perf_counter()
+        ids = self._tokens(pipeline)
+        sampling = time.perf_counter() - began
+        ctx = Context(
+            seed=seed, device=torch.device(args.device), tokens=lambda: ids, progress=api.track if args.bars else _plain
+        )
+        on_gpu = args.device.startswith("cuda")
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
         done = PassManager().run(self._program, pipeline, ctx)
-        if args.device.startswith("cuda"):
+        if on_gpu:
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        ratio = self._ratio(as_causal_lm(done.program, args.device))
-        results = [Result(name, seed, ratio, seconds, bits_per_weight(done.program))]
-        print(f"  {name} seed {seed}: × {ratio:.4f}, {seconds:.1f} s", flush=True)
+        seconds = time.perf_counter() - began
+        peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else math.nan
+        domains = self._on_domains(f"{name}-{seed}", as_causal_lm(done.program, args.device))
+        details = {s.pass_.name: s.record.details for s in done.steps if s.pass_.name in ("distill", "allocate-bits")}
+        result = Result(name, seed, domains, seconds, sampling, bits_per_weight(done.program), peak, details)
+        _print(result, [w for s in done.steps for w in s.record.warnings])
         searched = [step.record.details for step in done.steps if "winners" in step.record.details]
-        if args.hooks and searched:
-            results.append(self._hooks(name, seed, ids, searched[0]["winners"]))
-        return results
+        return [result, *([self._hooks(name, seed, ids, searched[0]["winners"])] if args.hooks and searched else [])]
+
+    def _tokens(self, pipeline: Pipeline) -> torch.Tensor:
+        wanted = pipeline.calibration
+        return calibration_tokens(
+            [source if source == SELF else self._args.data for source in wanted.sources],
+            self._tokenizer,
+            samples=wanted.samples,
+            length=wanted.length,
+            seed=wanted.seed,
+            shares=wanted.shares,
+            writer=self._texts.samples,
+        ).ids
 
     def _hooks(self, name: str, seed: int, ids: torch.Tensor, winners: list[str]) -> Result:
         model = copy.deepcopy(self._model)
@@ -152,26 +237,45 @@ class Bench:
         mase_gptq(wide, ids)
         # Rounded weights are exact in the model's dtype; the rest is equal.
         model.load_state_dict({key: value.to(model.dtype) for key, value in wide.state_dict().items()})
-        ratio = self._ratio(quantize_activations(model, winners))
-        print(f"  {name} by hooks, rotated {', '.join(winners)}, seed {seed}: × {ratio:.4f}", flush=True)
-        return Result(f"{name} by hooks", seed, ratio, math.nan, math.nan)
+        domains = self._on_domains("", quantize_activations(model, winners))
+        result = Result(f"{name} by hooks, rotated {', '.join(winners)}", seed, domains, math.nan)
+        _print(result, [])
+        return result
 
-    def _ratio(self, model: torch.nn.Module) -> float:
-        return self._perplexity(model) / self._reference
+    def _on_domains(self, label: str, model: torch.nn.Module) -> dict[str, OnDomain]:
+        results = {domain.name: self._measure(model, domain, self._reference) for domain in self._domains}
+        if self._args.scores and label:
+            write_scores(Path(self._args.scores) / label, results)
+        found = {}
+        for name, result in results.items():
+            assert result.divergence is not None
+            ratio = result.token_perplexity / self._float_results[name].token_perplexity
+            d = result.divergence
+            found[name] = OnDomain(ratio, d.mean, d.stderr, d.p99, d.agreement, result.tokens)
+        return found
 
-    def _perplexity(self, model: torch.nn.Module) -> float:
-        return token_perplexity(model, self._windows, batch_size=self._args.batch).perplexity
+    def _measure(self, model: torch.nn.Module, domain: Domain, reference: FloatLogits | None) -> EvalResult:
+        return measure(model, domain, self._tokenizer, batch_size=self._args.batch, reference=reference)
 
 
-def _windows(args, tokenizer) -> list[torch.Tensor]:
-    windows = token_windows(documents(args.eval_data), tokenizer, length=2048)
-    taken, total = [], 0
-    for window in windows:
-        if total >= args.tokens:
-            break
-        taken.append(window)
-        total += window.numel()
-    return taken
+def _print(result: Result, warnings: list[str]) -> None:
+    print(
+        f"  {result.config} seed {result.seed}: mean KL {result.mean_kl:.4f}, {result.bits_per_weight:.2f} bits/w, "
+        f"{result.seconds:.1f} s (+ {result.sampling_seconds:.1f} s of tokens), peak {result.peak_gb:.1f} GB"
+    )
+    for name, d in result.domains.items():
+        error = "" if d.kl_stderr is None else f" ± {d.kl_stderr:.4f}"
+        print(f"    {name:14} × {d.ratio:.4f}  KL {d.kl:.4f}{error}  99 % {d.p99:.2f}  agree {d.agreement:.4f}")
+    for of, details in result.details.items():
+        shown = {key: details[key] for key in ("held_out_by_step", "bits") if key in details}
+        print(f"    {of}: {json.dumps(shown)}")
+    for warning in warnings:
+        print(f"    warning: {warning}")
+    sys.stdout.flush()
+
+
+def _plain(items, *_):
+    return iter(items)
 
 
 def _print_machine(args) -> None:
@@ -180,21 +284,28 @@ def _print_machine(args) -> None:
     )
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{name}, {versions}, python {platform.python_version()}")
-    print(f"model {args.model} in {args.dtype}; calibration {args.data}; evaluation {args.eval_data}", flush=True)
+    print(f"model {args.model} in {args.dtype}; calibration {args.data}; domains {', '.join(args.domain)}", flush=True)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="+")
-    for name in ("--model", "--data", "--eval-data"):
+    for name in ("--model", "--data"):
         parser.add_argument(name, required=True)
+    parser.add_argument("--domain", action="append", required=True, help="NAME=FILE or NAME=FOLDER")
+    parser.add_argument("--chat", type=int, default=0, help="tokens of the float model's own answers")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=105_000)
+    parser.add_argument("--domain-tokens", type=int, default=52_000)
+    parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--cache", type=Path, help="where sampled texts are kept; the user's cache otherwise")
+    parser.add_argument("--scores", type=Path)
+    parser.add_argument("--bars", action="store_true", help="progress bars of the passes")
     parser.add_argument("--hooks", action="store_true")
     parser.add_argument("--json")
     return parser.parse_args()

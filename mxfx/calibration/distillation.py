@@ -1,0 +1,201 @@
+"""The loop of a distillation: batches, schedule, the best state by held-out divergence, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from mxfx.calibration.training import GradientStep
+from mxfx.ground.files import write_file
+from mxfx.rewrite import Context
+
+_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How parameters are tuned.
+
+    ``steps`` of ``batch_size`` samples, each step in ``accumulate`` parts whose gradients are summed; ``learning_rate``
+    in units of each parameter's root mean square, with a warm-up over a twentieth of the steps and a cosine to zero.
+    After every ``check_every``-th step the held-out loss decides whether this state is the best so far; after every
+    ``checkpoint_every``-th the state is written.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    accumulate: int = 1
+    check_every: int = 0
+    checkpoint_every: int = 0
+
+
+@dataclass
+class History:
+    """Held-out losses by the number of steps done, and the best of them."""
+
+    held_out: dict[int, float] = field(default_factory=dict)
+    best_step: int = 0
+
+    @property
+    def best(self) -> float:
+        return self.held_out[self.best_step]
+
+
+class Distillation:
+    """Tunes ``parameters`` on ``tokens`` ``(samples, length)`` so that ``loss`` of a batch falls.
+
+    ``check`` gives the held-out loss of the parameters as they are. Samples are drawn without one coming twice before
+    all have come once. With a ``file`` the state is kept there and found again: a run that was killed ends, on a CPU,
+    with the bytes of one that was not.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        parameters: Mapping[str, nn.Parameter],
+        loss: Callable[[Tensor], Tensor],
+        check: Callable[[], float],
+        tokens: Tensor,
+        ctx: Context,
+        *,
+        purpose: str = "distill",
+        file: Path | None = None,
+    ) -> None:
+        self.history = History()
+        self._plan = plan
+        self._parameters = dict(parameters)
+        self._check = check
+        self._tokens = tokens
+        self._ctx = ctx
+        self._purpose = purpose
+        self._file = file
+        self._step = GradientStep(loss, list(self._parameters.values()), ctx.device)
+        self._best: dict[str, Tensor] = {}
+        # A step of Adam moves every weight about alike; only against a weight's own scale does that mean the same.
+        groups = [
+            {"params": [p], "lr": plan.learning_rate * float(p.detach().square().mean().sqrt())}
+            for p in self._parameters.values()
+        ]
+        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=ctx.device.type == "cuda")
+        self._rates = [group["lr"] for group in groups]
+
+    def run(self) -> History:
+        """Tune, and leave the best state in the parameters."""
+        done = self._resume()
+        if not done:
+            self._judge(0)
+        batches = self._batches()
+        remaining = range(done, self._plan.steps)
+        for step in self._ctx.progress(remaining, self._purpose, len(remaining)):
+            self._one(step, batches[step])
+            last = step + 1 == self._plan.steps
+            if last or _due(step + 1, self._plan.check_every):
+                self._judge(step + 1)
+            if self._file is not None and (last or _due(step + 1, self._plan.checkpoint_every)):
+                self._save(step + 1)
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(self._best[name])
+        return self.history
+
+    def _batches(self) -> Sequence[Tensor]:
+        size, count = min(self._plan.batch_size, len(self._tokens)), len(self._tokens)
+        generator = self._ctx.generator(self._purpose)
+        rounds = math.ceil(self._plan.steps * size / count)
+        order = torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)])
+        return order[: self._plan.steps * size].split(size)
+
+    def _one(self, step: int, batch: Tensor) -> None:
+        self._gradients(batch)
+        torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), _NORM)
+        share = self._share(step)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * share
+        self._optimizer.step()
+
+    def _share(self, step: int) -> float:
+        """Of the learning rate, at a step."""
+        warm = max(1, self._plan.steps // 20)
+        return min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / self._plan.steps)))
+
+    def _gradients(self, batch: Tensor) -> None:
+        parts = batch.tensor_split(self._plan.accumulate) if self._plan.accumulate > 1 else [batch]
+        sums: list[Tensor] = []
+        for part in parts:
+            self._step(self._tokens[part])
+            if len(parts) == 1:
+                return
+            grads = [p.grad for p in self._parameters.values() if p.grad is not None]
+            if not sums:
+                sums = [torch.zeros_like(grad) for grad in grads]
+            for total, grad in zip(sums, grads, strict=True):
+                total.add_(grad, alpha=len(part) / len(batch))
+        for parameter, total in zip(self._parameters.values(), sums, strict=True):
+            # On a GPU the gradient is a place that a recorded graph writes to: its content changes, not the tensor.
+            assert parameter.grad is not None
+            parameter.grad.copy_(total)
+
+    def _judge(self, step: int) -> None:
+        loss = self._check()
+        self.history.held_out[step] = loss
+        if step == 0 or loss < self.history.best:
+            self.history.best_step = step
+            self._best = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
+
+    def _save(self, step: int) -> None:
+        tensors = {f"best/{name}": tensor for name, tensor in self._best.items()}
+        for name, parameter in self._parameters.items():
+            state = self._optimizer.state[parameter]
+            tensors |= {f"now/{name}": parameter.detach(), f"first/{name}": state["exp_avg"]}
+            tensors |= {f"second/{name}": state["exp_avg_sq"]}
+        about = json.dumps({"step": step, "history": asdict(self.history)})
+        data = save({name: t.to("cpu").contiguous() for name, t in tensors.items()}, metadata={"about": about})
+        assert self._file is not None
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(self._file, data)
+
+    def _resume(self) -> int:
+        """Steps that an earlier run did, its state taken over; 0 without one that can be read."""
+        if self._file is None or not self._file.exists():
+            return 0
+        from safetensors import safe_open
+
+        try:
+            with safe_open(self._file, framework="pt") as opened:
+                about = json.loads(opened.metadata()["about"])
+            # Cloned, so that memory is aligned as in a fresh run: the order of some sums depends on it.
+            tensors = {name: tensor.clone() for name, tensor in load_file(self._file).items()}
+            step = int(about["step"])
+            held_out = {int(at): loss for at, loss in about["history"]["held_out"].items()}
+            with torch.no_grad():
+                for name, parameter in self._parameters.items():
+                    parameter.copy_(tensors[f"now/{name}"])
+                    self._optimizer.state[parameter] = {
+                        "step": torch.tensor(float(step), device=parameter.device if self._fused else "cpu"),
+                        "exp_avg": tensors[f"first/{name}"].to(parameter.device),
+                        "exp_avg_sq": tensors[f"second/{name}"].to(parameter.device),
+                    }
+                    self._best[name] = tensors[f"best/{name}"]
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"the checkpoint {self._file} cannot be read ({type(error).__name__}: {error}); remove it to begin anew"
+            ) from error
+        self.history = History(held_out, int(about["history"]["best_step"]))
+        return step
+
+    @property
+    def _fused(self) -> bool:
+        return bool(self._optimizer.defaults["fused"])
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,140 @@
+"""Texts that a model makes itself: calibration data that need no data set, and answers to evaluate on.
+
+A float model sampled at temperature 1 shows what it is at home in (arXiv 2305.17888, §2). From the token that starts a
+text it writes documents; from the opening of a user's turn it writes whole dialogues, question included (arXiv
+2406.08464, §2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxfx.calibration.datasets import DatasetError
+
+#: Samples that grow at once; a cache of them all has to fit the device.
+BATCH = {"cuda": 512, "cpu": 64}
+
+_MARK = "MXFX-CONTENT"
+
+Progress = Callable[..., Iterator]
+
+
+def sample(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    length: int,
+    generator: torch.Generator,
+    *,
+    stop: frozenset[int] = frozenset(),
+    progress: Progress = lambda items, *_: iter(items),
+) -> Tensor:
+    """Continue each prompt by ``length`` tokens drawn at temperature 1; int64 ``(prompts, length)`` on CPU.
+
+    Prompts of different lengths are padded on the left and masked. A row that drew a token of ``stop`` repeats it to
+    the end; when all have, the rest is not computed. The model keeps its keys and values between steps.
+    """
+    device = model.device
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    padded = not bool(mask.all())
+    ends = torch.tensor(sorted(stop), dtype=torch.int64, device=device)
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    found = torch.empty(len(prompts), length, dtype=torch.int64, device=device)
+    cache = None
+    with torch.inference_mode():
+        for step in progress(range(length), "sampling the float model", length):
+            options = {"attention_mask": mask, "position_ids": _positions(mask, ids.shape[1])} if padded else {}
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
+            cache = out.past_key_values
+            shares = out.logits[:, -1].float().softmax(-1)
+            ids = torch.multinomial(shares, 1, generator=generator)
+            if len(ends):
+                ids = torch.where(done[:, None], found[:, max(step - 1, 0), None], ids) if step else ids
+                done |= torch.isin(ids[:, 0], ends)
+            found[:, step] = ids[:, 0]
+            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1) if padded else mask
+            if len(ends) and bool(done.all()):
+                found[:, step:] = ids
+                break
+    return found.cpu()
+
+
+def _positions(mask: Tensor, count: int) -> Tensor:
+    return (mask.cumsum(-1) - 1).clamp_min(0)[:, -count:]
+
+
+def self_samples(
+    model: Any,
+    tokenizer: Any,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    batch_size: int | None = None,
+    progress: Progress = lambda items, *_: iter(items),
+) -> Tensor:
+    """``samples`` sequences of ``length`` tokens that the model wrote, int64 on CPU; those of the two kinds alternate.
+
+    Half begin with the token that starts a text; half, where the tokenizer has a chat template, with the opening of a
+    user's turn. An end of text does not end a sample: the model goes on with the next one.
+    """
+    starts = [[start_token(tokenizer)]]
+    opening = user_turn(tokenizer)
+    if opening is not None and len(opening) < length:
+        starts.append(opening)
+    wanted = [len(range(kind, samples, len(starts))) for kind in range(len(starts))]
+    size = batch_size or BATCH.get(model.device.type, 64)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    kinds = []
+    for start, count in zip(starts, wanted, strict=True):
+        parts = [
+            sample(model, [start] * len(rows), length - len(start), generator, progress=progress)
+            for rows in torch.arange(count).split(size)
+            if len(rows)
+        ]
+        begun = torch.tensor(start, dtype=torch.int64).expand(count, -1)
+        kinds.append(torch.cat([begun, torch.cat(parts)], dim=1) if parts else begun.new_empty(0, length))
+    result = torch.empty(samples, length, dtype=torch.int64)
+    for kind, ids in enumerate(kinds):
+        result[kind :: len(kinds)] = ids
+    return result
+
+
+def start_token(tokenizer: Any) -> int:
+    """The special token that a text begins with: BOS, or the first other one that is no mark of a chat's turns.
+
+    Instruction-tuned models often name a turn's mark as BOS or EOS; a token that the chat template puts anywhere but at
+    the very beginning is such a mark. Raises ``DatasetError`` where there is none.
+    """
+    roles = ("user", "assistant", "user")
+    turns = set((rendered(tokenizer, [{"role": role, "content": _MARK} for role in roles]) or [])[1:])
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, *getattr(tokenizer, "all_special_ids", ())]
+    known = [token for token in special if token is not None]
+    for token in known:
+        if token not in turns:
+            return int(token)
+    if known:
+        return int(known[0])
+    raise DatasetError("the tokenizer has no special token that a text could begin with; 'self' cannot be sampled")
+
+
+def user_turn(tokenizer: Any) -> list[int] | None:
+    """Tokens of a chat up to where the user's first words would stand; None without a chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+    before, found, _ = text.partition(_MARK)
+    return list(tokenizer(before, add_special_tokens=False)["input_ids"]) if found else None
+
+
+def rendered(tokenizer: Any, messages: Sequence[dict[str, str]], *, answer: bool = False) -> list[int] | None:
+    """Tokens of a chat under the tokenizer's template, with the opening of an ``answer``; None without a template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,86 @@
+"""What the float model writes for a run: calibration samples and chat answers, made once, kept under its hash."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from mxfx.calibration.keys import digest
+from mxfx.calibration.sampling import rendered, self_samples, start_token
+from mxfx.evaluation.chat import chat_domain
+from mxfx.evaluation.evaluate import Domain
+from mxfx.graph.weights import tensor_hash
+from mxfx.ground.files import cache_home, write_file
+from mxfx.ground.progress import track
+
+_log = logging.getLogger(__name__)
+
+
+class FloatTexts:
+    """Texts of one float model of transformers, which keeps its keys and values between tokens.
+
+    ``device`` is where it writes.
+    ``cache`` (None: the user's) keeps what it wrote under a hash of its weights: a later run reads it.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, device: torch.device | str, cache: Path | None = None) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._device = torch.device(device)
+        self._cache = cache or cache_home()
+        self._key = ""
+
+    def samples(self, samples: int, length: int, seed: int) -> Tensor:
+        """Sequences for ``calibration.dataset = "self"``; see ``self_samples``."""
+        turn = rendered(self._tokenizer, [{"role": "user", "content": "x"}])
+        key = digest([self.key, start_token(self._tokenizer), turn, samples, length, seed])
+        file = self._cache / f"self-{key}.safetensors"
+        found = _read(file)
+        if found is None:
+            found = self_samples(
+                self._there(), self._tokenizer, samples=samples, length=length, seed=seed, progress=track
+            )
+            self._cache.mkdir(parents=True, exist_ok=True)
+            write_file(file, save({"ids": found}))
+        return found
+
+    def chat(self, limit_tokens: int | None, max_length: int) -> Domain:
+        """The domain ``chat``; see ``chat_domain``."""
+        return chat_domain(
+            self._there,
+            self._tokenizer,
+            model_key=self.key,
+            limit_tokens=limit_tokens,
+            max_length=max_length,
+            cache=self._cache,
+        )
+
+    @property
+    def key(self) -> str:
+        """Hash of the model's weights and dtypes."""
+        if not self._key:
+            found = hashlib.blake2b(digest_size=16)
+            for name, tensor in self._model.state_dict().items():
+                found.update(f"{name}={tensor_hash(tensor)}\n".encode())
+            self._key = found.hexdigest()
+        return self._key
+
+    def _there(self) -> nn.Module:
+        return self._model.to(self._device)
+
+
+def _read(file: Path) -> Tensor | None:
+    if not file.exists():
+        return None
+    try:
+        return load_file(file)["ids"]
+    except (OSError, SafetensorError, KeyError) as error:
+        _log.warning("%s cannot be read (%s); the samples are written again", file, error)
+        return None

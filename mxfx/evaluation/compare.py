@@ -1,0 +1,167 @@
+"""Two models on the same tokens: how far apart they are, and whether that is more than noise.
+
+Two sources of noise stand against a difference. The text is a sample: its standard error comes from paired differences
+over windows, whose tokens are not independent. And a recipe run with another seed gives another model: ``floor`` is the
+relative spread that this causes, which no amount of text takes away. A difference below two standard deviations of
+both together is called noise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from mxfx.evaluation.results import EvalResult, EvaluationError, Scores, weighted_mean
+from mxfx.ground.files import write_file
+
+FILE = "scores.safetensors"
+
+#: Relative spread of a figure from seed to seed, as config D shows it (passes_configs/README.md).
+FLOOR = 0.01
+
+_COLUMNS = ("targets", "window", "loglikelihood", "top", "kl", "float_top")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One figure of both models on one domain.
+
+    Attributes:
+        what: `perplexity`, `KL to float`, `disagreement with float` or `wrong next tokens`.
+        a, b: the figure of each model.
+        difference: b − a, of perplexities as log-ratio.
+        stderr: of the difference, from paired windows; None for one window.
+        noise: standard deviation of text and seeds together.
+        p: McNemar's two-sided p for figures that count right and wrong; None for others.
+    """
+
+    domain: str
+    what: str
+    a: float
+    b: float
+    difference: float
+    stderr: float | None
+    noise: float
+    p: float | None = None
+
+    @property
+    def is_noise(self) -> bool:
+        return abs(self.difference) <= 2 * self.noise
+
+    @property
+    def verdict(self) -> str:
+        if self.is_noise:
+            return "inside the noise"
+        return "A is better" if self.difference > 0 else "B is better"
+
+
+def write_scores(folder: Path, results: Mapping[str, EvalResult]) -> Path:
+    """Every domain's scores, token by token, in one file of `folder`."""
+    tensors: dict[str, Tensor] = {}
+    about = {}
+    for name, result in results.items():
+        if result.scores is None:
+            continue
+        columns = {column: getattr(result.scores, column) for column in _COLUMNS}
+        tensors |= {f"{name}/{column}": value for column, value in columns.items() if value is not None}
+        about[name] = {"text_sha": result.text_sha, "max_length": result.max_length, "source": result.source}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / FILE, save({k: v.contiguous() for k, v in tensors.items()}, {"domains": json.dumps(about)}))
+    return folder / FILE
+
+
+def read_scores(folder: Path | str) -> tuple[dict[str, Scores], dict[str, dict[str, object]]]:
+    """What `write_scores` wrote, and what each domain's text was. Raises `EvaluationError`."""
+    path = Path(folder)
+    path = path / FILE if path.is_dir() else path
+    try:
+        with safe_open(path, framework="pt") as opened:
+            about = json.loads(opened.metadata()["domains"])
+        tensors = load_file(path)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise EvaluationError(
+            f"{folder}: no scores to compare ({type(error).__name__}: {error}); "
+            f"give the folder of one pipeline that `mxfx run --eval … --out DIR` wrote (DIR/NAME)"
+        ) from error
+    scores = {name: Scores(**{c: tensors.get(f"{name}/{c}") for c in _COLUMNS}) for name in about}
+    return scores, about
+
+
+def compare(a: Path | str, b: Path | str, *, floor: float = FLOOR) -> list[Difference]:
+    """Every figure of the domains that both runs measured on the same tokens.
+
+    Raises:
+        EvaluationError: no such run, or no domain in common.
+    """
+    (of_a, about_a), (of_b, about_b) = read_scores(a), read_scores(b)
+    shared = [name for name in of_a if name in of_b]
+    if not shared:
+        raise EvaluationError(f"{a} measured {', '.join(of_a)}; {b} measured {', '.join(of_b)}: no domain in common")
+    found: list[Difference] = []
+    for name in shared:
+        if about_a[name] != about_b[name] or not torch.equal(of_a[name].targets, of_b[name].targets):
+            raise EvaluationError(
+                f"{name}: {a} and {b} were measured on different text or windows; run both with the same --eval options"
+            )
+        found += compare_scores(name, of_a[name], of_b[name], floor)
+    return found
+
+
+def compare_scores(domain: str, a: Scores, b: Scores, floor: float = FLOOR) -> list[Difference]:
+    """The figures of two models on one domain's tokens."""
+    found = [_perplexity(domain, a, b, floor)]
+    if a.kl is not None and b.kl is not None:
+        found.append(_mean(domain, "KL to float", a, a.kl, b.kl, floor))
+        pairs = [(s.top != s.float_top).float() for s in (a, b) if s.float_top is not None]
+        found.append(_mean(domain, "disagreement with float", a, pairs[0], pairs[1], floor, p=True))
+    wrong = [(s.top != s.targets).float() for s in (a, b)]
+    found.append(_mean(domain, "wrong next tokens", a, wrong[0], wrong[1], floor, p=True))
+    return found
+
+
+def _perplexity(domain: str, a: Scores, b: Scores, floor: float) -> Difference:
+    found = _mean(domain, "perplexity", a, -a.loglikelihood, -b.loglikelihood, 0.0)
+    noise = math.hypot(found.stderr or 0.0, math.log1p(floor))
+    return Difference(domain, found.what, math.exp(found.a), math.exp(found.b), found.difference, found.stderr, noise)
+
+
+def _mean(domain: str, what: str, like: Scores, a: Tensor, b: Tensor, floor: float, *, p: bool = False) -> Difference:
+    sizes = torch.bincount(like.window.long()).double().tolist()
+
+    def sums(values: Tensor) -> list[float]:
+        return torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, like.window.long(), values.double()).tolist()
+
+    difference, error = weighted_mean(sums(b - a), sizes)
+    mean_a, mean_b = float(a.double().mean()), float(b.double().mean())
+    noise = math.hypot(error or 0.0, floor * (mean_a + mean_b) / 2)
+    right = mcnemar(int(((a == 0) & (b == 1)).sum()), int(((a == 1) & (b == 0)).sum())) if p else None
+    return Difference(domain, what, mean_a, mean_b, difference, error, noise, right)
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Two-sided p of McNemar's test, given how often only one of two was right (Psychometrika 12, 1947).
+
+    Exact (binomial) for up to 1000 such cases, else by the normal distribution with continuity correction.
+    """
+    n, k = only_a + only_b, min(only_a, only_b)
+    if n == 0:
+        return 1.0
+    if n > 1000:
+        return math.erfc(max(0.0, abs(only_a - only_b) - 1) / math.sqrt(2 * n))
+    tail = math.fsum(math.comb(n, i) for i in range(k + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
+def compare_answers(a: Sequence[Mapping[str, object]], b: Sequence[Mapping[str, object]], metric: str) -> float:
+    """McNemar's p for a task's samples, matched by `doc_id`, whose `metric` is 0 or 1 each."""
+    of_b = {sample["doc_id"]: sample[metric] for sample in b}
+    pairs = [(sample[metric], of_b[sample["doc_id"]]) for sample in a if sample["doc_id"] in of_b]
+    return mcnemar(sum(x == 1 and y == 0 for x, y in pairs), sum(x == 0 and y == 1 for x, y in pairs))

@@ -1,0 +1,141 @@
+"""Texts that a model writes itself: the right distribution, the right beginnings, the same bytes for the same seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mxfx.calibration.datasets import DatasetError, load_tokens
+from mxfx.calibration.sampling import sample, self_samples, start_token, user_turn
+from mxfx.calibration.sources import calibration_tokens, split_by_share
+from mxfx.driver.texts import FloatTexts
+from tests.evaluation.chatty import byte_model, byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model():
+    return byte_model()
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_first_token_is_drawn_from_the_model_s_distribution(model) -> None:
+    count = 20_000
+    found = sample(model, [[5, 6, 7]] * count, 1, _generator())
+    share = torch.bincount(found[:, 0], minlength=259) / count
+    wanted = model(torch.tensor([[5, 6, 7]])).logits[0, -1].softmax(-1)
+    spread = (wanted * (1 - wanted) / count).sqrt()
+    assert bool(((share - wanted).abs() <= 5 * spread + 1e-4).all())
+
+
+def test_with_its_cache_a_text_is_that_of_the_whole_prefix_each_time(model) -> None:
+    found = sample(model, [[5, 6, 7]], 24, _generator(3))[0].tolist()
+    generator, ids = _generator(3), [5, 6, 7]
+    for token in found:
+        shares = model(torch.tensor([ids])).logits[0, -1:].float().softmax(-1)
+        assert int(torch.multinomial(shares, 1, generator=generator)) == token
+        ids.append(token)
+
+
+def test_prompts_of_other_lengths_do_not_disturb_a_text(model) -> None:
+    short, long = [5, 6, 7], list(range(10, 30))
+    padded = sample(model, [long, short], 1, _generator())
+    ids = torch.tensor([[0] * 17 + short])
+    mask = torch.tensor([[0] * 17 + [1] * 3])
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    alone = model(torch.tensor([short])).logits[0, -1]
+    beside = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[0, -1]
+    torch.testing.assert_close(alone, beside, rtol=1e-4, atol=1e-4)
+    assert padded.shape == (2, 1)
+
+
+def test_a_row_that_ended_stays_at_its_end(model) -> None:
+    stop = frozenset(range(0, 259, 2))
+    for row in sample(model, [[5]] * 16, 12, _generator(), stop=stop).tolist():
+        end = next((i for i, token in enumerate(row) if token in stop), len(row) - 1)
+        assert set(row[end:]) == {row[end]}
+
+
+def test_half_begin_as_texts_and_half_as_chats(model) -> None:
+    tokenizer = byte_tokenizer()
+    ids = self_samples(model, tokenizer, samples=5, length=24, seed=0)
+    assert ids.shape == (5, 24) and ids.dtype == torch.int64
+    opening = user_turn(tokenizer)
+    assert tokenizer.decode(opening) == "<turn>user: "
+    assert all(row[0] == start_token(tokenizer) for row in ids[::2].tolist())
+    assert all(row[: len(opening)] == opening for row in ids[1::2].tolist())
+
+
+def test_the_start_is_no_mark_of_a_turn() -> None:
+    assert start_token(byte_tokenizer()) == 2
+    assert start_token(byte_tokenizer(chat=False)) == 0
+
+
+def test_without_a_chat_template_all_begin_as_texts(model) -> None:
+    ids = self_samples(model, byte_tokenizer(chat=False), samples=3, length=8, seed=0)
+    assert ids[:, 0].tolist() == [0, 0, 0]
+
+
+def test_a_tokenizer_without_any_special_token_is_refused() -> None:
+    class Bare:
+        bos_token_id = eos_token_id = None
+        chat_template = None
+
+    with pytest.raises(DatasetError, match="'self' cannot be sampled"):
+        start_token(Bare())
+
+
+def test_a_batch_more_or_less_only_cuts_the_work(model) -> None:
+    """Seeded: the same call gives the same bytes."""
+    one, two = (self_samples(model, byte_tokenizer(), samples=6, length=16, seed=4, batch_size=2) for _ in range(2))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, self_samples(model, byte_tokenizer(), samples=6, length=16, seed=5, batch_size=2))
+
+
+def test_samples_are_written_once_and_found_by_the_model_s_hash(model, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    first = FloatTexts(model, tokenizer, "cpu", tmp_path).samples(4, 16, 0)
+    (file,) = tmp_path.glob("self-*.safetensors")
+    before = file.stat().st_mtime_ns
+    assert torch.equal(FloatTexts(model, tokenizer, "cpu", tmp_path).samples(4, 16, 0), first)
+    assert file.stat().st_mtime_ns == before
+    FloatTexts(byte_model(seed=1), tokenizer, "cpu", tmp_path).samples(4, 16, 0)
+    assert len(list(tmp_path.glob("self-*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("samples", "shares", "counts"),
+    [(8, (1, 1), [4, 4]), (7, (1, 2), [2, 5]), (5, (1, 1, 1), [2, 2, 1]), (1, (9, 1), [1, 0])],
+)
+def test_shares_sum_to_the_samples(samples: int, shares: tuple[float, ...], counts: list[int]) -> None:
+    assert split_by_share(samples, shares) == counts
+
+
+def test_sources_are_mixed_in_their_shares(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name * 400)
+    tokenizer = byte_tokenizer()
+    sources = [str(tmp_path / "a.txt"), "self", str(tmp_path / "b.txt")]
+    written = torch.full((4, 16), 7)
+    mixed = calibration_tokens(
+        sources, tokenizer, samples=8, length=16, seed=1, shares=(1, 2, 1), writer=lambda *_: written
+    )
+    kinds = [tokenizer.decode(row[1:2]) if row[0] != 7 else "self" for row in mixed.ids]
+    assert sorted(kinds) == ["a", "a", "b", "b", "self", "self", "self", "self"]
+    assert kinds != sorted(kinds)
+
+
+def test_one_source_alone_is_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a text of some length " * 30)
+    options = {"samples": 4, "length": 16, "seed": 3}
+    alone = load_tokens(tmp_path / "a.txt", byte_tokenizer(), **options)
+    assert torch.equal(calibration_tokens([str(tmp_path / "a.txt")], byte_tokenizer(), **options).ids, alone.ids)
+
+
+def test_self_without_a_model_is_refused() -> None:
+    with pytest.raises(DatasetError, match="none is at hand"):
+        calibration_tokens(["self"], byte_tokenizer(), samples=1, length=4, seed=0)

@@ -1,0 +1,106 @@
+"""Two models on the same tokens: paired differences with their noise, and McNemar's test."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from mxfx.evaluation.compare import compare, compare_answers, compare_scores, mcnemar, write_scores
+from mxfx.evaluation.evaluate import evaluate
+from mxfx.evaluation.results import EvaluationError, Scores
+from mxfx.evaluation.scoring import FloatLogits
+from tests.evaluation.chatty import byte_model, byte_tokenizer
+
+
+def _scores(kl: torch.Tensor, seed: int = 0) -> Scores:
+    """A text of 40 windows of 50 tokens on which a model lost ``kl`` nats a token."""
+    generator = torch.Generator().manual_seed(seed)
+    count = kl.numel()
+    targets = torch.randint(0, 9, (count,), generator=generator).int()
+    top = torch.where(torch.rand(count, generator=generator) < 0.5, targets, targets + 9)
+    window = torch.arange(40).repeat_interleave(count // 40).int()
+    return Scores(targets, window, -2.0 - kl, top, kl, torch.where(kl > 1, top + 20, top).int())
+
+
+def _kl(shift: float = 0.0, spread: float = 0.3, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randn(40, generator=torch.Generator().manual_seed(7)).repeat_interleave(50) * 0.2
+    return (0.4 + shift + text + spread * torch.randn(2000, generator=generator)).abs()
+
+
+def test_a_clear_difference_is_called_one_and_its_side_named() -> None:
+    for found in compare_scores("text", _scores(_kl()), _scores(_kl(0.2, seed=1)), floor=0.01)[:2]:
+        assert found.verdict == "A is better" and found.difference == pytest.approx(0.2, abs=0.05)
+    for found in compare_scores("text", _scores(_kl(0.2)), _scores(_kl(seed=1)), floor=0.01)[:2]:
+        assert found.verdict == "B is better"
+
+
+def test_two_draws_of_one_model_are_inside_the_noise() -> None:
+    calls = [
+        compare_scores("text", _scores(_kl(seed=seed)), _scores(_kl(seed=seed + 100)), floor=0.0)[1].is_noise
+        for seed in range(40)
+    ]
+    assert sum(calls) >= 34  # 95 % of 40, less two standard deviations
+
+
+def test_what_another_seed_moves_is_noise_however_long_the_text() -> None:
+    a = _scores(_kl())
+    b = _scores(_kl() * 1.015)
+    assert compare_scores("text", a, b, floor=0.0)[1].verdict == "A is better"
+    assert compare_scores("text", a, b, floor=0.01)[1].verdict == "inside the noise"
+
+
+def test_what_all_windows_share_is_no_noise() -> None:
+    """Texts differ greatly; the second model is worse by the same in each."""
+    found = compare_scores("text", _scores(_kl(spread=0)), _scores(_kl(spread=0) + 0.1), floor=0.0)[1]
+    assert found.stderr == pytest.approx(0.0, abs=1e-6)
+    assert found.difference == pytest.approx(0.1, abs=1e-5)
+
+
+@pytest.mark.parametrize(("only_a", "only_b", "p"), [(0, 0, 1.0), (1, 0, 1.0), (0, 6, 2 / 64), (5, 5, 1.0)])
+def test_mcnemar_counts_the_cases_that_differ(only_a: int, only_b: int, p: float) -> None:
+    assert mcnemar(only_a, only_b) == pytest.approx(p)
+
+
+def test_mcnemar_s_two_forms_meet() -> None:
+    exact, normal = mcnemar(540, 460), mcnemar(541, 461)
+    assert exact == pytest.approx(normal, abs=5e-3)
+
+
+def test_answers_are_matched_by_document() -> None:
+    right = [{"doc_id": i, "acc": 1.0} for i in range(8)]
+    wrong = [{"doc_id": i, "acc": 0.0} for i in reversed(range(8))]
+    assert compare_answers(right, wrong, "acc") == pytest.approx(2 / 2**8)
+    assert compare_answers(right, right, "acc") == 1.0
+
+
+def test_runs_are_compared_from_their_files(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some text of no meaning, long enough for several windows. " * 8)
+    model, tokenizer = byte_model(), byte_tokenizer()
+    reference = FloatLogits(lambda: model)
+    for seed in (1, 2):
+        result = evaluate(
+            byte_model(seed), tokenizer, eval_data=tmp_path / "text.txt", max_length=32, reference=reference
+        )
+        write_scores(tmp_path / str(seed), {"text": result})
+    found = {d.what: d for d in compare(tmp_path / "1", tmp_path / "2")}
+    assert set(found) == {"perplexity", "KL to float", "disagreement with float", "wrong next tokens"}
+    ppl = found["perplexity"]
+    assert ppl.difference == pytest.approx(math.log(ppl.b / ppl.a), rel=1e-5)
+    same = compare(tmp_path / "1", tmp_path / "1")
+    assert all(d.verdict == "inside the noise" and d.difference == 0 for d in same)
+    assert [d.p for d in same if d.p is not None] == [1.0, 1.0]
+
+
+def test_other_text_cannot_be_compared(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} text " * 20)
+        result = evaluate(byte_model(), byte_tokenizer(), eval_data=tmp_path / f"{name}.txt", max_length=32)
+        write_scores(tmp_path / name, {"text": result})
+    with pytest.raises(EvaluationError, match="measured on different text"):
+        compare(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(EvaluationError, match="no scores to compare"):
+        compare(tmp_path / "a", tmp_path / "absent")
