@@ -10,7 +10,7 @@ from typing import Any, Literal
 FUSIONS = ("fuse-hadamard-quant", "fuse-norm-quant", "fuse-activation-quant", "fuse-rope-quant")
 
 #: Every pass that the stage may hold. A new one stands here and in ``emit_stage``.
-EMIT_PASSES = frozenset({*FUSIONS, "pack-weights", "lower", "fold-constants"})
+EMIT_PASSES = frozenset({"insert-kv-cache", *FUSIONS, "pack-weights", "lower", "fold-constants"})
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class EmitConfig:
 def emit_stage(settings: EmitConfig, device: str) -> list[tuple[str, Mapping[str, Any]]]:
     """Names and options of the passes of the stage, in order; ``device`` is the type of the run's device."""
     target = settings.device or ("cuda" if device == "cuda" else "cpu")
-    stage: list[tuple[str, Mapping[str, Any]]] = []
+    stage: list[tuple[str, Mapping[str, Any]]] = [("insert-kv-cache", {})]
     if target == "cuda":
         stage += [(name, {}) for name in FUSIONS]
     if settings.packed:

@@ -37,8 +37,28 @@ def store(values: Tensor, fmt: Format) -> tuple[Tensor, Tensor] | None:
     grid holds that of every greater one within range. None also for a format without blocks, with another scale than
     E8M0, or with codes wider than a byte.
     """
-    if fmt.block is None or not isinstance(fmt.scale, E8M0) or fmt.bits > 8:
+    if not stores(fmt) or fmt.block is None:
         return None
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    codes, scales = store_on_grid(values, fmt)
+    length = values.shape[-1]
+    found = restore(codes, scales, fmt, length, values.dtype)
+    same = (found == values) & (found.signbit() == values.signbit())
+    broken = (scales == NAN_EXPONENT + E8M0_BIAS).repeat_interleave(fmt.block, -1)[..., :length]
+    return (codes, scales) if bool((same | broken).all()) else None
+
+
+def stores(fmt: Format) -> bool:
+    """Whether `store` knows a format: blocks, E8M0 scales, codes of at most a byte."""
+    return fmt.block is not None and isinstance(fmt.scale, E8M0) and fmt.bits <= 8
+
+
+def store_on_grid(values: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """What `store` gives for `values` that surely lie on the grid: nobody looks whether they do.
+
+    No number is read back from the device, so that the call can be part of a CUDA graph.
+    """
+    assert fmt.block is not None
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     length = values.shape[-1]
     blocks = F.pad(values, (0, -length % fmt.block)).unflatten(-1, (-1, fmt.block))
@@ -46,11 +66,7 @@ def store(values: Tensor, fmt: Format) -> tuple[Tensor, Tensor] | None:
     scaled = blocks * inverse_power_of_two(exponent, blocks.dtype).unsqueeze(-1)
     rounded = fmt.element.round(scaled).masked_fill((exponent == NAN_EXPONENT).unsqueeze(-1), 0.0)
     codes = fmt.pack(fmt.element.to_codes(rounded).flatten(-2)[..., :length])
-    scales = (exponent + E8M0_BIAS).to(torch.uint8)
-    finite = (exponent != NAN_EXPONENT).repeat_interleave(fmt.block, -1)[..., :length]
-    found = restore(codes, scales, fmt, length, values.dtype)
-    same = (found == values) & (found.signbit() == values.signbit())
-    return (codes, scales) if bool((same | ~finite).all()) else None
+    return codes, (exponent + E8M0_BIAS).to(torch.uint8)
 
 
 def restore(codes: Tensor, scales: Tensor, fmt: Format, length: int, dtype: torch.dtype) -> Tensor:

@@ -83,11 +83,10 @@ def executable(program: Program) -> str | None:
     meta = [name for name, tensor in program.weights.items() if tensor.device.type == "meta"]
     if meta:
         return f"{len(meta)} of {len(program.weights)} weights have no data (meta device)"
-    strangers = [n.name for n in program.graph.nodes if n.op == "placeholder" and n.target not in _INPUTS]
-    return f"the graph takes inputs beside {', '.join(_INPUTS)}: {', '.join(strangers)}" if strangers else None
-
-
-_INPUTS = ("input_ids", "position_ids", "attention_mask")
+    strangers = [
+        n.name for n in program.graph.nodes if n.op == "placeholder" and n.target != "input_ids" and not n.args
+    ]
+    return f"the graph needs inputs beside input_ids: {', '.join(strangers)}" if strangers else None
 
 
 def runtime_weight(program: Program, name: str, casts: CastCache | None = None) -> Tensor:
@@ -131,7 +130,7 @@ def _value(
     casts: CastCache | None,
 ) -> object:
     if node.op == "placeholder":
-        return given[str(node.target)]
+        return given.get(str(node.target))
     if node.op == "get_attr":
         return runtime_weight(program, str(node.target), casts)
     if node.op != "call_function":

@@ -18,8 +18,9 @@
 
 One line a node: name, op, operands, the type of its result, then, where there are any, annotations in braces, notes as
 JSON behind ``!``, and in angle brackets the passes that made or changed it. A value that is on a format's grid says so
-behind its type (``in mxint4@32``). A line ending in a colon opens the nodes of a module path. Types are nominal
-(bf16 for the model's dtype, f32 for compute precision) until the program is lowered. Weights are named by hash:
+behind its type (``in mxint4@32``). An operand that the node writes, a cache, is marked ``!``. A line ending in a colon
+opens the nodes of a module path. Types are nominal (bf16 for the model's dtype, f32 for compute precision) until the
+program is lowered. Weights are named by hash:
 blake2b over dtype, shape and bytes.
 """
 
@@ -40,6 +41,7 @@ import mxfx.ops
 from mxfx.formats import FormatError
 from mxfx.formats import parse as parse_format
 from mxfx.graph.fake import FakeRunner, size_text
+from mxfx.graph.mutation import written
 from mxfx.graph.node import Annotation, NodeInfo, info, path_of, set_info
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, Source, Symbol, compute_dtype
 from mxfx.graph.weights import WeightStore, tensor_hash
@@ -191,7 +193,9 @@ def _call(node: fx.Node) -> str:
         default = f"({_literal(node.args[0])})" if node.args else ""
         renamed = f" {json.dumps(node.target)}" if node.target != node.name else ""
         return f"input{default}{renamed}"
-    operands = [_literal(a) for a in node.args] + [f"{k}={_literal(v)}" for k, v in node.kwargs.items()]
+    changed = written(node)
+    operands = [_literal(a) + "!" * (a in changed) for a in node.args]
+    operands += [f"{k}={_literal(v)}" for k, v in node.kwargs.items()]
     return f"{target_text(node.target)}({', '.join(operands)})"
 
 
@@ -479,6 +483,7 @@ class _Reader:
             name = self.pattern(re.compile(r"%\w+"))[1:]
             if name not in self.env:
                 raise self.error(f"%{name} is read before it is defined")
+            self.take("!")
             return self.env[name]
         if rest == "@":
             return self.weight(self.pattern(re.compile(r"@[^\s,()\[\]]+"))[1:])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,6 +28,8 @@ from mxfx.graph.weights import WeightStore
 
 _INTERFACE = "mxfx"
 _MAX_BATCH = 4096
+#: Entry of a source's configuration that holds how the model wants to generate.
+GENERATION = "generation_config"
 
 
 def trace(model: nn.Module, *, name: str | None = None) -> Program:
@@ -51,7 +54,7 @@ def trace(model: nn.Module, *, name: str | None = None) -> Program:
     source = Source(
         name or getattr(config, "name_or_path", "") or type(model).__name__,
         type(model).__name__,
-        json.loads(config.to_json_string(use_diff=False)),
+        _configuration(model),
     )
     program = Program(graph, weights, _dtype(model), source, symbols)
     normalize(program)
@@ -82,8 +85,19 @@ def bind(program: Program, model: nn.Module) -> Program:
         found[name] = tensor
     bound = program.copy()
     bound.dtype = _dtype(model)
+    generation = _configuration(model).get(GENERATION)
+    if generation is not None:
+        # A model without weights is made from its configuration alone, which does not say how it generates.
+        bound.source = replace(bound.source, config={**bound.source.config, GENERATION: generation})
     bound.weights = WeightStore(found, program.weights.aliases, constants=program.weights.constants)
     return bound
+
+
+def _configuration(model: nn.Module) -> dict[str, object]:
+    """Configuration as JSON, with the model's generation config under ``GENERATION`` where it has one."""
+    config = json.loads(model.config.to_json_string(use_diff=False))  # type: ignore[operator, union-attr]
+    generation = getattr(model, "generation_config", None)
+    return config if generation is None else {**config, GENERATION: json.loads(generation.to_json_string(False))}
 
 
 def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -3,7 +3,8 @@
 1. structure: opcodes, topology, names, readers, one output, inputs as the runtime feeds them
 2. metadata: a record and a fake value on every node
 3. weights: no dangling read, no orphan, aliases that lead somewhere, ledger and shapes that agree with the tensors
-4. schema: arity and kinds of operands, no device or dtype literal, no op that writes its operands
+4. schema: arity and kinds of operands, no device or dtype literal, no op that writes its operands but caches, each
+written by one node before all that read it
 5. types: every op run on fake tensors gives the shape and dtype that its node states
 6. formats: annotations on operands that exist, blocks along the contraction axis, quantizers that agree with
 annotations 7. lowering: nothing of the dialect left once the program is lowered; and nowhere a node that nobody reads
@@ -25,6 +26,7 @@ import mxfx.ops
 from mxfx.formats import Format, FormatError
 from mxfx.formats import parse as parse_format
 from mxfx.graph.fake import FakeRunner, fake_mode_of, sizes_text
+from mxfx.graph.mutation import unsound_write
 from mxfx.graph.node import META_KEY, NodeInfo, info, op_name, path_of
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, compute_dtype
 from mxfx.ground.errors import CheckError
@@ -55,6 +57,9 @@ def verify(program: Program, touched: Collection[str] | None = None, runner: Fak
     lowered = "lowered" in program.facts
     for node in nodes:
         _schema(node, lowered)
+    unsound = unsound_write(program)
+    if unsound is not None:
+        raise _fault(*unsound, "let one op write a cache, before all that read it (insert-kv-cache)")
     executed = _types(program, nodes, runner)
     for node in nodes:
         _formats(node, lowered)
@@ -277,7 +282,7 @@ def _schema(node: fx.Node, lowered: bool) -> None:
 
 def _overload(node: fx.Node, target: torch._ops.OpOverload) -> None:
     schema = target._schema
-    if schema.is_mutable:
+    if schema.is_mutable and find_op(target) is None:
         raise _fault(node, "it writes its operands", "use the op without the trailing underscore")
     positional = [a for a in schema.arguments if not a.kwarg_only]
     if len(node.args) > len(positional):

@@ -3,6 +3,7 @@
 import mxfx.ops.kernels  # noqa: F401  (last: kernels are providers of the ops above)
 from mxfx.ops.arange import arange
 from mxfx.ops.attention import attend, attention, attention_bias
+from mxfx.ops.cache import cache_bias, cached_attend, cached_attention
 from mxfx.ops.cast import cast
 from mxfx.ops.dialect import all_ops, define, find_op
 from mxfx.ops.experts import expert_linear
@@ -14,7 +15,9 @@ from mxfx.ops.rope import rope
 from mxfx.ops.transform import block_transform, hadamard
 
 #: Calls that may stand in a lowered graph beside ATen: traced through by torch.compile, shared by all layers.
-RUNTIME_FUNCTIONS = frozenset({arange, attend, attention_bias, expert_linear, fake_quantize, positions})
+RUNTIME_FUNCTIONS = frozenset(
+    {arange, attend, attention_bias, cache_bias, cached_attend, expert_linear, fake_quantize, positions}
+)
 
 __all__ = [
     "RUNTIME_FUNCTIONS",
@@ -24,6 +27,9 @@ __all__ = [
     "attention",
     "attention_bias",
     "block_transform",
+    "cache_bias",
+    "cached_attend",
+    "cached_attention",
     "cast",
     "define",
     "expert_linear",

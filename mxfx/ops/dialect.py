@@ -29,6 +29,7 @@ def define(
     backward: Callable[..., tuple] | None = None,
     fake: Definition | None = None,
     shape: Definition | None = None,
+    mutates: tuple[str, ...] = (),
 ) -> Callable[[Definition], Definition]:
     """Decorator: register ``mxfx::name`` with the decorated function as its definition, and put it in the catalogue.
 
@@ -36,14 +37,17 @@ def define(
     ``backward(ctx, grad)`` replaces the derivative of the definition, for ops whose true derivative is useless
     (rounding is flat almost everywhere). ``fake`` replaces the definition on fake tensors, where the definition would
     guard on symbolic sizes; its strides must be those of the definition. ``shape`` need not keep strides: the verifier
-    asks it for sizes and dtype, else ``fake``.
+    asks it for sizes and dtype, else ``fake``. ``mutates`` names the operands that the op writes; it then has no
+    derivative.
     """
 
     def register(definition: Definition) -> Definition:
-        op = torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())(_fresh(definition))
+        op = torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=mutates)(_fresh(definition))
         op.register_fake(_fresh(definition) if fake is None else fake)
         parameters = list(inspect.signature(definition).parameters)
-        if backward is None:
+        if mutates:
+            pass
+        elif backward is None:
             op.register_autograd(_differentiate(definition, parameters), setup_context=_save_inputs)
         else:
             op.register_autograd(backward, setup_context=lambda ctx, inputs, output: None)

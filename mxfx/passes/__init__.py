@@ -11,6 +11,7 @@ from mxfx.passes.fuse_norm_quant import FuseNormQuant
 from mxfx.passes.fuse_rope_quant import FuseRopeQuant
 from mxfx.passes.gptq import Gptq
 from mxfx.passes.insert_fake_quant import InsertFakeQuant
+from mxfx.passes.insert_kv_cache import InsertKvCache
 from mxfx.passes.lower import Lower
 from mxfx.passes.online_rotation import OnlineRotation
 from mxfx.passes.pack_weights import PackWeights
@@ -41,6 +42,7 @@ __all__ = [
     "FuseRopeQuant",
     "Gptq",
     "InsertFakeQuant",
+    "InsertKvCache",
     "Lower",
     "OnlineRotation",
     "PackWeights",

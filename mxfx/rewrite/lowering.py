@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from mxfx.algorithms.hadamard import DENSE_ORDER, hadamard_matrix, kronecker_signs, kronecker_transform
 from mxfx.graph.node import kind, op_name, operands
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, compute_dtype
-from mxfx.ops import arange, attend, attention_bias, expert_linear, find_op, positions
+from mxfx.ops import arange, attend, attention_bias, cache_bias, cached_attend, expert_linear, find_op, positions
 from mxfx.ops.fused import FUSED
 from mxfx.ops.providers import choose
 from mxfx.rewrite.facts import FactError, fact
@@ -49,6 +49,8 @@ def lower_calls(rw: Rewriter, device: torch.device) -> None:
             _lower_attention(rw, node, biases)
         elif op.name == "expert_linear":
             rw.retarget(node, expert_linear)
+        elif op.name == "cached_attention":
+            _lower_cached_attention(rw, node, biases)
         elif provider is not None:
             rw.replace(node, rw.call(provider.target, *provider.arguments(node), like=node, val=node.meta["val"]))
         elif op.name == "hadamard":
@@ -124,6 +126,17 @@ def _lower_attention(rw: Rewriter, node: fx.Node, biases: dict[tuple, fx.Node]) 
     if key not in biases:
         biases[key] = rw.call(attention_bias, mask, q, causal, window, like=node)
     rw.replace(node, rw.call(attend, q, k, v, biases[key], scale, causal, like=node, val=node.meta["val"]))
+
+
+def _lower_cached_attention(rw: Rewriter, node: fx.Node, biases: dict[tuple, fx.Node]) -> None:
+    """One mask for all layers whose caches have as many places; then a call that writes and attends."""
+    given = operands(node)
+    key = tuple(given[name] for name in ("mask", "slots", "causal", "window"))
+    if key not in biases:
+        operand = [given[name] for name in ("mask", "q", "slots", "keys", "causal", "window")]
+        biases[key] = rw.call(cache_bias, *operand, like=node)
+    args = [biases[key] if name == "mask" else value for name, value in given.items()]
+    rw.replace(node, rw.call(cached_attend, *args, like=node, val=node.meta["val"]))
 
 
 def _lower_hadamard(rw: Rewriter, node: fx.Node, inliner: Inliner) -> None:

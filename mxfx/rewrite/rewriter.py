@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from mxfx.graph.node import META_KEY, NodeInfo, info, path_of, set_info
-from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program
+from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, Symbol
 from mxfx.ops.catalogue import in_schema_order, spec
 from mxfx.rewrite.record import Match, PassRecord, Skip
 
@@ -90,6 +92,29 @@ class Rewriter:
         empty = torch.empty(tensor.shape, dtype=nominal, device="meta")
         node.meta["val"] = self.fake_mode.from_tensor(empty, static_shapes=True)
         return node
+
+    def input(self, name: str, shape: tuple, dtype: torch.dtype) -> fx.Node:
+        """A new input of the program behind those that are there; callers may leave it out (None)."""
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.create_node("placeholder", name, (None,))
+        set_info(node, NodeInfo(passes=(self.pass_name,)))
+        self.record.touched.add(node.name)
+        with self.fake_mode:
+            node.meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
+        return node
+
+    def symbol(self, name: str, low: int, high: int) -> torch.SymInt:
+        """A new dynamic dimension, from ``low`` to ``high``."""
+        env = self.fake_mode.shape_env
+        assert env is not None
+        # A hint of its own, or equal sizes would be taken for one.
+        hint = min(high, 67 + 2 * len(self.program.symbols))
+        where = ConstantSource(name)
+        expression = env.create_symbol(hint, where, dynamic_dim=DimDynamic.DYNAMIC)
+        env.constrain_symbol_range(expression, low, high)  # type: ignore[arg-type]
+        self.program.symbols = (*self.program.symbols, Symbol(name, low, high))
+        return env.create_symintnode(expression, hint=hint, source=where)  # type: ignore[return-value]
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let every user of ``old`` read ``new``; annotations and notes of ``old`` move over."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
-from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, Cache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mxfx.graph.module import build
 from mxfx.graph.program import Program
+from mxfx.graph.trace import GENERATION
 from mxfx.pipeline.emit import emitted
+from mxfx.runtime.cache import CacheError, KVCache, cache_specs
 
 
 def emit(program: Program, device: torch.device | str = "cpu") -> fx.GraphModule:
@@ -21,22 +23,24 @@ def emit(program: Program, device: torch.device | str = "cpu") -> fx.GraphModule
 
 def as_causal_lm(program: Program, device: torch.device | str = "cpu") -> EmittedCausalLM:
     """The program as a ``PreTrainedModel``: ``generate``, ``.logits``, ``HFLM(pretrained=…)``."""
-    return EmittedCausalLM(_config(program), emit(program, device))
+    return EmittedCausalLM(emitted(program, device)).to(device)
 
 
 class EmittedCausalLM(PreTrainedModel, GenerationMixin):
-    """Wraps an emitted ``GraphModule``. There is no cache: ``generate`` reads the whole prefix for every new token."""
+    """Wraps an emitted graph. With a cache (``use_cache=True`` or ``past_key_values``) it reads only new tokens."""
 
     config_class = PreTrainedConfig
     main_input_name = "input_ids"
     base_model_prefix = "graph"
-    _supports_cache_class = False
 
-    def __init__(self, config: PreTrainedConfig, graph: fx.GraphModule) -> None:
+    def __init__(self, program: Program) -> None:
+        config, generation = _configs(program)
         super().__init__(config)
-        self.graph = graph
-        self.generation_config = GenerationConfig.from_model_config(config)
-        self.generation_config.use_cache = False
+        self.specs = cache_specs(program)
+        config.use_cache = bool(self.specs)
+        self.generation_config = generation
+        self.generation_config.use_cache = bool(self.specs)
+        self.graph = build(program)
         self.eval()
 
     def forward(
@@ -44,34 +48,171 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
         labels: Tensor | None = None,
-        **unused: Any,
-    ) -> CausalLMOutputWithPast:
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **others: Any,
+    ) -> CausalLMOutputWithPast | tuple:
         """Logits ``(batch, seq, vocabulary)``, and the mean next-token loss where ``labels`` are given.
 
-        Raises ``ValueError`` for a cache or embeddings as input: the graph takes ids.
-        """
-        for name in ("past_key_values", "inputs_embeds"):
-            if unused.get(name) is not None:
-                raise ValueError(f"an emitted graph takes input_ids; it cannot take {name}")
-        logits = self.graph(input_ids, position_ids, attention_mask)
-        loss = None if labels is None else self.loss_function(logits, labels, logits.shape[-1])
-        return CausalLMOutputWithPast(loss=loss, logits=logits)
+        ``attention_mask`` covers what the cache holds and the new tokens. ``logits_to_keep`` is the number of last
+        tokens whose logits are wanted (0: all), or their indices. A cache is made only where ``use_cache`` is true.
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any
-    ) -> dict:
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        Raises ``TypeError`` for an argument that a graph of logits cannot honour, ``CacheError`` for a foreign cache.
+        """
+        _refuse_others(others)
+        cache = self._cache(past_key_values, use_cache)
+        if cache is None:
+            logits = self.graph(input_ids, position_ids, attention_mask)
+        else:
+            logits = self._with_cache(input_ids, position_ids, attention_mask, cache)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = logits if kept == slice(0, None) else logits[:, kept]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
+        out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        as_tuple = return_dict is False or (return_dict is None and not self.config.return_dict)
+        return out.to_tuple() if as_tuple else out
+
+    def new_cache(self, room: int = 0) -> KVCache:
+        """An empty cache, for ``past_key_values``; ``room`` tokens are allocated at once. Raises ``CacheError``."""
+        if not self.specs:
+            raise CacheError(
+                "this graph has no cache: something in it but attention looks at other tokens, or it was lowered "
+                "before insert-kv-cache; call with use_cache=False"
+            )
+        return KVCache(self.specs, self.device, room)
+
+    def _cache(self, given: Cache | None, use_cache: bool | None) -> KVCache | None:
+        if given is None:
+            return self.new_cache() if use_cache else None
+        if not isinstance(given, KVCache) or given.specs != self.specs:
+            raise CacheError(f"expected a cache of this model (model.new_cache()), got {type(given).__name__}")
+        return given
+
+    def _with_cache(self, ids: Tensor, positions: Tensor | None, mask: Tensor | None, cache: KVCache) -> Tensor:
+        batch, seq = ids.shape
+        total = cache.length + seq
+        mask = _checked_mask(mask, batch, total)
+        if positions is None:
+            positions = _positions(mask, ids, cache.length)
+        # On a GPU looking would wait for it.
+        if mask is not None and mask.device.type == "cpu" and not cache.padded:
+            cache.padded = not bool(mask.all())
+            mask = mask if cache.padded else None
+        cache.reserve(batch, seq)
+        logits = self.graph(ids, positions, mask, **cache.inputs(seq))
+        cache.length = total
+        return logits
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict, *rest: Any
+    ) -> None:
+        """``generate``'s own cache; one that the caller gives is kept."""
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False or not self.specs:
+            return
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise CacheError(
+                f"cache_implementation={generation_config.cache_implementation!r}: an emitted model brings its own "
+                "cache; leave the option out"
+            )
+        longest = next((size for size in reversed(rest) if type(size) is int), 0)
+        cache = self.new_cache(min(longest, self._longest()))
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+    def _longest(self) -> int:
+        return int(getattr(self.config, "max_position_embeddings", None) or 1 << 17)
+
+    # What a module with plain weights can do, and this one cannot.
+
+    def to(self, *args: Any, **kwargs: Any) -> EmittedCausalLM:
+        """Move to a device. Raises ``TypeError`` for another dtype: a graph is lowered for one."""
+        dtype = torch._C._nn._parse_to(*args, **kwargs)[1]
+        if dtype is not None and dtype != self.dtype:
+            _refuse_dtype(self.dtype, dtype)
+        return super().to(*args, **kwargs)
+
+    def half(self, *args: Any) -> EmittedCausalLM:
+        return self.to(torch.float16)
+
+    def float(self, *args: Any) -> EmittedCausalLM:
+        return self.to(torch.float32)
+
+    def double(self) -> EmittedCausalLM:
+        return self.to(torch.float64)
+
+    def bfloat16(self) -> EmittedCausalLM:
+        return self.to(torch.bfloat16)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises ``TypeError``: the folder would open as a model with other weights."""
+        raise TypeError(
+            "save_pretrained would write the weights of a graph under the name of an architecture that lacks their "
+            "rewrites; `mxfx run --out DIR` saves an emitted model, mxfx.load(DIR) opens it"
+        )
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises ``TypeError``, as ``save_pretrained``."""
+        self.save_pretrained()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises ``TypeError``: sizes are part of a graph."""
+        raise TypeError("an emitted graph has a vocabulary of one size; resize the model before it is traced")
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Weights come with the graph."""
 
 
-def _config(program: Program) -> PreTrainedConfig:
-    dropped = ("transformers_version", "_attn_implementation", "loss_type")
+def _refuse_others(others: dict[str, Any]) -> None:
+    """Arguments that mean nothing here may be absent, None or False; older transformers give ``cache_position`` too."""
+    for name, value in others.items():
+        if value is None or value is False or name == "cache_position":
+            continue
+        raise TypeError(f"an emitted graph takes input_ids and gives logits; it cannot honour {name}={_said(value)}")
+
+
+def _said(value: object) -> str:
+    return f"{type(value).__name__} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _refuse_dtype(have: torch.dtype, wanted: torch.dtype) -> NoReturn:
+    raise TypeError(
+        f"the graph was lowered for {have}, so it cannot run in {wanted}; give the pipeline [model] dtype = "
+        f'"{str(wanted).removeprefix("torch.")}", or trace the model in it'
+    )
+
+
+def _checked_mask(mask: Tensor | None, batch: int, total: int) -> Tensor | None:
+    if mask is None or tuple(mask.shape) == (batch, total):
+        return mask
+    raise ValueError(
+        f"with a cache, attention_mask is (batch, tokens of cache and call) = {(batch, total)}, not {tuple(mask.shape)}"
+    )
+
+
+def _positions(mask: Tensor | None, ids: Tensor, past: int) -> Tensor:
+    """Positions of the new tokens, int64 ``(batch, seq)``: real tokens are counted."""
+    if mask is None:
+        return torch.arange(past, past + ids.shape[1], device=ids.device).expand(ids.shape)
+    return (mask.ne(0).cumsum(-1) - 1).clamp_min(0)[:, past:]
+
+
+def _configs(program: Program) -> tuple[PreTrainedConfig, GenerationConfig]:
+    dropped = ("transformers_version", "_attn_implementation", "loss_type", GENERATION)
     values = {key: value for key, value in program.source.config.items() if key not in dropped}
     model_type = str(values.pop("model_type"))
     config = AutoConfig.for_model(model_type, **values)
-    config.use_cache = False
     config.tie_word_embeddings = False
-    return config
+    stored = program.source.config.get(GENERATION)
+    generation = (
+        GenerationConfig.from_dict(dict(stored))  # type: ignore[call-overload]
+        if isinstance(stored, dict)
+        else GenerationConfig.from_model_config(config)
+    )
+    return config, generation

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import mxfx.ops.fused  # noqa: F401  (registers the fused forms)
 from mxfx.algorithms.hadamard import hadamard_matrix
@@ -31,6 +32,10 @@ PADDED = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 MATRIX = randn(4, 4, seed=3)
 EXPERTS = torch.tensor([[2, 0], [0, 2], [2, 0], [0, 2], [0, 2]])
 
+QKV = (randn(2, 4, 3, 8), randn(2, 2, 3, 8, seed=1), randn(2, 2, 3, 8, seed=2))
+ONE = tuple(x[:, :, :1] for x in QKV)
+CODES = tuple(torch.zeros(2, 2, 5, size, dtype=torch.uint8) for size in (4, 4, 2, 2))
+
 #: Op → arguments that show every optional operand given and absent.
 SAMPLES: dict[str, list[tuple]] = {
     "attention": [
@@ -42,6 +47,12 @@ SAMPLES: dict[str, list[tuple]] = {
         (randn(2, 3, 8), MATRIX),
         (randn(2, 3, 8), randn(2, 4, 4)),
         (randn(2, 6, 3, 8), randn(3, 2, 4, 4)),
+    ],
+    # Several tokens into a ring, one into packed codes, some without a cache.
+    "cached_attention": [
+        (*QKV, None, torch.arange(4, 7), randn(2, 2, 5, 8), randn(2, 2, 5, 8), None, None, 0.3, True, 5),
+        (*ONE, PADDED, torch.tensor([4]), *CODES, 0.3, True, None, "mxint4@4", "mxint4@4"),
+        (*QKV, PADDED[:, 2:], None, None, None, None, None, 0.3),
     ],
     "cast": [(randn(3, dtype=torch.bfloat16), "compute"), (randn(3), "compute"), (randn(3), "model")],
     "expert_linear": [
@@ -101,7 +112,10 @@ def test_the_op_gives_the_bits_of_its_definition(name: str, index: int) -> None:
     op = find_op(getattr(ops, name).default)
     args = SAMPLES[name][index]
     assert op is not None
-    assert torch.equal(op.target(*args), op.definition(*args))
+    # Each on operands of its own: an op may write them.
+    first, second = (tree_map_only(Tensor, torch.clone, args) for _ in range(2))
+    assert torch.equal(op.target(*first), op.definition(*second))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if isinstance(a, Tensor))
 
 
 @pytest.mark.parametrize(("name", "index"), CASES)

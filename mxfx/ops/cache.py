@@ -1,0 +1,174 @@
+"""``mxfx::cached_attention``: attention over an explicit cache of keys and values, plain or packed.
+
+A cache is a tensor ``(batch, kv_heads, room, …)``; place ``s`` of ``room`` holds the token of slot ``s``. Slots count
+the columns of the attention mask: all rows of a batch fill the same slots, padding included. Under a window the cache
+may be a ring: with ``room`` places, slot ``s`` lies at place ``s % room``, and ``room`` is no less than the window, or
+than the number of slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from mxfx.formats import Format
+from mxfx.formats.stored import restore, store_on_grid
+from mxfx.ops.attention import _CONTRACTS, _OPERANDS, _attended, attend, attention_bias
+from mxfx.ops.catalogue import describe, plain
+from mxfx.ops.dialect import define
+from mxfx.ops.quantize import _format
+
+
+def write_cache(cache: Tensor, scales: Tensor | None, x: Tensor, slots: Tensor, fmt: Format | None) -> None:
+    """Put rows ``(batch, kv_heads, seq, width)`` at their places; of more rows than places only the last stay."""
+    room = cache.shape[2]
+    if x.shape[2] > room:
+        x, slots = x[:, :, -room:], slots[-room:]
+    places = slots % room
+    if scales is None:
+        cache.index_copy_(2, places, x)
+        return
+    assert fmt is not None
+    codes, exponents = store_on_grid(x, fmt)
+    cache.index_copy_(2, places, codes)
+    scales.index_copy_(2, places, exponents)
+
+
+def read_cache(cache: Tensor, scales: Tensor | None, like: Tensor, fmt: Format | None) -> Tensor:
+    """All places of a cache as ``(batch, kv_heads, room, width)`` in the width and dtype of ``like``."""
+    if scales is None:
+        return cache
+    assert fmt is not None
+    return restore(cache, scales, fmt, like.shape[-1], like.dtype)
+
+
+def slots_held(slots: Tensor, room: int) -> Tensor:
+    """The slot that each place of a ring holds, int64 ``(room,)``, negative where none yet.
+
+    One token is written before the ring is read; of several, the ring is read as it was before the first.
+    """
+    newest = slots[-1] if slots.shape[0] == 1 else slots[0] - 1
+    return newest - (newest - torch.arange(room, device=slots.device)) % room
+
+
+def cache_bias(
+    mask: Tensor | None, q: Tensor, slots: Tensor | None, keys: Tensor | None, causal: bool, window: int | None
+) -> Tensor | None:
+    """Boolean mask ``(batch | 1, 1, seq, places)``, True where a query may attend; see ``cached_attend``.
+
+    None where nothing is hidden, or only by causality. Without a cache it is ``attention_bias``. ``mask`` is
+    ``(batch, slots)``, nonzero where a token is real; a query that may attend to nothing attends to itself.
+    """
+    if keys is None or slots is None:
+        return attention_bias(mask, q, causal, window)
+    room, length = keys.shape[2], q.shape[-2]
+    if window is None:
+        if statically_known_true(length == room):
+            return attention_bias(mask, q, causal, None)
+        if mask is None and statically_known_true(length == 1):
+            return None
+        held = torch.arange(room, device=q.device)
+    else:
+        held = slots_held(slots, room)
+        if not statically_known_true(length == 1):
+            held = torch.cat((held, slots))
+    distance = slots[:, None] - held[None, :]
+    allowed = (distance >= 0) & (held >= 0)[None, :]
+    if window is not None:
+        allowed = allowed & (distance < window)
+    allowed = allowed[None, None]
+    if mask is not None:
+        real = mask.ne(0).index_select(1, held.clamp_min(0))
+        allowed = allowed & real[:, None, None, :] | (distance == 0)[None, None]
+    return allowed
+
+
+def cached_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    slots: Tensor | None,
+    keys: Tensor | None,
+    values: Tensor | None,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    key_format: str | None,
+    value_format: str | None,
+    writes: bool,
+) -> Tensor:
+    """Write ``k`` and ``v`` to their places, then attend; ``bias`` is that of ``cache_bias``.
+
+    See ``cached_attention`` for the operands.
+    """
+    if keys is None or values is None or slots is None:
+        return attend(q, k, v, bias, scale, causal)
+    formats = [None if text is None else _format(text) for text in (key_format, value_format)]
+    caches = ((keys, key_scales, k, formats[0]), (values, value_scales, v, formats[1]))
+    one = statically_known_true(q.shape[2] == 1)
+    # Several tokens may push out of a ring what the first of them still sees: it is read first.
+    ring = window is not None and not one
+    before = [read_cache(c, s, x, f).clone() for c, s, x, f in caches] if ring else []
+    if writes:
+        for cache, scales, x, fmt in caches:
+            write_cache(cache, scales, x, slots, fmt)
+    if ring:
+        k, v = (torch.cat((old, x), dim=2) for old, x in zip(before, (k, v), strict=True))
+        return attend(q, k, v, bias, scale, False)
+    if statically_known_true(q.shape[2] == keys.shape[2]) and window is None:
+        return attend(q, k, v, bias, scale, causal)
+    k, v = (read_cache(c, s, x, f) for c, s, x, f in caches)
+    if not one:
+        return attend(q, k, v, bias, scale, False)
+    # The query heads of a group are rows that meet the same keys.
+    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
+    return attend(grouped, k, v, bias, scale, False).reshape(*q.shape[:-1], v.shape[-1])
+
+
+#: Operands that ``cached_attend`` and ``mxfx::cached_attention`` write.
+CACHES = ("keys", "values", "key_scales", "value_scales")
+cached_attend.mutates = CACHES  # type: ignore[attr-defined]
+
+
+def _shape(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
+    return _attended(q, k, v, None, 1.0)
+
+
+describe(cached_attend, "attend", operands=(plain("q"), plain("k"), plain("v")), shape=_shape)
+
+
+@define("cached_attention", operands=_OPERANDS, contracts=_CONTRACTS, fake=_shape, mutates=CACHES)
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    slots: Tensor | None,
+    keys: Tensor | None,
+    values: Tensor | None,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    key_format: str | None = None,
+    value_format: str | None = None,
+    writes: bool = True,
+) -> Tensor:
+    """``attention`` of new tokens to all that a cache holds; it writes ``k`` and ``v`` there first.
+
+    ``q`` is ``(batch, heads, seq, width)``; ``k`` and ``v`` are ``(batch, kv_heads, seq, width)`` of the same tokens,
+    which take ``slots``, int64 ``(seq,)``, consecutive. ``keys`` and ``values`` are ``(batch, kv_heads, room, width)``;
+    with a format, bytes of codes beside E8M0 ``scales``, as ``store`` gives (k and v lie on that grid). ``mask`` is
+    ``(batch, slots)``. ``writes=False`` reads what another layer wrote. With several tokens and no window, ``room``
+    ends with the last of ``slots``, or ``mask`` hides what is behind it. Without a cache it is ``attention``.
+    """
+    bias = cache_bias(mask, q, slots, keys, causal, window)
+    return cached_attend(
+        q, k, v, bias, slots, keys, values, key_scales, value_scales,
+        scale, causal, window, key_format, value_format, writes,
+    )  # fmt: skip

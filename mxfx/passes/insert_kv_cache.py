@@ -1,0 +1,128 @@
+"""``insert-kv-cache``: attention over a cache of keys and values that comes in from outside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from mxfx.formats import Format, parse
+from mxfx.formats.stored import codes_length, scales_length, stores
+from mxfx.graph.node import operands
+from mxfx.graph.program import NOMINAL_MODEL
+from mxfx.graph.tokenwise import mixes_tokens
+from mxfx.ops.catalogue import spec
+from mxfx.rewrite import Context, Exact, Numerics, Pass, Rewriter, register
+
+
+@register
+@dataclass(frozen=True)
+class InsertKvCache(Pass):
+    """Let every attention write its keys and values into a cache, and read all that the cache holds.
+
+    Before::
+
+        %o = mxfx.attention(%q, %k, %v, %mask, s, True, w)
+
+    After::
+
+        %cache_0_keys = input(None) : bf16[batch, kv_heads, room, head_dim]      # and values, and one input %slots
+        %o = mxfx.cached_attention(%q, %k, %v, %mask, %slots, %cache_0_keys!, %cache_0_values!, None, None, s, True, w)
+
+    One graph serves prefill, chunks and decode: the number of new tokens and the room of the cache are two dynamic
+    sizes of the same call. A pair of graphs would print every layer twice to say the same. Without caches (None) the
+    graph is what it was, to the bit. Keys and values that are rounded onto a format with E8M0 scales are kept as its
+    codes and scales, ``u8``. Layers that read the same keys and values share a cache. If anything in the model but
+    attention lets tokens see each other, nothing is changed: no cache holds its state.
+    """
+
+    name: ClassVar[str] = "insert-kv-cache"
+    requires: ClassVar[frozenset[str]] = frozenset({"raised"})
+    forbids: ClassVar[frozenset[str]] = frozenset({"lowered"})
+    numerics: ClassVar[Numerics] = Exact()
+
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        found = list(rw.program.nodes("attention"))
+        reason = _refused(rw, found)
+        if reason is not None:
+            for node in found:
+                rw.skip(node, reason)
+            return
+        inputs = _Inputs(rw)
+        for node in found:
+            if rw.match(node):
+                _insert(rw, node, inputs)
+
+
+def _refused(rw: Rewriter, found: list[fx.Node]) -> str | None:
+    """Why a program can have no cache; None if it can."""
+    length = next(n for n in rw.graph.nodes if n.op == "placeholder").meta["val"].shape[1]
+    for node in rw.program.nodes():
+        reason = mixes_tokens(node, length)
+        if reason is not None:
+            return f"{node.name}: {reason}, and no cache holds its state"
+    for node in found:
+        if not operands(node)["causal"]:
+            return f"{node.name} sees later tokens"
+    return None
+
+
+class _Inputs:
+    """The inputs that hold caches: one pair for each pair of keys and values."""
+
+    def __init__(self, rw: Rewriter) -> None:
+        self._rw = rw
+        first = next(n for n in rw.graph.nodes if n.op == "placeholder")
+        self._batch, length = first.meta["val"].shape
+        self.slots = rw.input("slots", (length,), torch.int64)
+        self._rooms: dict[object, torch.SymInt] = {}
+        self._known: dict[tuple, tuple] = {}
+
+    def of(self, k: fx.Node, v: fx.Node, window: int | None) -> tuple[tuple, bool]:
+        """Keys, values, their scales and their formats for one attention; and whether it is the first to see them."""
+        first = (k, v) not in self._known
+        if first:
+            name = f"cache_{len(self._known)}"
+            key = self._cache(f"{name}_key", k, window)
+            value = self._cache(f"{name}_value", v, window)
+            self._known[k, v] = tuple(zip(key, value, strict=True))
+        return self._known[k, v], first
+
+    def _cache(self, name: str, source: fx.Node, window: int | None) -> tuple[fx.Node, fx.Node | None, str | None]:
+        _, heads, _, width = source.meta["val"].shape
+        room = self._room(window)
+        fmt = _format(source)
+        if fmt is None:
+            return self._rw.input(f"{name}s", (self._batch, heads, room, width), NOMINAL_MODEL), None, None
+        codes, scales = (
+            self._rw.input(f"{name}{suffix}", (self._batch, heads, room, size), torch.uint8)
+            for suffix, size in (("s", codes_length(width, fmt)), ("_scales", scales_length(width, fmt)))
+        )
+        return codes, scales, str(fmt)
+
+    def _room(self, window: int | None) -> torch.SymInt:
+        if window not in self._rooms:
+            longest = self._rw.program.symbols[1].high
+            low, name = (1, "room") if window is None else (1, f"room_{window}")
+            self._rooms[window] = self._rw.symbol(name, low, longest)
+        return self._rooms[window]
+
+
+def _format(source: fx.Node) -> Format | None:
+    """The format that a value is rounded onto along its last axis, if a cache can hold its codes."""
+    rounded = spec(source).rounds
+    fmt = parse(rounded.format) if rounded is not None and rounded.axis == -1 else None
+    return fmt if fmt is not None and stores(fmt) else None
+
+
+def _insert(rw: Rewriter, node: fx.Node, inputs: _Inputs) -> None:
+    q, k, v, mask, scale, causal, window = operands(node).values()
+    ((keys, values), scales, formats), first = inputs.of(k, v, window)
+    new = rw.call(
+        torch.ops.mxfx.cached_attention.default,
+        q, k, v, mask, inputs.slots, keys, values, *scales, scale, causal, window, *formats, first,
+        like=node, val=node.meta["val"],
+    )  # fmt: skip
+    rw.replace(node, new)

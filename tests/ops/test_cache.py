@@ -1,0 +1,41 @@
+"""What a ring holds, and that any pieces of a text give what attention over all of it gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mxfx.ops import attention, cached_attention
+from mxfx.ops.cache import slots_held
+
+
+def test_a_ring_holds_the_last_slots() -> None:
+    before_several, one = torch.arange(7, 10), torch.tensor([7])
+    assert slots_held(before_several, 5).tolist() == [5, 6, 2, 3, 4]
+    assert slots_held(one, 5).tolist() == [5, 6, 7, 3, 4]
+    assert slots_held(torch.arange(2, 4), 5).tolist() == [0, 1, -3, -2, -1]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("chunks", [(13,), (5, 8), (1,) * 13, (3, 1, 1, 7, 1)])
+def test_any_chunks_give_what_attention_over_everything_gives(chunks: tuple[int, ...], window: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, heads, 13, 8, generator=generator, dtype=torch.float64) for heads in (6, 2))
+    v = torch.randn(2, 2, 13, 12, generator=generator, dtype=torch.float64)
+    mask = torch.ones(2, 13, dtype=torch.int64)
+    mask[1, :6] = 0
+    expected = attention(q, k, v, mask, 0.3, True, window)
+    room = 13 if window is None else window
+    keys, values = k.new_zeros(2, 2, room, 8), v.new_zeros(2, 2, room, 12)
+    start, parts = 0, []
+    for length in chunks:
+        new = slice(start, start + length)
+        held = slice(None, start + length if window is None else None)
+        caches = (keys[:, :, held], values[:, :, held], None, None)
+        x = (q[:, :, new], k[:, :, new], v[:, :, new])
+        parts.append(
+            cached_attention(*x, mask[:, : new.stop], torch.arange(start, new.stop), *caches, 0.3, True, window)
+        )
+        start = new.stop
+    real = mask.bool()[:, None, :, None].expand_as(expected)
+    torch.testing.assert_close(torch.cat(parts, 2)[real], expected[real], rtol=1e-12, atol=1e-12)

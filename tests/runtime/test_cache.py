@@ -1,0 +1,227 @@
+"""Text through the cache: the same tokens as transformers', by every way that ``generate`` knows."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxfx.export.artefact import load, save
+from mxfx.graph.program import Program
+from mxfx.graph.tiny import tiny
+from mxfx.graph.trace import trace
+from mxfx.runtime.cache import CacheError, CacheOutOfMemory, KVCache, Storage, cache_bytes
+from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm
+from tests.programs import RAISE, config_a, model, padded_batch, passed, raised
+
+FAMILIES = (
+    "llama-tiny",
+    "qwen2-tiny",
+    "qwen3-tiny",
+    "mistral-tiny",
+    "gemma-tiny",
+    "gemma3-tiny",
+    "phi3-tiny",
+    "smollm3-tiny",
+    "olmo2-tiny",
+    "granite-tiny",
+)
+GREEDY = {"do_sample": False, "eos_token_id": None}
+
+
+@cache
+def emitted(family: str) -> EmittedCausalLM:
+    return as_causal_lm(raised(family))
+
+
+@cache
+def quantized() -> Program:
+    """W4 A4 KV4."""
+    return passed(raised("llama-tiny"), config_a())
+
+
+def prompts(count: int = 6, length: int = 20) -> dict[str, Tensor]:
+    """Left-padded prompts of unequal length, int64 ``(count, length)``, and their mask."""
+    ids = torch.randint(3, 128, (count, length), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(length)[None] >= (torch.arange(count) * 3 % length)[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_transformers(family: str) -> None:
+    options = {**prompts(), **GREEDY, "max_new_tokens": 40}
+    assert torch.equal(emitted(family).generate(**options), model(family).generate(**options))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_of_fifty_prompts_are_those_of_transformers(family: str) -> None:
+    options = {**prompts(50, 40), **GREEDY, "max_new_tokens": 200}
+    assert torch.equal(emitted(family).generate(**options), model(family).generate(**options))
+
+
+@pytest.mark.parametrize("family", ["llama-tiny", "gemma3-tiny"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"num_beams": 3},
+        {"do_sample": True, "top_k": 5},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"use_cache": False},
+        {"prefill_chunk_size": 7},
+    ],
+    ids=str,
+)
+def test_every_way_to_generate_gives_the_tokens_of_transformers(family: str, way: dict) -> None:
+    options = {**prompts(), **GREEDY, "max_new_tokens": 12, **way}
+    found = []
+    for one in (model(family), emitted(family)):
+        torch.manual_seed(0)
+        found.append(one.generate(**options))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("family", ["llama-tiny", "mistral-tiny"])
+@pytest.mark.parametrize("helper", ["assistant", "lookup"])
+def test_assisted_generation_takes_back_what_was_refused(family: str, helper: str) -> None:
+    ids = prompts()["input_ids"][:1].repeat(1, 2)
+    help_ = {"assistant_model": emitted("qwen2-tiny")} if helper == "assistant" else {"prompt_lookup_num_tokens": 3}
+    expected = model(family).generate(ids, **GREEDY, max_new_tokens=24)
+    assert torch.equal(emitted(family).generate(ids, **GREEDY, max_new_tokens=24, **help_), expected)
+
+
+def steps(lm: EmittedCausalLM, ids: Tensor, mask: Tensor, lengths: list[int]) -> Tensor:
+    """Logits of all tokens, fed to the cache in pieces."""
+    held, start, parts = lm.new_cache(), 0, []
+    for length in lengths:
+        stop = start + length
+        out = lm(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=held)
+        assert out.past_key_values is held and held.get_seq_length() == stop
+        parts.append(out.logits)
+        start = stop
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("family", ["llama-tiny", "gemma3-tiny"])
+def test_prefill_and_decode_give_the_logits_of_one_prefill(family: str) -> None:
+    ids, mask, _ = padded_batch()
+    whole = emitted(family)(ids, attention_mask=mask).logits
+    for lengths in ([12, 1], [4, 9], [1] * 13, [7, 1, 1, 4]):
+        pieces = steps(emitted(family), ids, mask, lengths)
+        torch.testing.assert_close(pieces[mask.bool()], whole[mask.bool()], rtol=1e-5, atol=1e-5)
+
+
+def test_a_packed_cache_gives_the_bits_of_a_rounded_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = as_causal_lm(quantized())
+    monkeypatch.setattr("mxfx.passes.insert_kv_cache.stores", lambda fmt: False)
+    plain = as_causal_lm(quantized())
+    ids, mask, _ = padded_batch()
+    dtypes = [{spec.dtype for spec in lm.specs} for lm in (packed, plain)]
+    assert dtypes == [{torch.uint8}, {torch.float32}]
+    for lengths in ([12, 1], [1] * 13, [6, 3, 1, 3]):
+        assert torch.equal(steps(packed, ids, mask, lengths), steps(plain, ids, mask, lengths))
+
+
+def test_a_cache_is_continued_by_generate() -> None:
+    lm, ids = emitted("llama-tiny"), prompts()["input_ids"][:1]
+    first = lm.generate(ids, **GREEDY, max_new_tokens=6, return_dict_in_generate=True)
+    again = lm.generate(first.sequences, **GREEDY, max_new_tokens=6, past_key_values=first.past_key_values)
+    assert torch.equal(again, model("llama-tiny").generate(ids, **GREEDY, max_new_tokens=12))
+
+
+def test_a_ring_takes_no_more_than_its_window_and_cannot_be_cropped() -> None:
+    lm = emitted("mistral-tiny")
+    held = lm.new_cache()
+    lm(prompts()["input_ids"], past_key_values=held)
+    assert held.nbytes == cache_bytes(lm.specs, 6, 20) == cache_bytes(lm.specs, 6, 5)
+    with pytest.raises(CacheError, match="the ring cache_0_keys only the last 5"):
+        held.crop(-1)
+
+
+def test_a_cache_that_records_its_past_can_be_cropped() -> None:
+    lm = emitted("mistral-tiny")
+    ids = prompts()["input_ids"]
+    held = lm.new_cache()
+    lm(ids[:, :9], past_key_values=held)
+    held.activate_past_recording()
+    lm(ids[:, 9:15], past_key_values=held)
+    held.crop(-3)
+    after = lm(ids[:, 12:], past_key_values=held).logits
+    torch.testing.assert_close(after, lm(ids).logits[:, 12:], rtol=1e-5, atol=1e-5)
+
+
+def test_another_batch_another_mask_and_a_foreign_cache_are_refused() -> None:
+    lm, ids = emitted("llama-tiny"), prompts()["input_ids"]
+    held = lm.new_cache()
+    lm(ids, past_key_values=held)
+    with pytest.raises(CacheError, match="the cache holds 6 texts, the call has 2"):
+        lm(ids[:2], past_key_values=held)
+    with pytest.raises(ValueError, match=r"= \(6, 40\), not \(6, 20\)"):
+        lm(ids, attention_mask=torch.ones_like(ids), past_key_values=held)
+    with pytest.raises(CacheError, match="expected a cache of this model"):
+        emitted("gemma3-tiny")(ids, past_key_values=held)
+    with pytest.raises(CacheError, match="cache_implementation='static'"):
+        lm.generate(ids, cache_implementation="static", max_new_tokens=2)
+
+
+def test_a_cache_too_large_is_one_error_and_the_model_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, ids = emitted("llama-tiny"), prompts()["input_ids"]
+    held = lm.new_cache()
+    before = lm(ids[:, :19], past_key_values=held).logits
+    with pytest.raises(
+        CacheOutOfMemory, match=r"no memory on cpu for a cache of .* GB \(6 × 1,000,000,000,000 tokens\)"
+    ):
+        Storage.make(lm.specs, 6, 10**12, True, torch.device("cpu"))
+    room = held.storage.room if held.storage is not None else 0
+    monkeypatch.setattr("mxfx.runtime.cache._STEP", 10**12)
+    with pytest.raises(CacheOutOfMemory):
+        lm(ids[:, :1].expand(6, room), past_key_values=held)
+    assert held.get_seq_length() == 19
+    last = lm(ids[:, 19:], past_key_values=held).logits
+    torch.testing.assert_close(torch.cat((before, last), 1), lm(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_to_keep_tuples_and_the_number_of_items_are_honoured() -> None:
+    lm, ids = emitted("llama-tiny"), prompts()["input_ids"]
+    whole = lm(ids).logits
+    assert torch.equal(lm(ids, logits_to_keep=3).logits, whole[:, -3:])
+    assert torch.equal(lm(ids, logits_to_keep=torch.tensor([1, 4])).logits, whole[:, [1, 4]])
+    assert torch.equal(lm(ids, return_dict=False)[0], whole)
+    expected = model("llama-tiny")(ids, labels=ids, num_items_in_batch=7).loss
+    torch.testing.assert_close(lm(ids, labels=ids, num_items_in_batch=7).loss, expected)
+
+
+def test_what_a_graph_cannot_do_is_refused_by_name(tmp_path: Path) -> None:
+    lm, ids = emitted("llama-tiny"), prompts()["input_ids"]
+    with pytest.raises(TypeError, match="cannot honour output_attentions=True"):
+        lm(ids, output_attentions=True)
+    assert lm(ids, output_attentions=False).logits is not None
+    for change in (lambda: lm.to(torch.bfloat16), lambda: lm.half(), lambda: lm.to("cpu", torch.float64)):
+        with pytest.raises(TypeError, match=r"lowered for torch.float32"):
+            change()
+    assert lm.to("cpu") is lm and lm.float() is lm
+    with pytest.raises(TypeError, match="save_pretrained would write"):
+        lm.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(TypeError, match="vocabulary of one size"):
+        lm.resize_token_embeddings(200)
+
+
+def test_how_a_model_generates_survives_trace_and_artefact(tmp_path: Path) -> None:
+    source = tiny("llama-tiny")
+    source.generation_config.eos_token_id = [2, 77]
+    source.generation_config.update(temperature=0.6, top_k=9, do_sample=True)
+    program = passed(trace(source), RAISE)
+    save(program, tmp_path / "model")
+    for one in (program, load(tmp_path / "model")):
+        found = as_causal_lm(one).generation_config
+        assert (found.eos_token_id, found.temperature, found.top_k, found.do_sample) == ([2, 77], 0.6, 9, True)
+
+
+def test_only_who_asks_gets_a_cache() -> None:
+    lm, ids = emitted("llama-tiny"), prompts()["input_ids"]
+    assert lm(ids).past_key_values is None
+    assert isinstance(lm(ids, use_cache=True).past_key_values, KVCache)
