@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mxfx.calibration.datasets import DatasetError
 
-#: Samples that grow at once; a cache of them all has to fit the device.
-BATCH = {"cuda": 512, "cpu": 64}
+#: Samples that grow at once, at most; on a GPU their keys and values may take a third of the free memory.
+_BATCH = {"cuda": 2048, "cpu": 64}
 
 _MARK = "MXFX-CONTENT"
 
@@ -88,7 +88,7 @@ def self_samples(
     if opening is not None and len(opening) < length:
         starts.append(opening)
     wanted = [len(range(kind, samples, len(starts))) for kind in range(len(starts))]
-    size = batch_size or BATCH.get(model.device.type, 64)
+    size = batch_size or batch_of(model, length)
     generator = torch.Generator(model.device).manual_seed(seed)
     kinds = []
     for start, count in zip(starts, wanted, strict=True):
@@ -103,6 +103,19 @@ def self_samples(
     for kind, ids in enumerate(kinds):
         result[kind :: len(kinds)] = ids
     return result
+
+
+def batch_of(model: Any, length: int) -> int:
+    """How many sequences of ``length`` tokens may grow at once on the model's device."""
+    most = _BATCH.get(model.device.type, _BATCH["cpu"])
+    if model.device.type != "cuda":
+        return most
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return max(1, min(most, free // 3 // (token * length)))
 
 
 def start_token(tokenizer: Any) -> int:

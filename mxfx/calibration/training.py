@@ -14,7 +14,7 @@ from mxfx.calibration.stages import Stage, cut
 from mxfx.formats import Format
 from mxfx.graph.module import build
 from mxfx.graph.node import operands
-from mxfx.graph.program import Program
+from mxfx.graph.program import Program, compute_dtype
 from mxfx.rewrite import Rewriter
 from mxfx.rewrite.lowering import lower_calls
 
@@ -39,6 +39,11 @@ def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype)
 
 
+def looked_up(weight: Tensor, ids: Tensor) -> Tensor:
+    """``embedding(weight, ids)`` whose gradient a recorded graph of kernels can compute: it only adds rows."""
+    return weight.index_select(0, ids.flatten()).unflatten(0, ids.shape)
+
+
 def trainable(
     program: Program, weights: Mapping[str, Format], device: torch.device, *, free: Collection[str] = ()
 ) -> tuple[fx.GraphModule, dict[str, nn.Parameter]]:
@@ -51,6 +56,7 @@ def trainable(
     # Gradients underflow in float16.
     copy = program.twin(torch.float32) if program.dtype == torch.float16 else program.copy()
     rw = Rewriter(copy, "trainable")
+    tuned = {*weights, *free}
     for node in list(copy.graph.nodes):
         if node.target is _fake_quantize:
             bound = operands(node)
@@ -58,17 +64,28 @@ def trainable(
                 straight_through, bound["x"], bound["format"], bound["axis"], like=node, val=node.meta["val"]
             )
             rw.replace(node, call)
-        elif node.op == "get_attr" and copy.weights.canonical(str(node.target)) in weights:
-            fmt = weights[copy.weights.canonical(str(node.target))]
-            readers = list(node.users)
-            call = rw.call(rounded_weight, node, str(fmt), copy.dtype, like=node, after=node, val=node.meta["val"])
-            for reader in readers:
-                reader.replace_input_with(node, call)
+        elif node.op == "get_attr" and copy.weights.canonical(str(node.target)) in tuned:
+            _insert_dtype(rw, node, weights)
+    for node in copy.nodes("embedding"):
+        bound = operands(node)
+        rw.replace(node, rw.call(looked_up, bound["weight"], bound["indices"], like=node, val=node.meta["val"]))
     lower_calls(rw, device)
     copy.graph.eliminate_dead_code()
     copy.facts = copy.facts | {"lowered"}
     module = build(copy).to(device)
     return module, {name: _parameter(module, copy, name, device) for name in [*weights, *sorted(free)]}
+
+
+def _insert_dtype(rw: Rewriter, node: fx.Node, weights: Mapping[str, Format]) -> None:
+    """Between a tuned weight and its readers: its grid if it has one, and the dtype that it runs in."""
+    program = rw.program
+    name = program.weights.canonical(str(node.target))
+    readers = list(node.users)
+    dtype = compute_dtype(program.dtype) if name in program.weights.constants else program.dtype
+    what = (rounded_weight, node, str(weights[name]), dtype) if name in weights else (in_dtype, node, dtype)
+    call = rw.call(*what, like=node, after=node, val=node.meta["val"])
+    for reader in readers:
+        reader.replace_input_with(node, call)
 
 
 def _parameter(module: fx.GraphModule, program: Program, name: str, device: torch.device) -> nn.Parameter:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mxfx.calibration.sampling import BATCH, Progress, rendered, sample
+from mxfx.calibration.sampling import Progress, batch_of, rendered, sample
 from mxfx.evaluation.evaluate import Domain
 from mxfx.evaluation.results import EvaluationError
 from mxfx.evaluation.texts import plain
@@ -124,7 +124,7 @@ def _answer(
     """Answers in the order of the prompts, then again, until `wanted` tokens are there; the last one is cut."""
     ends = _ends(model, tokenizer)
     generator = torch.Generator(model.device).manual_seed(0)
-    size = BATCH.get(model.device.type, 64)
+    size = batch_of(model, longest + max(map(len, prompts)))
     found: list[list[int]] = []
     while sum(map(len, found)) < wanted:
         chosen = [prompts[(len(found) + i) % len(prompts)] for i in range(min(size, -(-wanted // 64)))]

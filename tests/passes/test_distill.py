@@ -13,9 +13,10 @@ from mxfx.graph.node import info
 from mxfx.graph.program import Program
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
-from mxfx.passes import Annotate, Distill, FuseNorm, InsertFakeQuant, RoundWeights, Rule
+from mxfx.passes import Annotate, Distill, FuseNorm, InsertFakeQuant, RoundWeights, Rule, TransformInputs
+from mxfx.passes.distill import free_weights
 from mxfx.pipeline.manager import PassManager
-from mxfx.rewrite import Context, Selector, apply
+from mxfx.rewrite import ALL, Context, Selector, apply
 from mxfx.rewrite.size import bits_per_weight
 
 FORMAT = parse("mxint4@32/mse")
@@ -129,6 +130,20 @@ def test_gains_are_tuned_only_where_they_are_asked_for(tied) -> None:
     options = {"steps": 12, "batch_size": 8, "learning_rate": 1e-2}
     assert torch.equal(_distill(tied, **options).program.weights[gain], tied[1].weights[gain])
     assert not torch.equal(_distill(tied, **options, tune=("gains",)).program.weights[gain], tied[1].weights[gain])
+
+
+@pytest.mark.parametrize("kind", ["gains", "transforms", "embedding", "head"])
+def test_everything_free_is_tuned_in_the_precision_of_the_model(kind: str) -> None:
+    start = trace(tiny("llama-tiny", dtype=torch.bfloat16))
+    rule = Rule(Selector(r".*_proj"), weight=FORMAT, input=FORMAT)
+    passes = [Annotate(rule=(rule,)), TransformInputs(kind="wush", block=32), InsertFakeQuant()]
+    ctx = Context(tokens=lambda: TOKENS, reference=start)
+    program = PassManager().run(start, Pipeline(passes).completed(), ctx).program
+    done = apply(Distill(steps=8, batch_size=8, learning_rate=1e-2, tune=(kind,)), program, ctx)
+    free = free_weights(program, (kind,), ALL)
+    assert free and done.record.details["tuned_beside_grids"] == len(free)
+    changed = {name for name in free if not torch.equal(done.program.weights[name], program.weights[name])}
+    assert changed == free or done.record.warnings
 
 
 def test_running_layers_again_for_their_gradients_changes_nothing(unrounded) -> None:
