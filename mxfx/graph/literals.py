@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
 
 from mxfx.graph.errors import TraceError
 from mxfx.graph.node import NodeInfo, op_name, path_of, set_info
@@ -57,6 +58,17 @@ def free_literals(graph: fx.Graph) -> None:
             raise TraceError(f"{_where(node)} draws random numbers; a program computes the same logits each time")
         elif _literals(node) or node.target in _FILLS:
             _free(graph, node, factories)
+    for node in graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = tree_map_only(Tensor, _on_the_device, node.meta["val"])
+
+
+def _on_the_device(val: Tensor) -> Tensor:
+    """The value of an op that the model ran on a CPU whatever its device: a program has one device."""
+    if val.device.type == "meta":
+        return val
+    with val.fake_mode:  # type: ignore[attr-defined]
+        return torch.empty_like(val, device="meta")
 
 
 class _Factories:

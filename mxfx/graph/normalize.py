@@ -38,7 +38,7 @@ def normalize(program: Program) -> None:
             node.target = aten.reshape.default
     _check_functional(graph)
     free_literals(graph)
-    _remove_dead(graph)
+    remove_dead(graph)
 
 
 def _check_functional(graph: fx.Graph) -> None:
@@ -51,7 +51,8 @@ def _check_functional(graph: fx.Graph) -> None:
             )
 
 
-def _remove_dead(graph: fx.Graph) -> None:
+def remove_dead(graph: fx.Graph) -> None:
+    """Erase what nobody reads; inputs stay."""
     for node in reversed(list(graph.nodes)):
         if not node.users and node.op not in ("placeholder", "output"):
             graph.erase_node(node)

@@ -59,16 +59,18 @@ def tiny(
     try:
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, class_name)(**given))
-        _shake(model)
+        shaken(model)
     finally:
         torch.random.set_rng_state(state)
     model.config.name_or_path = name
     return model.to(dtype).eval()
 
 
-def _shake(model: nn.Module) -> None:
+def shaken(model: nn.Module) -> nn.Module:
+    """The same model with gains other than 1, biases other than 0 and embeddings with a mean: nothing is neutral."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
         model.get_input_embeddings().weight.add_(0.05)  # type: ignore[operator, union-attr]
+    return model

@@ -21,8 +21,9 @@ import mxfx.ops  # noqa: F401  (registers the dialect)
 from mxfx.graph.constants import KeepLiterals, store_literals
 from mxfx.graph.errors import TraceError
 from mxfx.graph.experts import experts_forward, find_weight, settle_experts
-from mxfx.graph.node import NodeInfo, set_info
-from mxfx.graph.normalize import normalize
+from mxfx.graph.masks import attention_forward, mask_forward, settle_masks
+from mxfx.graph.node import NodeInfo, kind, set_info
+from mxfx.graph.normalize import normalize, remove_dead
 from mxfx.graph.program import NOMINAL_MODEL, Program, Source, Symbol
 from mxfx.graph.weights import WeightStore
 
@@ -60,6 +61,8 @@ def trace(model: nn.Module, *, name: str | None = None) -> Program:
     normalize(program)
     settle_experts(program)
     _make_optional(program)
+    settle_masks(program)
+    remove_dead(program.graph)
     _drop_unread(program)
     return program
 
@@ -175,43 +178,9 @@ def _register_interfaces() -> None:
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
-    AttentionInterface.register(_INTERFACE, _attention)
-    AttentionMaskInterface.register(_INTERFACE, _mask)
+    AttentionInterface.register(_INTERFACE, attention_forward)
+    AttentionMaskInterface.register(_INTERFACE, mask_forward)
     ExpertsInterface.register(_INTERFACE, experts_forward)
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **extra: object,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: one ``mxfx::attention`` a layer, heads not repeated."""
-    unsupported = [k for k in ("softcap", "s_aux") if extra.get(k) is not None]
-    if unsupported:
-        raise TraceError(
-            f"{type(module).__name__} uses attention with {unsupported[0]}, which the dialect cannot express yet"
-        )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    causal = getattr(module, "is_causal", True)
-    out = torch.ops.mxfx.attention(query, key, value, attention_mask, float(scale), causal, sliding_window)
-    return out.transpose(1, 2), None
-
-
-def _mask(
-    *args: object, attention_mask: Tensor | None = None, use_vmap: bool = False, **extra: object
-) -> Tensor | None:
-    """transformers' mask interface: the plain ``(batch, seq)`` mask; ``mxfx::attention`` knows the rest."""
-    if use_vmap:
-        raise TraceError(
-            "the model composes its attention mask from custom functions, which the dialect cannot express yet"
-        )
-    return attention_mask
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -256,23 +225,28 @@ def _make_optional(program: Program) -> None:
     for optional in (position_ids, attention_mask):
         for user in [u for u in optional.users if u.target is torch.ops.aten.sym_size.int]:
             user.update_arg(0, input_ids)
-    for user in list(attention_mask.users):
-        # The mask arrives as bool or int; mxfx::attention takes either, or None.
-        if user.target is torch.ops.aten.to.dtype:
-            user.replace_all_uses_with(attention_mask)
-            program.graph.erase_node(user)
-    strangers = [u for u in attention_mask.users if u.target is not torch.ops.mxfx.attention.default]
-    if strangers:
-        raise TraceError(f"the model computes with attention_mask beyond attention: {strangers[0].format_node()}")
-    if not position_ids.users:
-        return
     with program.graph.inserting_after(attention_mask):
         counted = program.graph.call_function(
             torch.ops.mxfx.positions.default, (input_ids, position_ids, attention_mask)
         )
-    counted.meta = {"val": position_ids.meta["val"]}
-    set_info(counted, NodeInfo())
-    position_ids.replace_all_uses_with(counted, delete_user_cb=lambda user: user is not counted)
+        real = program.graph.call_function(torch.ops.mxfx.real_tokens.default, (input_ids, attention_mask))
+    for made, given in ((counted, position_ids), (real, attention_mask)):
+        made.meta = {"val": given.meta["val"]}
+        set_info(made, NodeInfo())
+        given.replace_all_uses_with(made, delete_user_cb=lambda user: user not in (counted, real))
+    for node in program.nodes("attention", "position_mask", "places"):
+        if kind(node) != "attention":
+            node.update_arg(0, input_ids)
+        position = {"attention": 3, "position_mask": 1}.get(kind(node))
+        if position is not None and _before_casts(node.args[position]) is real:
+            # Either takes the mask as it is given: as numbers, as bool, or not at all.
+            node.update_arg(position, attention_mask)
+
+
+def _before_casts(node: object) -> object:
+    while isinstance(node, fx.Node) and node.target is torch.ops.aten.to.dtype:
+        node = node.args[0]
+    return node
 
 
 def _drop_unread(program: Program) -> None:

@@ -2,21 +2,33 @@
 
 import mxfx.ops.kernels  # noqa: F401  (last: kernels are providers of the ops above)
 from mxfx.ops.arange import arange
-from mxfx.ops.attention import attend, attention, attention_bias
+from mxfx.ops.attention import attend, attention, attention_bias, places, position_mask
 from mxfx.ops.cache import cache_bias, cached_attend, cached_attention
 from mxfx.ops.cast import cast
 from mxfx.ops.dialect import all_ops, define, find_op
 from mxfx.ops.experts import expert_linear
 from mxfx.ops.norm import rms_norm
 from mxfx.ops.packed import mx_embedding, mx_linear
-from mxfx.ops.positions import positions
+from mxfx.ops.positions import positions, real_tokens
 from mxfx.ops.quantize import fake_quantize
 from mxfx.ops.rope import rope
 from mxfx.ops.transform import block_transform, hadamard
 
 #: Calls that may stand in a lowered graph beside ATen: traced through by torch.compile, shared by all layers.
 RUNTIME_FUNCTIONS = frozenset(
-    {arange, attend, attention_bias, cache_bias, cached_attend, expert_linear, fake_quantize, positions}
+    {
+        arange,
+        attend,
+        attention_bias,
+        cache_bias,
+        cached_attend,
+        expert_linear,
+        fake_quantize,
+        places,
+        position_mask,
+        positions,
+        real_tokens,
+    }
 )
 
 __all__ = [
@@ -38,7 +50,10 @@ __all__ = [
     "hadamard",
     "mx_embedding",
     "mx_linear",
+    "places",
+    "position_mask",
     "positions",
+    "real_tokens",
     "rms_norm",
     "rope",
 ]

@@ -1,4 +1,9 @@
-"""``mxfx::attention`` and the pieces that ``lower`` shares between layers."""
+"""``mxfx::attention``, masks as functions of places, and the pieces that ``lower`` shares between layers.
+
+The *place* of a token is its index among all tokens of its row, padding and cached ones included. Keys stand at places
+``0 … keys - 1``; queries are the last of them. So every mask here holds for a whole prefix, for a chunk of it and for a
+single token against a cache.
+"""
 
 from __future__ import annotations
 
@@ -6,44 +11,114 @@ import torch
 from torch import Tensor
 
 from mxfx.ops.catalogue import Contraction, activation, describe, inside, plain
-from mxfx.ops.dialect import define
+from mxfx.ops.dialect import compute, define
 
 
-def attention_bias(mask: Tensor | None, query: Tensor, causal: bool, window: int | None) -> Tensor | None:
-    """Boolean mask ``(batch | 1, 1, seq, seq)``, True where a query may attend; None where ``is_causal`` says it all.
-
-    ``mask`` is the tokenizer's ``(batch, seq)`` mask (nonzero: a real token) or a ready 4-D boolean mask; ``query``
-    gives sequence length and device. A query that may attend to nothing (left padding) attends to itself, so that its
-    row stays finite; nobody reads it.
-    """
-    if mask is None and window is None:
-        return None
-    if mask is not None and mask.dim() == 4:
-        return mask
-    length = query.shape[-2]
-    position = torch.arange(length, device=query.device)
-    distance = position[:, None] - position[None, :]
+def _allowed(
+    mask: Tensor | None, queries: int, like: Tensor, keys: int, causal: bool, window: int | None, chunk: int | None
+) -> Tensor:
+    """Boolean ``(batch | 1, 1, queries, keys)`` on the device of ``like``; see ``attention``."""
+    places = torch.arange(keys, device=like.device)
+    mine = places[keys - queries :]
+    distance = mine[:, None] - places[None, :]
     allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     if window is not None:
         allowed = allowed & (distance < window)
     allowed = allowed[None, None]
+    if chunk is not None:
+        # Chunks are counted from the first real token of a row.
+        start = 0 if mask is None else (mask.ne(0).cumsum(-1) == 0).sum(-1, keepdim=True)
+        number = (places[None, :] - start) // chunk
+        allowed = allowed & (number[:, keys - queries :, None] == number[:, None, :])[:, None]
     if mask is not None:
         allowed = allowed & mask.ne(0)[:, None, None, :] | (distance == 0)[None, None]
     return allowed
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:
-    """Scaled dot-product attention with grouped key-value heads; see ``attention``."""
+def attention_bias(
+    mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, window: int | None, chunk: int | None = None
+) -> Tensor | None:
+    """Boolean mask ``(batch | 1, 1, queries, keys)``, True where a query may attend; None where ``is_causal`` says all.
+
+    ``mask`` is the tokenizer's ``(batch, keys)`` mask (nonzero: a real token) or a ready 4-D boolean mask; ``query``
+    and ``key``, ``(batch, heads, tokens, head_dim)``, give lengths and device. A query that may attend to nothing (left
+    padding) attends to itself, so that its row stays finite; nobody reads it.
+    """
+    if mask is not None and mask.dim() == 4:
+        return mask
+    queries, keys = query.shape[-2], key.shape[-2]
+    if mask is None and window is None and chunk is None and not (causal and queries != keys):
+        return None
+    return _allowed(mask, queries, query, keys, causal, window, chunk)
+
+
+@define("position_mask")
+def position_mask(tokens: Tensor, mask: Tensor | None, causal: bool, window: int | None, chunk: int | None) -> Tensor:
+    """The mask of ``attention`` as a tensor, for a model that computes with it: boolean ``(batch, 1, seq, seq)``.
+
+    ``tokens`` is ``(batch, seq)``; the rest as for ``attention``.
+    """
+    batch, length = tokens.shape
+    return _allowed(mask, length, tokens, length, causal, window, chunk).expand(batch, 1, length, length)
+
+
+@define("places")
+def places(tokens: Tensor, of: str) -> Tensor:
+    """Places of the ``queries`` or of the ``keys`` of a batch ``(batch, seq)`` without a cache: int64 ``(seq,)``."""
+    return torch.arange(tokens.shape[1], device=tokens.device)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    allowed: Tensor | None,
+    scale: float,
+    causal: bool,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``attention`` with its mask as a tensor, None for a causal or an absent one; see there."""
     grouped = bool(q.shape[1] != k.shape[1])
-    return torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias, is_causal=causal and bias is None, scale=scale, enable_gqa=grouped
-    )
+    if allowed is None and causal and not (softcap is None and sinks is None and bias is None):
+        allowed = _allowed(None, q.shape[-2], q, k.shape[-2], causal, None, None)
+    if softcap is None and sinks is None:
+        mask = allowed
+        if bias is not None:
+            mask = bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=grouped
+        )
+    if grouped:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1).to(scores.dtype)), -1)
+    probs = torch.softmax(compute(scores), -1).to(q.dtype)
+    return probs[..., : k.shape[-2]] @ v
 
 
 def _attended(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = True, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """``(batch, heads, seq, head_dim of v)``; the kernel's own checks on symbolic sizes would guard on them.
+    """``(batch, heads, queries, head_dim of v)``; the kernel's own checks on symbolic sizes would guard on them.
 
     Raises ``ValueError`` for shapes that attention cannot take.
     """
@@ -55,11 +130,23 @@ def _attended(
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads and {v.shape[1]} value heads")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q is {q.dtype}, k is {k.dtype}, v is {v.dtype}")
+    if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
+        raise ValueError(f"sinks are {tuple(sinks.shape)}, one for each of the {q.shape[1]} query heads is needed")
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
-def _attend_shape(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:
-    return _attended(q, k, v, None, scale, causal)
+def _attend_shape(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    allowed: Tensor | None,
+    scale: float,
+    causal: bool,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    return _attended(q, k, v, None, scale, causal, sinks=sinks)
 
 
 _OPERANDS = (activation("q"), activation("k"), activation("v"), inside("probs"), inside("softmax"))
@@ -73,12 +160,32 @@ describe(attend, "attend", operands=(plain("q"), plain("k"), plain("v")), shape=
 
 @define("attention", operands=_OPERANDS, contracts=_CONTRACTS, fake=_attended)
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = True, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention (arXiv 1706.03762, eq. 1), grouped heads (arXiv 2305.13245).
 
-    ``q`` is ``(batch, heads, seq, head_dim)``, ``k`` and ``v`` are ``(batch, kv_heads, seq, head_dim)``; ``mask`` is
-    ``(batch, seq)``, nonzero where a token is real. ``window`` limits a query to the last ``window`` positions, itself
-    included (sliding windows). Returns ``(batch, heads, seq, head_dim)``.
+    ``q`` is ``(batch, heads, queries, head_dim)``, ``k`` ``(batch, kv_heads, keys, head_dim)``, ``v`` ``(batch,
+    kv_heads, keys, value_dim)``; the result ``(batch, heads, queries, value_dim)``. The queries are the last of the
+    keys: with a cache there are fewer.
+
+    ``mask`` is ``(batch, keys)``, nonzero where a token is real, and joins with ``causal``, ``window`` and ``chunk``:
+    a query attends to the last ``window`` places, itself included (sliding windows), and to places of its own
+    ``chunk``, counted from the row's first real token (chunked attention). Any other mask comes whole, boolean
+    ``(batch | 1, heads | 1, queries, keys)``, and nothing else is joined to it.
+
+    ``softcap`` c bounds the scaled scores s to c·tanh(s / c) (arXiv 2408.00118, §2). ``bias``, ``(batch | 1, heads | 1,
+    queries | 1, keys)``, is added to the scores (arXiv 2108.12409). ``sinks`` ``(heads,)`` are scores of one more key
+    per head, which takes part in the softmax and has no value (arXiv 2309.17453, as in gpt-oss).
     """
-    return attend(q, k, v, attention_bias(mask, q, causal, window), scale, causal)
+    allowed = attention_bias(mask, q, k, causal, window, chunk)
+    return attend(q, k, v, allowed, scale, causal, softcap, sinks, bias)

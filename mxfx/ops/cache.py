@@ -61,11 +61,11 @@ def cache_bias(
     ``(batch, slots)``, nonzero where a token is real; a query that may attend to nothing attends to itself.
     """
     if keys is None or slots is None:
-        return attention_bias(mask, q, causal, window)
+        return attention_bias(mask, q, q, causal, window)
     room, length = keys.shape[2], q.shape[-2]
     if window is None:
         if statically_known_true(length == room):
-            return attention_bias(mask, q, causal, None)
+            return attention_bias(mask, q, q, causal, None)
         if mask is None and statically_known_true(length == 1):
             return None
         held = torch.arange(room, device=q.device)

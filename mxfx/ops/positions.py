@@ -20,3 +20,9 @@ def positions(input_ids: Tensor, position_ids: Tensor | None, attention_mask: Te
     if attention_mask is not None:
         return (attention_mask.ne(0).cumsum(-1) - 1).clamp_min(0)
     return torch.ones_like(input_ids).cumsum(-1) - 1
+
+
+@define("real_tokens")
+def real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The tokenizer's mask for a model that computes with it: int64 ``(batch, seq)``, all ones where none is given."""
+    return torch.ones_like(input_ids) if attention_mask is None else attention_mask

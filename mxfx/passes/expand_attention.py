@@ -55,6 +55,8 @@ class ExpandAttention(Pass):
             inner = [o for o in _INNER if o in info(attention).formats]
             if not inner:
                 rw.skip(attention, "neither queries, scores nor probabilities carry a format")
+            elif operands(attention)["sinks"] is not None:
+                rw.skip(attention, "its softmax has sinks: scores of keys that have no place in a product")
             elif rw.match(attention, note=", ".join(inner)):
                 _expand(rw, attention, hidden)
 
@@ -71,6 +73,12 @@ def _expand(rw: Rewriter, attention: fx.Node, hidden: dict[tuple, fx.Node]) -> N
     scores = rw.call(
         aten.mul.Tensor, rw.call(aten.matmul.default, q, keys, like=attention), given["scale"], like=attention
     )
+    if given["softcap"] is not None:
+        cap = given["softcap"]
+        bounded = rw.call(aten.tanh.default, rw.call(aten.div.Tensor, scores, cap, like=attention), like=attention)
+        scores = rw.call(aten.mul.Tensor, bounded, cap, like=attention)
+    if given["bias"] is not None:
+        scores = rw.call(aten.add.Tensor, scores, given["bias"], like=attention)
     seen = rw.call(aten.masked_fill.Scalar, scores, hide, 0.0, like=attention)
     _put(rw, seen, formats.get("softmax"))
     masked = rw.call(aten.masked_fill.Scalar, seen, hide, float("-inf"), like=attention)
@@ -99,10 +107,11 @@ def _put(rw: Rewriter, node: fx.Node, annotation: Annotation | None) -> None:
 
 def _hidden(rw: Rewriter, attention: fx.Node, given: dict[str, object], known: dict[tuple, fx.Node]) -> fx.Node:
     """True where a query may not attend; one for all layers that share tokens, causality and window."""
-    mask, causal, window = given["mask"], given["causal"], given["window"]
-    key = (mask, causal, window)
+    mask, causal, window, chunk = (given[name] for name in ("mask", "causal", "window", "chunk"))
+    key = (mask, causal, window, chunk)
     if key not in known:
-        allowed = rw.call(attention_bias, mask, given["q"], causal, window or _NO_WINDOW, like=attention)
+        tokens = (given["q"], given["k"])
+        allowed = rw.call(attention_bias, mask, *tokens, causal, window or _NO_WINDOW, chunk, like=attention)
         known[key] = rw.call(aten.logical_not.default, allowed, like=attention)
     return known[key]
 

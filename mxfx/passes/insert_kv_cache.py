@@ -56,6 +56,10 @@ class InsertKvCache(Pass):
                 _insert(rw, node, inputs)
 
 
+#: Operands of attention that ``cached_attention`` has not.
+_NOT_CACHED = ("chunk", "softcap", "sinks", "bias")
+
+
 def _refused(rw: Rewriter, found: list[fx.Node]) -> str | None:
     """Why a program can have no cache; None if it can."""
     length = next(n for n in rw.graph.nodes if n.op == "placeholder").meta["val"].shape[1]
@@ -66,6 +70,9 @@ def _refused(rw: Rewriter, found: list[fx.Node]) -> str | None:
     for node in found:
         if not operands(node)["causal"]:
             return f"{node.name} sees later tokens"
+        more = [name for name in _NOT_CACHED if operands(node)[name] is not None]
+        if more:
+            return f"{node.name} has a {more[0]}, which cached_attention lacks"
     return None
 
 
@@ -118,7 +125,7 @@ def _format(source: fx.Node) -> Format | None:
 
 
 def _insert(rw: Rewriter, node: fx.Node, inputs: _Inputs) -> None:
-    q, k, v, mask, scale, causal, window = operands(node).values()
+    q, k, v, mask, scale, causal, window = list(operands(node).values())[:7]
     ((keys, values), scales, formats), first = inputs.of(k, v, window)
     new = rw.call(
         torch.ops.mxfx.cached_attention.default,

@@ -25,7 +25,7 @@ class Lower(Pass):
     After::
 
         %w = to(%x, float32); %r = rsqrt(mean(pow(%w, 2), [-1], True) + 1e-05); …
-        %b = attention_bias(%mask, %q, True, None)              # one for all layers
+        %b = attention_bias(%mask, %q, %k, True, None, None)      # one for all layers
         %o = attend(%q, %k, %v, %b, 0.125, True)
         %z = to(%y, float32)
 

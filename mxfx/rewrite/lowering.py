@@ -16,7 +16,19 @@ from torch.utils._pytree import tree_map_only
 from mxfx.algorithms.hadamard import DENSE_ORDER, hadamard_matrix, kronecker_signs, kronecker_transform
 from mxfx.graph.node import kind, op_name, operands
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, compute_dtype
-from mxfx.ops import arange, attend, attention_bias, cache_bias, cached_attend, expert_linear, find_op, positions
+from mxfx.ops import (
+    arange,
+    attend,
+    attention_bias,
+    cache_bias,
+    cached_attend,
+    expert_linear,
+    find_op,
+    places,
+    position_mask,
+    positions,
+    real_tokens,
+)
 from mxfx.ops.fused import FUSED
 from mxfx.ops.providers import choose
 from mxfx.rewrite.facts import FactError, fact
@@ -26,7 +38,7 @@ from mxfx.rewrite.rewriter import Rewriter, clean
 aten = torch.ops.aten
 
 #: Ops that stay calls of their definitions, which take the device from an operand.
-_AS_THEY_ARE = {"arange": arange, "positions": positions}
+_AS_THEY_ARE = {op.__name__: op for op in (arange, places, position_mask, positions, real_tokens)}
 
 
 def lower_calls(rw: Rewriter, device: torch.device) -> None:
@@ -120,12 +132,15 @@ def _lower_cast(rw: Rewriter, node: fx.Node) -> None:
 
 
 def _lower_attention(rw: Rewriter, node: fx.Node, biases: dict[tuple, fx.Node]) -> None:
-    """One mask for all layers that share tokens, causality and window; then plain attention."""
-    q, k, v, mask, scale, causal, window = operands(node).values()
-    key = (mask, causal, window)
+    """One mask for all layers that share tokens, causality, window and chunk; then plain attention."""
+    q, k, v, mask, scale, causal, window, chunk, *rest = operands(node).values()
+    key = (mask, causal, window, chunk)
     if key not in biases:
-        biases[key] = rw.call(attention_bias, mask, q, causal, window, like=node)
-    rw.replace(node, rw.call(attend, q, k, v, biases[key], scale, causal, like=node, val=node.meta["val"]))
+        biases[key] = rw.call(attention_bias, mask, q, k, causal, window, chunk, like=node)
+    given = (q, k, v, biases[key], scale, causal, *rest)
+    while given[-1] is None and len(given) > 6:
+        given = given[:-1]
+    rw.replace(node, rw.call(attend, *given, like=node, val=node.meta["val"]))
 
 
 def _lower_cached_attention(rw: Rewriter, node: fx.Node, biases: dict[tuple, fx.Node]) -> None:

@@ -38,10 +38,17 @@ CODES = tuple(torch.zeros(2, 2, 5, size, dtype=torch.uint8) for size in (4, 4, 2
 
 #: Op → arguments that show every optional operand given and absent.
 SAMPLES: dict[str, list[tuple]] = {
+    "arange": [(ids(2, 5), 0, 5, 1), (ids(2, 5), 3, 9, 2)],
     "attention": [
         (randn(2, 4, 5, 8), randn(2, 2, 5, 8, seed=1), randn(2, 2, 5, 8, seed=2), PADDED, 0.3, True, None),
         (randn(2, 2, 5, 8), randn(2, 2, 5, 8, seed=1), randn(2, 2, 5, 8, seed=2), None, 0.3, True, 3),
         (randn(2, 2, 5, 8), randn(2, 2, 5, 8, seed=1), randn(2, 2, 5, 8, seed=2), None, 0.3, False, None),
+        (randn(2, 2, 5, 8), randn(2, 2, 5, 8, seed=1), randn(2, 2, 5, 6, seed=2), PADDED, 0.3, True, None, 2),
+        (randn(2, 2, 5, 8), randn(2, 1, 5, 8, seed=1), randn(2, 1, 5, 8, seed=2), None, 0.3, True, 3, None, 0.5),
+        (
+            *(randn(2, 2, 5, 8, seed=i) for i in range(3)),
+            *(PADDED, 0.3, True, None, None, None, randn(2), randn(1, 2, 5, 5)),
+        ),
     ],
     "block_transform": [
         (randn(2, 3, 8), MATRIX),
@@ -66,7 +73,10 @@ SAMPLES: dict[str, list[tuple]] = {
         (randn(2, 8), randn(8), MATRIX, "mxint4@4", 1e-6, 1.0, True),
         (randn(2, 8), None, None, "mxint4@4", 1e-6),
     ],
+    "places": [(ids(2, 5), "queries"), (ids(2, 5), "keys")],
+    "position_mask": [(ids(2, 5), PADDED, True, 3, None), (ids(2, 5), None, False, None, 2)],
     "positions": [(ids(2, 5), None, None), (ids(2, 5), None, PADDED), (ids(2, 5), ids(2, 5), PADDED)],
+    "real_tokens": [(ids(2, 5), None), (ids(2, 5), PADDED)],
     "rms_norm": [
         (randn(2, 8), randn(8), 1e-6),
         (randn(2, 8), None, 1e-6),

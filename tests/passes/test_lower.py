@@ -69,7 +69,7 @@ def test_all_layers_share_one_mask() -> None:
     check_printed(
         lowered(raised("qwen2-tiny")),
         """
-        CHECK: %[[BIAS:.+]] = runtime.attention_bias(%attention_mask, %{{.+}}, True, None) : b1[batch, 1, seq, seq]
+        CHECK: %[[BIAS:.+]] = runtime.attention_bias(%attention_mask, %{{.+}}, True, None, None) : b1[batch, 1,
         CHECK: runtime.attend(%{{.+}}, %[[BIAS]], 0.25, True)
         CHECK-NOT: attention_bias(
         CHECK: runtime.attend(%{{.+}}, %[[BIAS]], 0.25, True)
@@ -81,7 +81,7 @@ def test_layers_with_different_windows_have_a_mask_each_kind() -> None:
     model = tiny("gemma3-tiny", layers=4, layer_types=["sliding_attention", "full_attention"] * 2)
     program = lowered(passed(trace(model), RAISE))
     biases = [n for n in program.graph.nodes if n.target is mxfx.ops.attention_bias]
-    assert len(biases) == 2 and {n.args[3] for n in biases} == {5, None}
+    assert len(biases) == 2 and {n.args[4] for n in biases} == {5, None}
 
 
 def test_every_inlined_node_stays_in_its_module() -> None:
