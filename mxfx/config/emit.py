@@ -10,7 +10,7 @@ from typing import Any, Literal
 FUSIONS = ("fuse-hadamard-quant", "fuse-norm-quant", "fuse-activation-quant", "fuse-rope-quant")
 
 #: Every pass that the stage may hold. A new one stands here and in ``emit_stage``.
-EMIT_PASSES = frozenset({"insert-kv-cache", *FUSIONS, "pack-weights", "lower", "fold-constants"})
+EMIT_PASSES = frozenset({"insert-kv-cache", *FUSIONS, "pack-weights", "lower", "multiply-in-fp8", "fold-constants"})
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ def emit_stage(settings: EmitConfig, device: str) -> list[tuple[str, Mapping[str
         stage += [(name, {}) for name in FUSIONS]
     if settings.packed:
         stage.append(("pack-weights", {}))
-    return [*stage, ("lower", {"device": target}), ("fold-constants", {})]
+    stage.append(("lower", {"device": target}))
+    if settings.packed and target == "cuda":
+        stage.append(("multiply-in-fp8", {}))
+    return [*stage, ("fold-constants", {})]
 
 
 def emit_start(names: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ from mxfx.passes.gptq import Gptq
 from mxfx.passes.insert_fake_quant import InsertFakeQuant
 from mxfx.passes.insert_kv_cache import InsertKvCache
 from mxfx.passes.lower import Lower
+from mxfx.passes.multiply_in_fp8 import MultiplyInFp8
 from mxfx.passes.online_rotation import OnlineRotation
 from mxfx.passes.pack_weights import PackWeights
 from mxfx.passes.permute_channels import PermuteChannels
@@ -44,6 +45,7 @@ __all__ = [
     "InsertFakeQuant",
     "InsertKvCache",
     "Lower",
+    "MultiplyInFp8",
     "OnlineRotation",
     "PackWeights",
     "PermuteChannels",

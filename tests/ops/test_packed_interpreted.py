@@ -7,6 +7,7 @@ import pytest
 from tests.interpreter import IN_INTERPRETER, numpy_scalars, passes_in_interpreter  # noqa: F401
 
 FORMATS = ("mxint4@32", "mxint4@16", "mxfp4_e2m1@32", "mxint8@32", "mxfp8_e4m3@64", "mxfp8_e5m2@32")
+ODD = ("mxint2@32", "mxint3@16", "mxint5@32", "mxfp6_e2m3@64", "mxfp6_e3m2@32", "mxint7@16")
 
 if not IN_INTERPRETER:
 
@@ -39,7 +40,7 @@ else:
         return got.shape == wanted.shape and bool((equal | (got.isnan() & wanted.isnan())).all())
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("text", FORMATS)
+    @pytest.mark.parametrize("text", FORMATS + ODD)
     def test_expanding_gives_the_bits_of_the_weight(text, dtype):
         codes, scales, weight = _packed(text, 6, 320)
         scales[2, 1] = 255
@@ -48,7 +49,9 @@ else:
         expand(codes, scales, parse(text), out)
         assert _same(out, weight) and out.isnan().sum() == parse(text).block
 
-    @pytest.mark.parametrize("text", ["mxint4@32", "mxint4@16", "mxint4@128", "mxfp4_e2m1@32", "mxfp4_e2m1@64"])
+    @pytest.mark.parametrize(
+        "text", ["mxint4@32", "mxint4@16", "mxint4@128", "mxfp4_e2m1@64", "mxint3@16", "mxfp6_e2m3@32"]
+    )
     def test_expanding_to_e4m3_loses_nothing(text):
         codes, scales, weight = _packed(text, 6, 384)
         payload, row_scales = torch.empty(6, 384, dtype=torch.uint8), torch.empty(6)

@@ -93,11 +93,15 @@ def takes_norm(x: Tensor, weight: Tensor | None, matrix: Tensor | None, fmt: For
 
 
 def takes_packed(fmt: Format, width: int) -> bool:
-    """Whether kernels can read weights `(…, width)` that are packed in a format: whole bytes and whole blocks."""
+    """Whether kernels can expand weights `(…, width)` that are packed in a format: they take whole blocks."""
     block = fmt.block
-    return (
-        fmt.bits in (4, 8) and block is not None and 2 <= block <= 128 and not block & (block - 1) and not width % block
-    )
+    whole = block is not None and 2 <= block <= 128 and not block & (block - 1) and not width % block
+    return whole and fmt.bits <= 8
+
+
+def takes_few_rows(fmt: Format, rows: int, dtype: torch.dtype) -> bool:
+    """Whether kernels multiply so few rows with packed codes; of several on tensor cores, which would round float32."""
+    return fmt.bits in (4, 8) and (rows == 1 or (rows <= FEW_ROWS and dtype != torch.float32))
 
 
 def takes_e4m3_rows(width: int) -> bool:

@@ -10,22 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mxfx.formats import Format
-from mxfx.ops.fp8 import E4M3
+from mxfx.ops.fp8 import E4M3, from_rows
 from mxfx.ops.kernels.fp8_triton import rows_to_e4m3
-from mxfx.ops.kernels.limits import DTYPES, FEW_ROWS, takes_e4m3_rows, takes_packed
+from mxfx.ops.kernels.limits import DTYPES, takes_e4m3_rows, takes_few_rows, takes_packed
 from mxfx.ops.kernels.packed import inexact_rows
 from mxfx.ops.kernels.packed_triton import expand, expand_to_e4m3, multiply_rows
 from mxfx.ops.quantize import _format
 
 #: Up to this many products FP8 tensor cores summed MX operands exactly without the slower promotion of partial sums.
 FAST_SUMS = 8192
+#: Ada and Hopper: the first with tensor cores for FP8.
+FP8_CAPABILITY = (8, 9)
 
 
 def mx_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str) -> Tensor:
     fmt, width, channels = _format(format), x.shape[-1], codes.shape[0]
     if x.dtype not in DTYPES or not takes_packed(fmt, width) or x.numel() == 0:
         return NotImplemented
-    if _is_few(x.numel() // width, x.dtype):
+    if takes_few_rows(fmt, x.numel() // width, x.dtype):
         out = torch.empty((*x.shape[:-1], channels), dtype=x.dtype, device=x.device)
         rows = x.reshape(-1, width).contiguous()
         multiply_rows(rows, codes, scales, bias, fmt, out.view(-1, channels))
@@ -65,7 +67,7 @@ def mx_linear_e4m3(
     channels = [c.shape[0] for c in codes]
     rows, factors = payload.reshape(-1, width).contiguous(), row_scales.reshape(-1, 1).contiguous()
     out_shape = (*payload.shape[:-1], sum(channels))
-    if _is_few(rows.shape[0], dtype):
+    if takes_few_rows(fmt, rows.shape[0], dtype):
         out = torch.empty(out_shape, dtype=dtype, device=payload.device)
         given: list[Tensor | None] = [*biases] or [None] * len(codes)
         parts = out.view(rows.shape[0], -1).split(channels, -1)
@@ -84,8 +86,13 @@ def _product(
     fmt: Format,
     dtype: torch.dtype,
 ) -> Tensor:
-    """One FP8 GEMM for all weights, expanded one below the other."""
+    """One FP8 GEMM for all weights, expanded one below the other; before Ada, one in `dtype`."""
     width, channels = rows.shape[-1], [c.shape[0] for c in codes]
+    if torch.cuda.get_device_capability(rows.device) < FP8_CAPABILITY:
+        wide = torch.empty((sum(channels), width), dtype=dtype, device=rows.device)
+        for c, s, part in zip(codes, scales, wide.split(channels), strict=True):
+            expand(c, s, fmt, part)
+        return F.linear(from_rows(rows, factors, dtype), wide, torch.cat(biases) if biases else None)
     weight = torch.empty((sum(channels), width), dtype=torch.uint8, device=rows.device)
     of_channels = torch.empty(sum(channels), dtype=torch.float32, device=rows.device)
     for c, s, part, factor in zip(codes, scales, weight.split(channels), of_channels.split(channels), strict=True):
@@ -99,8 +106,3 @@ def _product(
         use_fast_accum=width <= FAST_SUMS,
     )
     return out + torch.cat(biases) if biases else out
-
-
-def _is_few(rows: int, dtype: torch.dtype) -> bool:
-    """Products of several rows are taken on tensor cores, which would round float32."""
-    return rows == 1 or (rows <= FEW_ROWS and dtype != torch.float32)

@@ -1,7 +1,7 @@
 """Packed weights on a GPU: expanded for a GEMM, or multiplied as they are with a few rows.
 
-A 4-bit weight holds two codes a byte, an 8-bit one a code a byte; other widths have no kernel here. Every value that a
-kernel makes of a code and its scale is exact in the dtype that it is made in.
+Any codes of 2 to 8 bits expand; those of 4 and 8, of which a byte holds two or one, also meet few rows as they lie.
+Every value that a kernel makes of a code and its scale is exact in the dtype that it is made in.
 
 Importable only where `triton` is.
 """
@@ -19,12 +19,13 @@ from torch import Tensor
 
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import FloatElement, Format
+from mxfx.formats.stored import codes_length
 from mxfx.ops.kernels.limits import E4M3_MAX
 
 _NAN = tl.constexpr(0x7FC0_0000)
 _SIGN = tl.constexpr(-(2**31))
-#: Bytes of codes that a program expands, or multiplies with one row, at a time.
-EXPAND_BYTES = 4096
+#: Entries that a program expands at a time; bytes of codes that one multiplies with one row at a time.
+EXPANDED = 4096
 ROW_BYTES = 4096
 ROW_CHANNELS = 4
 #: A tile of the product with several rows: output channels, bytes of codes of each.
@@ -74,17 +75,14 @@ def expand_to_e4m3(codes: Tensor, scales: Tensor, fmt: Format, payload: Tensor, 
 @lru_cache(maxsize=KEPT_SHAPES)
 def _launch_expand(rows: int, width: int, dtype: torch.dtype, device: torch.device, fmt: Format) -> Launch:
     assert fmt.block is not None
-    block_bytes = fmt.block * fmt.bits // 8
     per_row = triton.cdiv(width, fmt.block)
-    blocks = min(triton.next_power_of_2(per_row), max(EXPAND_BYTES // block_bytes, 1))
     return Launch(
         _expand_kernel,
         lambda at_a_time: rows,
-        (width, per_row),
+        (width, per_row, codes_length(width, fmt)),
         {
-            "BLOCKS": blocks,
-            "BLOCK_BYTES": block_bytes,
-            "PER_BYTE": 8 // fmt.bits,
+            "BLOCKS": min(triton.next_power_of_2(per_row), max(EXPANDED // fmt.block, 1)),
+            "BLOCK": fmt.block,
             "PADDED": triton.next_power_of_2(per_row),
             "CODES": codes_of(fmt),
         },
@@ -142,15 +140,16 @@ def _expand_kernel(
     row_scales_ptr,
     width,
     per_row,
+    bytes_a_row,
     BLOCKS: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,
-    PER_BYTE: tl.constexpr,
+    BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
     CODES: tl.constexpr,
 ):
     """One program, one row."""
     row = tl.program_id(0).to(tl.int64)
-    bytes_a_row = per_row * BLOCK_BYTES
+    codes_ptr += row * bytes_a_row
+    BITS: tl.constexpr = CODES.value.bits
     kind = out_ptr.dtype.element_ty
     lowest = 0
     if kind == tl.uint8:
@@ -161,26 +160,30 @@ def _expand_kernel(
         lowest = tl.maximum(highest - CODES.value.top, 1)
         tl.store(row_scales_ptr + row, (lowest << 23).to(tl.float32, bitcast=True))
     block = tl.arange(0, BLOCKS)
-    byte = block[:, None] * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)[None, :]
     for start in range(0, per_row, BLOCKS):
         inside = (start + block) < per_row
+        here = inside[:, None]
         scale = tl.load(scales_ptr + row * per_row + start + block, mask=inside, other=0).to(tl.int32)
-        at = row * bytes_a_row + start * BLOCK_BYTES
-        code = tl.load(codes_ptr + at + byte, mask=inside[:, None], other=0).to(tl.int32)
         if kind == tl.uint8:
             # Below 2^-126 nothing is left in E4M3 anyway.
             away = tl.maximum(scale - lowest + 127, 1)
             factor = tl.where(scale == 255, _NAN, away << 23).to(tl.float32, bitcast=True)
         else:
             factor = power(scale)
-        if PER_BYTE == 2:
-            low = element(code << 28, CODES) * factor[:, None]
-            high = element((code >> 4) << 28, CODES) * factor[:, None]
-            values = tl.reshape(tl.join(low, high), (BLOCKS, 2 * BLOCK_BYTES))
+        column = (start + block)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        if BITS == 4:
+            byte = (start + block)[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+            code = tl.load(codes_ptr + byte, mask=here, other=0).to(tl.int32)
+            values = tl.join(element(code << 28, CODES), element((code >> 4) << 28, CODES))
+            values = tl.reshape(values, (BLOCKS, BLOCK))
         else:
-            values = element(code << 24, CODES) * factor[:, None]
-        column = (start + block)[:, None] * (BLOCK_BYTES * PER_BYTE) + tl.arange(0, BLOCK_BYTES * PER_BYTE)[None, :]
-        here = inside[:, None]
+            byte = column * BITS // 8
+            code = tl.load(codes_ptr + byte, mask=here, other=0).to(tl.int32)
+            if BITS < 8:
+                beyond = tl.load(codes_ptr + byte + 1, mask=here & (byte + 1 < bytes_a_row), other=0).to(tl.int32)
+                code = (code | (beyond << 8)) >> (column * BITS % 8)
+            values = element(code << (32 - BITS), CODES)
+        values *= factor[:, None]
         if kind == tl.uint8:
             payload, _ = e4m3_bits(values)
             tl.store(out_ptr + row * width + column, payload.to(tl.uint8), mask=here)

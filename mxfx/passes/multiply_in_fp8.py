@@ -1,0 +1,131 @@
+"""``multiply-in-fp8``: products of MX operands on FP8 tensor cores, exactly."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from mxfx.formats import Format, FormatError, parse
+from mxfx.graph.node import path_of
+from mxfx.ops import fp8
+from mxfx.ops.catalogue import arguments_of
+from mxfx.ops.kernels import packed
+from mxfx.ops.kernels.limits import takes_e4m3_rows, takes_packed
+from mxfx.rewrite import ALL, Context, Local, Numerics, Pass, Rewriter, Selector, register
+
+#: What a row-wise FP8 GEMM asks of the sizes of its operands.
+ALIGNED = 16
+
+aten, kernels = torch.ops.aten, torch.ops.mxfx_kernels
+
+
+@register
+@dataclass(frozen=True)
+class MultiplyInFp8(Pass):
+    """Give linears whose input and weight are both in few bits to FP8 tensor cores; those that share an input, at once.
+
+    Before::
+
+        %x4 = mxfx_kernels.norm_quantize(%x, …, "mxint4@32", …)
+        %g  = mxfx_kernels.mx_linear(%x4, @gate.codes, @gate.scales, None, "mxint4@32")
+        %u  = mxfx_kernels.mx_linear(%x4, @up.codes, @up.scales, None, "mxint4@32")
+
+    After::
+
+        %p  = mxfx_kernels.e4m3_rows(%x4)                 # E4M3 bytes and a power of two a row
+        %gu = mxfx_kernels.mx_linear_e4m3(%p[0], %p[1], [@gate.codes, @up.codes], [@gate.scales, @up.scales], [], …)
+        %g  = slice(%gu, -1, 0, 8192); %u = slice(%gu, -1, 8192, 16384)
+
+    The exponents of a row's blocks fold into E4M3 numbers, of which the tensor cores take exact products. A linear
+    stays as it is, with the reason, where its input is not rounded right before it, where a format has more than 4
+    significant bits, where a row of the weight spans more octaves than E4M3 has, or where sizes are not multiples of
+    16. Rows of activations that span too many are counted as they come (``mxfx.ops.kernels.packed.inexact_rows``).
+    """
+
+    name: ClassVar[str] = "multiply-in-fp8"
+    requires: ClassVar[frozenset[str]] = frozenset({"lowered"})
+    numerics: ClassVar[Numerics] = Local(1e-2)
+    select: Selector = ALL
+
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        groups: dict[tuple, list[fx.Node]] = {}
+        for node in rw.program.nodes():
+            if node.target is not packed.LINEAR or not self.select(path_of(node)):
+                continue
+            reason = _why_not(rw, node)
+            if reason is not None:
+                rw.skip(node, reason)
+            elif rw.match(node, note=str(node.args[4])):
+                x, _, _, bias, text = node.args
+                groups.setdefault((x, text, bias is None), []).append(node)
+        for (x, _, _), linears in groups.items():
+            _together(rw, x, linears)
+
+
+def _why_not(rw: Rewriter, node: fx.Node) -> str | None:
+    """Why a linear does not run in FP8; None if it does."""
+    x, codes, scales, _, text = node.args
+    fmt, width, channels = parse(str(text)), x.meta["val"].shape[-1], codes.meta["val"].shape[0]  # type: ignore[union-attr]
+    of_x = _format_of(x)  # type: ignore[arg-type]
+    if of_x is None:
+        return "its input is read unrounded"
+    if not fp8.carries(of_x):
+        return f"its input is {of_x}, of which E4M3 does not hold the significant bits"
+    if not fp8.carries(fmt):
+        return f"its weight is {fmt}, of which E4M3 does not hold the significant bits"
+    if not takes_packed(fmt, width) or not takes_e4m3_rows(width):
+        return f"no kernel expands rows of {width} in {fmt} to E4M3"
+    if width % ALIGNED or channels % ALIGNED:
+        return f"an FP8 GEMM takes sizes that are multiples of {ALIGNED}; the weight is {channels} × {width}"
+    bytes_, powers = (rw.weights[str(part.target)] for part in (codes, scales))  # type: ignore[union-attr]
+    if bytes_.device.type == "meta":
+        return "its weight has no data (meta device)"
+    beyond = fp8.octaves_beyond(bytes_, powers, fmt, width)
+    return f"{beyond} of {channels} rows of its weight span more octaves than E4M3 has" if beyond else None
+
+
+def _format_of(x: fx.Node) -> Format | None:
+    """The format that the values of a node lie in along the last axis, where the node itself rounds them."""
+    if x.op != "call_function" or "quantize" not in getattr(x.target, "__name__", str(x.target)):
+        return None
+    names = list(arguments_of(x.target))  # type: ignore[arg-type]
+    given = dict(zip(names, x.args, strict=False)) | x.kwargs
+    if given.get("axis", -1) not in (-1, x.meta["val"].dim() - 1):
+        return None
+    try:
+        return parse(str(given["format"]))
+    except (KeyError, FormatError):
+        return None
+
+
+def _together(rw: Rewriter, x: fx.Node, linears: list[fx.Node]) -> None:
+    first, val = linears[0], linears[0].meta["val"]
+    rows = rw.call(packed.E4M3_ROWS, x, like=first, before=first)
+    payload, factors = (rw.call(operator.getitem, rows, i, like=first, before=first) for i in (0, 1))
+    codes, scales, biases = (
+        [rw.weight(str(linear.args[at].target), first, first) for linear in linears if linear.args[at] is not None]  # type: ignore[union-attr]
+        for at in (1, 2, 3)
+    )
+    out = rw.call(
+        packed.LINEAR_E4M3,
+        *(payload, factors, codes, scales, biases, first.args[4], val.dtype),
+        like=first,
+        before=first,
+    )
+    for linear, (start, end) in zip(linears, _spans(linears), strict=True):
+        one = len(linears) == 1
+        rw.replace(linear, out if one else rw.call(aten.slice.Tensor, out, -1, start, end, like=linear, before=linear))
+
+
+def _spans(linears: list[fx.Node]) -> Iterator[tuple[int, int]]:
+    """Where the results of each lie, side by side."""
+    start = 0
+    for linear in linears:
+        end = start + int(linear.meta["val"].shape[-1])
+        yield start, end
+        start = end
