@@ -1,12 +1,14 @@
 """What simulated quantization costs a prefill: Llama-3.2-1B's shape, random weights, bfloat16, 8 × 2048 tokens.
 
-    python -m tools.bench.prefill [--json FILE] [--quick] [--compiled] [--layers N] [--rehearse]
+    python -m tools.bench.prefill [--json FILE] [--quick] [--compiled] [--packed] [--layers N] [--rehearse]
 
 Rows: the Hugging Face model in eager mode; W4A4KV4 as the tutorial's config A (no transforms) and as config D's graph
 (`passes_configs/best_w4a4kv4.toml`: a matrix for every block of every linear's input, one a head for queries and keys);
 the emitted float graph; A with the `mse` rule. Each eager and as a CUDA graph; with `--compiled` only A and D, through
-`torch.compile`. In milliseconds and as multiples of the eager Hugging Face model. Weights and transforms are random,
-and no weight is rounded, so only time means anything here.
+`torch.compile`. With `--packed` instead D with its weights rounded and packed and its products in FP8, D with them
+rounded and in bfloat16, the emitted float graph, and the Hugging Face model through `torch.compile`; with the bytes of
+the decoder's weights. In milliseconds and as multiples of the eager Hugging Face model. Weights and transforms are
+random, so only time and memory mean anything here.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ from torch import fx
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mxfx.ops.kernels  # noqa: F401  (registers kernels and fused ops)
+from mxfx.config.emit import EmitConfig
 from mxfx.formats import parse
+from mxfx.graph.module import build
 from mxfx.graph.node import layer_of, op_name, path_of
 from mxfx.graph.program import Program
 from mxfx.graph.regions import siblings
 from mxfx.graph.trace import trace
+from mxfx.ops.kernels.packed import inexact_rows
 from mxfx.passes.annotate import Annotate, Rule
 from mxfx.passes.fuse_norm import FuseNorm
 from mxfx.passes.insert_fake_quant import InsertFakeQuant
@@ -33,8 +38,9 @@ from mxfx.passes.quantize_kv_cache import QuantizeKvCache
 from mxfx.passes.raise_attention import RaiseAttention
 from mxfx.passes.raise_norm import RaiseNorm
 from mxfx.passes.raise_rope import RaiseRope
+from mxfx.passes.round_weights import RoundWeights
+from mxfx.pipeline.emit import emitted as emit_stage
 from mxfx.rewrite import Context, Lossy, Numerics, Pass, Rewriter, Selector, apply
-from mxfx.runtime.causal_lm import emit
 from tools.bench.measuring import arguments_of, finish, median_ms, require_cuda, table
 
 
@@ -90,22 +96,29 @@ class RandomTransforms(Pass):
                 rw.set_operand(attention, position, new)
 
 
-def quantizers(rule: str, *, transforms: bool) -> list[Pass]:
-    """A4 on every decoder linear and KV4; online transforms if asked."""
+def quantizers(rule: str, *, transforms: bool, weights: bool = False) -> list[Pass]:
+    """A4 on every decoder linear and KV4; online transforms and W4 if asked."""
     form = parse(f"mxint4@32{rule}")
     rules = (
-        Rule(Selector(r"model\.layers\.\d+\..*proj"), input=form),
+        Rule(Selector(r"model\.layers\.\d+\..*proj"), input=form, weight=form if weights else None),
         Rule(Selector(r"model\.layers\.\d+\.self_attn"), kv=form),
     )
     online: list[Pass] = [FuseNorm(), RandomTransforms()] if transforms else []
-    return [*online, Annotate(rule=rules), InsertFakeQuant(), QuantizeKvCache()]
+    rounding: list[Pass] = [RoundWeights()] if weights else []
+    return [*online, Annotate(rule=rules), *rounding, InsertFakeQuant(), QuantizeKvCache()]
 
 
-def emitted(program: Program, passes: list[Pass], device: str) -> fx.GraphModule:
-    """The program after `passes`, lowered for the device, which on a GPU fuses its quantizers."""
+def emitted(program: Program, passes: list[Pass], device: str, packed: bool = False) -> fx.GraphModule:
+    """The program after `passes`, emitted for the device, which on a GPU fuses its quantizers."""
     for one in passes:
         program = apply(one, program).program
-    return emit(program, device)
+    return build(emit_stage(program, device, EmitConfig(packed=packed))).to(device)
+
+
+def decoder_bytes(module: fx.GraphModule | LlamaForCausalLM) -> int:
+    """What the weights of all decoder layers take."""
+    stored = {id(t): t for n, t in (*module.named_parameters(), *module.named_buffers()) if "layers." in n}
+    return sum(tensor.nbytes for tensor in stored.values())
 
 
 def kernels_in(module: fx.GraphModule) -> int:
@@ -188,6 +201,7 @@ def compiled(name: str, module: fx.GraphModule, ids: torch.Tensor, base: float) 
 def main() -> None:
     parser = arguments_of("Prefill of the quantized graph beside the float model")
     parser.add_argument("--compiled", action="store_true", help="A and D through torch.compile instead")
+    parser.add_argument("--packed", action="store_true", help="D with packed weights and FP8 products instead")
     parser.add_argument("--layers", type=int, default=16, help="decoder layers")
     parser.add_argument("--rehearse", action="store_true", help="everything once, tiny, on the CPU; times say nothing")
     arguments = parser.parse_args()
@@ -208,19 +222,28 @@ def main() -> None:
         "config A": quantizers("/ceil", transforms=False),
         "config D": quantizers("/mse", transforms=True),
     }
-    if not arguments.quick and not arguments.compiled:
+    if arguments.packed:
+        in_bf16 = quantizers("/mse", transforms=True, weights=True)
+        jobs = {"config D, packed": in_bf16, "config D, bf16 weights": in_bf16, "float": []}
+    elif not arguments.quick and not arguments.compiled:
         jobs |= {"float": [], "A with mse": quantizers("/mse", transforms=False)}
+    bytes_of_bf16 = decoder_bytes(model)
     for name, passes in jobs.items():
         try:
-            module = emitted(program, passes, device)
+            module = emitted(program, passes, device, packed=name.endswith("packed"))
         except Exception as error:
             rows.append(_failed(name, error))
             continue
+        print(f"{name}: decoder weights {decoder_bytes(module) / bytes_of_bf16:.3f} of bfloat16's", flush=True)
         for row in (compiled if arguments.compiled else variants)(name, module, ids, base):
             # At once, so that a run that is cut short has said what it found.
             print(table([row]), flush=True)
             rows.append(row)
         del module
+    if arguments.packed:
+        function = torch.compile(model)
+        rows.append(measure("Hugging Face, compiled", lambda: function(ids, use_cache=False), base))
+        print(f"inexact rows: {int(inexact_rows(ids.device))}")
     finish(rows, arguments.json)
 
 

@@ -1,0 +1,233 @@
+"""Products of MX operands on one GPU beside bfloat16's: are they exact, what do they cost?
+
+    python -m tools.bench.packed_gemm [--part exact|sums|many|few …] [--operands FILE] [--json FILE] [--rehearse]
+
+`exact`: every kernel beside its definition. `sums`: rows whose FP8 product differs from float64's, with and without
+the tensor cores' fast sums; with `--operands` also on recorded ones (safetensors: `NAME/x`, `NAME/codes`,
+`NAME/scales` in mxint4@32). `many`: quantizer and product beside the bfloat16 GEMM alone, for all linears that read one
+input; `few`: few rows times packed weights beside a bfloat16 product. Medians of CUDA-graph replay in one process;
+operands rotate, so that none is in the cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+import mxfx.ops.kernels  # noqa: F401  (registers the ops)
+from mxfx.formats import parse
+from mxfx.formats.stored import restore, store
+from mxfx.ops import fp8
+from mxfx.ops.kernels.packed import inexact_rows
+from tools.bench.measuring import arguments_of, kernel_ms, machine, require_cuda, table, write
+
+ops = torch.ops.mxfx_kernels
+
+#: Linears that read one input, by model: name, input channels, output channels of each.
+SHAPES = {
+    "1B": (
+        ("q k v", 2048, (2048, 512, 512)),
+        ("o", 2048, (2048,)),
+        ("gate up", 2048, (8192, 8192)),
+        ("down", 8192, (2048,)),
+    ),
+    "8B": (
+        ("q k v", 4096, (4096, 1024, 1024)),
+        ("o", 4096, (4096,)),
+        ("gate up", 4096, (14336, 14336)),
+        ("down", 14336, (4096,)),
+    ),
+}
+CACHE = 1 << 27
+
+
+def packed_weight(channels: int, width: int, text: str, device: str) -> tuple[Tensor, Tensor]:
+    """Gaussian weights whose channels and blocks differ in size, rounded and packed."""
+    weight = torch.randn(channels, width, device=device)
+    weight *= torch.exp2(torch.randint(-3, 3, (channels, 1), device=device)) / width**0.5
+    found = store(parse(text).fake_quantize(weight), parse(text))
+    assert found is not None
+    return found
+
+
+def rounded(rows: int, width: int, text: str, dtype: torch.dtype, device: str) -> Tensor:
+    """Heavy-tailed activations on a grid: a few channels and rows stand out, as after a residual stream."""
+    x = torch.randn(rows, width, device=device)
+    x *= torch.exp2(torch.randn(width, device=device)) * torch.exp2(torch.randn(rows, 1, device=device))
+    return parse(text).fake_quantize(x.to(dtype))
+
+
+def exact(device: str) -> Iterator[dict[str, object]]:
+    """Kernels beside definitions, on operands of every format."""
+    for text, dtype in itertools.product(
+        ("mxint4@32/mse", "mxint4@16", "mxint4@128", "mxfp4_e2m1@32", "mxint8@32", "mxint3@32", "mxfp6_e2m3@32"),
+        (torch.bfloat16, torch.float32),
+    ):
+        width, channels, fmt = 1536, 208, parse(text)
+        codes, scales = packed_weight(channels, width, text, device)
+        host = restore(codes.cpu(), scales.cpu(), fmt, width, dtype)
+        worst, differing = 0.0, 0
+        for rows in (1, 2, 17, 64, 65, 300):
+            x = rounded(rows, width, "mxint4@32/mse", dtype, device)
+            wanted = F.linear(x.double(), host.to(device).double())
+            got = ops.mx_linear(x, codes, scales, None, text).double()
+            worst = max(worst, float((got - wanted).abs().max() / wanted.abs().max()))
+            if fp8.carries(fmt):
+                payload, factors = ops.e4m3_rows(x)
+                there, powers = fp8.to_rows(x.cpu())
+                differing += int((payload.cpu() != there).sum() + (factors.cpu() != powers).sum())
+                got = ops.mx_linear_e4m3(payload, factors, [codes, codes], [scales, scales], [], text, dtype)
+                for half in got.double().split(channels, -1):
+                    worst = max(worst, float((half - wanted).abs().max() / wanted.abs().max()))
+        identity = torch.eye(width, device=device, dtype=dtype)
+        expanded = ops.mx_linear(identity, codes, scales, None, text).t()
+        yield {
+            "format": text,
+            "dtype": str(dtype).removeprefix("torch."),
+            "largest error / largest entry": worst,
+            "E4M3 bytes unlike the CPU's": differing,
+            "weights unlike the CPU's": int((expanded.cpu() != host).sum()),
+            "inexact rows": int(inexact_rows(identity.device)),
+        }
+
+
+def sums(device: str, operands: Path | None) -> Iterator[dict[str, object]]:
+    """How many results of an FP8 product in float32 differ from float64's, by the way that tensor cores sum."""
+    cases: list[tuple[str, Tensor, Tensor, Tensor]] = []
+    for width in (576, 2048, 4096, 8192, 14336):
+        codes, scales = packed_weight(512, width, "mxint4@32", device)
+        gaussian = parse("mxint4@32").fake_quantize(torch.randn(512, width, device=device))
+        cases.append((f"Gaussian {width}", gaussian, codes, scales))
+        cases.append((f"heavy tails {width}", rounded(512, width, "mxint4@32", torch.float32, device), codes, scales))
+    if operands is not None:
+        found = {name: tensor.to(device) for name, tensor in load_file(operands).items()}
+        for name in sorted({name.rpartition("/")[0] for name in found}):
+            x = found[f"{name}/x"].float()
+            cases.append((name, x, found[f"{name}/codes"], found[f"{name}/scales"]))
+    for name, x, codes, scales in cases:
+        payload, factors = fp8.to_rows(x)
+        weight, of_weight = fp8.to_rows(restore(codes, scales, parse("mxint4@32"), x.shape[-1], torch.float32))
+        wanted = fp8.from_rows(payload, factors, torch.float64) @ fp8.from_rows(weight, of_weight, torch.float64).t()
+        lost = (fp8.from_rows(payload, factors, torch.float32) != x).any(-1).sum()
+        row: dict[str, object] = {"operands": name, "rows out of range": int(lost)}
+        for way, fast in (("exact sums", False), ("fast sums", True)):
+            got = torch._scaled_mm(
+                payload.view(fp8.E4M3),
+                weight.view(fp8.E4M3).t(),
+                scale_a=factors,
+                scale_b=of_weight.view(1, -1),
+                out_dtype=torch.float32,
+                use_fast_accum=fast,
+            )
+            row[f"{way}: unlike float64 / all"] = f"{int((got != wanted.float()).sum())} / {got.numel()}"
+            row[f"{way}: error"] = float((got - wanted).abs().max() / wanted.abs().max())
+        plain = x @ restore(codes, scales, parse("mxint4@32"), x.shape[-1], torch.float32).t()
+        row["float32 GEMM: unlike"] = int((plain != wanted.float()).sum())
+        yield row
+
+
+def rotating(make: Callable[[], tuple], size: int, run: Callable[..., object]) -> Callable[[], object]:
+    """A call on operands that were not used for longer than the cache remembers."""
+    sets = [make() for _ in range(max(2, min(64, -(-CACHE // size))))]
+    turn = itertools.cycle(sets)
+    return lambda: run(*next(turn))
+
+
+def many(device: str, rows: int) -> Iterator[dict[str, object]]:
+    """Quantizer and FP8 product beside a bfloat16 product alone, of all linears that read one input."""
+    text = "mxint4@32/mse"
+    for model, (name, width, channels) in ((m, s) for m, shapes in SHAPES.items() for s in shapes):
+        x = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
+        weights = [torch.randn(n, width, device=device, dtype=torch.bfloat16) for n in channels]
+        packed = [packed_weight(n, width, text, device) for n in channels]
+        codes, scales = [p[0] for p in packed], [p[1] for p in packed]
+        on_grid = ops.fake_quantize(x, text, -1)
+        payload, factors = ops.e4m3_rows(on_grid)
+
+        def product(payload=payload, factors=factors, codes=codes, scales=scales) -> Tensor:
+            return ops.mx_linear_e4m3(payload, factors, codes, scales, [], text, torch.bfloat16)
+
+        plain = kernel_ms(lambda weights=weights, x=x: [F.linear(x, w) for w in weights])
+        quantize = kernel_ms(lambda x=x: ops.fake_quantize(x, text, -1))
+        fold = kernel_ms(lambda x=on_grid: ops.e4m3_rows(x))
+        multiply = kernel_ms(product)
+        all_of_it = kernel_ms(lambda x=x: product(*ops.e4m3_rows(ops.fake_quantize(x, text, -1))))
+        yield {
+            "linears": f"{model} {name}",
+            "M": rows,
+            "bf16 ms": plain,
+            "quantize": quantize,
+            "to E4M3": fold,
+            "expand + product": multiply,
+            "all": all_of_it,
+            "product / bf16": multiply / plain,
+            "all / bf16": all_of_it / plain,
+        }
+
+
+def few(device: str, counts: tuple[int, ...]) -> Iterator[dict[str, object]]:
+    """Few rows times one packed weight beside a bfloat16 product; no weight is in the cache."""
+    for width, channels in ((2048, 2048), (2048, 512), (2048, 8192), (8192, 2048), (4096, 14336), (14336, 4096)):
+        for rows, text in itertools.product(counts, ("mxint4@32", "mxfp4_e2m1@32", "mxint8@32")):
+            if text != "mxint4@32" and (rows != 1 or width != 2048):
+                continue
+            x = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
+
+            def plain(width=width, channels=channels) -> tuple[Tensor]:
+                return (torch.randn(channels, width, device=device, dtype=torch.bfloat16),)
+
+            def small(width=width, channels=channels, text=text) -> tuple[Tensor, Tensor]:
+                return packed_weight(channels, width, text, device)
+
+            wide = kernel_ms(rotating(plain, 2 * channels * width, lambda w, x=x: F.linear(x, w)))
+            narrow = rotating(small, channels * width // 2, lambda c, s, x=x, t=text: ops.mx_linear(x, c, s, None, t))
+            packed = kernel_ms(narrow)
+            yield {
+                "K×N": f"{width}×{channels}",
+                "rows": rows,
+                "format": text,
+                "bf16 µs": wide * 1e3,
+                "packed µs": packed * 1e3,
+                "packed / bf16": packed / wide,
+                "GB/s": channels * width * parse(text).bits_per_element / 8 / packed / 1e6,
+            }
+
+
+def main() -> None:
+    parser = arguments_of("Products of MX operands beside bfloat16's")
+    parser.add_argument("--part", nargs="*", default=["exact", "sums", "many", "few"])
+    parser.add_argument("--operands", type=Path, help="recorded operands for 'sums' (safetensors)")
+    parser.add_argument("--rehearse", action="store_true", help="'exact' alone, on the CPU: that it runs")
+    arguments = parser.parse_args()
+    device = "cpu" if arguments.rehearse else "cuda"
+    if not arguments.rehearse:
+        require_cuda()
+    torch.manual_seed(0)
+    parts: dict[str, Callable[[], Iterator[dict[str, object]]]] = {
+        "exact": lambda: exact(device),
+        "sums": lambda: sums(device, arguments.operands),
+        "many": lambda: many(device, 2048 if arguments.quick else 16384),
+        "few": lambda: few(device, (1, 16) if arguments.quick else (1, 4, 16, 64)),
+    }
+    rows: list[dict[str, object]] = []
+    for name in ["exact"] if arguments.rehearse else arguments.part:
+        found: list[dict[str, object]] = []
+        try:
+            found.extend(parts[name]())
+        except Exception:
+            traceback.print_exc()
+        print(f"\n{name}\n{table(found)}", flush=True)
+        rows += [{"part": name, **row} for row in found]
+    print("  ".join(f"{k}={v}" for k, v in machine().items()))
+    write({"rows": rows}, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
