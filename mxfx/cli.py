@@ -17,7 +17,6 @@ from mxfx.ground.errors import MxfxError, exit_code
 
 if TYPE_CHECKING:
     from mxfx.api import Outcome, RunSummary
-    from mxfx.graph.program import Program
 
 app = typer.Typer(name="mxfx", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 config_app = typer.Typer(no_args_is_help=True, help="Look at pipeline files.")
@@ -33,6 +32,7 @@ INTERNAL = 3
 
 Files = Annotated[list[Path], typer.Argument(help="Pipeline files, of mxfx or in the tutorial's dialect.")]
 Model = Annotated[str | None, typer.Option("--model", help="Hub id or local folder; overrides the file's.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository ships.")]
 Set = Annotated[
     list[str],
     typer.Option("--set", help="Override: calibration.samples=8, pass.gptq.damp=0.05, 'pass[3].block=64'."),
@@ -56,9 +56,7 @@ def run(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
     set_: Set = [],  # noqa: B006  (typer copies it)
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if any pass fell back or warned.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the model's repository ships.")
-    ] = False,
+    trust_remote_code: Trust = False,
     verbose: Annotated[
         bool, typer.Option("-v", "--verbose", help="What instruments found and why places were skipped, pass by pass.")
     ] = False,
@@ -67,7 +65,6 @@ def run(
     from mxfx import api
     from mxfx.report.table import results_table
 
-    _check_device(device)
     options = api.RunOptions(
         model=model,
         data=data,
@@ -84,7 +81,7 @@ def run(
     )
     summary = api.run(files, options)
     for outcome in summary.outcomes:
-        if outcome.result is not None:
+        if outcome.file:
             _print_passes(outcome, verbose)
     out.print(results_table(summary.rows, "Perplexity of the emitted models", _evaluated(summary)))
     for warning in summary.warnings:
@@ -96,46 +93,20 @@ def run(
 
 
 @app.command()
-def check(file: Annotated[Path, typer.Argument(help="Pipeline file.")], model: Model = None, set_: Set = []) -> None:  # noqa: B006
+def check(
+    file: Annotated[Path, typer.Argument(help="Pipeline file.")],
+    model: Model = None,
+    set_: Set = [],  # noqa: B006
+    trust_remote_code: Trust = False,
+) -> None:
     """Everything that can be checked without weights: options, facts, rules against the graph, memory and size."""
     from mxfx import api
-    from mxfx.graph.node import kind
-    from mxfx.rewrite.size import bits_per_weight
 
     ((name, pipeline),) = api.prepare([file], api.RunOptions(model=model, overrides=tuple(set_)))
-    checked = api.check(pipeline)
-    program = checked.annotated
-    count = len(program.graph.nodes)
-    layers = program.layers
-    weights = sum(t.numel() for t in program.weights.values())
-    calls = {
-        k: sum(kind(n) == k for n in program.graph.nodes)
-        for k in ("linear", "attention", "rms_norm", "rope", "embedding")
-    }
+    checked = api.check(pipeline, trust_remote_code=trust_remote_code)
     out.print(f"{name}: {len(pipeline.specs)} passes, in order: {', '.join(s.name for s in pipeline.specs)}")
-    out.print(f"model: {program.source.name} ({program.source.architecture}), {layers} layers, {weights:,} weights")
-    out.print(
-        f"graph: {count} nodes, {count / max(layers, 1):.1f} per layer, traced in {checked.trace_seconds:.1f} s; "
-        + ", ".join(f"{v} {k}" for k, v in calls.items())
-    )
-    size = program.dtype.itemsize
-    largest = _largest_layer(program)
-    tokens = pipeline.calibration.samples * pipeline.calibration.length
-    hidden = max((n.meta["val"].shape[-1] for n in program.graph.nodes if kind(n) == "embedding"), default=0)
-    model_gb, names = weights * size / 1e9, {s.name for s in pipeline.specs}
-    held = [f"{model_gb:.2f} GB of weights in {str(program.dtype).removeprefix('torch.')}"]
-    if "gptq" in names:
-        layer_gb, states_gb = largest * 4 / 1e9, tokens * hidden * 4 / 1e9
-        held.append(f"gptq holds one layer ({layer_gb:.2f} GB in float32) and {states_gb:.2f} GB of activations")
-    if "distill" in names:
-        # Both models; of each tuned weight parameter, gradient and two moments in float32.
-        tuned_gb = 2 * model_gb + 16 * _planned(program) / 1e9
-        held.append(f"distill holds {tuned_gb:.2f} GB beside activations and logits")
-    out.print("memory: " + "; ".join(held))
-    # One calibration token costs two passes over each weight: statistics, then the rewritten layer.
-    flops = 4 * weights * tokens
-    out.print(f"work: {flops / 1e12:.1f} TFLOP of calibration forward passes ({tokens:,} tokens)")
-    out.print(f"bits per weight after rounding: {bits_per_weight(program, planned=True):.2f}")
+    for line in checked.lines():
+        out.print(line)
     out.print("ok")
 
 
@@ -181,28 +152,27 @@ def eval_(
     limit_tokens: Annotated[int | None, typer.Option(min=2)] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 1,
     device: str = "cpu",
+    trust_remote_code: Trust = False,
 ) -> None:
     """Evaluate an emitted model again, from its files alone."""
     from mxfx import api
+    from mxfx.driver.run import evaluate_saved
     from mxfx.report.table import Row, results_table
 
-    _check_device(device)
-    program = api.load(folder)
-    tokenizer = api.load_tokenizer(api.model_folder(folder) / "tokenizer")
-    result = api.evaluate(
-        api.as_causal_lm(program, device),
-        tokenizer,
-        task=tasks,
+    options = api.RunOptions(
+        eval=tasks,
         eval_data=eval_data,
         limit_tokens=limit_tokens,
         batch_size=batch_size,
         device=device,
+        trust_remote_code=trust_remote_code,
     )
+    result, bits = evaluate_saved(folder, options)
     row = Row(
         str(folder),
         word_perplexity=result.word_perplexity,
         token_perplexity=result.token_perplexity,
-        bits_per_weight=api.bits_per_weight(program),
+        bits_per_weight=bits,
         eval_seconds=result.seconds,
     )
     out.print(results_table([row], "Perplexity", f"{result.tokens:,} tokens of {result.source}"))
@@ -260,12 +230,14 @@ def bisect_(
     max_kl: Annotated[float, typer.Option(min=0.0, help="Threshold in nats a token.")] = 0.05,
     device: str = "cpu",
     set_: Set = [],  # noqa: B006
+    trust_remote_code: Trust = False,
 ) -> None:
     """Which pass, and which match inside it (n.m), takes KL from the float model over a threshold."""
     from mxfx import api
 
-    _check_device(device)
-    options = api.RunOptions(model=model, data=data, device=device, overrides=tuple(set_))
+    options = api.RunOptions(
+        model=model, data=data, device=device, overrides=tuple(set_), trust_remote_code=trust_remote_code
+    )
     sys.stdout.write(f"{api.find_culprit(target, options, max_kl)}\n")
 
 
@@ -289,10 +261,10 @@ def weights(
     changed: Annotated[str | None, typer.Option(help="Name of a weight; tied names find each other.")] = None,
 ) -> None:
     """Which passes changed a weight, with hashes and relative change; without --changed, one line a weight."""
-    from mxfx import api
+    from mxfx.driver.run_directory import find_pipeline
     from mxfx.report.weight_history import History
 
-    history = History.read(api.run_folder(folder))
+    history = History.read(find_pipeline(folder).path)
     if changed is None:
         for name, changes in history.by_weight().items():
             sys.stdout.write(f"{name}: {', '.join(change.pass_name for change in changes)}\n")
@@ -361,23 +333,9 @@ def _say(head: str, message: str, error: Exception) -> None:
         err.print(note, soft_wrap=True)
 
 
-def _check_device(device: str) -> None:
-    import torch
-
-    from mxfx.config import ConfigError, Place
-
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise ConfigError(Place("--device"), f"unknown device {device!r}", "cpu, cuda or cuda:N") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(Place("--device"), f"{device!r} was asked for and torch sees no CUDA device", "cpu here")
-
-
 def _print_passes(outcome: Outcome, verbose: bool) -> None:
     from mxfx.report.passes import account_lines, pass_table
 
-    assert outcome.result is not None
     out.print(pass_table(outcome.result, outcome.name))
     if verbose:
         for line in account_lines(outcome.result):
@@ -394,24 +352,3 @@ def _evaluated(summary: RunSummary) -> str:
         f"token ppl over windows of {evaluation.max_length} tokens; ± is the standard error of the word ppl ratio"
         + (f"\n{note}" if note else "")
     )
-
-
-def _planned(program: Program) -> int:
-    """Weights that are to be rounded, counted once."""
-    from mxfx.graph.node import info
-
-    found = {program.weight_of(node) for node in program.nodes("linear") if "weight" in info(node).formats}
-    return sum(program.weights[name].numel() for name in found)
-
-
-def _largest_layer(program: Program) -> int:
-    from collections import Counter
-
-    from mxfx.graph.node import layer_index
-
-    sizes: Counter[int] = Counter()
-    for name, tensor in program.weights.items():
-        layer = layer_index(name)
-        if layer is not None:
-            sizes[layer] += tensor.numel()
-    return max(sizes.values(), default=0)

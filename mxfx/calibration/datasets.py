@@ -98,6 +98,16 @@ def documents(source: str | Path, *, split: str = "train") -> list[str]:
     return found
 
 
+def check_source(source: str | Path, *, hub: bool = True) -> None:
+    """Raise ``DatasetError`` for an unknown name, a missing path or a suffix that is not read; nothing is read.
+
+    ``hub``: whether the name of a hub data set may be given.
+    """
+    if not hub and str(source) in _HUB and not Path(source).exists():
+        raise DatasetError(f"{source}: no such file or folder; expected {_LOCAL_FORMS}")
+    _read(str(source), "")
+
+
 def token_hash(ids: torch.Tensor) -> str:
     """blake2b-256 hex digest of shape and little-endian int64 bytes of `ids`."""
     digest = hashlib.blake2b(repr(tuple(ids.shape)).encode(), digest_size=32)
@@ -144,7 +154,7 @@ def _folder(path: Path) -> Iterator[str]:
 
 def _file(path: Path) -> Iterator[str]:
     readers: dict[str, Callable[[Path], Iterator[str]]] = {
-        ".txt": lambda file: iter([_text(file)]),
+        ".txt": lambda file: (_text(one) for one in (file,)),
         ".jsonl": _jsonl,
         ".parquet": _parquet,
     }

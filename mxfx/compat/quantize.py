@@ -3,52 +3,43 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from mxfx.calibration.datasets import load_tokens
 from mxfx.compat.tutorial import from_pass_args
+from mxfx.config.pipeline import CalibrationConfig
+from mxfx.driver.job import Job, default_instruments
 from mxfx.driver.pretrained import load_tokenizer
-from mxfx.graph.trace import trace
-from mxfx.ground.progress import track
-from mxfx.pipeline.manager import PassManager
-from mxfx.rewrite import Context
+from mxfx.pipeline.manager import Instrument
 from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm
 
 
 def quantize_module_transform_pass(
-    model: nn.Module, pass_args: Mapping[str, Any]
+    model: nn.Module, pass_args: Mapping[str, Any], *, instruments: Sequence[Instrument] | None = None
 ) -> tuple[EmittedCausalLM, dict[str, Any]]:
     """Compile ``model`` as ``pass_args`` says; returns ``(model, {})`` like the tutorial's function of that name.
 
     The returned model has ``.config``, ``.device``, ``generate`` and goes into ``HFLM(pretrained=…)`` as it is. Unlike
     in the tutorial the model given is not changed. Calibration data come from the hub, or from the local file that
-    ``[gptq] dataset`` names.
+    ``[gptq] dataset`` names. Every pass is held to its promise and the graph is verified; ``instruments=()`` leaves
+    that out.
 
     What a pass warns of is warned of in Python. Raises ``ConfigError`` for arguments that cannot be honoured, before
     any weight is touched.
     """
-    pipeline = from_pass_args(pass_args)
-    passes = pipeline.passes
     device = next(model.parameters()).device
-    program = trace(model)
-
-    def tokens() -> Tensor:
-        tokenizer = load_tokenizer(pipeline.model.name or program.source.name)
-        calibration = pipeline.calibration
-        return load_tokens(
-            calibration.sources[0],
-            tokenizer,
-            samples=calibration.samples,
-            length=calibration.length,
-            seed=calibration.seed,
-        ).ids
-
-    ctx = Context(seed=pipeline.calibration.seed, device=device, tokens=tokens, progress=track)
-    done = PassManager().run(program, passes, ctx, locate=None)
+    pipeline = from_pass_args(pass_args).emitted(device.type)
+    job = Job.of_model(model, device)
+    job.given = lambda: _tokens(job, pipeline.model.name or job.program.source.name, pipeline.calibration)
+    done = job.run(pipeline, default_instruments(pipeline) if instruments is None else instruments)
     for record in done.records:
         for warning in record.warnings:
             warnings.warn(f"{record.name}: {warning}", stacklevel=2)
     return as_causal_lm(done.program, device), {}
+
+
+def _tokens(job: Job, name: str, calibration: CalibrationConfig) -> Tensor:
+    job.tokenizer = job.tokenizer or load_tokenizer(name)
+    return job.tokens(calibration)

@@ -57,8 +57,8 @@ class CalibrationConfig:
         for name in ("samples", "length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name!r} is {getattr(self, name)}, must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"'seed' is {self.seed}, must not be negative")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"'seed' is {self.seed}, must be a number from 0 to 2^63 - 1")
         if self.dataset == ():
             raise ValueError("'dataset' is empty, expected a source or several")
         if self.shares and (len(self.shares) != len(self.sources) or not min(self.shares) > 0):

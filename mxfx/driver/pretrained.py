@@ -2,36 +2,74 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from mxfx.ground.errors import MxfxError
+from mxfx.ground.errors import MxfxError, reason_of
+
+_NAMED = 3
 
 
 class ModelError(MxfxError, ValueError):
     """A model or tokenizer cannot be loaded; the message names it and says what to do."""
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A model, and what is wrong with it: weights that its checkpoint lacks are random numbers."""
+
+    model: nn.Module
+    warnings: tuple[str, ...]
+
+
 def load_model(
     name: str | Path, dtype: str = "bfloat16", *, revision: str | None = None, trust_remote_code: bool = False
 ) -> nn.Module:
-    """A causal LM in eval mode on the CPU. ``trust_remote_code`` comes from the command line only.
+    """A causal LM in eval mode on the CPU; warns of weights that the checkpoint lacks. Raises ``ModelError``."""
+    loaded = load_checked(name, dtype, revision=revision, trust_remote_code=trust_remote_code)
+    for warning in loaded.warnings:
+        warnings.warn(warning, stacklevel=2)
+    return loaded.model
 
-    Raises ``ModelError``.
+
+def load_checked(
+    name: str | Path, dtype: str = "bfloat16", *, revision: str | None = None, trust_remote_code: bool = False
+) -> Loaded:
+    """As ``load_model``, the warnings kept. ``trust_remote_code`` comes from the command line only.
+
+    Raises ``ModelError``, also for a checkpoint whose weights have other shapes than its configuration says.
     """
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(name), dtype=getattr(torch, dtype), revision=revision, trust_remote_code=trust_remote_code
+        model, found = AutoModelForCausalLM.from_pretrained(
+            str(name),
+            dtype=getattr(torch, dtype),
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except Exception as error:
         # transformers, the hub client and safetensors each raise their own kinds.
         raise ModelError(_message("model", name, error)) from error
-    return model.eval()
+    if found["mismatched_keys"]:
+        key, stored, expected = sorted(found["mismatched_keys"])[0]
+        raise ModelError(
+            f"the model {str(name)!r} does not fit its config.json: weight {key!r} is {tuple(stored)} in the "
+            f"checkpoint and {tuple(expected)} by the configuration; give the folder that save_pretrained wrote"
+        )
+    missing = sorted(found["missing_keys"])
+    said = ()
+    if missing:
+        some = ", ".join(missing[:_NAMED]) + (" …" if len(missing) > _NAMED else "")
+        said = (f"the checkpoint of {str(name)!r} lacks {len(missing)} weights, which are random now: {some}",)
+    return Loaded(model.eval(), said)
 
 
 def load_meta_model(
@@ -61,11 +99,23 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None, trust_remot
         raise ModelError(_message("tokenizer", name, error)) from error
 
 
+def refuse_offloaded(model: nn.Module) -> None:
+    """Raise ``ModelError`` for a model of which a part lies on disk or waits on the CPU: it has no tensors to trace."""
+    places = getattr(model, "hf_device_map", None) or {}
+    away = sorted(module or "the whole model" for module, place in places.items() if str(place) in ("disk", "meta"))
+    hidden = [name for name, parameter in model.named_parameters() if places and parameter.device.type == "meta"]
+    if away or hidden:
+        part = away[0] if away else hidden[0]
+        raise ModelError(
+            f"{type(model).__name__} is offloaded ({part} is not in memory); expected a model whose weights are all on "
+            "the CPU or one GPU: load it without device_map and offload_folder"
+        )
+
+
 def _message(what: str, name: str | Path, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(name).is_dir():
-        return f"the {what} in folder {str(name)!r} cannot be loaded: {first}"
+        return f"the {what} in folder {str(name)!r} cannot be loaded: {reason_of(error)}"
     return (
-        f"the {what} {str(name)!r} cannot be loaded: {first}\n"
+        f"the {what} {str(name)!r} cannot be loaded: {reason_of(error)}\n"
         "  expected: a folder saved by save_pretrained, or a hub id while the hub can be reached; give it with --model"
     )

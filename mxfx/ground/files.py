@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from mxfx.ground.errors import MxfxError
@@ -44,6 +47,29 @@ def cache_home() -> Path:
     given = os.environ.get("MXFX_CACHE")
     base = os.environ.get("XDG_CACHE_HOME")
     return Path(given) if given else (Path(base) if base else Path.home() / ".cache") / "mxfx"
+
+
+def write_text(path: Path, text: str) -> None:
+    """``write_file`` of UTF-8 text; folders on the way are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, text.encode())
+
+
+def write_json(path: Path, value: object, indent: int = 2) -> None:
+    """``write_text`` of JSON as the standard has it: a number that is not finite is null."""
+    text = json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False, default=str)
+    write_text(path, text + "\n")
+
+
+def finite(value: object) -> object:
+    """The value with None for every float in it that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
 
 
 def remove_partial_files(folder: Path) -> None:

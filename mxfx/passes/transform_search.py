@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -116,7 +116,7 @@ class TransformSearch(Pass):
     def _decide(
         self, program: Program, found: list[Site], moments: dict[fx.Node, Tensor], ctx: Context, tokens: Tensor
     ) -> dict[str, object]:
-        held = Context(seed=ctx.seed, device=ctx.device, tokens=lambda: tokens, progress=ctx.progress)
+        held = replace(ctx, tokens=lambda: tokens)
         keep: dict[fx.Node, Callable[[Tensor], Tensor]] = {s.source: lambda x: x for s in found}
         seen = samples(program, keep, held, self.rows, "transform-search")
         decisions: dict[str, dict] = {}

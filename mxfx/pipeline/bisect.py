@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from mxfx.config.pipeline import BudgetConfig, ModelConfig, Pipeline
@@ -9,10 +10,10 @@ from mxfx.config.text import to_text
 from mxfx.graph.execute import executable
 from mxfx.graph.program import Program
 from mxfx.ground.errors import CheckError
-from mxfx.pipeline.manager import StopPoint, check_pipeline
+from mxfx.pipeline.manager import PassError, StopPoint, check_pipeline
 from mxfx.pipeline.opt import command
 from mxfx.pipeline.probe import Probe, mean_kl
-from mxfx.rewrite import Context, Match, Pass, apply
+from mxfx.rewrite import Applied, Context, Match, Pass, apply
 
 
 class NothingFound(CheckError, ValueError):
@@ -59,16 +60,18 @@ def bisect(
     found by halving (``m`` matches stay below, ``m + 1`` do not). A pass that is ``required`` cannot be half done
     and is named as a whole. Nothing is kept outside this call. ``source`` names the model in the printed commands.
 
-    Raises ``NothingFound`` if no pass crosses the threshold.
+    Raises ``NothingFound`` if no pass crosses the threshold, ``PassError`` for a pass that fails.
     """
     passes = check_pipeline(program, pipeline)
     reason = executable(program)
     if reason is not None:
         raise NothingFound(f"bisect compares numbers, but {reason}")
-    search = _Search(program, ctx or Context(), probe or Probe(seed=(ctx or Context()).seed))
+    ctx = dataclasses.replace(ctx or Context(), reference=program)
+    search = _Search(program, ctx, probe or Probe(seed=ctx.seed))
     before, kl_before = program, 0.0
     for number, pass_ in enumerate(passes, start=1):
-        applied = apply(pass_, before, search.ctx)
+        search.number = number
+        applied = search.apply(pass_, before)
         kl = search.kl(applied.program)
         if not kl <= max_kl:
             good, bad, kl_good, kl_bad = search.inside(
@@ -95,8 +98,15 @@ def _unnamed(pipeline: Pipeline) -> Pipeline:
 class _Search:
     def __init__(self, program: Program, ctx: Context, probe: Probe) -> None:
         self.ctx = ctx
+        self.number = 0
         self.probe = probe
         self.reference = probe.logits(program)
+
+    def apply(self, pass_: Pass, program: Program, limit: int | None = None) -> Applied:
+        try:
+            return apply(pass_, program, self.ctx, limit=limit)
+        except Exception as error:
+            raise PassError.of(self.number, pass_, error) from error
 
     def kl(self, program: Program) -> float:
         return mean_kl(self.probe.logits(program), self.reference)
@@ -110,7 +120,7 @@ class _Search:
         good, bad = 0, matches
         while bad - good > 1:
             middle = (good + bad) // 2
-            kl = self.kl(apply(pass_, before, self.ctx, limit=middle).program)
+            kl = self.kl(self.apply(pass_, before, limit=middle).program)
             if kl <= max_kl:
                 good, kl_good = middle, kl
             else:

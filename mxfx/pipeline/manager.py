@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from mxfx.config.emit import emit_start
+from mxfx.config.emit import EMIT_PASSES, emit_start
 from mxfx.config.order import check_order
-from mxfx.config.pipeline import Pipeline
+from mxfx.config.pipeline import RAISE_PASSES, Pipeline
 from mxfx.graph.program import Program
 from mxfx.ground.errors import MxfxError
 from mxfx.pipeline.probe import Probe
@@ -30,6 +30,15 @@ _About = TypeVar("_About")
 
 class PassError(MxfxError, ValueError):
     """A pass failed; the message names it, its place in the pipeline file, and the reason (``__cause__``)."""
+
+    @classmethod
+    def of(cls, number: int, pass_: Pass, error: Exception, place: str | None = None) -> PassError:
+        return cls(f"{place + ': ' if place else ''}pass {number} {pass_.name!r}: {_said(error)}")
+
+
+def _said(error: Exception) -> str:
+    """An error of ours or a check of values in its own words; of any other kind, that kind first."""
+    return str(error) if isinstance(error, MxfxError | ValueError) else f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)
@@ -174,7 +183,8 @@ class PassManager:
         """
         locate = locate or _locate_in(passes)
         typed = check_pipeline(program, passes, locate)
-        ctx = dataclasses.replace(ctx or Context(), reference=program)
+        ctx = ctx or Context()
+        ctx = dataclasses.replace(ctx, reference=ctx.reference or program)
         run = Run(program, typed, ctx, locate, probe or Probe(seed=ctx.seed))
         for instrument in self.instruments:
             _timed(run, instrument, instrument.enter, run)
@@ -211,10 +221,18 @@ class PassManager:
                 _timed(step.run, instrument, instrument.after, step)
         except Exception as error:
             for instrument in inner:
-                instrument.failed(step, error)
+                _tell(instrument, step, error)
             raise
         assert step.after is not None
         return step.after
+
+
+def _tell(instrument: Instrument, step: Step, error: Exception) -> None:
+    """What an instrument cannot do about a failure must not hide the failure."""
+    try:
+        instrument.failed(step, error)
+    except Exception as second:
+        error.add_note(f"{type(instrument).__name__} could not record this failure: {type(second).__name__}: {second}")
 
 
 def _timed(run: Run, instrument: Instrument, hook: Callable[[_About], None], about: _About) -> None:
@@ -252,8 +270,22 @@ def _apply(step: Step) -> None:
         applied = apply(step.pass_, step.before, step.ctx, limit=step.limit)
     except Exception as error:
         place = _place_of_error(step, error)
-        raise PassError(f"{place + ': ' if place else ''}pass {step.index} {step.pass_.name!r}: {error}") from error
+        raise PassError.of(step.index, step.pass_, error, place) from error
     step.after, step.record = applied.program, applied.record
+    if _is_idle(step.pass_, applied.record):
+        applied.record.warnings.append(_idle(applied.record))
+
+
+def _is_idle(pass_: Pass, record: PassRecord) -> bool:
+    """Whether a pass that somebody asked for did nothing; every pipeline begins and ends with passes that may."""
+    asked_for = pass_.name not in RAISE_PASSES and pass_.name not in EMIT_PASSES
+    return asked_for and not record.matches and not record.changed and not record.limited
+
+
+def _idle(record: PassRecord) -> str:
+    skip = max(record.skips, key=lambda one: one.depth, default=None)
+    why = "nothing in this graph is of its kind" if skip is None else f"at {skip.path or skip.node}: {skip.reason}"
+    return f"did nothing: 0 matched, {len(record.skips)} skipped ({why})"
 
 
 def _place_of_error(step: Step, error: Exception) -> str | None:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, fx
+from torch import fx
 
-from mxfx.config.pipeline import Pipeline
-from mxfx.config.text import from_text
 from mxfx.graph.node import layer_of
 from mxfx.graph.program import Program
-from mxfx.graph.text import parse
+from mxfx.pipeline.case import Case, CaseError
 from mxfx.pipeline.instruments import Numbers, Verify
-from mxfx.pipeline.instruments.reproduce import save_reproducer
 from mxfx.pipeline.manager import PassManager, StopPoint
 from mxfx.pipeline.probe import Probe
 from mxfx.rewrite import Context
@@ -40,51 +35,19 @@ class Reproduced:
         return f"{'reproduced' if self.same else 'not reproduced'}: {said}{smaller}"
 
 
-@dataclass(frozen=True)
-class Reproducer:
-    """A folder that the ``Reproduce`` instrument left, read back."""
-
-    program: Program
-    pipeline: Pipeline
-    ids: Tensor | None
-    tokens: Tensor | None
-    seed: int
-    limit: int | None
-    error: str
-
-    @classmethod
-    def read(cls, folder: Path) -> Reproducer:
-        """Raises ``FileNotFoundError`` or ``TextError`` for a folder that is none."""
-        said = json.loads((folder / "repro.json").read_text(encoding="utf-8"))
-        stored = load_file(folder / "weights.safetensors")
-        weights = {n.removeprefix("weight/"): t for n, t in stored.items() if n.startswith("weight/")}
-        program = parse((folder / "graph.txt").read_text(encoding="utf-8"), weights if said["weights"] else None)
-        pipeline = from_text((folder / "passes.txt").read_text(encoding="utf-8").strip(), str(folder / "passes.txt"))
-        return cls(
-            program,
-            pipeline,
-            stored.get("probe"),
-            stored.get("tokens"),
-            said["seed"],
-            said["limit"],
-            said["error"]["type"],
-        )
-
-    def fails(self, program: Program) -> Exception | None:
-        """The exception that running the pipeline on ``program`` raises, None if it runs through."""
-        tokens = self.tokens
-        ctx = Context(seed=self.seed) if tokens is None else Context(seed=self.seed, tokens=lambda: tokens)
-        stop = StopPoint(1, self.limit) if self.limit is not None else None
-        try:
-            PassManager([Numbers(), Verify()]).run(
-                program, self.pipeline, ctx, probe=Probe(seed=self.seed, ids=self.ids), stop_after=stop
-            )
-        except Exception as error:
-            return error
-        return None
-
-    def is_same(self, error: Exception | None) -> bool:
-        return type(error).__name__ == self.error
+def fails(case: Case, program: Program, reference: Program | None) -> Exception | None:
+    """The exception that running the case's pipeline on ``program`` raises, None if it runs through."""
+    tokens = case.tokens
+    ctx = Context(seed=case.seed, reference=reference)
+    if tokens is not None:
+        ctx.tokens = lambda: tokens
+    stop = StopPoint(1, case.limit) if case.limit is not None else None
+    probe = Probe(seed=case.seed, ids=case.ids)
+    try:
+        PassManager([Numbers(), Verify()]).run(program, case.pipeline, ctx, probe=probe, stop_after=stop)
+    except Exception as error:
+        return error
+    return None
 
 
 def reproduce(folder: str | Path, shrink: bool = False) -> Reproduced:
@@ -92,19 +55,19 @@ def reproduce(folder: str | Path, shrink: bool = False) -> Reproduced:
     beside it.
     """
     folder = Path(folder)
-    case = Reproducer.read(folder)
-    error = case.fails(case.program)
-    same = case.is_same(error)
+    case = Case.read(folder)
+    error = fails(case, case.program, case.reference)
+    same = type(error).__name__ == case.error
     layers = case.program.layers
     if not (shrink and same and layers > 1):
         return Reproduced(error, same, layers)
     for layer in range(layers):
-        small = one_layer(case.program, layer)
-        failure = case.fails(small)
-        if case.is_same(failure):
-            assert failure is not None
+        program = one_layer(case.program, layer)
+        reference = None if case.reference is None else one_layer(case.reference, layer)
+        failure = fails(case, program, reference)
+        if failure is not None and type(failure).__name__ == case.error:
             target = folder / "shrunk"
-            save_reproducer(target, small, case.pipeline, failure, case.seed, case.ids, case.tokens, case.limit)
+            replace(case, program=program, reference=reference).save(target, failure)
             return Reproduced(failure, True, 1, target)
     return Reproduced(error, same, layers)
 
@@ -112,7 +75,7 @@ def reproduce(folder: str | Path, shrink: bool = False) -> Reproduced:
 def one_layer(program: Program, layer: int) -> Program:
     """A copy that keeps one decoder layer: what entered the first layer enters it, what left the last leaves it.
 
-    Raises ``ValueError`` if layers are not joined by a single value each.
+    Raises ``CaseError`` if layers are not joined by a single value each.
     """
     result = program.copy()
     first, last = _leaving(result, 0), _leaving(result, program.layers - 1)
@@ -132,8 +95,10 @@ def _leaving(program: Program, layer: int) -> fx.Node:
     found = [n for n in program.graph.nodes if layer_of(n) == layer and any(layer_of(u) != layer for u in n.users)]
     found = [n for n in found if n.op == "call_function"]
     if len(found) != 1:
-        raise ValueError(
-            f"layer {layer} is left by {len(found)} values ({', '.join(n.name for n in found)}), not by one"
+        names = ", ".join(n.name for n in found)
+        raise CaseError(
+            f"it cannot be cut to one layer (leave out --shrink): layer {layer} is left by {len(found)} values "
+            f"({names}), not by one"
         )
     return found[0]
 
@@ -146,4 +111,4 @@ def _entering(program: Program, first: fx.Node) -> fx.Node:
         val = node.meta.get("val")
         if inside and layer_of(node) is None and isinstance(val, torch.Tensor) and str(val.shape) == shape:
             return node
-    raise ValueError("no value outside the layers enters layer 0")
+    raise CaseError("it cannot be cut to one layer (leave out --shrink): no value outside the layers enters layer 0")

@@ -21,14 +21,18 @@ class Row:
     bits_per_weight: float | None = None
     compile_seconds: float | None = None
     eval_seconds: float | None = None
+    warnings: int = 0
 
 
 def results_table(rows: Sequence[Row], title: str, note: str = "") -> Table:
     """A rich table; ``note`` stands below it (what the float model is, how much text was read)."""
     table = Table(title=title, caption=note or None, caption_justify="left", title_justify="left")
     table.add_column("config", overflow="fold")
+    warned = any(row.warnings for row in rows)
     for heading in ("word ppl", "× float", "± se", "token ppl", "× float", "bits/weight", "compile s", "eval s"):
         table.add_column(heading, justify="right", no_wrap=True)
+    if warned:
+        table.add_column("warnings", justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.name,
@@ -40,6 +44,7 @@ def results_table(rows: Sequence[Row], title: str, note: str = "") -> Table:
             _number(row.bits_per_weight, ".2f"),
             _number(row.compile_seconds, ".1f"),
             _number(row.eval_seconds, ".1f"),
+            *((str(row.warnings) if row.warnings else "–",) if warned else ()),
         )
     return table
 

@@ -68,8 +68,14 @@ class History:
         path = folder / FILE
         if not path.is_file():
             raise HistoryError(f"{folder} has no {FILE}; give the folder of one pipeline inside a run directory")
-        said: Mapping = json.loads(path.read_text(encoding="utf-8"))
-        return cls(tuple(Change(**{**c, "names": tuple(c["names"])}) for c in said["changes"]), tuple(said["names"]))
+        try:
+            said: Mapping = json.loads(path.read_text(encoding="utf-8"))
+            changes = tuple(Change(**{**c, "names": tuple(c["names"])}) for c in said["changes"])
+            return cls(changes, tuple(said["names"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise HistoryError(
+                f"{path} is damaged ({type(error).__name__}: {error}): run the pipeline again"
+            ) from error
 
     def to_json(self) -> dict[str, object]:
         return {"changes": [asdict(change) for change in self.changes], "names": list(self.names)}

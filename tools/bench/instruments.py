@@ -52,7 +52,7 @@ def instrumented(program: Program, pipeline: Pipeline) -> tuple[float, dict[str,
     """Seconds of the passes with all instruments, and those of each instrument."""
     costs = Costs()
     with tempfile.TemporaryDirectory() as folder:
-        manager = PassManager([costs, *api.default_instruments(Path(folder), pipeline)])
+        manager = PassManager([costs, *api.default_instruments(pipeline, Path(folder) / "ir", Path(folder) / "repro")])
         started = time.perf_counter()
         manager.run(program, pipeline, Context())
         return time.perf_counter() - started, costs.seconds

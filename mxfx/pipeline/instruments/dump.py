@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mxfx.graph.diff import diff
 from mxfx.graph.program import Program
 from mxfx.graph.text import Printout
-from mxfx.ground.files import write_file
+from mxfx.ground.files import write_json, write_text
 from mxfx.pipeline.manager import Instrument, Run, Step
 from mxfx.rewrite import ALL, Selector
 
@@ -33,7 +32,7 @@ class Dump(Instrument):
     def enter(self, run: Run) -> None:
         self._rows.clear()
         printed = self._print(run.source)
-        write(self.folder / "000_trace" / "graph.txt", str(printed))
+        write_text(self.folder / "000_trace" / "graph.txt", str(printed))
         self._index(f"| 0 | [trace](000_trace/graph.txt) | {len(printed.graph)} nodes | | | |")
 
     def exit(self, run: Run) -> None:
@@ -58,15 +57,15 @@ class Dump(Instrument):
         folder = self.folder / name
         links = []
         if step.record is not None:
-            write(folder / "matches.json", _json(self._matches(step)))
+            write_json(folder / "matches.json", self._matches(step), indent=1)
             links.append(f"[matches]({name}/matches.json)")
         if step.changed and step.after is not None:
             before, after = self._print(step.before), self._print(step.after)
-            write(folder / "graph.txt", str(after))
-            write(folder / "diff.txt", diff(before, after))
+            write_text(folder / "graph.txt", str(after))
+            write_text(folder / "diff.txt", diff(before, after))
             links += [f"[graph]({name}/graph.txt)", f"[diff]({name}/diff.txt)"]
         if step.findings:
-            write(folder / "numerics.json", _json(step.findings))
+            write_json(folder / "numerics.json", step.findings, indent=1)
             links.append(f"[numbers]({name}/numerics.json)")
         self._index(_row(step, links, note))
 
@@ -80,7 +79,7 @@ class Dump(Instrument):
     def _index(self, row: str) -> None:
         self._rows.append(row)
         head = "| # | pass | matched | seconds | numbers | files |\n|---|---|---|---|---|---|\n"
-        write(self.folder / "index.md", head + "\n".join(self._rows) + "\n")
+        write_text(self.folder / "index.md", head + "\n".join(self._rows) + "\n")
 
 
 def _row(step: Step, links: list[str], note: str) -> str:
@@ -100,18 +99,3 @@ def _numbers(step: Step) -> str:
     if not isinstance(checked, dict):
         return ""
     return checked["promise"] + (f", error {checked['error']:.2g}" if "error" in checked else "")
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n"
-
-
-def write(path: Path, text: str) -> None:
-    """Write a whole text file or none."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a whole file or none. Folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, data)

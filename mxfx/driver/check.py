@@ -1,0 +1,98 @@
+"""What can be known of a pipeline and a model without weights."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mxfx.config import Pipeline, check_order
+from mxfx.driver.pretrained import load_meta_model
+from mxfx.graph.node import info, kind, layer_index
+from mxfx.graph.program import Program
+from mxfx.graph.trace import trace
+from mxfx.passes import Annotate
+from mxfx.pipeline.manager import PassManager
+from mxfx.rewrite.size import bits_per_weight
+
+_COUNTED = ("linear", "attention", "rms_norm", "rope", "embedding")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What ``check`` found out without weights: the annotated meta program, and how long the trace took."""
+
+    pipeline: Pipeline
+    program: Program
+    annotated: Program
+    trace_seconds: float
+
+    def lines(self) -> Iterator[str]:
+        """The model, its graph, and what the passes will hold and do; sizes in GB, work in TFLOP."""
+        program = self.annotated
+        count, layers = len(program.graph.nodes), program.layers
+        weights = sum(t.numel() for t in program.weights.values())
+        calls = Counter(kind(node) for node in program.graph.nodes)
+        yield f"model: {program.source.name} ({program.source.architecture}), {layers} layers, {weights:,} weights"
+        yield (
+            f"graph: {count} nodes, {count / max(layers, 1):.1f} per layer, traced in {self.trace_seconds:.1f} s; "
+            + ", ".join(f"{calls[name]} {name}" for name in _COUNTED)
+        )
+        yield "memory: " + "; ".join(self._held(weights))
+        # One calibration token costs two passes over each weight: statistics, then the rewritten layer.
+        tokens = self._tokens
+        yield f"work: {4 * weights * tokens / 1e12:.1f} TFLOP of calibration forward passes ({tokens:,} tokens)"
+        yield f"bits per weight after rounding: {bits_per_weight(program, planned=True):.2f}"
+
+    @property
+    def _tokens(self) -> int:
+        return self.pipeline.calibration.samples * self.pipeline.calibration.length
+
+    def _held(self, weights: int) -> Iterator[str]:
+        program = self.annotated
+        names = {spec.name for spec in self.pipeline.specs}
+        model_gb = weights * program.dtype.itemsize / 1e9
+        yield f"{model_gb:.2f} GB of weights in {str(program.dtype).removeprefix('torch.')}"
+        if "gptq" in names:
+            widths = (n.meta["val"].shape[-1] for n in program.graph.nodes if kind(n) == "embedding")
+            layer_gb, states_gb = _largest_layer(program) * 4 / 1e9, self._tokens * max(widths, default=0) * 4 / 1e9
+            yield f"gptq holds one layer ({layer_gb:.2f} GB in float32) and {states_gb:.2f} GB of activations"
+        if "distill" in names:
+            # Both models; of each tuned weight parameter, gradient and two moments in float32.
+            yield f"distill holds {2 * model_gb + 16 * _planned(program) / 1e9:.2f} GB beside activations and logits"
+
+
+def check(pipeline: Pipeline, *, trust_remote_code: bool = False) -> Checked:
+    """Options and facts, and the rules against the graph traced on the meta device.
+
+    Raises ``ConfigError``, which cites the line, ``ModelError``, ``TraceError``, and ``PassError`` for a rule that
+    fits nothing.
+    """
+    passes = pipeline.passes
+    name = pipeline.model_source()
+    check_order(pipeline)
+    started = time.perf_counter()
+    settings = pipeline.model
+    model = load_meta_model(name, settings.dtype, revision=settings.revision, trust_remote_code=trust_remote_code)
+    program = trace(model, name=str(name))
+    seconds = time.perf_counter() - started
+    last = max((i for i, p in enumerate(passes) if isinstance(p, Annotate)), default=-1)
+    head = pipeline.replace(specs=pipeline.specs[: last + 1])
+    annotated = PassManager().run(program, head).program if last >= 0 else program
+    return Checked(pipeline, program, annotated, seconds)
+
+
+def _planned(program: Program) -> int:
+    """Weights that are to be rounded, counted once."""
+    found = {program.weight_of(node) for node in program.nodes("linear") if "weight" in info(node).formats}
+    return sum(program.weights[name].numel() for name in found)
+
+
+def _largest_layer(program: Program) -> int:
+    sizes: Counter[int] = Counter()
+    for name, tensor in program.weights.items():
+        layer = layer_index(name)
+        if layer is not None:
+            sizes[layer] += tensor.numel()
+    return max(sizes.values(), default=0)

@@ -1,0 +1,169 @@
+"""One job: a model's program, its tokenizer, calibration tokens and probe; the maker of every ``Context``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mxfx.calibration.datasets import DatasetError, TokenSet
+from mxfx.calibration.sources import SELF, calibration_tokens
+from mxfx.config.pipeline import CalibrationConfig, Pipeline
+from mxfx.driver.pretrained import load_checked, load_tokenizer, refuse_offloaded
+from mxfx.driver.texts import FloatTexts
+from mxfx.graph.program import Program
+from mxfx.graph.trace import bind, trace
+from mxfx.ground.progress import track
+from mxfx.pipeline.instruments import Dump, Ledger, Numbers, Reproduce, Timing, Verify
+from mxfx.pipeline.manager import Instrument, PassManager, PipelineResult
+from mxfx.pipeline.probe import Probe, vocabulary
+from mxfx.rewrite import Context
+
+#: Real text as probe, where the pipeline names some: what a model does with random ids says little of its loss.
+_PROBE_SHAPE = (2, 64)
+
+
+@dataclass
+class Job:
+    """A model on a device, and what all runs over it share.
+
+    ``program`` is the float reference: traced, with weights, no pass run. ``given`` are calibration ids that the
+    caller brings (None: a tokenizer reads the data set that a pipeline names). ``warnings`` are about the model itself;
+    ``texts`` are what it writes.
+    """
+
+    program: Program
+    device: torch.device
+    tokenizer: Any = None
+    given: Callable[[], Tensor] | None = None
+    warnings: tuple[str, ...] = ()
+    texts: FloatTexts | None = None
+    _token_sets: dict[CalibrationConfig, TokenSet] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def load(
+        cls, pipeline: Pipeline, meta: Program, device: torch.device | str, *, trust_remote_code: bool = False
+    ) -> Job:
+        """The job of a pipeline's model, whose structure ``meta`` is: tokens first, for they are quicker to be wrong.
+
+        Raises ``ModelError``, ``DatasetError``.
+        """
+        name, settings = pipeline.model_source(), pipeline.model
+        of_hub = {"revision": settings.revision, "trust_remote_code": trust_remote_code}
+        job = cls(meta, torch.device(device), load_tokenizer(name, **of_hub))
+        if pipeline.calibration.dataset is not None and SELF not in pipeline.calibration.sources:
+            job.tokens(pipeline.calibration)
+        loaded = load_checked(name, settings.dtype, **of_hub)
+        job.program = _bound(meta, loaded.model.to(job.device), str(name))
+        job.warnings = loaded.warnings
+        job.texts = FloatTexts(loaded.model, job.tokenizer, job.device)
+        return job
+
+    @classmethod
+    def of_model(cls, model: nn.Module, device: torch.device, given: Callable[[], Tensor] | None = None) -> Job:
+        """The job of a model that is in memory. Raises ``ModelError``, ``TraceError``."""
+        refuse_offloaded(model)
+        return cls(trace(model), device, given=given)
+
+    def tokens(self, calibration: CalibrationConfig) -> Tensor:
+        """Calibration ids, int64 ``(samples, length)``. Raises ``DatasetError``."""
+        if calibration not in self._token_sets:
+            found = calibration_tokens(
+                calibration.sources,
+                self.tokenizer,
+                samples=calibration.samples,
+                length=calibration.length,
+                seed=calibration.seed,
+                shares=calibration.shares,
+                writer=None if self.texts is None else self.texts.samples,
+            )
+            _check_tokens(found, self.program)
+            self._token_sets[calibration] = found
+        return self._token_sets[calibration].ids
+
+    def probe(self, pipeline: Pipeline) -> Probe:
+        samples, length = _PROBE_SHAPE
+        seed = pipeline.calibration.seed
+        if self.tokenizer is None or pipeline.calibration.dataset is None:
+            return Probe(seed=seed)
+        return Probe(seed=seed, ids=self.tokens(pipeline.calibration)[:samples, :length])
+
+    def context(self, pipeline: Pipeline, *, cache: Path | None = None, strict: bool = False) -> Context:
+        """What the passes of a pipeline may use beside the program."""
+        made = Context(
+            seed=pipeline.calibration.seed,
+            device=self.device,
+            cache=cache,
+            strict=strict,
+            progress=track,
+            reference=self.program,
+        )
+        if self.given is not None:
+            made.tokens = self.given
+        elif self.tokenizer is not None:
+            made.tokens = lambda: self.tokens(pipeline.calibration)
+        return made
+
+    def run(
+        self,
+        pipeline: Pipeline,
+        instruments: Sequence[Instrument] = (),
+        *,
+        cache: Path | None = None,
+        strict: bool = False,
+        probe: Probe | None = None,
+    ) -> PipelineResult:
+        """Run a pipeline over the model. Raises what ``PassManager.run`` raises."""
+        ctx = self.context(pipeline, cache=cache, strict=strict)
+        return PassManager(instruments).run(self.program, pipeline, ctx, probe=probe or self.probe(pipeline))
+
+
+def default_instruments(pipeline: Pipeline, ir: Path | None = None, repro: Path | None = None) -> list[Instrument]:
+    """What stands around the passes of every run; dumps and reproducers need a folder to go to."""
+    kept: list[Instrument] = [] if ir is None else [Dump(ir)]
+    kept += [] if repro is None else [Reproduce(repro)]
+    return [*kept, Ledger(pipeline.budget), Numbers(), Verify(), Timing()]
+
+
+def _bound(meta: Program, model: nn.Module, name: str) -> Program:
+    """The meta program with a model's weights; one whose checkpoint ties other weights than its configuration says is
+    traced itself.
+    """
+    refuse_offloaded(model)
+    return bind(meta, model) if _tied(meta) == _tied_in(model, meta) else trace(model, name=name)
+
+
+def _tied(program: Program) -> set[frozenset[str]]:
+    groups: dict[str, set[str]] = {}
+    for alias, home in program.weights.aliases.items():
+        groups.setdefault(home, {home}).add(alias)
+    return {frozenset(group) for group in groups.values()}
+
+
+def _tied_in(model: nn.Module, program: Program) -> set[frozenset[str]]:
+    """Groups of names of the program's weights that are one tensor in the model."""
+    names = {*program.weights, *program.weights.aliases}
+    groups: dict[int, set[str]] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        if name in names:
+            groups.setdefault(id(tensor), set()).add(name)
+    return {frozenset(group) for group in groups.values() if len(group) > 1}
+
+
+def _check_tokens(found: TokenSet, program: Program) -> None:
+    largest, known = int(found.ids.max()), vocabulary(program)
+    if largest >= known:
+        raise DatasetError(
+            f"{found.source}: the tokenizer gives id {largest}, the model embeds ids below {known}: "
+            "they do not belong together; expected the tokenizer that the model was trained with"
+        )
+    longest = next((symbol.high for symbol in program.symbols if symbol.name == "seq"), None)
+    if longest is not None and found.ids.shape[1] > longest:
+        raise DatasetError(
+            f"calibration.length is {found.ids.shape[1]}, the model takes at most {longest} tokens "
+            "(max_position_embeddings): lower calibration.length"
+        )

@@ -1,0 +1,48 @@
+"""Is what was saved what was measured? The artefact is loaded from its files, run on the probe, compared bit by bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mxfx.export.artefact import load
+from mxfx.graph.module import build
+from mxfx.graph.program import Program
+from mxfx.ground.errors import CheckError
+
+
+class ProofError(CheckError, ValueError):
+    """A saved model does not run, or computes something else than the model that was measured."""
+
+
+def logits_of(program: Program, ids: Tensor, device: torch.device) -> Tensor:
+    """``(batch, seq, vocabulary)`` of the module that a lowered program is built into."""
+    with torch.no_grad():
+        return build(program).to(device)(ids.to(device))
+
+
+def check_saved(folder: Path, expected: Tensor, ids: Tensor, device: torch.device) -> None:
+    """Raise ``ProofError`` unless the model saved in ``folder`` gives the bits of ``expected`` on ``ids``."""
+    try:
+        found = logits_of(load(folder), ids, device)
+    except Exception as error:
+        raise ProofError(f"the model saved in {folder} does not run: {type(error).__name__}: {error}") from error
+    different = int((_bits(found) != _bits(expected)).sum()) if found.shape == expected.shape else -1
+    if different:
+        raise ProofError(
+            f"the model saved in {folder} is not the one that was measured: "
+            f"{different if different > 0 else 'all'} of {expected.numel()} logits of the probe differ"
+        )
+
+
+def not_finite(logits: Tensor) -> str | None:
+    """What is wrong with logits that hold NaN or Inf; None if nothing is."""
+    broken = int((~logits.isfinite()).sum())
+    return f"{broken} of {logits.numel()} logits of the probe are NaN or infinite" if broken else None
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Integers with the same bits: NaNs compare, and signed zeros differ."""
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])

@@ -1,0 +1,257 @@
+"""``mxfx run``: every pipeline over its model, evaluated, saved, proved; one row each."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from mxfx.config import Pipeline, to_toml
+from mxfx.driver.check import check
+from mxfx.driver.job import Job, default_instruments
+from mxfx.driver.options import RunOptions
+from mxfx.driver.pretrained import load_tokenizer
+from mxfx.driver.proof import check_saved, logits_of, not_finite
+from mxfx.driver.run_directory import PipelineFolder, RunDirectory, find_model
+from mxfx.evaluation.evaluate import evaluate
+from mxfx.evaluation.results import EvalResult, ratio_with_stderr
+from mxfx.graph.program import Program
+from mxfx.ground.files import write_json
+from mxfx.pipeline.instruments import Numbers, Verify
+from mxfx.pipeline.manager import PipelineResult
+from mxfx.report.results import coverage_json, pass_json
+from mxfx.report.table import Row
+from mxfx.report.weight_history import History
+from mxfx.rewrite.size import bits_per_weight
+from mxfx.runtime.causal_lm import as_causal_lm
+
+
+@dataclass(frozen=True)
+class Named:
+    """A pipeline with the name of its row and the file that it came from."""
+
+    name: str
+    file: str
+    pipeline: Pipeline
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One pipeline's run: what each pass did, and what the emitted model scores.
+
+    ``file`` is ``""`` for a float model. ``warnings`` are about the model, the passes and the figures.
+    """
+
+    name: str
+    file: str
+    pipeline: Pipeline
+    result: PipelineResult
+    evaluation: EvalResult | None
+    bits_per_weight: float
+    compile_seconds: float
+    baseline: str
+    """Name of the float model's outcome that this one is compared with."""
+    model_note: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """All rows of a run: the float model first, then each pipeline."""
+
+    outcomes: tuple[Outcome, ...]
+    rows: tuple[Row, ...]
+    warnings: tuple[str, ...]
+    out: Path | None
+
+
+@dataclass
+class _Model:
+    """A job that several pipelines share, and the row that they are compared with."""
+
+    job: Job
+    baseline: str = ""
+
+
+def run(pipelines: Sequence[Named], options: RunOptions) -> RunSummary:
+    """Check, trace, rewrite, evaluate, save, prove, write. ``pipelines`` are whole: their emit stages are in them.
+
+    Raises ``RunError`` and ``ConfigError`` before weights are read, ``PassError``, ``ProofError`` and what instruments
+    raise after.
+    """
+    outcomes: list[Outcome] = []
+    models: dict[tuple[str, str], _Model] = {}
+    with ExitStack() as stack:
+        directory = None if options.out is None else stack.enter_context(RunDirectory(options.out))
+        for named in pipelines:
+            model = _model_of(named.pipeline, models, outcomes, options)
+            outcomes.append(_run_one(named, model, directory, options))
+            if directory is not None:
+                directory.write_results(document(outcomes, options))
+    warnings = tuple(f"{o.name}: {warning}" for o in outcomes for warning in o.warnings)
+    return RunSummary(tuple(outcomes), tuple(rows(outcomes)), warnings, options.out)
+
+
+def _model_of(
+    pipeline: Pipeline, models: dict[tuple[str, str], _Model], outcomes: list[Outcome], options: RunOptions
+) -> _Model:
+    """The loaded model of a pipeline; the first time also the row of its float form."""
+    checked = check(pipeline, trust_remote_code=options.trust_remote_code)
+    name, dtype = key = (str(pipeline.model_source()), pipeline.model.dtype)
+    if key not in models:
+        options.say(f"loading {name} in {dtype}")
+        trust = options.trust_remote_code
+        models[key] = _Model(Job.load(pipeline, checked.program, options.device, trust_remote_code=trust))
+        if options.float_row:
+            # A run over several models or precisions has a float row for each.
+            models[key].baseline = "float" if len(models) == 1 else f"float {Path(name).name} {dtype}"
+            outcomes.append(_float_outcome(models[key], options))
+    return models[key]
+
+
+def _float_outcome(model: _Model, options: RunOptions) -> Outcome:
+    pipeline = Pipeline([]).completed().emitted(model.job.device.type)
+    result = model.job.run(pipeline, [Numbers(), Verify()])
+    options.say("evaluating the float model") if options.eval else None
+    return _outcome(Named(model.baseline, "", pipeline), model, result, 0.0, options)
+
+
+def _run_one(named: Named, model: _Model, directory: RunDirectory | None, options: RunOptions) -> Outcome:
+    job, pipeline = model.job, named.pipeline
+    folder = None if directory is None else directory.pipeline(named.name)
+    options.say(f"running {named.name}: {len(pipeline.specs)} passes")
+    if folder is not None:
+        folder.begin(to_toml(pipeline))
+    started = time.perf_counter()
+    instruments = default_instruments(pipeline, *((folder.ir, folder.repro) if folder else ()))
+    cache = None if folder is None else folder.cache
+    result = job.run(pipeline, instruments, cache=cache, strict=options.strict)
+    seconds = time.perf_counter() - started
+    if folder is not None:
+        write_json(folder.weights, History.of(job.program, result.program).to_json(), indent=1)
+    options.say(f"evaluating {named.name}") if options.eval else None
+    return _outcome(named, model, result, seconds, options, folder)
+
+
+def _outcome(
+    named: Named,
+    model: _Model,
+    result: PipelineResult,
+    seconds: float,
+    options: RunOptions,
+    folder: PipelineFolder | None = None,
+) -> Outcome:
+    """Save, prove, evaluate; everything that is not as it should be becomes a warning."""
+    job, program = model.job, result.program
+    warnings = [*job.warnings] if not named.file or not model.baseline else []
+    warnings += [f"{step.pass_.name}: {text}" for step in result.steps for text in step.record.warnings]
+    ids = job.probe(named.pipeline).tokens(job.program)
+    logits = logits_of(program, ids, job.device)
+    warnings += [problem] if (problem := not_finite(logits)) else []
+    if folder is not None and options.save:
+        _save(program, job, folder)
+        check_saved(folder.model, logits, ids, job.device)
+    del logits
+    evaluation = None if options.eval is None else _evaluate(program, job, options)
+    bits = bits_per_weight(result.before_emit)
+    if evaluation is not None and not math.isfinite(evaluation.token_perplexity):
+        warnings.append(f"the token perplexity is {evaluation.token_perplexity}")
+    note = str(program.source.config.get("mxfx_note", ""))
+    return Outcome(
+        named.name, named.file, named.pipeline, result, evaluation, bits, seconds, model.baseline, note, tuple(warnings)
+    )
+
+
+def _evaluate(program: Program, job: Job, options: RunOptions) -> EvalResult:
+    return evaluate(
+        as_causal_lm(program, options.device),
+        job.tokenizer,
+        task=options.eval,
+        eval_data=options.eval_data,
+        limit_tokens=options.limit_tokens,
+        batch_size=options.batch_size,
+        device=options.device,
+    )
+
+
+def evaluate_saved(folder: str | Path, options: RunOptions) -> tuple[EvalResult, float]:
+    """An emitted model evaluated again, from its files alone; and its bits per weight.
+
+    Raises ``ConfigError``, ``NoRun``, ``ArtefactError``, ``EvaluationError``.
+    """
+    from mxfx.export.artefact import load
+
+    options.check()
+    saved = find_model(folder)
+    program = load(saved)
+    tokenizer = load_tokenizer(saved / "tokenizer", trust_remote_code=options.trust_remote_code)
+    job = Job(program, torch.device(options.device), tokenizer)
+    return _evaluate(program, job, options), bits_per_weight(program)
+
+
+def _save(program: Program, job: Job, folder: PipelineFolder) -> None:
+    from mxfx.export.artefact import save
+
+    save(program, folder.model)
+    job.tokenizer.save_pretrained(folder.tokenizer)
+
+
+def rows(outcomes: Sequence[Outcome]) -> list[Row]:
+    """The table's rows; a pipeline's figures are compared with those of its float model."""
+    evaluations = {outcome.name: outcome.evaluation for outcome in outcomes}
+    return [_row(outcome, evaluations.get(outcome.baseline)) for outcome in outcomes]
+
+
+def _row(outcome: Outcome, baseline: EvalResult | None) -> Row:
+    evaluation = outcome.evaluation
+    row: dict[str, float | None] = {
+        "bits_per_weight": outcome.bits_per_weight,
+        "compile_seconds": outcome.compile_seconds,
+    }
+    if evaluation is not None:
+        row |= {
+            "word_perplexity": evaluation.word_perplexity,
+            "token_perplexity": evaluation.token_perplexity,
+            "eval_seconds": evaluation.seconds,
+        }
+    if evaluation is not None and baseline is not None:
+        ratio = ratio_with_stderr(evaluation, baseline)
+        row |= {
+            "ratio": ratio.ratio,
+            "ratio_stderr": ratio.stderr,
+            "token_ratio": evaluation.token_perplexity / baseline.token_perplexity,
+        }
+    return Row(outcome.name, warnings=len(outcome.warnings), **row)
+
+
+def document(outcomes: Sequence[Outcome], options: RunOptions) -> dict[str, object]:
+    """``results.json``: versions, machine, and for each pipeline its figures, passes, coverage, evaluation."""
+    figures = {row.name: row for row in rows(outcomes)}
+    return {
+        "mxfx": metadata.version("mxfx"),
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "lm-eval")},
+        "machine": {"platform": platform.platform(), "device": options.device, "cores": os.cpu_count()},
+        "configs": [_as_json(outcome, figures[outcome.name]) for outcome in outcomes],
+    }
+
+
+def _as_json(outcome: Outcome, row: Row) -> dict[str, object]:
+    steps = outcome.result.steps
+    return {
+        "name": outcome.name,
+        "file": outcome.file,
+        "model_note": outcome.model_note,
+        "figures": vars(row),
+        "warnings": outcome.warnings,
+        "passes": [pass_json(step) for step in steps] if outcome.file else [],
+        "coverage": coverage_json(outcome.result) if outcome.file else None,
+        "evaluation": None if outcome.evaluation is None else outcome.evaluation.to_json(),
+    }
