@@ -63,9 +63,9 @@ def constraints(passes: tuple[Pass, ...]) -> nx.MultiDiGraph:
         for there, other in enumerate(passes):
             if here == there:
                 continue
-            for name in sorted(pass_.requires & other.provides):
+            for name in sorted(pass_.requires & other.provided()):
                 graph.add_edge(there, here, why=f"provides {name!r}")
-            for name in sorted(pass_.forbids & other.provides):
+            for name in sorted(pass_.forbids & other.provided()):
                 graph.add_edge(here, there, why=f"must come before {name!r} holds")
     return graph
 
@@ -116,12 +116,12 @@ def _order_error(
 
 
 def _provider(passes: tuple[Pass, ...], problem: OrderProblem) -> int | None:
-    before = [i for i in range(problem.index) if problem.fact in passes[i].provides]
+    before = [i for i in range(problem.index) if problem.fact in passes[i].provided()]
     return before[-1] if before else None
 
 
 def _who_provides(fact: str, passes: tuple[Pass, ...], pipeline: Pipeline) -> str:
-    inside = [_label(pipeline, i) for i, pass_ in enumerate(passes) if fact in pass_.provides]
+    inside = [_label(pipeline, i) for i, pass_ in enumerate(passes) if fact in pass_.provided()]
     if inside:
         return f"{' or '.join(inside)} before it, and nothing between that removes the fact"
     outside = sorted(name for name, cls in all_passes().items() if fact in cls.provides)

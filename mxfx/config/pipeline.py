@@ -264,9 +264,10 @@ def _read_pass(entry: object, at: Cursor) -> PassSpec:
 
 def register_passes() -> None:
     """Import mxfx's own passes and those of installed plug-ins, so that their names are known."""
-    import mxfx.passes  # noqa: F401  (the import registers them)
+    from mxfx import passes
     from mxfx.rewrite import load_plugins
 
+    passes.load_all()
     load_plugins()
 
 

@@ -9,6 +9,7 @@ from mxfx.ops.dialect import all_ops, define, find_op
 from mxfx.ops.experts import expert_linear
 from mxfx.ops.norm import rms_norm
 from mxfx.ops.packed import mx_embedding, mx_linear
+from mxfx.ops.plugins import load_ops
 from mxfx.ops.positions import positions, real_tokens
 from mxfx.ops.quantize import fake_quantize
 from mxfx.ops.rope import rope
@@ -57,3 +58,5 @@ __all__ = [
     "rms_norm",
     "rope",
 ]
+
+load_ops()

@@ -12,8 +12,9 @@ from mxfx.graph.node import Annotation, info, kind, path_of
 from mxfx.graph.program import Program
 from mxfx.ground.nearest import nearest
 from mxfx.ops.catalogue import spec
-from mxfx.rewrite import ALL, Context, Exact, ExpectationError, Numerics, Pass, Rewriter, Selector, fact, register
+from mxfx.rewrite import ALL, Context, Exact, ExpectationError, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.expect import check, evaluate
+from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, ANNOTATED, RAISED, WEIGHTS_ROUNDED, Fact, Selected
 
 _KEYS = ("weight", "bias", "input", "output", "q", "k", "v", "kv", "probs", "softmax", "rope")
 
@@ -72,9 +73,9 @@ class Annotate(Pass):
     """
 
     name: ClassVar[str] = "annotate"
-    requires: ClassVar[frozenset[str]] = frozenset({"raised"})
-    provides: ClassVar[frozenset[str]] = frozenset({"annotated"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"weights-rounded", "activations-quantized"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({RAISED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({ANNOTATED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED})
     numerics: ClassVar[Numerics] = Exact()
     rule: tuple[Rule, ...] = ()
 
@@ -83,6 +84,9 @@ class Annotate(Pass):
             place = ctx.where(("rule", index - 1))
             count = self._apply(rw, rule, f"annotate rule {index}" + (f" ({place})" if place else ""))
             _check_count(rw, rule, index, count)
+
+    def selects(self, node: fx.Node) -> bool:
+        return any(rule.match(path_of(node)) and _operands(rule, node) for rule in self.rule)
 
     def _apply(self, rw: Rewriter, rule: Rule, by: str) -> int:
         count = 0
@@ -145,8 +149,9 @@ def _example(rw: Rewriter, rule: Rule) -> str:
     return repr(near) if near else "none: the model has no such operand"
 
 
-@fact("annotated", "operands carry formats")
-def annotated(program: Program) -> str | None:
-    if any(info(node).formats for node in program.graph.nodes):
-        return None
-    return "no node carries a format"
+@ANNOTATED.means
+def annotated(program: Program, selected: Selected) -> str | None:
+    if not any(info(node).formats for node in program.graph.nodes):
+        return "no node carries a format"
+    bare = next((n for n in program.graph.nodes if selected(n) and spec(n).carries and not info(n).formats), None)
+    return None if bare is None else f"{bare.name} ({path_of(bare)}) carries no format"

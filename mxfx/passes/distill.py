@@ -15,8 +15,10 @@ from mxfx.calibration.training import checkpointed, divergence, trainable
 from mxfx.formats import Format
 from mxfx.graph.node import info, kind, path_of
 from mxfx.graph.program import Program
+from mxfx.ops.catalogue import spec
 from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.basis import bias_of
+from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, ANNOTATED, LOWERED, QUANTIZERS_FUSED, WEIGHTS_ROUNDED, Fact
 from mxfx.rewrite.operands import is_rounded, mark_rounded, readers_of
 
 #: What may be tuned beside the weights on grids; none of it costs anything at inference.
@@ -64,9 +66,9 @@ class Distill(Pass):
     """
 
     name: ClassVar[str] = "distill"
-    requires: ClassVar[frozenset[str]] = frozenset({"annotated", "activations-quantized"})
-    provides: ClassVar[frozenset[str]] = frozenset({"weights-rounded"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"lowered", "quantizers-fused"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({ANNOTATED, ACTIVATIONS_QUANTIZED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({LOWERED, QUANTIZERS_FUSED})
     numerics: ClassVar[Numerics] = Lossy()
     select: Selector = ALL
     steps: int = 240
@@ -150,11 +152,14 @@ class Distill(Pass):
         key = Keys().key([output], program.weights.hash, data | {"environment": environment(ctx.device)})
         return ctx.cache / f"distill-{key}.safetensors"
 
+    def selects(self, node: fx.Node) -> bool:
+        return (spec(node).product is not None or kind(node) == "embedding") and self.select(path_of(node))
+
     def _targets(self, rw: Rewriter) -> dict[str, list[fx.Node]]:
         """Weight → the linears and embeddings that read it, all in one format."""
         found: dict[str, list[fx.Node]] = {}
-        for node in rw.program.nodes("linear", "embedding"):
-            if not self.select(path_of(node)) or "weight" not in info(node).formats:
+        for node in filter(self.selects, rw.program.nodes()):
+            if "weight" not in info(node).formats:
                 continue
             weight = rw.weights.canonical(rw.program.weight_of(node))
             readers = readers_of(rw.program, weight)

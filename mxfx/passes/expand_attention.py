@@ -11,7 +11,17 @@ from torch import fx
 from mxfx.graph.node import Annotation, info, operands, path_of
 from mxfx.graph.program import Program
 from mxfx.ops import attention_bias
-from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, fact, register
+from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
+from mxfx.rewrite.facts import (
+    ACTIVATIONS_QUANTIZED,
+    ANNOTATED,
+    ATTENTION_EXPANDED,
+    KV_QUANTIZED,
+    LOWERED,
+    RAISED,
+    Fact,
+    Selected,
+)
 
 aten = torch.ops.aten
 _cast = torch.ops.mxfx.cast.default
@@ -41,9 +51,9 @@ class ExpandAttention(Pass):
     """
 
     name: ClassVar[str] = "expand-attention"
-    requires: ClassVar[frozenset[str]] = frozenset({"raised", "annotated"})
-    provides: ClassVar[frozenset[str]] = frozenset({"attention-expanded"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"activations-quantized", "kv-quantized", "lowered"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({RAISED, ANNOTATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({ATTENTION_EXPANDED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({ACTIVATIONS_QUANTIZED, KV_QUANTIZED, LOWERED})
     numerics: ClassVar[Numerics] = Close(1e-9)
     select: Selector = ALL
 
@@ -116,9 +126,7 @@ def _hidden(rw: Rewriter, attention: fx.Node, given: dict[str, object], known: d
     return known[key]
 
 
-@fact("attention-expanded", "attention whose inner operands carry formats is spelled out")
-def attention_expanded(program: Program) -> str | None:
-    """One left over beside expanded ones was not selected; none expanded at all breaks the promise."""
-    left = [n for n in program.nodes("attention") if set(_INNER) & set(info(n).formats)]
-    spelled = any(n.target is aten.softmax.int for n in program.graph.nodes)
-    return f"{path_of(left[0])} still is one node" if left and not spelled else None
+@ATTENTION_EXPANDED.means
+def attention_expanded(program: Program, selected: Selected) -> str | None:
+    left = [n for n in program.nodes("attention") if selected(n) and set(_INNER) & set(info(n).formats)]
+    return f"{path_of(left[0])} still is one node" if left else None

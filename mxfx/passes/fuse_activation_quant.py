@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from mxfx.graph.node import path_of
-from mxfx.rewrite import ALL, Context, Local, Numerics, Pass, Rewriter, Selector, register
-from mxfx.rewrite.quantizer import sole_quantizer
+from mxfx.ops.catalogue import spec
+from mxfx.rewrite import ALL, Rewriter, Selector, register
+from mxfx.rewrite.quantizer import Quantizer, QuantizerFusion, sole_quantizer
 
 
 @register
 @dataclass(frozen=True)
-class FuseActivationQuant(Pass):
+class FuseActivationQuant(QuantizerFusion):
     """Let one kernel compute a gated activation (SwiGLU, arXiv 2002.05202, eq. 5), transform it and round it.
 
     Before::
@@ -32,24 +32,18 @@ class FuseActivationQuant(Pass):
     """
 
     name: ClassVar[str] = "fuse-activation-quant"
-    requires: ClassVar[frozenset[str]] = frozenset({"raised"})
-    provides: ClassVar[frozenset[str]] = frozenset({"quantizers-fused"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"lowered"})
-    numerics: ClassVar[Numerics] = Local(1e-2)
+    kinds: ClassVar[tuple[str, ...]] = ("silu",)
     select: Selector = ALL
 
-    def run(self, rw: Rewriter, ctx: Context) -> None:
-        for node in rw.program.nodes("silu"):
-            if not self.select(path_of(node)):
-                continue
-            product = _product(node)
-            quantizer = product if isinstance(product, str) else sole_quantizer(product)
-            if isinstance(quantizer, str) or isinstance(product, str):
-                rw.skip(node, str(quantizer))
-            elif rw.match(product, note=str(quantizer)):
-                up = next(operand for operand in product.args if operand is not node)
-                rest = (quantizer.matrix, quantizer.format, quantizer.hadamard)
-                quantizer.become(rw, torch.ops.mxfx.silu_mul_quantize.default, node.args[0], up, *rest)
+    def quantizer(self, node: fx.Node) -> Quantizer | str:
+        product = _product(node)
+        return product if isinstance(product, str) else sole_quantizer(product)
+
+    def fuse(self, rw: Rewriter, node: fx.Node, quantizer: Quantizer) -> None:
+        (product,) = node.users
+        up = next(operand for operand in product.args if operand is not node)
+        rest = (quantizer.matrix, quantizer.format, quantizer.hadamard)
+        quantizer.become(rw, torch.ops.mxfx.silu_mul_quantize.default, spec(node).get("input"), up, *rest)
 
 
 def _product(silu: fx.Node) -> fx.Node | str:

@@ -9,14 +9,15 @@ import torch
 from torch import fx
 
 from mxfx.algorithms.hadamard import DENSE_ORDER, hadamard_matrix
-from mxfx.graph.node import kind, path_of
-from mxfx.rewrite import ALL, Context, Local, Numerics, Pass, Rewriter, Selector, register
-from mxfx.rewrite.quantizer import sole_quantizer
+from mxfx.graph.node import kind
+from mxfx.ops.catalogue import spec
+from mxfx.rewrite import ALL, Rewriter, Selector, register
+from mxfx.rewrite.quantizer import Quantizer, QuantizerFusion, sole_quantizer
 
 
 @register
 @dataclass(frozen=True)
-class FuseHadamardQuant(Pass):
+class FuseHadamardQuant(QuantizerFusion):
     """Let one kernel transform each block of the last axis and round the result.
 
     Before::
@@ -33,38 +34,30 @@ class FuseHadamardQuant(Pass):
     """
 
     name: ClassVar[str] = "fuse-hadamard-quant"
-    requires: ClassVar[frozenset[str]] = frozenset({"raised"})
-    provides: ClassVar[frozenset[str]] = frozenset({"quantizers-fused"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"lowered"})
-    numerics: ClassVar[Numerics] = Local(1e-2)
+    kinds: ClassVar[tuple[str, ...]] = ("hadamard", "block_transform")
     select: Selector = ALL
 
-    def run(self, rw: Rewriter, ctx: Context) -> None:
-        for node in rw.program.nodes("hadamard", "block_transform"):
-            if not self.select(path_of(node)):
-                continue
-            quantizer = sole_quantizer(node)
-            if isinstance(quantizer, str):
-                rw.skip(node, quantizer)
-            elif quantizer.matrix is not None:
-                rw.skip(node, "its quantizer transforms already")
-            elif rw.match(node, note=quantizer.format):
-                quantizer.become(rw, *_fused(rw, node, quantizer.format))
+    def quantizer(self, node: fx.Node) -> Quantizer | str:
+        found = sole_quantizer(node)
+        if isinstance(found, str) or found.matrix is None:
+            return found
+        return "its quantizer transforms already"
+
+    def fuse(self, rw: Rewriter, node: fx.Node, quantizer: Quantizer) -> None:
+        quantizer.become(rw, *_fused(rw, node, quantizer.format))
 
 
 def _fused(rw: Rewriter, node: fx.Node, format: str) -> tuple[torch._ops.OpOverload, *tuple[object, ...]]:
     """The op that transforms as ``node`` does and rounds, and its operands."""
-    if kind(node) == "hadamard" and node.args[1] > DENSE_ORDER:  # type: ignore[operator]
-        return torch.ops.mxfx.hadamard_quantize.default, *node.args[:2], format
-    matrix = _matrix(rw, node)
-    return torch.ops.mxfx.transform_quantize.default, node.args[0], matrix, format, kind(node) == "hadamard"
-
-
-def _matrix(rw: Rewriter, node: fx.Node) -> fx.Node:
-    """The transform's matrix: its operand, or the stored Hadamard matrix of its order."""
+    x = spec(node).get("input")
     if kind(node) == "block_transform":
-        return node.args[1]  # type: ignore[return-value]
-    name = f"hadamard.{node.args[1]}"
+        return torch.ops.mxfx.transform_quantize.default, x, spec(node).get("matrix"), format, False
+    order = int(spec(node).get("block"))  # type: ignore[call-overload]
+    if order > DENSE_ORDER:
+        return torch.ops.mxfx.hadamard_quantize.default, x, order, format
+    name = f"hadamard.{order}"
     if name in rw.weights:
-        return rw.weight(name, node)
-    return rw.add_weight(name, hadamard_matrix(int(node.args[1]), torch.float64), node, constant=True)  # type: ignore[call-overload]
+        matrix = rw.weight(name, node)
+    else:
+        matrix = rw.add_weight(name, hadamard_matrix(order, torch.float64), node, constant=True)
+    return torch.ops.mxfx.transform_quantize.default, x, matrix, format, True

@@ -10,8 +10,17 @@ from torch import Tensor, fx
 
 from mxfx.graph.node import info, kind, op_name, operands, path_of
 from mxfx.graph.program import Program
-from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, fact, register
+from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.basis import change_input, untie, why_shared
+from mxfx.rewrite.facts import (
+    ACTIVATIONS_QUANTIZED,
+    KV_QUANTIZED,
+    NORMS_FUSED,
+    NORMS_RAISED,
+    WEIGHTS_ROUNDED,
+    Fact,
+    Selected,
+)
 
 
 @register
@@ -36,9 +45,9 @@ class FuseNorm(Pass):
     """
 
     name: ClassVar[str] = "fuse-norm"
-    requires: ClassVar[frozenset[str]] = frozenset({"norms-raised"})
-    provides: ClassVar[frozenset[str]] = frozenset({"norms-fused"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"weights-rounded", "activations-quantized", "kv-quantized"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({NORMS_RAISED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({NORMS_FUSED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, KV_QUANTIZED})
     numerics: ClassVar[Numerics] = Close(1e-9)
     keep_tied: bool = False
     select: Selector = ALL
@@ -96,8 +105,9 @@ def _gain(program: Program, norm: fx.Node) -> Tensor:
     return gain + float(operands(norm)["offset"])  # type: ignore[arg-type]
 
 
-@fact("norms-fused", "norms that only linears with weights of their own read have no gain")
-def norms_fused(program: Program) -> str | None:
+@NORMS_FUSED.means
+def norms_fused(program: Program, selected: Selected) -> str | None:
+    """Of the whole program: a rotation of the residual axis meets every norm."""
     for norm in program.nodes("rms_norm"):
         if _refusal(norm) is None and _tied(program, norm) is None:
             return f"{norm.name} ({path_of(norm)}) still has a gain"

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import fx
 
-from mxfx.rewrite import ALL, Context, Local, Numerics, Pass, Rewriter, Selector, register
-from mxfx.rewrite.quantizer import Quantizer, fuse_sole_quantizers
+from mxfx.ops.catalogue import spec
+from mxfx.rewrite import ALL, Rewriter, Selector, register
+from mxfx.rewrite.quantizer import Quantizer, QuantizerFusion
 
 
 @register
 @dataclass(frozen=True)
-class FuseNormQuant(Pass):
+class FuseNormQuant(QuantizerFusion):
     """Let one kernel normalize a row, transform its blocks where a transform follows, and round the result.
 
     Before::
@@ -29,25 +31,19 @@ class FuseNormQuant(Pass):
     """
 
     name: ClassVar[str] = "fuse-norm-quant"
-    requires: ClassVar[frozenset[str]] = frozenset({"raised"})
-    provides: ClassVar[frozenset[str]] = frozenset({"quantizers-fused"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"lowered"})
-    numerics: ClassVar[Numerics] = Local(1e-2)
+    kinds: ClassVar[tuple[str, ...]] = ("rms_norm",)
     select: Selector = ALL
 
-    def run(self, rw: Rewriter, ctx: Context) -> None:
-        def fuse(norm: dict[str, object], quantizer: Quantizer) -> None:
-            quantizer.become(
-                rw,
-                torch.ops.mxfx.norm_quantize.default,
-                norm["x"],
-                norm["weight"],
-                quantizer.matrix,
-                quantizer.format,
-                norm["eps"],
-                norm["offset"],
-                norm["gain_first"],
-                quantizer.hadamard,
-            )
-
-        fuse_sole_quantizers(rw, "rms_norm", self.select, fuse)
+    def fuse(self, rw: Rewriter, node: fx.Node, quantizer: Quantizer) -> None:
+        norm = spec(node)
+        rest = [norm.get(name) for name in ("eps", "offset", "gain_first")]
+        quantizer.become(
+            rw,
+            torch.ops.mxfx.norm_quantize.default,
+            norm.get("input"),
+            norm.get("weight"),
+            quantizer.matrix,
+            quantizer.format,
+            *rest,
+            quantizer.hadamard,
+        )

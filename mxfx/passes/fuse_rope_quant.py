@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import fx
 
-from mxfx.rewrite import ALL, Context, Local, Numerics, Pass, Rewriter, Selector, register
-from mxfx.rewrite.quantizer import Quantizer, fuse_sole_quantizers
+from mxfx.ops.catalogue import spec
+from mxfx.rewrite import ALL, Rewriter, Selector, register
+from mxfx.rewrite.quantizer import Quantizer, QuantizerFusion
 
 
 @register
 @dataclass(frozen=True)
-class FuseRopeQuant(Pass):
+class FuseRopeQuant(QuantizerFusion):
     """Let one kernel rotate a key by its position, transform its blocks where a transform follows, and round it.
 
     Before::
@@ -29,15 +31,10 @@ class FuseRopeQuant(Pass):
     """
 
     name: ClassVar[str] = "fuse-rope-quant"
-    requires: ClassVar[frozenset[str]] = frozenset({"raised"})
-    provides: ClassVar[frozenset[str]] = frozenset({"quantizers-fused"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"lowered"})
-    numerics: ClassVar[Numerics] = Local(1e-2)
+    kinds: ClassVar[tuple[str, ...]] = ("rope",)
     select: Selector = ALL
 
-    def run(self, rw: Rewriter, ctx: Context) -> None:
-        def fuse(rope: dict[str, object], quantizer: Quantizer) -> None:
-            rest = (quantizer.matrix, quantizer.format, quantizer.hadamard)
-            quantizer.become(rw, torch.ops.mxfx.rope_quantize.default, rope["x"], rope["cos"], rope["sin"], *rest)
-
-        fuse_sole_quantizers(rw, "rope", self.select, fuse)
+    def fuse(self, rw: Rewriter, node: fx.Node, quantizer: Quantizer) -> None:
+        rotated = [spec(node).get(name) for name in ("input", "cos", "sin")]
+        rest = (quantizer.matrix, quantizer.format, quantizer.hadamard)
+        quantizer.become(rw, torch.ops.mxfx.rope_quantize.default, *rotated, *rest)

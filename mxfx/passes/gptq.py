@@ -33,6 +33,7 @@ from mxfx.passes.insert_fake_quant import InsertFakeQuant
 from mxfx.passes.quantize_kv_cache import QuantizeKvCache
 from mxfx.rewrite import ALL, Context, ExpectationError, Lossy, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.context import StrictError
+from mxfx.rewrite.facts import ANNOTATED, LOWERED, QUANTIZERS_FUSED, ROUNDED_TO_NEAREST, WEIGHTS_ROUNDED, Fact
 from mxfx.rewrite.operands import is_rounded, mark_rounded, readers_of
 
 #: λ of the asymmetric target, relative to the mean diagonal of the Hessian.
@@ -73,9 +74,9 @@ class Gptq(Pass):
     """
 
     name: ClassVar[str] = "gptq"
-    requires: ClassVar[frozenset[str]] = frozenset({"annotated"})
-    provides: ClassVar[frozenset[str]] = frozenset({"weights-rounded"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"lowered", "rounded-to-nearest", "quantizers-fused"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({ANNOTATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({LOWERED, ROUNDED_TO_NEAREST, QUANTIZERS_FUSED})
     numerics: ClassVar[Numerics] = Lossy()
     select: Selector = ALL
     damp: float = 0.01
@@ -125,10 +126,13 @@ class Gptq(Pass):
                 if rw.record.limited:
                     break
 
+    def selects(self, node: fx.Node) -> bool:
+        return spec(node).product is not None and self.select(path_of(node))
+
     def _targets(self, rw: Rewriter) -> list[fx.Node]:
         found = []
-        for node in rw.program.nodes():
-            if spec(node).product is None or not self.select(path_of(node)) or "weight" not in info(node).formats:
+        for node in rw.program.products():
+            if not self.select(path_of(node)) or "weight" not in info(node).formats:
                 continue
             reason = _unfit(rw.program, node) or self._beyond(node)
             if reason:
@@ -325,11 +329,8 @@ def _formats(program: Program, select: Selector) -> dict[str, str]:
     """Weight formats of the linears that GPTQ takes when nothing stops it."""
     return {
         node.name: str(info(node).formats["weight"].format)
-        for node in program.nodes()
-        if spec(node).product is not None
-        and select(path_of(node))
-        and "weight" in info(node).formats
-        and _unfit(program, node) is None
+        for node in program.products()
+        if select(path_of(node)) and "weight" in info(node).formats and _unfit(program, node) is None
     }
 
 

@@ -11,7 +11,8 @@ from torch import fx
 from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
 from mxfx.ops.catalogue import spec
-from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, fact, register
+from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, register
+from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, ANNOTATED, QUANTIZERS_FUSED, Fact, Selected
 from mxfx.rewrite.operands import is_quantized, quantize_operand, quantized
 
 _fake_quantize = torch.ops.mxfx.fake_quantize.default
@@ -37,9 +38,9 @@ class InsertFakeQuant(Pass):
     """
 
     name: ClassVar[str] = "insert-fake-quant"
-    requires: ClassVar[frozenset[str]] = frozenset({"annotated"})
-    provides: ClassVar[frozenset[str]] = frozenset({"activations-quantized"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"quantizers-fused"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({ANNOTATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({ACTIVATIONS_QUANTIZED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({QUANTIZERS_FUSED})
     numerics: ClassVar[Numerics] = Lossy()
     select: Selector = ALL
 
@@ -65,10 +66,15 @@ def _quantize_output(rw: Rewriter, node: fx.Node) -> None:
             rw.touch(user)
 
 
-@fact("activations-quantized", "annotated activations are rounded")
-def activations_quantized(program: Program) -> str | None:
-    if not any(n.target is _fake_quantize for n in program.graph.nodes) and any(
-        "input" in info(n).formats or "output" in info(n).formats for n in program.graph.nodes
-    ):
-        return "activations carry formats and none is quantized"
+@ACTIVATIONS_QUANTIZED.means
+def activations_quantized(program: Program, selected: Selected) -> str | None:
+    for node in filter(selected, program.graph.nodes):
+        formats = {operand: annotation.format for operand, annotation in info(node).formats.items()}
+        for operand, fmt in formats.items():
+            if operand == "input" and spec(node).has("input"):
+                readings = [spec(node).get("input")]
+            else:
+                readings = list(node.users) if operand == "output" else []
+            if not all(is_quantized(reading, fmt) for reading in readings):
+                return f"the {operand} of {node.name} ({path_of(node)}) is to be {fmt} and is not quantized"
     return None

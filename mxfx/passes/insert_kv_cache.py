@@ -15,6 +15,7 @@ from mxfx.graph.program import NOMINAL_MODEL
 from mxfx.graph.tokenwise import mixes_tokens
 from mxfx.ops.catalogue import spec
 from mxfx.rewrite import Context, Exact, Numerics, Pass, Rewriter, register
+from mxfx.rewrite.facts import LOWERED, RAISED, Fact
 
 
 @register
@@ -39,8 +40,8 @@ class InsertKvCache(Pass):
     """
 
     name: ClassVar[str] = "insert-kv-cache"
-    requires: ClassVar[frozenset[str]] = frozenset({"raised"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"lowered"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({RAISED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({LOWERED})
     numerics: ClassVar[Numerics] = Exact()
 
     def run(self, rw: Rewriter, ctx: Context) -> None:

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 
 from mxfx.rewrite import Context, Local, Numerics, Pass, Rewriter, register
+from mxfx.rewrite.facts import LOWERED, RAISED, Fact
 from mxfx.rewrite.lowering import lower_calls
 
 
@@ -36,9 +37,9 @@ class Lower(Pass):
     """
 
     name: ClassVar[str] = "lower"
-    requires: ClassVar[frozenset[str]] = frozenset({"raised"})
-    provides: ClassVar[frozenset[str]] = frozenset({"lowered"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"lowered"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({RAISED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({LOWERED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({LOWERED})
     numerics: ClassVar[Numerics] = Local(1e-2)
     required: ClassVar[bool] = True
     device: Literal["cpu", "cuda"] | None = None

@@ -17,6 +17,7 @@ from mxfx.ops.catalogue import arguments_of
 from mxfx.ops.kernels import packed
 from mxfx.ops.kernels.limits import takes_e4m3_rows, takes_packed
 from mxfx.rewrite import ALL, Context, Local, Numerics, Pass, Rewriter, Selector, register
+from mxfx.rewrite.facts import LOWERED, Fact
 
 #: What a row-wise FP8 GEMM asks of the sizes of its operands.
 ALIGNED = 16
@@ -48,7 +49,7 @@ class MultiplyInFp8(Pass):
     """
 
     name: ClassVar[str] = "multiply-in-fp8"
-    requires: ClassVar[frozenset[str]] = frozenset({"lowered"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({LOWERED})
     numerics: ClassVar[Numerics] = Local(1e-2)
     select: Selector = ALL
 

@@ -13,7 +13,8 @@ from mxfx.algorithms.hadamard import hadamard_matrix, has_hadamard
 from mxfx.graph.node import Annotation, info, kind, path_of
 from mxfx.graph.program import Program
 from mxfx.ops.catalogue import spec
-from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, fact, register
+from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
+from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, ANNOTATED, KV_QUANTIZED, LOWERED, ROTATED_ONLINE, Fact, Selected
 
 _hadamard = torch.ops.mxfx.hadamard.default
 
@@ -40,9 +41,9 @@ class OnlineRotation(Pass):
     """
 
     name: ClassVar[str] = "online-rotation"
-    requires: ClassVar[frozenset[str]] = frozenset({"annotated"})
-    provides: ClassVar[frozenset[str]] = frozenset({"rotated-online"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"activations-quantized", "kv-quantized", "lowered"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({ANNOTATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({ROTATED_ONLINE})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({ACTIVATIONS_QUANTIZED, KV_QUANTIZED, LOWERED})
     numerics: ClassVar[Numerics] = Close(1e-9)
     sites: tuple[Literal["linear", "kv_cache"], ...] = ("linear",)
     block: int = 0
@@ -110,8 +111,8 @@ def _rotated_back(rw: Rewriter, source: fx.Node, order: int, annotation: Annotat
     return rw.call(torch.ops.mxfx.block_transform.default, forward, inverse, like=reader, after=forward)
 
 
-@fact("rotated-online", "rotated tensors carry the formats that their readers gave up")
-def rotated_online(program: Program) -> str | None:
+@ROTATED_ONLINE.means
+def rotated_online(program: Program, selected: Selected) -> str | None:
     for node in program.graph.nodes:
         for operand in rotated_operands(node):
             source = spec(node).node_of(operand)

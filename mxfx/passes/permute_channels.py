@@ -13,6 +13,7 @@ from mxfx.graph.node import path_of
 from mxfx.graph.regions import GatedRegion, Refusal, gated_regions
 from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.basis import bias_of, change_input, why_shared
+from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, LOWERED, QUANTIZERS_FUSED, RAISED, WEIGHTS_ROUNDED, Fact
 
 
 @register
@@ -33,10 +34,8 @@ class PermuteChannels(Pass):
     """
 
     name: ClassVar[str] = "permute-channels"
-    requires: ClassVar[frozenset[str]] = frozenset({"raised"})
-    forbids: ClassVar[frozenset[str]] = frozenset(
-        {"weights-rounded", "activations-quantized", "lowered", "quantizers-fused"}
-    )
+    requires: ClassVar[frozenset[Fact]] = frozenset({RAISED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, LOWERED, QUANTIZERS_FUSED})
     numerics: ClassVar[Numerics] = Close(1e-9)
     block: int = 32
     select: Selector = ALL

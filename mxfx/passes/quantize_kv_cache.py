@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import fx
-
-from mxfx.graph.node import info, kind, path_of
+from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
 from mxfx.ops.catalogue import spec
-from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, fact, register
+from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, register
+from mxfx.rewrite.facts import ANNOTATED, KV_QUANTIZED, QUANTIZERS_FUSED, Fact, Selected
 from mxfx.rewrite.operands import is_quantized, quantize_operand
 
 _CACHED = ("k", "v")
@@ -35,9 +34,9 @@ class QuantizeKvCache(Pass):
     """
 
     name: ClassVar[str] = "quantize-kv-cache"
-    requires: ClassVar[frozenset[str]] = frozenset({"annotated"})
-    provides: ClassVar[frozenset[str]] = frozenset({"kv-quantized"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"quantizers-fused"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({ANNOTATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({KV_QUANTIZED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({QUANTIZERS_FUSED})
     numerics: ClassVar[Numerics] = Lossy()
     select: Selector = ALL
 
@@ -52,14 +51,11 @@ class QuantizeKvCache(Pass):
                     rw.skip(node, f"{operand} carries no format")
 
 
-@fact("kv-quantized", "annotated keys and values are rounded")
-def kv_quantized(program: Program) -> str | None:
-    selected = [n for n in program.graph.nodes if kind(n) == "attention" and _quantized_here(n)]
-    if selected or not any(kind(n) == "attention" and {"k", "v"} & set(info(n).formats) for n in program.graph.nodes):
-        return None
-    return "keys and values carry formats and none is quantized"
-
-
-def _quantized_here(node: fx.Node) -> bool:
-    formats = info(node).formats
-    return any(o in formats and is_quantized(spec(node).get(o), formats[o].format) for o in _CACHED)
+@KV_QUANTIZED.means
+def kv_quantized(program: Program, selected: Selected) -> str | None:
+    for node in filter(selected, program.nodes("attention")):
+        for operand in _CACHED:
+            annotation = info(node).formats.get(operand)
+            if annotation is not None and not is_quantized(spec(node).get(operand), annotation.format):
+                return f"{operand} of {path_of(node) or node.name} is to be {annotation.format} and is not quantized"
+    return None

@@ -10,7 +10,8 @@ from torch import fx
 
 from mxfx.graph.node import kind, operands
 from mxfx.graph.program import Program
-from mxfx.rewrite import Context, Exact, Numerics, Pass, Rewriter, fact, register
+from mxfx.rewrite import Context, Exact, Numerics, Pass, Rewriter, register
+from mxfx.rewrite.facts import ATTENTION_RAISED, NORMS_RAISED, RAISED, ROPES_RAISED, Fact, Selected
 
 aten = torch.ops.aten
 _sdpa = aten.scaled_dot_product_attention.default
@@ -35,8 +36,8 @@ class RaiseAttention(Pass):
     """
 
     name: ClassVar[str] = "raise-attention"
-    provides: ClassVar[frozenset[str]] = frozenset({"attention-raised", "raised"})
-    requires: ClassVar[frozenset[str]] = frozenset({"norms-raised", "ropes-raised"})
+    provides: ClassVar[frozenset[Fact]] = frozenset({ATTENTION_RAISED, RAISED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({NORMS_RAISED, ROPES_RAISED})
     numerics: ClassVar[Numerics] = Exact()
     required: ClassVar[bool] = True
 
@@ -72,8 +73,8 @@ def _unrepeated(node: fx.Node) -> fx.Node:
     return source
 
 
-@fact("attention-raised", "every attention is one node")
-def attention_raised(program: Program) -> str | None:
+@ATTENTION_RAISED.means
+def attention_raised(program: Program, selected: Selected) -> str | None:
     for node in program.graph.nodes:
         if node.target is _sdpa and _refused(node) is None:
             return f"{node.name} still is a scaled_dot_product_attention"
@@ -91,9 +92,7 @@ def _refused(node: fx.Node) -> str | None:
     return None
 
 
-@fact("raised", "norms, rotary embeddings and attention are single nodes")
-def raised(program: Program) -> str | None:
-    from mxfx.rewrite import find_fact
-
-    checks = ("norms-raised", "ropes-raised", "attention-raised")
-    return next((r for c in checks if (r := find_fact(c).check(program)) is not None), None)
+@RAISED.means
+def raised(program: Program, selected: Selected) -> str | None:
+    parts = (NORMS_RAISED, ROPES_RAISED, ATTENTION_RAISED)
+    return next((reason for fact in parts if (reason := fact.check(program, selected)) is not None), None)

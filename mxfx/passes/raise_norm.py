@@ -10,7 +10,8 @@ from torch import fx
 
 from mxfx.graph.node import op_name
 from mxfx.graph.program import Program
-from mxfx.rewrite import Context, Exact, Numerics, Pass, Rewriter, fact, register
+from mxfx.rewrite import Context, Exact, Numerics, Pass, Rewriter, register
+from mxfx.rewrite.facts import NORMS_RAISED, Fact, Selected
 from mxfx.rewrite.pattern import Failed, Found, Op, Var, is_node, is_number, is_weight, match
 
 aten = torch.ops.aten
@@ -54,7 +55,7 @@ class RaiseNorm(Pass):
     """
 
     name: ClassVar[str] = "raise-norm"
-    provides: ClassVar[frozenset[str]] = frozenset({"norms-raised"})
+    provides: ClassVar[frozenset[Fact]] = frozenset({NORMS_RAISED})
     numerics: ClassVar[Numerics] = Exact()
     required: ClassVar[bool] = True
 
@@ -115,8 +116,8 @@ def _rewrite(rw: Rewriter, end: fx.Node, found: Found, gain_first: bool) -> None
     rw.replace(end, new)
 
 
-@fact("norms-raised", "every RMSNorm is one node")
-def norms_raised(program: Program) -> str | None:
+@NORMS_RAISED.means
+def norms_raised(program: Program, selected: Selected) -> str | None:
     """No reciprocal root is left that the pattern of an RMSNorm covers."""
     for node in program.graph.nodes:
         if _is_rsqrt(node) and not isinstance(_best(node), Failed):

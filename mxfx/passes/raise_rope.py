@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from mxfx.graph.program import Program
-from mxfx.rewrite import Context, Exact, Numerics, Pass, Rewriter, fact, register
+from mxfx.rewrite import Context, Exact, Numerics, Pass, Rewriter, register
+from mxfx.rewrite.facts import ROPES_RAISED, Fact, Selected
 from mxfx.rewrite.pattern import Failed, Found, Op, Var, is_node, is_number, match
 
 aten = torch.ops.aten
@@ -39,7 +40,7 @@ class RaiseRope(Pass):
     """
 
     name: ClassVar[str] = "raise-rope"
-    provides: ClassVar[frozenset[str]] = frozenset({"ropes-raised"})
+    provides: ClassVar[frozenset[Fact]] = frozenset({ROPES_RAISED})
     numerics: ClassVar[Numerics] = Exact()
     required: ClassVar[bool] = True
 
@@ -84,8 +85,8 @@ def _rewrite(rw: Rewriter, root: fx.Node, found: Found) -> None:
     rw.replace(root, new)
 
 
-@fact("ropes-raised", "every rotary embedding is one node")
-def ropes_raised(program: Program) -> str | None:
+@ROPES_RAISED.means
+def ropes_raised(program: Program, selected: Selected) -> str | None:
     """No sum is left that the pattern of a rotary embedding covers."""
     for node in program.graph.nodes:
         if _is_candidate(node) and isinstance(_match_rope(node), Found):

@@ -11,7 +11,8 @@ from torch import fx
 from mxfx.algorithms.hadamard import has_hadamard
 from mxfx.graph.node import op_name, operands, path_of
 from mxfx.graph.program import Program
-from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, fact, register
+from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
+from mxfx.rewrite.facts import KV_QUANTIZED, LOWERED, QK_ROTATED, QUANTIZERS_FUSED, RAISED, Fact, Selected
 
 _hadamard = torch.ops.mxfx.hadamard.default
 
@@ -35,9 +36,9 @@ class RotateQk(Pass):
     """
 
     name: ClassVar[str] = "rotate-qk"
-    requires: ClassVar[frozenset[str]] = frozenset({"raised"})
-    provides: ClassVar[frozenset[str]] = frozenset({"qk-rotated"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"kv-quantized", "lowered", "quantizers-fused"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({RAISED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({QK_ROTATED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({KV_QUANTIZED, LOWERED, QUANTIZERS_FUSED})
     numerics: ClassVar[Numerics] = Close(1e-9)
     block: int = 0
     select: Selector = ALL
@@ -60,8 +61,8 @@ def _rotate(rw: Rewriter, attention: fx.Node, position: int, block: int) -> None
     rw.set_operand(attention, position, rw.call(_hadamard, source, block, like=attention))
 
 
-@fact("qk-rotated", "queries and keys of every attention are rotated alike")
-def qk_rotated(program: Program) -> str | None:
+@QK_ROTATED.means
+def qk_rotated(program: Program, selected: Selected) -> str | None:
     for attention in program.nodes("attention"):
         q, k = (operands(attention)[name] for name in ("q", "k"))
         if _rotation(q) != _rotation(k):

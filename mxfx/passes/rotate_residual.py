@@ -14,8 +14,18 @@ from mxfx.algorithms.hadamard import hadamard_matrix, random_signs
 from mxfx.graph.node import info
 from mxfx.graph.program import Program
 from mxfx.graph.regions import AxisRegion, residual_regions
-from mxfx.rewrite import Close, Context, Numerics, Pass, Rewriter, fact, register
+from mxfx.rewrite import Close, Context, Numerics, Pass, Rewriter, register
 from mxfx.rewrite.basis import change_input, change_output, why_shared
+from mxfx.rewrite.facts import (
+    ACTIVATIONS_QUANTIZED,
+    KV_QUANTIZED,
+    NORMS_FUSED,
+    RAISED,
+    RESIDUAL_ROTATED,
+    WEIGHTS_ROUNDED,
+    Fact,
+    Selected,
+)
 
 _NOTE = "residual-basis"
 
@@ -39,9 +49,9 @@ class RotateResidual(Pass):
     """
 
     name: ClassVar[str] = "rotate-residual"
-    requires: ClassVar[frozenset[str]] = frozenset({"raised", "norms-fused"})
-    provides: ClassVar[frozenset[str]] = frozenset({"residual-rotated"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"weights-rounded", "activations-quantized", "kv-quantized"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({RAISED, NORMS_FUSED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({RESIDUAL_ROTATED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, KV_QUANTIZED})
     numerics: ClassVar[Numerics] = Close(1e-9)
     kind: Literal["hadamard", "block-hadamard"] = "block-hadamard"
     block: int = 32
@@ -100,8 +110,8 @@ def _shared(rw: Rewriter, region: AxisRegion) -> str | None:
     return next((r for r in reasons if r is not None), None)
 
 
-@fact("residual-rotated", "everything that touches a rotated residual axis is in the same basis")
-def residual_rotated(program: Program) -> str | None:
+@RESIDUAL_ROTATED.means
+def residual_rotated(program: Program, selected: Selected) -> str | None:
     for region in residual_regions(program):
         bases = {str(info(n).notes.get(_NOTE)): n for n in (*region.embeddings, *region.readers, *region.writers)}
         if len(bases) > 1:

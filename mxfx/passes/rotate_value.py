@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,13 +10,20 @@ import torch
 from torch import Tensor
 
 from mxfx.algorithms.hadamard import hadamard_matrix, random_signs
-from mxfx.graph.node import info, path_of
+from mxfx.graph.node import path_of
 from mxfx.graph.program import Program
 from mxfx.graph.regions import Refusal, ValueRegion, value_region
-from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, fact, register
+from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.basis import change_columns, change_rows, why_shared
-
-_NOTE = "value-basis"
+from mxfx.rewrite.facts import (
+    ACTIVATIONS_QUANTIZED,
+    KV_QUANTIZED,
+    RAISED,
+    VALUES_ROTATED,
+    WEIGHTS_ROUNDED,
+    Fact,
+    Selected,
+)
 
 
 @register
@@ -36,9 +44,9 @@ class RotateValue(Pass):
     """
 
     name: ClassVar[str] = "rotate-value"
-    requires: ClassVar[frozenset[str]] = frozenset({"raised"})
-    provides: ClassVar[frozenset[str]] = frozenset({"values-rotated"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"weights-rounded", "activations-quantized", "kv-quantized"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({RAISED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({VALUES_ROTATED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, KV_QUANTIZED})
     numerics: ClassVar[Numerics] = Close(1e-9)
     block: int = 0
     signs: bool = True
@@ -57,8 +65,6 @@ class RotateValue(Pass):
             assert isinstance(region, ValueRegion)
             if rw.match(attention, note=f"{path_of(region.value)} and {path_of(region.output)}"):
                 rotate_values(rw, region, self._rotation(region, generator))
-                for node in (region.value, region.output):
-                    rw.set_info(node, info(node).with_note(_NOTE, path_of(attention)))
 
     def _rotation(self, region: ValueRegion, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """R and its inverse, float64 ``(kv_heads, blocks, block, block)``."""
@@ -84,13 +90,23 @@ def _shared(rw: Rewriter, region: ValueRegion) -> str | None:
     return why_shared(rw, region.value) or why_shared(rw, region.output)
 
 
-@fact("values-rotated", "linears around attention agree on the basis of the values")
-def values_rotated(program: Program) -> str | None:
-    for attention in program.nodes("attention"):
+@VALUES_ROTATED.means
+def values_rotated(program: Program, selected: Selected) -> str | None:
+    return turned_alone(program, selected, RotateValue.name)
+
+
+def turned_alone(program: Program, selected: Selected, pass_name: str) -> str | None:
+    """Where a pass, by the ledger, changed the linear that writes values and not the one that reads them, or so."""
+    for attention in filter(selected, program.nodes("attention")):
         region = value_region(attention)
         if isinstance(region, Refusal):
             continue
-        bases = [info(n).notes.get(_NOTE) for n in (region.value, region.output)]
-        if bases[0] != bases[1]:
-            return f"{path_of(region.value)} and {path_of(region.output)} are in different bases"
+        counts = Counter(change.weight for change in program.weights.ledger if change.pass_name == pass_name)
+        homes = (program.weights.canonical(program.weight_of(node)) for node in (region.value, region.output))
+        changes = [counts[home] for home in homes]
+        if changes[0] != changes[1]:
+            return (
+                f"{pass_name} changed {path_of(region.value)} {changes[0]} times, "
+                f"{path_of(region.output)} {changes[1]} times: they are in different bases"
+            )
     return None

@@ -20,6 +20,7 @@ from mxfx.ops.catalogue import spec
 from mxfx.ops.quantize import fake_quantize
 from mxfx.passes.online_rotation import rotate_operands, rotated_operands
 from mxfx.rewrite import Close, Context, Numerics, Pass, Rewriter, register
+from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, ANNOTATED, KV_QUANTIZED, LOWERED, ROTATED_ONLINE, Fact
 from mxfx.rewrite.lowering import lowered_copy
 
 _KV = "kv_cache"
@@ -47,9 +48,9 @@ class RotationSearch(Pass):
     """
 
     name: ClassVar[str] = "rotation-search"
-    requires: ClassVar[frozenset[str]] = frozenset({"annotated"})
-    provides: ClassVar[frozenset[str]] = frozenset({"rotated-online"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"activations-quantized", "kv-quantized", "lowered"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({ANNOTATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({ROTATED_ONLINE})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({ACTIVATIONS_QUANTIZED, KV_QUANTIZED, LOWERED})
     numerics: ClassVar[Numerics] = Close(1e-9)
     sites: tuple[str, ...] = _ALL_SITES
     improvement_eps: float = 0.0

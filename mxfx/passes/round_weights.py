@@ -10,8 +10,9 @@ from torch import fx
 from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
 from mxfx.ops.catalogue import spec, weights_of
-from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, fact, register
-from mxfx.rewrite.operands import is_rounded, mark_rounded, readers_of, weight_format
+from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, register
+from mxfx.rewrite.facts import ANNOTATED, ROUNDED_TO_NEAREST, WEIGHTS_ROUNDED, Fact, Selected
+from mxfx.rewrite.operands import is_rounded, mark_rounded, not_rounded, readers_of, weight_format
 
 
 @register
@@ -32,10 +33,14 @@ class RoundWeights(Pass):
     """
 
     name: ClassVar[str] = "round-weights"
-    requires: ClassVar[frozenset[str]] = frozenset({"annotated"})
-    provides: ClassVar[frozenset[str]] = frozenset({"weights-rounded", "rounded-to-nearest"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({ANNOTATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ROUNDED_TO_NEAREST})
     numerics: ClassVar[Numerics] = Lossy()
     select: Selector = ALL
+
+    def provided(self) -> frozenset[Fact]:
+        """A part of the weights leaves something to calibrate."""
+        return self.provides if self.select == ALL else self.provides - {ROUNDED_TO_NEAREST}
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         for node in rw.program.nodes():
@@ -70,14 +75,6 @@ class RoundWeights(Pass):
                 mark_rounded(rw, reader, operand)
 
 
-@fact("rounded-to-nearest", "every annotated weight is rounded: there is nothing left to calibrate")
-def rounded_to_nearest(program: Program) -> str | None:
-    return weights_rounded(program)
-
-
-@fact("weights-rounded", "annotated weights lie on their grids")
-def weights_rounded(program: Program) -> str | None:
-    annotated = [(n, operand) for n in program.graph.nodes for operand in weights_of(n) if operand in info(n).formats]
-    if annotated and not any(is_rounded(node, operand) for node, operand in annotated):
-        return "weights carry formats and none is rounded"
-    return None
+@ROUNDED_TO_NEAREST.means
+def rounded_to_nearest(program: Program, selected: Selected) -> str | None:
+    return not_rounded(program, selected, lambda operand: True)

@@ -23,6 +23,7 @@ from mxfx.graph.regions import (
 from mxfx.passes.permute_channels import why_fixed
 from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.basis import bias_of, change_input, why_shared
+from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, KV_QUANTIZED, LOWERED, RAISED, WEIGHTS_ROUNDED, Fact
 
 Region = GatedRegion | ValueRegion | RotaryRegion | fx.Node
 
@@ -47,10 +48,8 @@ class ScaleChannels(Pass):
     """
 
     name: ClassVar[str] = "scale-channels"
-    requires: ClassVar[frozenset[str]] = frozenset({"raised"})
-    forbids: ClassVar[frozenset[str]] = frozenset(
-        {"weights-rounded", "activations-quantized", "kv-quantized", "lowered"}
-    )
+    requires: ClassVar[frozenset[Fact]] = frozenset({RAISED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, KV_QUANTIZED, LOWERED})
     numerics: ClassVar[Numerics] = Close(1e-9)
     sites: tuple[Literal["up", "value", "key", "norm"], ...] = ("up", "value", "key")
     alpha: float = 0.5

@@ -14,8 +14,18 @@ from mxfx.calibration.moments import block_moments
 from mxfx.graph.node import info, kind, layer_of, op_name, path_of
 from mxfx.graph.program import Program
 from mxfx.graph.regions import siblings
-from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, fact, register
+from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.basis import change_input, free_name, why_shared
+from mxfx.rewrite.facts import (
+    ACTIVATIONS_QUANTIZED,
+    INPUTS_TRANSFORMED,
+    LOWERED,
+    QUANTIZERS_FUSED,
+    RAISED,
+    WEIGHTS_ROUNDED,
+    Fact,
+    Selected,
+)
 
 _NOTE = "input-basis"
 
@@ -60,11 +70,9 @@ class TransformInputs(Pass):
     """
 
     name: ClassVar[str] = "transform-inputs"
-    requires: ClassVar[frozenset[str]] = frozenset({"raised"})
-    provides: ClassVar[frozenset[str]] = frozenset({"inputs-transformed"})
-    forbids: ClassVar[frozenset[str]] = frozenset(
-        {"weights-rounded", "activations-quantized", "lowered", "quantizers-fused"}
-    )
+    requires: ClassVar[frozenset[Fact]] = frozenset({RAISED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({INPUTS_TRANSFORMED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, LOWERED, QUANTIZERS_FUSED})
     numerics: ClassVar[Numerics] = Close(1e-9)
     kind: Literal["hadamard", "wush"] = "hadamard"
     block: int = 32
@@ -183,8 +191,8 @@ def _account(kind: str, site: Site, transform: BlockTransform) -> dict[str, obje
     }
 
 
-@fact("inputs-transformed", "linears with a transformed input read their transform")
-def inputs_transformed(program: Program) -> str | None:
+@INPUTS_TRANSFORMED.means
+def inputs_transformed(program: Program, selected: Selected) -> str | None:
     for linear in program.nodes("linear"):
         basis = info(linear).notes.get(_NOTE)
         if basis is not None and not _reaches(linear.args[0], str(basis)):

@@ -11,14 +11,22 @@ from torch import Tensor, fx
 from mxfx.algorithms.block_transform import BlockTransform, wush
 from mxfx.algorithms.hadamard import hadamard_matrix, has_hadamard
 from mxfx.calibration.moments import block_moments
-from mxfx.graph.node import info, operands, path_of
+from mxfx.graph.node import info, kind, operands, path_of
 from mxfx.graph.program import Program
 from mxfx.graph.regions import Refusal, ValueRegion, value_region
-from mxfx.passes.rotate_value import rotate_values
-from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, fact, register
+from mxfx.passes.rotate_value import rotate_values, turned_alone
+from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.basis import free_name, why_shared
-
-_NOTE = "kv-basis"
+from mxfx.rewrite.facts import (
+    ACTIVATIONS_QUANTIZED,
+    KV_QUANTIZED,
+    KV_TRANSFORMED,
+    LOWERED,
+    RAISED,
+    WEIGHTS_ROUNDED,
+    Fact,
+    Selected,
+)
 
 
 @register
@@ -42,11 +50,9 @@ class TransformKv(Pass):
     """
 
     name: ClassVar[str] = "transform-kv"
-    requires: ClassVar[frozenset[str]] = frozenset({"raised"})
-    provides: ClassVar[frozenset[str]] = frozenset({"kv-transformed"})
-    forbids: ClassVar[frozenset[str]] = frozenset(
-        {"weights-rounded", "activations-quantized", "kv-quantized", "lowered"}
-    )
+    requires: ClassVar[frozenset[Fact]] = frozenset({RAISED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({KV_TRANSFORMED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, KV_QUANTIZED, LOWERED})
     numerics: ClassVar[Numerics] = Close(1e-9)
     kind: Literal["hadamard", "wush"] = "hadamard"
     block: int = 32
@@ -131,8 +137,6 @@ class TransformKv(Pass):
             found = self._solve(rw, attention, "values", moments[_operand(attention, "v")], against)
             basis = (found.matrix.reshape(shape), found.inverse.reshape(shape))
         rotate_values(rw, region, basis)
-        for node in (region.value, region.output):
-            rw.set_info(node, info(node).with_note(_NOTE, path_of(attention)))
 
     def _solve(self, rw: Rewriter, attention: fx.Node, what: str, first: Tensor, second: Tensor) -> BlockTransform:
         found = wush(first.flatten(0, 1), second.flatten(0, 1), self.damping, self.max_condition)
@@ -161,13 +165,14 @@ def _output_moments(program: Program, region: ValueRegion, block: int) -> Tensor
     return moment.unflatten(0, (-1, region.group)).mean(1).cpu()
 
 
-@fact("kv-transformed", "linears around attention agree on the basis of the values")
-def kv_transformed(program: Program) -> str | None:
-    for attention in program.nodes("attention"):
-        region = value_region(attention)
-        if isinstance(region, Refusal):
-            continue
-        bases = [info(n).notes.get(_NOTE) for n in (region.value, region.output)]
-        if bases[0] != bases[1]:
-            return f"{path_of(region.value)} and {path_of(region.output)} are in different bases"
-    return None
+@KV_TRANSFORMED.means
+def kv_transformed(program: Program, selected: Selected) -> str | None:
+    for attention in filter(selected, program.nodes("attention")):
+        q, k = (_is_ours(_operand(attention, name)) for name in ("q", "k"))
+        if q != k:
+            return f"the {'queries' if q else 'keys'} of {path_of(attention)} are transformed alone"
+    return turned_alone(program, selected, TransformKv.name)
+
+
+def _is_ours(node: fx.Node) -> bool:
+    return kind(node) in ("hadamard", "block_transform") and TransformKv.name in info(node).passes

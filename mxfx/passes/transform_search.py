@@ -26,6 +26,16 @@ from mxfx.passes.quantize_kv_cache import QuantizeKvCache
 from mxfx.passes.round_weights import RoundWeights
 from mxfx.passes.transform_inputs import Site, insert, orthogonal, sites, weight_moments
 from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
+from mxfx.rewrite.facts import (
+    ACTIVATIONS_QUANTIZED,
+    ANNOTATED,
+    INPUTS_TRANSFORMED,
+    LOWERED,
+    QUANTIZERS_FUSED,
+    RAISED,
+    WEIGHTS_ROUNDED,
+    Fact,
+)
 from mxfx.rewrite.lowering import lowered_copy
 
 _NONE = "none"
@@ -58,11 +68,9 @@ class TransformSearch(Pass):
     """
 
     name: ClassVar[str] = "transform-search"
-    requires: ClassVar[frozenset[str]] = frozenset({"raised", "annotated"})
-    provides: ClassVar[frozenset[str]] = frozenset({"inputs-transformed"})
-    forbids: ClassVar[frozenset[str]] = frozenset(
-        {"weights-rounded", "activations-quantized", "lowered", "quantizers-fused"}
-    )
+    requires: ClassVar[frozenset[Fact]] = frozenset({RAISED, ANNOTATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({INPUTS_TRANSFORMED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, LOWERED, QUANTIZERS_FUSED})
     numerics: ClassVar[Numerics] = Close(1e-9)
     candidates: tuple[str, ...] = (
         _NONE, "hadamard-32", "hadamard-64", "hadamard-128", "hadamard-full", "wush-32", "wush-64", "scaled-32",

@@ -2,9 +2,9 @@
 
 from mxfx.rewrite.apply import Applied, apply, check_facts_before, facts_after
 from mxfx.rewrite.context import Context, MissingCalibration
-from mxfx.rewrite.facts import FactError, all_facts, fact, find_fact
+from mxfx.rewrite.facts import Fact, FactError, all_facts, find_fact
 from mxfx.rewrite.numerics import Close, Exact, Local, Lossy, Numerics
-from mxfx.rewrite.pass_ import Pass, UnknownPass, all_passes, find_pass, load_plugins, register
+from mxfx.rewrite.pass_ import NodePass, Pass, UnknownPass, all_passes, find_pass, load_plugins, register
 from mxfx.rewrite.record import ExpectationError, Match, PassRecord, Skip
 from mxfx.rewrite.rewriter import Rewriter
 from mxfx.rewrite.selector import ALL, Selector
@@ -16,11 +16,13 @@ __all__ = [
     "Context",
     "Exact",
     "ExpectationError",
+    "Fact",
     "FactError",
     "Local",
     "Lossy",
     "Match",
     "MissingCalibration",
+    "NodePass",
     "Numerics",
     "Pass",
     "PassRecord",
@@ -32,7 +34,6 @@ __all__ = [
     "all_passes",
     "apply",
     "check_facts_before",
-    "fact",
     "facts_after",
     "find_fact",
     "find_pass",

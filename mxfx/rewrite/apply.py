@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mxfx.graph.program import Program
 from mxfx.rewrite.context import Context
-from mxfx.rewrite.facts import FactError, find_fact
+from mxfx.rewrite.facts import FactError
 from mxfx.rewrite.pass_ import Pass
 from mxfx.rewrite.record import PassRecord
 from mxfx.rewrite.rewriter import Rewriter, clean
@@ -34,28 +34,28 @@ def apply(pass_: Pass, program: Program, ctx: Context | None = None, *, limit: i
     clean(rw.program)
     rw.program.facts = facts_after(pass_, program.facts)
     if not rw.record.limited:
-        _verify_provided(pass_, rw.program)
+        _verify_provided(pass_, rw)
     return Applied(rw.program, rw.record)
 
 
 def check_facts_before(pass_: Pass, facts: frozenset[str]) -> None:
     """Raise ``FactError`` unless every required fact is there and no forbidden one is."""
-    missing = sorted(pass_.requires - facts)
+    missing = sorted(fact for fact in pass_.requires if fact not in facts)
     if missing:
-        raise FactError(
-            f"pass {pass_.name!r} requires {missing[0]!r} ({find_fact(missing[0]).meaning}), which does not hold here"
-        )
-    present = sorted(pass_.forbids & facts)
+        raise FactError(f"pass {pass_.name!r} requires {missing[0]!r} ({missing[0].meaning}), which does not hold here")
+    present = sorted(fact for fact in pass_.forbids if fact in facts)
     if present:
-        raise FactError(f"pass {pass_.name!r} must come before {present[0]!r} holds ({find_fact(present[0]).meaning})")
+        raise FactError(f"pass {pass_.name!r} must come before {present[0]!r} holds ({present[0].meaning})")
 
 
 def facts_after(pass_: Pass, facts: frozenset[str]) -> frozenset[str]:
-    return (facts - pass_.removes) | pass_.provides
+    """The names of the facts that hold after a pass, from those that held before it."""
+    return frozenset(map(str, (facts - pass_.removes) | pass_.provided()))
 
 
-def _verify_provided(pass_: Pass, program: Program) -> None:
-    for name in sorted(pass_.provides):
-        reason = find_fact(name).check(program)
+def _verify_provided(pass_: Pass, rw: Rewriter) -> None:
+    skipped = {skip.node for skip in rw.record.skips}
+    for fact in sorted(pass_.provided()):
+        reason = fact.check(rw.program, lambda node: node.name not in skipped and pass_.selects(node))
         if reason is not None:
-            raise FactError(f"pass {pass_.name!r} promises {name!r}, but {reason}")
+            raise FactError(f"pass {pass_.name!r} promises {fact!r}, but {reason}")

@@ -31,7 +31,7 @@ from mxfx.ops import (
 )
 from mxfx.ops.fused import FUSED
 from mxfx.ops.providers import choose
-from mxfx.rewrite.facts import FactError, fact
+from mxfx.rewrite.facts import LOWERED, FactError, Selected
 from mxfx.rewrite.inline import Inliner
 from mxfx.rewrite.rewriter import Rewriter, clean
 
@@ -73,12 +73,12 @@ def lower_calls(rw: Rewriter, device: torch.device) -> None:
 
 def lowered_copy(program: Program, device: torch.device) -> Program:
     """A copy of ``program`` that can be built and run on ``device``. Raises ``FactError`` for a lowered program."""
-    if "lowered" in program.facts:
+    if LOWERED in program.facts:
         raise FactError("the program is lowered already: its dialect ops are gone")
     rw = Rewriter(program.copy(), "lower")
     lower_calls(rw, device)
     clean(rw.program)
-    rw.program.facts = program.facts | {"lowered"}
+    rw.program.facts = program.facts | {str(LOWERED)}
     return rw.program
 
 
@@ -182,8 +182,8 @@ def _stored(rw: Rewriter, like: fx.Node, name: str, make: Callable[[], torch.Ten
     return matrix
 
 
-@fact("lowered", "no dialect op is left")
-def lowered(program: Program) -> str | None:
+@LOWERED.means
+def lowered(program: Program, selected: Selected) -> str | None:
     for node in program.graph.nodes:
         if node.op == "call_function" and find_op(node.target) is not None:
             return f"{node.name} = {op_name(node)} ({kind(node)}) is not lowered"

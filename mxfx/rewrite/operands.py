@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import fx
 
 from mxfx.formats import Format
-from mxfx.graph.node import info
+from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
 from mxfx.ops.catalogue import Rounded, spec, weights_of
+from mxfx.rewrite.facts import WEIGHTS_ROUNDED, Selected
 from mxfx.rewrite.rewriter import Rewriter
 
 _ROUNDED = "rounded"
@@ -56,6 +59,22 @@ def mark_rounded(rw: Rewriter, node: fx.Node, operand: str) -> None:
 
 def is_rounded(node: fx.Node, operand: str) -> bool:
     return operand in info(node).notes.get(_ROUNDED, ())  # type: ignore[operator]
+
+
+def not_rounded(program: Program, selected: Selected, wanted: Callable[[str], bool]) -> str | None:
+    """The first annotated weight, of selected nodes and ``wanted`` operands, that lies on no grid; None for none."""
+    for node in filter(selected, program.graph.nodes):
+        for operand in weights_of(node):
+            if wanted(operand) and operand in info(node).formats and not is_rounded(node, operand):
+                fmt = info(node).formats[operand].format
+                return f"the {operand} of {node.name} ({path_of(node)}) is to be {fmt} and is not rounded"
+    return None
+
+
+@WEIGHTS_ROUNDED.means
+def weights_rounded(program: Program, selected: Selected) -> str | None:
+    """A bias that carries a format may stay: passes that solve for weights leave it."""
+    return not_rounded(program, selected, lambda operand: operand != "bias")
 
 
 def weight_format(node: fx.Node, weight: str, program: Program) -> Format | None:

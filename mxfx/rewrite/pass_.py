@@ -13,8 +13,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+from torch import fx
+
+from mxfx.graph.node import kind, path_of
 from mxfx.ground.errors import MxfxError
 from mxfx.ground.nearest import did_you_mean
+from mxfx.rewrite.facts import Fact, FactError, find_fact
 from mxfx.rewrite.numerics import Lossy, Numerics
 
 if TYPE_CHECKING:
@@ -42,16 +46,65 @@ class Pass(ABC):
     """
 
     name: ClassVar[str] = ""
-    requires: ClassVar[frozenset[str]] = frozenset()
-    provides: ClassVar[frozenset[str]] = frozenset()
-    forbids: ClassVar[frozenset[str]] = frozenset()
-    removes: ClassVar[frozenset[str]] = frozenset()
+    requires: ClassVar[frozenset[Fact]] = frozenset()
+    provides: ClassVar[frozenset[Fact]] = frozenset()
+    forbids: ClassVar[frozenset[Fact]] = frozenset()
+    removes: ClassVar[frozenset[Fact]] = frozenset()
     numerics: ClassVar[Numerics] = Lossy()
     required: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Raises ``FactError`` for a fact that is no ``Fact``: a misspelt one cannot be imported."""
+        super().__init_subclass__(**kwargs)
+        for fact in (*cls.requires, *cls.provides, *cls.forbids, *cls.removes):
+            if not isinstance(fact, Fact):
+                raise FactError(
+                    f"{cls.__qualname__}: the fact {fact!r} is text; import its object "
+                    f"(mxfx.rewrite.facts.{find_fact(fact).upper().replace('-', '_')})"
+                )
+
+    def provided(self) -> frozenset[Fact]:
+        """The facts that hold after a run with these options; by default those of the class."""
+        return self.provides
+
+    def selects(self, node: fx.Node) -> bool:
+        """Whether the options make the pass answer for a node: its ``select``, if it has one, matches the path."""
+        select = getattr(self, "select", None)
+        return select is None or select(path_of(node))
 
     @abstractmethod
     def run(self, rw: Rewriter, ctx: Context) -> None:
         """Rewrite ``rw.program`` through ``rw``; every candidate is matched or skipped with a reason."""
+
+
+@dataclass(frozen=True)
+class NodePass(Pass):
+    """Base of the passes that visit nodes of some ``kinds``, each by itself, in the order of the graph."""
+
+    kinds: ClassVar[tuple[str, ...]] = ()
+
+    def selects(self, node: fx.Node) -> bool:
+        return kind(node) in self.kinds and super().selects(node)
+
+    def refuse(self, node: fx.Node) -> str | None:
+        """Why a node stays as it is; None for one to rewrite."""
+        return None
+
+    def note(self, node: fx.Node) -> str:
+        """What the record says of a match."""
+        return ""
+
+    @abstractmethod
+    def rewrite(self, rw: Rewriter, node: fx.Node) -> None:
+        """Rewrite one node."""
+
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        for node in filter(self.selects, rw.program.nodes()):
+            reason = self.refuse(node)
+            if reason is not None:
+                rw.skip(node, reason)
+            elif rw.match(node, note=self.note(node)):
+                self.rewrite(rw, node)
 
 
 _REGISTRY: dict[str, type[Pass]] = {}
@@ -76,7 +129,7 @@ def register(cls: _P) -> _P:
 
 
 def load_plugins() -> None:
-    """Import the passes that installed packages offer through the entry-point group ``mxfx.passes``."""
+    """Register the passes that installed packages offer through the entry-point group ``mxfx.passes``."""
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         loaded = entry.load()
         if not (isinstance(loaded, type) and issubclass(loaded, Pass)):

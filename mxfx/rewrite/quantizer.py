@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
 
-from mxfx.graph.node import kind, operands, path_of
+from mxfx.graph.node import kind, path_of
 from mxfx.graph.program import Program
-from mxfx.rewrite.facts import fact
+from mxfx.ops.catalogue import spec
+from mxfx.rewrite.facts import LOWERED, QUANTIZERS_FUSED, RAISED, Fact, Selected
+from mxfx.rewrite.numerics import Local, Numerics
+from mxfx.rewrite.pass_ import NodePass
 from mxfx.rewrite.rewriter import Rewriter
-from mxfx.rewrite.selector import Selector
 
 
 @dataclass(frozen=True)
@@ -32,24 +35,43 @@ class Quantizer:
         rw.replace(self.node, rw.call(op, *operands, like=self.node, val=self.node.meta["val"]))
 
 
-@fact("quantizers-fused", "quantizers may be part of other ops, where passes that look for them do not")
-def quantizers_fused(program: Program) -> str | None:
-    """Closes a stage: there may have been nothing to fuse, so there is nothing that a graph could contradict."""
+@QUANTIZERS_FUSED.means
+def quantizers_fused(program: Program, selected: Selected) -> str | None:
+    for node in filter(selected, program.graph.nodes):
+        found = sole_quantizer(node)
+        if not isinstance(found, str):
+            return f"the quantizer {found.node.name} of {node.name} ({path_of(node)}) still stands apart"
     return None
 
 
-def fuse_sole_quantizers(
-    rw: Rewriter, producers: str, select: Selector, fuse: Callable[[dict[str, object], Quantizer], None]
-) -> None:
-    """``fuse(operands, quantizer)`` for each producer of a kind that a quantizer alone reads; others are skipped."""
-    for node in rw.program.nodes(producers):
-        if not select(path_of(node)):
-            continue
-        quantizer = sole_quantizer(node)
-        if isinstance(quantizer, str):
-            rw.skip(node, quantizer)
-        elif rw.match(node, note=str(quantizer)):
-            fuse(operands(node), quantizer)
+@dataclass(frozen=True)
+class QuantizerFusion(NodePass):
+    """Base of the passes that let a producer take in the quantizer that alone reads it."""
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({RAISED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({QUANTIZERS_FUSED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({LOWERED})
+    numerics: ClassVar[Numerics] = Local(1e-2)
+
+    def quantizer(self, node: fx.Node) -> Quantizer | str:
+        """The quantizer that a producer can take in; else, as text, why there is none."""
+        return sole_quantizer(node)
+
+    @abstractmethod
+    def fuse(self, rw: Rewriter, node: fx.Node, quantizer: Quantizer) -> None:
+        """Put one call in the place of both."""
+
+    def refuse(self, node: fx.Node) -> str | None:
+        found = self.quantizer(node)
+        return found if isinstance(found, str) else None
+
+    def note(self, node: fx.Node) -> str:
+        return str(self.quantizer(node))
+
+    def rewrite(self, rw: Rewriter, node: fx.Node) -> None:
+        found = self.quantizer(node)
+        assert not isinstance(found, str)
+        self.fuse(rw, node, found)
 
 
 def sole_quantizer(source: fx.Node) -> Quantizer | str:
@@ -58,12 +80,15 @@ def sole_quantizer(source: fx.Node) -> Quantizer | str:
     if len(readers) != 1:
         return f"{len(readers)} nodes read it; only a sole quantizer can take it in"
     (reader,) = readers
-    if kind(reader) not in ("fake_quantize", "transform_quantize") or reader.args[0] is not source:
+    call, rounded = spec(reader), spec(reader).rounds
+    if (
+        kind(reader) not in ("fake_quantize", "transform_quantize")
+        or rounded is None
+        or call.get("input") is not source
+    ):
         return f"its reader {reader.name} quantizes nothing"
-    given = operands(reader)
     if kind(reader) == "transform_quantize":
-        return Quantizer(reader, str(given["format"]), given["matrix"], bool(given["hadamard"]))  # type: ignore[arg-type]
-    val = reader.meta["val"]
-    if isinstance(val, torch.Tensor) and given["axis"] not in (-1, val.dim() - 1):
-        return f"its reader {reader.name} quantizes along axis {given['axis']}, not the last"
-    return Quantizer(reader, str(given["format"]))
+        return Quantizer(reader, rounded.format, call.node_of("matrix"), bool(call.get("hadamard")))
+    if rounded.axis != -1:
+        return f"its reader {reader.name} quantizes along axis {rounded.axis}, not the last"
+    return Quantizer(reader, rounded.format)

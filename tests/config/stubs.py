@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from mxfx.formats import Format
-from mxfx.rewrite import ALL, Context, Pass, Rewriter, Selector, pass_
+from mxfx.rewrite import ALL, Context, Fact, Pass, Rewriter, Selector, pass_
 from mxfx.rewrite.expect import check
+
+MARKED = Fact("stub-marked", "operands are marked")
+ROUNDED = Fact("stub-rounded", "weights are rounded by a stub")
 
 
 class Idle(Pass):
@@ -45,8 +48,8 @@ class Mark(Idle):
     """
 
     name: ClassVar[str] = "stub-mark"
-    provides: ClassVar[frozenset[str]] = frozenset({"stub-marked"})
-    forbids: ClassVar[frozenset[str]] = frozenset({"stub-rounded"})
+    provides: ClassVar[frozenset[Fact]] = frozenset({MARKED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({ROUNDED})
     rule: tuple[Rule, ...] = ()
 
 
@@ -58,8 +61,8 @@ class Solve(Idle):
     """
 
     name: ClassVar[str] = "stub-solve"
-    requires: ClassVar[frozenset[str]] = frozenset({"stub-marked"})
-    provides: ClassVar[frozenset[str]] = frozenset({"stub-rounded"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({MARKED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({ROUNDED})
     select: Selector = ALL
     damp: float = 0.01
     samples: int | None = None

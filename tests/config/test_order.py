@@ -10,27 +10,30 @@ import pytest
 
 from mxfx.config import ConfigError, Pipeline, check_order, loads
 from mxfx.config.order import possible_order
-from tests.config.stubs import Idle, Mark, Solve, registered
+from mxfx.rewrite import Fact
+from tests.config.stubs import MARKED, Idle, Mark, Solve, registered
+
+EGG, HEN = Fact("stub-egg", "there is an egg"), Fact("stub-hen", "there is a hen")
 
 
 @dataclass(frozen=True)
 class Egg(Idle):
     name: ClassVar[str] = "stub-egg"
-    requires: ClassVar[frozenset[str]] = frozenset({"stub-hen"})
-    provides: ClassVar[frozenset[str]] = frozenset({"stub-egg"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({HEN})
+    provides: ClassVar[frozenset[Fact]] = frozenset({EGG})
 
 
 @dataclass(frozen=True)
 class Hen(Idle):
     name: ClassVar[str] = "stub-hen"
-    requires: ClassVar[frozenset[str]] = frozenset({"stub-egg"})
-    provides: ClassVar[frozenset[str]] = frozenset({"stub-hen"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({EGG})
+    provides: ClassVar[frozenset[Fact]] = frozenset({HEN})
 
 
 @dataclass(frozen=True)
 class Undo(Idle):
     name: ClassVar[str] = "stub-undo"
-    removes: ClassVar[frozenset[str]] = frozenset({"stub-marked"})
+    removes: ClassVar[frozenset[Fact]] = frozenset({MARKED})
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +44,7 @@ def more_stubs() -> Iterator[None]:
 
 def test_the_facts_that_hold_at_the_end_come_back() -> None:
     assert check_order(Pipeline([Mark(), Solve()])) == {"stub-marked", "stub-rounded"}
-    assert check_order(Pipeline([Solve()]), frozenset({"stub-marked"})) == {"stub-marked", "stub-rounded"}
+    assert check_order(Pipeline([Solve()]), frozenset({MARKED})) == {"stub-marked", "stub-rounded"}
 
 
 def test_a_pass_after_what_it_forbids_cites_its_line_and_an_order_that_works() -> None:

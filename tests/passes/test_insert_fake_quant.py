@@ -13,7 +13,8 @@ from mxfx.graph.node import path_of
 from mxfx.graph.program import Program
 from mxfx.graph.verify import verify
 from mxfx.passes import Annotate, InsertFakeQuant, Rule
-from mxfx.rewrite import FactError, Selector, apply, find_fact
+from mxfx.rewrite import FactError, Selector, apply
+from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED
 from tests.filecheck import check_printed
 from tests.programs import MLP, QKVO, padded_batch, raised
 
@@ -141,6 +142,8 @@ def test_the_rewritten_program_verifies() -> None:
 
 def test_the_fact_is_false_where_formats_are_and_nothing_is_rounded() -> None:
     program = annotated(Rule(Selector(MLP), input=M4))
-    assert "none is quantized" in str(find_fact("activations-quantized").check(program))
+    assert "is to be mxint4@32 and is not quantized" in str(ACTIVATIONS_QUANTIZED.check(program))
+    part = apply(InsertFakeQuant(select=Selector(r"model\.layers\.1\..*")), program).program
+    assert "the input of linear_4 (model.layers.0.mlp" in str(ACTIVATIONS_QUANTIZED.check(part)).replace("_default", "")
     with pytest.raises(FactError, match="requires 'annotated'"):
         apply(InsertFakeQuant(), raised("llama-tiny"))

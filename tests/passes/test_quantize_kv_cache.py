@@ -10,7 +10,8 @@ from mxfx.graph.execute import execute
 from mxfx.graph.program import Program
 from mxfx.graph.verify import verify
 from mxfx.passes import Annotate, QuantizeKvCache, Rule
-from mxfx.rewrite import FactError, Selector, apply, find_fact
+from mxfx.rewrite import FactError, Selector, apply
+from mxfx.rewrite.facts import KV_QUANTIZED
 from tests.filecheck import check_printed
 from tests.programs import ATTENTION, padded_batch, raised, relative
 
@@ -90,6 +91,10 @@ def test_a_second_run_adds_nothing() -> None:
 
 
 def test_facts_are_required_and_verified() -> None:
-    assert "none is quantized" in str(find_fact("kv-quantized").check(annotated(kv=M4)))
+    assert "k of model.layers.0.self_attn is to be mxint4@16 and is not quantized" in str(
+        KV_QUANTIZED.check(annotated(kv=M4))
+    )
+    part = apply(QuantizeKvCache(select=Selector(r"model\.layers\.1\..*")), annotated(kv=M4)).program
+    assert "k of model.layers.0.self_attn" in str(KV_QUANTIZED.check(part))
     with pytest.raises(FactError, match="requires 'annotated'"):
         apply(QuantizeKvCache(), raised("llama-tiny"))

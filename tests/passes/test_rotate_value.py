@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from mxfx.graph.execute import execute
-from mxfx.passes import RotateValue
-from mxfx.rewrite import Selector, apply
+from mxfx.ops.catalogue import spec
+from mxfx.passes import RotateValue, TransformKv
+from mxfx.rewrite import FactError, Selector, apply
+from mxfx.rewrite.facts import VALUES_ROTATED
 
 
 @pytest.mark.parametrize(
@@ -60,3 +62,21 @@ def test_select_limits_the_layers(raised, preserved):
 def test_a_block_that_does_not_divide_the_head_is_an_error(raised):
     with pytest.raises(ValueError, match="block = 12 does not divide the head dimension 16"):
         apply(RotateValue(block=12), raised("llama-tiny"))
+
+
+def test_the_fact_fails_where_one_side_was_turned_alone(raised) -> None:
+    program = raised("llama-tiny").copy()
+    assert VALUES_ROTATED.check(program) is None
+    name = "model.layers.0.self_attn.v_proj.weight"
+    program.weights.set(name, program.weights[name].flip(0), RotateValue.name)
+    assert "v_proj 1 times, model.layers.0.self_attn.o_proj 0 times" in str(VALUES_ROTATED.check(program))
+
+
+def test_a_pass_that_transforms_keys_alone_breaks_its_promise(raised, monkeypatch) -> None:
+    def keys_alone(self, rw, attention, moments) -> None:
+        k = spec(attention).get("k")
+        spec(attention).set(rw, "k", rw.call(torch.ops.mxfx.hadamard.default, k, 8, like=attention))
+
+    monkeypatch.setattr(TransformKv, "_keys", keys_alone)
+    with pytest.raises(FactError, match=r"the keys of model.layers.0.self_attn are transformed alone"):
+        apply(TransformKv(values=False, block=8), raised("llama-tiny"))

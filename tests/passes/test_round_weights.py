@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mxfx.config import ConfigError, Pipeline, check_order
 from mxfx.formats import parse
-from mxfx.graph.node import kind
+from mxfx.graph.node import kind, path_of
 from mxfx.graph.program import Program
-from mxfx.passes import Annotate, FuseNorm, RoundWeights, Rule
-from mxfx.rewrite import FactError, Selector, apply, find_fact
+from mxfx.passes import Annotate, FuseNorm, Gptq, RoundWeights, Rule
+from mxfx.rewrite import FactError, Selector, apply
+from mxfx.rewrite.facts import WEIGHTS_ROUNDED
 from mxfx.rewrite.size import bits_per_weight
 from tests.filecheck import check_printed
 from tests.programs import MLP, QKVO, passed, raised
@@ -127,8 +129,25 @@ def test_without_annotations_it_is_refused() -> None:
 
 def test_the_fact_is_false_where_formats_are_and_nothing_is_rounded() -> None:
     program = annotated(Rule(Selector(MLP), weight=M4))
-    assert "none is rounded" in str(find_fact("weights-rounded").check(program))
-    assert find_fact("weights-rounded").check(apply(RoundWeights(), program).program) is None
+    assert "is not rounded" in str(WEIGHTS_ROUNDED.check(program))
+    assert WEIGHTS_ROUNDED.check(apply(RoundWeights(), program).program) is None
+
+
+def test_the_fact_speaks_of_what_was_selected_and_not_of_one_weight_somewhere() -> None:
+    first = Selector(r"model\.layers\.0\..*")
+    part = apply(RoundWeights(select=first), annotated(Rule(Selector(MLP), weight=M4))).program
+    assert WEIGHTS_ROUNDED.check(part, lambda node: first(path_of(node))) is None
+    assert "model.layers.1.mlp.gate_proj" in str(WEIGHTS_ROUNDED.check(part))
+
+
+def test_a_part_that_is_rounded_leaves_the_rest_to_be_calibrated() -> None:
+    program = annotated(Rule(Selector(MLP), weight=M4))
+    part = apply(RoundWeights(select=Selector(r".*down_proj")), program).program
+    assert "rounded-to-nearest" not in part.facts and "weights-rounded" in part.facts
+    assert "rounded-to-nearest" in apply(RoundWeights(), program).program.facts
+    check_order(Pipeline([RoundWeights(select=Selector(r".*down_proj")), Gptq()]), program.facts)
+    with pytest.raises(ConfigError, match="'gptq' must come before 'rounded-to-nearest'"):
+        check_order(Pipeline([RoundWeights(), Gptq()]), program.facts)
 
 
 def test_no_node_is_added() -> None:

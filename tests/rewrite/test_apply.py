@@ -9,9 +9,11 @@ from typing import ClassVar
 import pytest
 import torch
 
+from mxfx import passes
 from mxfx.graph.program import Program
 from mxfx.rewrite import (
     Context,
+    Fact,
     FactError,
     MissingCalibration,
     Pass,
@@ -19,12 +21,11 @@ from mxfx.rewrite import (
     Selector,
     UnknownPass,
     apply,
-    fact,
     find_fact,
     find_pass,
     register,
 )
-from mxfx.rewrite.facts import _FACTS
+from mxfx.rewrite.facts import RAISED, Selected, all_facts
 from mxfx.rewrite.pass_ import _REGISTRY
 from tests.programs import raised, traced
 
@@ -33,16 +34,18 @@ GATES = Selector(r".*gate_proj")
 
 @pytest.fixture(autouse=True)
 def _registries() -> Iterator[None]:
-    facts, passes = dict(_FACTS), dict(_REGISTRY)
-    fact("relu-free", "no rectifier")(no_relu)
+    passes = dict(_REGISTRY)
     yield
-    for registry, before in ((_FACTS, facts), (_REGISTRY, passes)):
-        registry.clear()
-        registry.update(before)
+    _REGISTRY.clear()
+    _REGISTRY.update(passes)
 
 
-def no_relu(program: Program) -> str | None:
-    found = [n.name for n in program.graph.nodes if n.target is torch.ops.aten.relu.default]
+RELU_FREE = Fact("relu-free", "no rectifier")
+
+
+@RELU_FREE.means
+def no_relu(program: Program, selected: Selected) -> str | None:
+    found = [n.name for n in program.graph.nodes if n.target is torch.ops.aten.relu.default and selected(n)]
     return f"{found[0]} is a rectifier" if found else None
 
 
@@ -51,8 +54,8 @@ class Rectify(Pass):
     """Put a rectifier behind linears."""
 
     name: ClassVar[str] = "test-rectify"
-    requires: ClassVar[frozenset[str]] = frozenset({"raised"})
-    removes: ClassVar[frozenset[str]] = frozenset({"relu-free"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({RAISED})
+    removes: ClassVar[frozenset[Fact]] = frozenset({RELU_FREE})
     select: Selector = GATES
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
@@ -68,8 +71,8 @@ class Promise(Rectify):
     """Promises what it breaks."""
 
     name: ClassVar[str] = "test-promise"
-    provides: ClassVar[frozenset[str]] = frozenset({"relu-free"})
-    removes: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[Fact]] = frozenset({RELU_FREE})
+    removes: ClassVar[frozenset[Fact]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,8 @@ class Early(Rectify):
     """May not follow the raise passes."""
 
     name: ClassVar[str] = "test-early"
-    requires: ClassVar[frozenset[str]] = frozenset()
-    forbids: ClassVar[frozenset[str]] = frozenset({"raised"})
+    requires: ClassVar[frozenset[Fact]] = frozenset()
+    forbids: ClassVar[frozenset[Fact]] = frozenset({RAISED})
 
 
 def test_the_pass_gets_a_copy() -> None:
@@ -133,8 +136,33 @@ def test_names_of_passes_are_kebab_case_and_unique() -> None:
 
 
 def test_names_of_facts_are_unique() -> None:
-    with pytest.raises(ValueError, match="'relu-free' is already defined"):
-        fact("relu-free", "again")(lambda program: None)
+    with pytest.raises(ValueError, match="'relu-free' is already defined: no rectifier"):
+        Fact("relu-free", "again")
+    with pytest.raises(ValueError, match="'relu-free' already has a predicate, no_relu"):
+        RELU_FREE.means(lambda program, selected: None)
+
+
+def test_a_misspelt_fact_cannot_be_imported() -> None:
+    with pytest.raises(FactError, match="unknown fact 'raisd'; did you mean 'raised'"):
+        type("Bad", (Rectify,), {"requires": frozenset({"raisd"})})
+    with pytest.raises(FactError, match=r"Bad: the fact 'raised' is text; import its object .*facts\.RAISED"):
+        type("Bad", (Rectify,), {"requires": frozenset({"raised"})})
+
+
+def test_every_fact_has_a_predicate() -> None:
+    passes.load_all()
+    program = raised("llama-tiny")
+    for name, fact in all_facts().items():
+        if not name.startswith(("stub-", "relu-")):
+            assert fact.check(program, lambda node: False) is None or name in ("annotated", "lowered", "norms-fused"), (
+                name
+            )
+
+
+def test_a_promise_holds_for_what_the_pass_selects_and_does_not_skip() -> None:
+    program = apply(Rectify(), raised("llama-tiny")).program
+    assert RELU_FREE.check(program, lambda node: False) is None
+    assert "is a rectifier" in str(RELU_FREE.check(program))
 
 
 def test_a_selector_matches_whole_paths() -> None:

@@ -89,14 +89,6 @@ def test_a_skip_keeps_its_reason(rw: Rewriter) -> None:
     assert (skip.reason, skip.depth, skip.path) == ("too small", 3, "model.layers.0.self_attn.q_proj")
 
 
-def test_a_region_gives_its_matches_one_note(rw: Rewriter) -> None:
-    with rw.region("layer 0"):
-        rw.match(linear(rw, 0))
-        rw.match(linear(rw, 1), note="own")
-    rw.match(linear(rw, 2))
-    assert [m.note for m in rw.record.matches] == ["layer 0", "own", ""]
-
-
 def test_a_weight_node_before_the_place_is_reused(rw: Rewriter) -> None:
     at = linear(rw)
     assert rw.weight(str(at.args[1].target), at) is at.args[1]
