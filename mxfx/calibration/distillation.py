@@ -51,7 +51,7 @@ class History:
 
 
 class Distillation:
-    """Tunes ``parameters`` on ``tokens`` ``(samples, length)`` so that ``loss`` of a batch falls.
+    """Tunes ``parameters`` so that ``loss`` of a batch falls; ``take`` gives the batch of those of ``count`` samples.
 
     ``check`` gives the held-out loss of the parameters as they are. Samples are drawn without one coming twice before
     all have come once. With a ``file`` the state is kept there and found again: a run that was killed ends, on a CPU,
@@ -64,7 +64,8 @@ class Distillation:
         parameters: Mapping[str, nn.Parameter],
         loss: Callable[[Tensor], Tensor],
         check: Callable[[], float],
-        tokens: Tensor,
+        take: Callable[[Tensor], Tensor],
+        count: int,
         ctx: Context,
         *,
         purpose: str = "distill",
@@ -74,7 +75,8 @@ class Distillation:
         self._plan = plan
         self._parameters = dict(parameters)
         self._check = check
-        self._tokens = tokens
+        self._take = take
+        self._count = count
         self._ctx = ctx
         self._purpose = purpose
         self._file = file
@@ -108,7 +110,7 @@ class Distillation:
         return self.history
 
     def _batches(self) -> Sequence[Tensor]:
-        size, count = min(self._plan.batch_size, len(self._tokens)), len(self._tokens)
+        size, count = min(self._plan.batch_size, self._count), self._count
         generator = self._ctx.generator(self._purpose)
         rounds = math.ceil(self._plan.steps * size / count)
         order = torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)])
@@ -131,7 +133,7 @@ class Distillation:
         parts = batch.tensor_split(self._plan.accumulate) if self._plan.accumulate > 1 else [batch]
         sums: list[Tensor] = []
         for part in parts:
-            self._step(self._tokens[part])
+            self._step(self._take(part))
             if len(parts) == 1:
                 return
             grads = [p.grad for p in self._parameters.values() if p.grad is not None]

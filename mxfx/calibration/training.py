@@ -45,14 +45,20 @@ def looked_up(weight: Tensor, ids: Tensor) -> Tensor:
 
 
 def trainable(
-    program: Program, weights: Mapping[str, Format], device: torch.device, *, free: Collection[str] = ()
+    program: Program,
+    weights: Mapping[str, Format],
+    device: torch.device,
+    *,
+    free: Collection[str] = (),
+    home: torch.device | None = None,
 ) -> tuple[fx.GraphModule, dict[str, nn.Parameter]]:
     """The program as it is emitted for ``device``, but differentiable, and its float32 parameters by weight name.
 
     Each weight in ``weights`` is rounded onto its format in every forward pass; its parameter is what stands behind the
     rounding. Weights in ``free`` (canonical names) are parameters without a grid. All other weights are constants.
-    Activations are of the dtype that the model runs in.
+    Activations are of the dtype that the model runs in. The module lies on ``home``, without one on ``device``.
     """
+    home = home or device
     # Gradients underflow in float16.
     copy = program.twin(torch.float32) if program.dtype == torch.float16 else program.copy()
     rw = Rewriter(copy, "trainable")
@@ -72,8 +78,8 @@ def trainable(
     lower_calls(rw, device)
     copy.graph.eliminate_dead_code()
     copy.facts = copy.facts | {"lowered"}
-    module = build(copy).to(device)
-    return module, {name: _parameter(module, copy, name, device) for name in [*weights, *sorted(free)]}
+    module = build(copy).to(home)
+    return module, {name: _parameter(module, copy, name, home) for name in [*weights, *sorted(free)]}
 
 
 def _insert_dtype(rw: Rewriter, node: fx.Node, weights: Mapping[str, Format]) -> None:
@@ -83,7 +89,8 @@ def _insert_dtype(rw: Rewriter, node: fx.Node, weights: Mapping[str, Format]) ->
     readers = list(node.users)
     dtype = compute_dtype(program.dtype) if name in program.weights.constants else program.dtype
     what = (rounded_weight, node, str(weights[name]), dtype) if name in weights else (in_dtype, node, dtype)
-    call = rw.call(*what, like=node, after=node, val=node.meta["val"])
+    # Of the layer that reads it, so that a layer has all of its own work in it.
+    call = rw.call(*what, like=readers[0], after=node, val=node.meta["val"])
     for reader in readers:
         reader.replace_input_with(node, call)
 

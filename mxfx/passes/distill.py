@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -11,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from mxfx.calibration.distillation import Distillation, History, Plan
 from mxfx.calibration.keys import Keys, environment, token_key
+from mxfx.calibration.layerwise import LayeredModel, tune_layers
 from mxfx.calibration.training import checkpointed, divergence, trainable
 from mxfx.formats import Format
 from mxfx.graph.node import info, kind, path_of
@@ -52,7 +54,9 @@ class Distill(Pass):
     to nearest and the run is warned. The device holds both models and 16 bytes for each weight that is tuned.
 
     Options:
-        steps: number of steps of the optimizer.
+        scope: ``model`` tunes all weights together; ``layer`` each decoder layer in turn, so that its output agrees
+            with the float layer's on quantized inputs: the device holds one layer and a batch, not the model.
+        steps: number of steps of the optimizer; with ``scope = "layer"`` in each layer.
         learning_rate: of Adam, relative to each tensor's root mean square; warm-up, then a cosine to zero.
         batch_size: samples a step.
         held_out: share of the samples that states are compared on.
@@ -75,6 +79,7 @@ class Distill(Pass):
     learning_rate: float = 1e-3
     batch_size: int = 4
     held_out: float = 0.0625
+    scope: Literal["model", "layer"] = "model"
     tune: tuple[Free, ...] = ()
     accumulate: int = 1
     recompute: bool = False
@@ -101,39 +106,78 @@ class Distill(Pass):
             rw.warn("nothing to tune: no selected linear or embedding has a weight format")
             return
         free = free_weights(rw.program, self.tune, self.select) - set(grids)
+        tune = self._end_to_end if self.scope == "model" else self._by_layer
+        tuned = tune(rw, ctx, grids, free)
+        for weight, nodes in targets.items():
+            _round(rw, weight, nodes, formats[weight], tuned.get(weight))
+        for weight in sorted(free & set(tuned)):
+            rw.set_weight(weight, tuned[weight].detach().to(rw.weights[weight].device))
+
+    def _end_to_end(self, rw: Rewriter, ctx: Context, grids: Mapping[str, Format], free: set[str]) -> dict[str, Tensor]:
+        """Weights by name, tuned so that the logits agree; none where that made nothing better."""
+        assert ctx.reference is not None
         student, parameters = trainable(rw.program, grids, ctx.device, free=free)
         teacher, _ = trainable(ctx.reference, {}, ctx.device)
         run = checkpointed(student) if self.recompute else student
         train, kept = _split(ctx.tokens(), self.held_out)
-        matrices = [parameters[name] for name in sorted(free & _transforms(rw.program))]
+        matrices = [parameters[name] for name in sorted(free & free_weights(rw.program, ("transforms",), ALL))]
 
         def check() -> float:
             # A matrix that lost its inverse would be no change of basis any more.
             return _mean_kl(student, teacher, kept, ctx) if _invertible(matrices) else float("inf")
 
-        every = max(1, self.steps // self.checks)
-        plan = Plan(self.steps, self.batch_size, self.learning_rate, self.accumulate, every, self.checkpoint_every)
         loop = Distillation(
-            plan,
+            self._plan(),
             parameters,
             lambda ids: _kl(run, teacher, ids),
             check,
-            train,
+            train.__getitem__,
+            len(train),
             ctx,
             file=self._file(rw.program, ctx, train),
         )
         history = loop.run()
         self._account(rw, history, len(kept), sorted(free))
-        better = history.best_step > 0
-        if not better:
-            last = history.held_out[max(history.held_out)]
-            rw.warn(
-                f"no weight was tuned: KL on held-out samples went from {history.held_out[0]:.4f} to {last:.4f} at best"
-            )
-        for weight, nodes in targets.items():
-            _round(rw, weight, nodes, formats[weight], parameters[weight] if better else None)
-        for weight in sorted(free) if better else ():
-            rw.set_weight(weight, parameters[weight].detach().to(rw.weights[weight].device))
+        if history.best_step:
+            return dict(parameters)
+        last = history.held_out[max(history.held_out)]
+        rw.warn(
+            f"no weight was tuned: KL on held-out samples went from {history.held_out[0]:.4f} to {last:.4f} at the end"
+        )
+        return {}
+
+    def _by_layer(self, rw: Rewriter, ctx: Context, grids: Mapping[str, Format], free: set[str]) -> dict[str, Tensor]:
+        """Weights by name, each decoder layer's tuned so that its output agrees with the float layer's."""
+        assert ctx.reference is not None
+        cpu = torch.device("cpu")
+        module, parameters = trainable(rw.program, grids, ctx.device, free=free, home=cpu)
+        student = LayeredModel(module, ctx.device)
+        teacher = LayeredModel(trainable(ctx.reference, {}, ctx.device, home=cpu)[0], ctx.device)
+        train, kept = _split(ctx.tokens(), self.held_out)
+        file = self._file(rw.program, ctx, train)
+        layers = tune_layers(
+            student,
+            teacher,
+            parameters,
+            rw.weights.canonical,
+            self._plan(),
+            torch.cat([train, kept]),
+            len(kept),
+            ctx,
+            lambda index: None if file is None else file.with_stem(f"{file.stem}-layer-{index}"),
+        )
+        errors = []
+        for history in layers:
+            errors.append({"before": history.held_out[0], "after": history.best, "best_step": history.best_step})
+        rw.record.details |= {"held_out_error_by_layer": errors, "held_out_samples": len(kept)}
+        idle = sum(not error["best_step"] for error in errors)
+        if idle:
+            rw.warn(f"{idle} of {len(errors)} layers were not tuned: the error on held-out samples did not fall")
+        return dict(parameters)
+
+    def _plan(self) -> Plan:
+        every = max(1, self.steps // self.checks)
+        return Plan(self.steps, self.batch_size, self.learning_rate, self.accumulate, every, self.checkpoint_every)
 
     def _account(self, rw: Rewriter, history: History, kept: int, free: list[str]) -> None:
         rw.record.details |= {
@@ -191,10 +235,6 @@ def free_weights(program: Program, kinds: tuple[Free, ...], select: Selector) ->
 def _stored(node: fx.Node, position: int) -> str | None:
     source = node.args[position] if len(node.args) > position else None
     return str(source.target) if isinstance(source, fx.Node) and source.op == "get_attr" else None
-
-
-def _transforms(program: Program) -> set[str]:
-    return free_weights(program, ("transforms",), ALL)
 
 
 def _invertible(matrices: list[nn.Parameter]) -> bool:

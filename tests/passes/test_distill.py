@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mxfx.calibration.training import divergence
 from mxfx.config import Pipeline
 from mxfx.formats import parse
 from mxfx.graph.node import info
@@ -18,6 +19,7 @@ from mxfx.passes.distill import free_weights
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import ALL, Context, Selector, apply
 from mxfx.rewrite.size import bits_per_weight
+from mxfx.runtime.causal_lm import emit
 
 FORMAT = parse("mxint4@32/mse")
 TOKENS = torch.randint(3, 128, (48, 32), generator=torch.Generator().manual_seed(0))
@@ -144,6 +146,36 @@ def test_everything_free_is_tuned_in_the_precision_of_the_model(kind: str) -> No
     assert free and done.record.details["tuned_beside_grids"] == len(free)
     changed = {name for name in free if not torch.equal(done.program.weights[name], program.weights[name])}
     assert changed == free or done.record.warnings
+
+
+def test_layer_by_layer_the_logits_come_nearer_too(unrounded) -> None:
+    _, quantized = unrounded
+    done = _distill(unrounded, scope="layer", steps=40, batch_size=8, learning_rate=1e-2, checks=4)
+    errors = done.record.details["held_out_error_by_layer"]
+    assert len(errors) == 2 and all(error["after"] < error["before"] for error in errors)
+    rounded = apply(RoundWeights(), quantized).program
+    expected = tiny("llama-tiny")(TOKENS[:8]).logits
+    kl = [divergence(emit(program)(TOKENS[:8]), expected) for program in (done.program, rounded)]
+    assert kl[0] < kl[1]
+
+
+def test_a_killed_run_by_layers_resumed_ends_with_the_same_bytes(unrounded, tmp_path: Path) -> None:
+    start, quantized = unrounded
+    pass_ = Distill(scope="layer", steps=6, batch_size=8, learning_rate=1e-2, checkpoint_every=2, checks=2)
+
+    def kill(items, what, *_):
+        for item in items:
+            if what == "distill layer 1" and item == 3:
+                raise _Killed
+            yield item
+
+    def run(folder: str, **options) -> Program:
+        ctx = Context(tokens=lambda: TOKENS, reference=start, cache=tmp_path / folder, **options)
+        return apply(pass_, quantized, ctx).program
+
+    with pytest.raises(_Killed):
+        run("killed", progress=kill)
+    assert _bytes(run("killed")) == _bytes(run("whole"))
 
 
 def test_running_layers_again_for_their_gradients_changes_nothing(unrounded) -> None:
