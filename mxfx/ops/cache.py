@@ -8,6 +8,9 @@ than the number of slots.
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -17,6 +20,7 @@ from mxfx.formats.stored import restore, store_on_grid
 from mxfx.ops.attention import _CONTRACTS, _OPERANDS, _attended, attend, attention_bias
 from mxfx.ops.catalogue import describe, plain
 from mxfx.ops.dialect import define
+from mxfx.ops.kernels.limits import DTYPES, has_triton
 from mxfx.ops.quantize import _format
 
 
@@ -53,7 +57,14 @@ def slots_held(slots: Tensor, room: int) -> Tensor:
 
 
 def cache_bias(
-    mask: Tensor | None, q: Tensor, slots: Tensor | None, keys: Tensor | None, causal: bool, window: int | None
+    mask: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    slots: Tensor | None,
+    keys: Tensor | None,
+    causal: bool,
+    window: int | None,
+    chunk: int | None,
 ) -> Tensor | None:
     """Boolean mask ``(batch | 1, 1, seq, places)``, True where a query may attend; see ``cached_attend``.
 
@@ -61,23 +72,27 @@ def cache_bias(
     ``(batch, slots)``, nonzero where a token is real; a query that may attend to nothing attends to itself.
     """
     if keys is None or slots is None:
-        return attention_bias(mask, q, q, causal, window)
-    room, length = keys.shape[2], q.shape[-2]
-    if window is None:
-        if statically_known_true(length == room):
-            return attention_bias(mask, q, q, causal, None)
-        if mask is None and statically_known_true(length == 1):
+        return attention_bias(mask, q, k, causal, window, chunk)
+    room, one = keys.shape[2], statically_known_true(q.shape[-2] == 1)
+    if window is None and chunk is None:
+        if statically_known_true(q.shape[-2] == room):
+            return attention_bias(mask, q, k, causal, None)
+        if mask is None and one:
             return None
         held = torch.arange(room, device=q.device)
     else:
         held = slots_held(slots, room)
-        if not statically_known_true(length == 1):
-            held = torch.cat((held, slots))
+        held = held if one else torch.cat((held, slots))
     distance = slots[:, None] - held[None, :]
     allowed = (distance >= 0) & (held >= 0)[None, :]
     if window is not None:
         allowed = allowed & (distance < window)
     allowed = allowed[None, None]
+    if chunk is not None:
+        # Chunks are counted from the first real token of a row.
+        start = 0 if mask is None else (mask.ne(0).cumsum(-1) == 0).sum(-1, keepdim=True)
+        mine, theirs = ((places[None] - start) // chunk for places in (slots, held))
+        allowed = allowed & (mine[:, :, None] == theirs[:, None, :])[:, None]
     if mask is not None:
         real = mask.ne(0).index_select(1, held.clamp_min(0))
         allowed = allowed & real[:, None, None, :] | (distance == 0)[None, None]
@@ -88,7 +103,7 @@ def cached_attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
+    allowed: Tensor | None,
     slots: Tensor | None,
     keys: Tensor | None,
     values: Tensor | None,
@@ -97,36 +112,56 @@ def cached_attend(
     scale: float,
     causal: bool,
     window: int | None,
+    chunk: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
     key_format: str | None,
     value_format: str | None,
     writes: bool,
 ) -> Tensor:
-    """Write ``k`` and ``v`` to their places, then attend; ``bias`` is that of ``cache_bias``.
+    """Write ``k`` and ``v`` to their places, then attend; ``allowed`` is what ``cache_bias`` gives.
 
     See ``cached_attention`` for the operands.
     """
     if keys is None or values is None or slots is None:
-        return attend(q, k, v, bias, scale, causal)
+        return attend(q, k, v, allowed, scale, causal, softcap, sinks, bias)
     formats = [None if text is None else _format(text) for text in (key_format, value_format)]
+    tensors = (keys, values, key_scales, value_scales)
     caches = ((keys, key_scales, k, formats[0]), (values, value_scales, v, formats[1]))
-    one = statically_known_true(q.shape[2] == 1)
+    one, limited = statically_known_true(q.shape[2] == 1), window is not None or chunk is not None
     # Several tokens may push out of a ring what the first of them still sees: it is read first.
-    ring = window is not None and not one
-    before = [read_cache(c, s, x, f).clone() for c, s, x, f in caches] if ring else []
-    if writes:
+    before = [read_cache(c, s, x, f).clone() for c, s, x, f in caches] if limited and not one else []
+    kernels = _kernels(q, k, v, *formats)
+    if writes and kernels is not None and k.shape[2] <= keys.shape[2]:
+        kernels.write_tokens(tensors, k, v, slots, *formats)
+    elif writes:
         for cache, scales, x, fmt in caches:
             write_cache(cache, scales, x, slots, fmt)
-    if ring:
+    if before:
         k, v = (torch.cat((old, x), dim=2) for old, x in zip(before, (k, v), strict=True))
-        return attend(q, k, v, bias, scale, False)
-    if statically_known_true(q.shape[2] == keys.shape[2]) and window is None:
-        return attend(q, k, v, bias, scale, causal)
+        return attend(q, k, v, allowed, scale, False, softcap, sinks, bias)
+    if statically_known_true(q.shape[2] == keys.shape[2]) and not limited:
+        return attend(q, k, v, allowed, scale, causal, softcap, sinks, bias)
+    if one and kernels is not None and bias is None:
+        return kernels.attend_token(q, tensors, allowed, slots, scale, v.shape[-1], *formats, softcap, sinks)
     k, v = (read_cache(c, s, x, f) for c, s, x, f in caches)
-    if not one:
-        return attend(q, k, v, bias, scale, False)
+    if not one or sinks is not None or bias is not None:
+        return attend(q, k, v, allowed, scale, False, softcap, sinks, bias)
     # The query heads of a group are rows that meet the same keys.
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
-    return attend(grouped, k, v, bias, scale, False).reshape(*q.shape[:-1], v.shape[-1])
+    return attend(grouped, k, v, allowed, scale, False, softcap).reshape(*q.shape[:-1], v.shape[-1])
+
+
+def _kernels(
+    q: Tensor, k: Tensor, v: Tensor, key_format: Format | None, value_format: Format | None
+) -> ModuleType | None:
+    """The kernels, where they take such tokens; None where the definition runs."""
+    if not q.is_cuda or not has_triton() or q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        return None
+    kernels = import_module("mxfx.ops.kernels.cache_triton")
+    fits = kernels.takes(k.shape[-1], key_format) and kernels.takes(v.shape[-1], value_format)
+    return kernels if fits else None
 
 
 #: Operands that ``cached_attend`` and ``mxfx::cached_attention`` write.
@@ -155,6 +190,10 @@ def cached_attention(
     scale: float,
     causal: bool = True,
     window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
     key_format: str | None = None,
     value_format: str | None = None,
     writes: bool = True,
@@ -165,10 +204,11 @@ def cached_attention(
     which take ``slots``, int64 ``(seq,)``, consecutive. ``keys`` and ``values`` are ``(batch, kv_heads, room, width)``;
     with a format, bytes of codes beside E8M0 ``scales``, as ``store`` gives (k and v lie on that grid). ``mask`` is
     ``(batch, slots)``. ``writes=False`` reads what another layer wrote. With several tokens and no window, ``room``
-    ends with the last of ``slots``, or ``mask`` hides what is behind it. Without a cache it is ``attention``.
+    ends with the last of ``slots``, or ``mask`` hides what is behind it. Without a cache it is ``attention``, where the
+    other operands are explained; ``bias`` is over places, so it goes with neither a window nor a chunk.
     """
-    bias = cache_bias(mask, q, slots, keys, causal, window)
+    allowed = cache_bias(mask, q, k, slots, keys, causal, window, chunk)
     return cached_attend(
-        q, k, v, bias, slots, keys, values, key_scales, value_scales,
-        scale, causal, window, key_format, value_format, writes,
+        q, k, v, allowed, slots, keys, values, key_scales, value_scales,
+        scale, causal, window, chunk, softcap, sinks, bias, key_format, value_format, writes,
     )  # fmt: skip

@@ -111,6 +111,7 @@ class _Inputs:
         return codes, scales, str(fmt)
 
     def _room(self, window: int | None) -> torch.SymInt:
+        """Places: as many as tokens, or a ring of at most ``window``."""
         if window not in self._rooms:
             longest = self._rw.program.symbols[1].high
             low, name = (1, "room") if window is None else (1, f"room_{window}")
@@ -126,11 +127,13 @@ def _format(source: fx.Node) -> Format | None:
 
 
 def _insert(rw: Rewriter, node: fx.Node, inputs: _Inputs) -> None:
-    q, k, v, mask, scale, causal, window = list(operands(node).values())[:7]
-    ((keys, values), scales, formats), first = inputs.of(k, v, window)
+    given = operands(node)
+    limits = [int(given[name]) for name in ("window", "chunk") if given[name] is not None]  # type: ignore[call-overload]
+    ((keys, values), scales, formats), first = inputs.of(given["k"], given["v"], min(limits, default=None))  # type: ignore[arg-type, type-var]
     new = rw.call(
         torch.ops.mxfx.cached_attention.default,
-        q, k, v, mask, inputs.slots, keys, values, *scales, scale, causal, window, *formats, first,
+        *(given[name] for name in ("q", "k", "v", "mask")), inputs.slots, keys, values, *scales,
+        *list(given.values())[4:], *formats, first,
         like=node, val=node.meta["val"],
     )  # fmt: skip
     rw.replace(node, new)

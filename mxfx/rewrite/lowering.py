@@ -146,9 +146,9 @@ def _lower_attention(rw: Rewriter, node: fx.Node, biases: dict[tuple, fx.Node]) 
 def _lower_cached_attention(rw: Rewriter, node: fx.Node, biases: dict[tuple, fx.Node]) -> None:
     """One mask for all layers whose caches have as many places; then a call that writes and attends."""
     given = operands(node)
-    key = tuple(given[name] for name in ("mask", "slots", "causal", "window"))
+    key = tuple(given[name] for name in ("mask", "slots", "causal", "window", "chunk"))
     if key not in biases:
-        operand = [given[name] for name in ("mask", "q", "slots", "keys", "causal", "window")]
+        operand = [given[name] for name in ("mask", "q", "k", "slots", "keys", "causal", "window", "chunk")]
         biases[key] = rw.call(cache_bias, *operand, like=node)
     args = [biases[key] if name == "mask" else value for name, value in given.items()]
     rw.replace(node, rw.call(cached_attend, *args, like=node, val=node.meta["val"]))

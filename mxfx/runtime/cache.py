@@ -14,8 +14,12 @@ from mxfx.ops import cached_attend
 from mxfx.ops.cache import CACHES, slots_held
 from mxfx.ops.catalogue import spec
 
-#: Places are allocated in multiples of this: a cache grows seldom.
+#: Places are allocated in multiples of this: a cache grows seldom. On a GPU, where steps are recorded for one room, few
+#: rooms serve every length: powers of two up to the second number, then its multiples.
 _STEP = 64
+_GPU_STEP = 4096
+#: Storages that a model keeps when their caches are gone, with the steps that were recorded on them.
+_KEPT = 2
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ def cache_specs(program: Program) -> tuple[CacheSpec, ...]:
             if not isinstance(cache, fx.Node):
                 continue
             _, heads, _, width = cache.meta["val"].shape
-            window = given["window"]
+            limits = [limit for limit in (given["window"], given["chunk"]) if limit is not None]
+            window = min(limits, default=None)  # type: ignore[type-var]
             found[str(cache.target)] = CacheSpec(str(cache.target), heads, width, cache.meta["val"].dtype, window)  # type: ignore[arg-type]
             if given["writes"] is False:
                 # The second reader comes when the first has written: what a ring pushed out would be missing.
@@ -113,7 +118,13 @@ class KVCache(Cache):
     ``past_key_values``. ``room`` slots are allocated with the first token; more are added where they are needed.
     """
 
-    def __init__(self, specs: tuple[CacheSpec, ...], device: torch.device, room: int = 0) -> None:
+    def __init__(
+        self,
+        specs: tuple[CacheSpec, ...],
+        device: torch.device,
+        room: int = 0,
+        kept: list[Storage] | None = None,
+    ) -> None:
         # Not the base's constructor: its layers hold tensors of one kind and shape.
         self.layers: list = []
         self.offloading = False
@@ -124,6 +135,13 @@ class KVCache(Cache):
         self._room = room
         self._ring = True
         self.storage: Storage | None = None
+        self._kept = kept
+
+    def __del__(self) -> None:
+        kept, held = getattr(self, "_kept", None), getattr(self, "storage", None)
+        if kept is not None and held is not None and held.attached:
+            kept.append(held)
+            del kept[:-_KEPT]
 
     def __repr__(self) -> str:
         return f"KVCache({self.batch_size} × {self.length} of {self._room} tokens, {self.nbytes:,} bytes)"
@@ -145,16 +163,29 @@ class KVCache(Cache):
         if held is None or total > held.room or held.ring != self._ring:
             grown = 0 if held is None or total <= held.room else held.room + held.room // 2
             room = max(total, grown)
-            self._replace(batch, max(-(-room // _STEP) * _STEP, self._room))
+            self._replace(batch, _rounded(max(room, self._room), self.device))
         assert self.storage is not None
         return self.storage
 
     def _replace(self, batch: int, room: int) -> None:
-        new = Storage.make(self.specs, batch, room, self._ring, self.device)
+        new = self._reused(batch, room) or Storage.make(self.specs, batch, room, self._ring, self.device)
         if self.storage is not None and self.length:
             for spec in self.specs:
                 _move(self.storage.tensors[spec.name], new.tensors[spec.name], self.length)
         self.storage, self._room = new, room
+
+    def _reused(self, batch: int, room: int) -> Storage | None:
+        """A storage of a cache that is gone, of the same size; those of another size make room."""
+        for position, one in enumerate(self._kept or []):
+            if (one.batch, one.room, one.ring) == (batch, room, self._ring):
+                assert self._kept is not None
+                del self._kept[position]
+                for tensor in one.tensors.values():
+                    tensor.zero_()
+                return one
+        if self._kept:
+            self._kept.clear()
+        return None
 
     def inputs(self, seq: int) -> dict[str, Tensor]:
         """What the graph takes: the slots of ``seq`` new tokens, and the caches up to the last of them."""
@@ -249,6 +280,12 @@ class KVCache(Cache):
         held = self.storage
         tensors = {name: tensor.index_select(0, index) for name, tensor in held.tensors.items()}
         self.storage = Storage(self.specs, tensors, len(index), held.room, held.ring)
+
+
+def _rounded(room: int, device: torch.device) -> int:
+    if device.type != "cuda":
+        return -(-room // _STEP) * _STEP
+    return 1 << max(room - 1, _STEP).bit_length() if room <= _GPU_STEP else -(-room // _GPU_STEP) * _GPU_STEP
 
 
 def _move(old: Tensor, new: Tensor, length: int) -> None:

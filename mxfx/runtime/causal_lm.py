@@ -13,7 +13,8 @@ from mxfx.graph.module import build
 from mxfx.graph.program import Program
 from mxfx.graph.trace import GENERATION
 from mxfx.pipeline.emit import emitted
-from mxfx.runtime.cache import CacheError, KVCache, cache_specs
+from mxfx.runtime.cache import CacheError, KVCache, Storage, cache_specs
+from mxfx.runtime.decode import replayed
 
 
 def emit(program: Program, device: torch.device | str = "cpu") -> fx.GraphModule:
@@ -41,6 +42,7 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
         self.generation_config = generation
         self.generation_config.use_cache = bool(self.specs)
         self.graph = build(program)
+        self._storages: list[Storage] = []
         self.eval()
 
     def forward(
@@ -85,7 +87,7 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
                 "this graph has no cache: something in it but attention looks at other tokens, or it was lowered "
                 "before insert-kv-cache; call with use_cache=False"
             )
-        return KVCache(self.specs, self.device, room)
+        return KVCache(self.specs, self.device, room, self._storages)
 
     def _cache(self, given: Cache | None, use_cache: bool | None) -> KVCache | None:
         if given is None:
@@ -104,8 +106,11 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
         if mask is not None and mask.device.type == "cpu" and not cache.padded:
             cache.padded = not bool(mask.all())
             mask = mask if cache.padded else None
-        cache.reserve(batch, seq)
-        logits = self.graph(ids, positions, mask, **cache.inputs(seq))
+        storage = cache.reserve(batch, seq)
+        if seq == 1 and self.device.type == "cuda":
+            logits = replayed(self.graph, storage, ids, positions, mask, cache.length)
+        else:
+            logits = self.graph(ids, positions, mask, **cache.inputs(seq))
         cache.length = total
         return logits
 

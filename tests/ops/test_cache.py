@@ -16,16 +16,21 @@ def test_a_ring_holds_the_last_slots() -> None:
     assert slots_held(torch.arange(2, 4), 5).tolist() == [0, 1, -3, -2, -1]
 
 
-@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"window": 4}, {"chunk": 4}, {"softcap": 2.0, "window": 4}, {"sinks": torch.randn(6).double()}],
+    ids=str,
+)
 @pytest.mark.parametrize("chunks", [(13,), (5, 8), (1,) * 13, (3, 1, 1, 7, 1)])
-def test_any_chunks_give_what_attention_over_everything_gives(chunks: tuple[int, ...], window: int | None) -> None:
+def test_any_chunks_give_what_attention_over_everything_gives(chunks: tuple[int, ...], limits: dict) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, heads, 13, 8, generator=generator, dtype=torch.float64) for heads in (6, 2))
     v = torch.randn(2, 2, 13, 12, generator=generator, dtype=torch.float64)
     mask = torch.ones(2, 13, dtype=torch.int64)
     mask[1, :6] = 0
-    expected = attention(q, k, v, mask, 0.3, True, window)
-    room = 13 if window is None else window
+    expected = attention(q, k, v, mask, 0.3, **limits)
+    window = limits.get("window") or limits.get("chunk")
+    room = window or 13
     keys, values = k.new_zeros(2, 2, room, 8), v.new_zeros(2, 2, room, 12)
     start, parts = 0, []
     for length in chunks:
@@ -33,9 +38,7 @@ def test_any_chunks_give_what_attention_over_everything_gives(chunks: tuple[int,
         held = slice(None, start + length if window is None else None)
         caches = (keys[:, :, held], values[:, :, held], None, None)
         x = (q[:, :, new], k[:, :, new], v[:, :, new])
-        parts.append(
-            cached_attention(*x, mask[:, : new.stop], torch.arange(start, new.stop), *caches, 0.3, True, window)
-        )
+        parts.append(cached_attention(*x, mask[:, : new.stop], torch.arange(start, new.stop), *caches, 0.3, **limits))
         start = new.stop
     real = mask.bool()[:, None, :, None].expand_as(expected)
     torch.testing.assert_close(torch.cat(parts, 2)[real], expected[real], rtol=1e-12, atol=1e-12)

@@ -58,7 +58,7 @@ SAMPLES: dict[str, list[tuple]] = {
     # Several tokens into a ring, one into packed codes, some without a cache.
     "cached_attention": [
         (*QKV, None, torch.arange(4, 7), randn(2, 2, 5, 8), randn(2, 2, 5, 8), None, None, 0.3, True, 5),
-        (*ONE, PADDED, torch.tensor([4]), *CODES, 0.3, True, None, "mxint4@4", "mxint4@4"),
+        (*ONE, PADDED, torch.tensor([4]), *CODES, 0.3, True, None, None, None, None, None, "mxint4@4", "mxint4@4"),
         (*QKV, PADDED[:, 2:], None, None, None, None, None, 0.3),
     ],
     "cast": [(randn(3, dtype=torch.bfloat16), "compute"), (randn(3), "compute"), (randn(3), "model")],

@@ -61,7 +61,7 @@ def test_a_reader_stands_behind_the_writer(cached: Program) -> None:
     first, second = broken.nodes("cached_attention")
     for position in range(5, 9):
         first.update_arg(position, second.args[position])
-    first.update_arg(14, False)
+    first.update_arg(18, False)
     with pytest.raises(VerifyError, match=r"it reads cache_1_keys, which .* writes after it"):
         verify(broken)
 
@@ -72,7 +72,7 @@ def test_attention_with_the_same_keys_and_values_shares_a_cache() -> None:
     for position in (1, 2):
         second.update_arg(position, first.args[position])
     result = apply(InsertKvCache(), program).program
-    writes = [node.args[14] for node in result.nodes("cached_attention")]
+    writes = [node.args[18] for node in result.nodes("cached_attention")]
     inputs = [node.target for node in result.graph.nodes if node.op == "placeholder"]
     assert writes == [True, False] and "cache_1_keys" not in inputs
 

@@ -1,0 +1,456 @@
+"""A step of decoding on a GPU: one token's keys and values into the cache, and attention that reads codes as they are.
+
+Attention is split over the length, so that a batch of one fills the device: each program takes a stretch of places for
+one key-value head and all query heads that share it, keeps a running softmax (arXiv 2205.14135), and a second kernel
+joins the stretches. How many places are filled is read on the device: a recorded graph serves every length.
+
+Importable only where `triton` is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mxfx.formats import Format, IntElement, ScaleRule
+from mxfx.formats.e8m0 import E8M0
+from mxfx.ops.kernels.packed_triton import Codes, codes_of, element, power
+from mxfx.ops.kernels.rounding_triton import _larger, _shared_scale, grid_of
+
+#: Places that a program meets at a time, and programs that a device should have to do.
+PLACES = 64
+PROGRAMS = 264
+_TWO_TO_127 = tl.constexpr(254 << 23)
+_TWO_TO_MINUS_127 = tl.constexpr(1 << 22)
+_EXPONENT = tl.constexpr(0x7F80_0000)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+#: Keys, values, and their scales: what `cached_attend` writes.
+Caches = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a row of a cache is stored: plain (`blocks` 0) or `blocks` of `block` codes; compile-time constants.
+
+    `offset` and `carry` give the least exponent at which nothing above zero saturates, the `_below` ones that below.
+    """
+
+    width: int
+    blocks: int = 0
+    block: int = 1
+    bits: int = 16
+    codes: Codes | None = None
+    offset: int = 0
+    carry: int = 0
+    offset_below: int = 0
+    carry_below: int = 0
+
+    @property
+    def value(self) -> Row:
+        """Itself: a kernel meets its constants wrapped, except in the interpreter."""
+        return self
+
+
+def takes(width: int, fmt: Format | None) -> bool:
+    """Whether the kernels store and read rows of a format (None: plain)."""
+    if fmt is None:
+        return width <= 512
+    block = fmt.block or 0
+    return fmt.bits in (4, 8) and width <= 512 and block >= 16 and block & (block - 1) == 0 and width % block == 0
+
+
+@lru_cache(maxsize=256)
+def row_of(width: int, fmt: Format | None) -> Row:
+    """How rows of `width` elements are stored in a format; plain without one."""
+    if fmt is None:
+        return Row(width)
+    assert fmt.block is not None
+    above = grid_of(Format(fmt.element, fmt.block, E8M0(ScaleRule.RCEIL)), torch.float32)
+    below = above
+    if isinstance(fmt.element, IntElement):
+        below = grid_of(Format(fmt.element, fmt.block, E8M0(ScaleRule.CEIL)), torch.float32)
+    return Row(
+        width,
+        width // fmt.block,
+        fmt.block,
+        fmt.bits,
+        codes_of(fmt),
+        above.offset,
+        above.carry,
+        below.offset,
+        below.carry,
+    )
+
+
+def write_tokens(
+    caches: Caches, k: Tensor, v: Tensor, slots: Tensor, key_format: Format | None, value_format: Format | None
+) -> None:
+    """Put `k` and `v` (batch, kv_heads, seq, width), on their grids, at places `slots % room`; seq is at most room."""
+    keys, values, key_scales, value_scales = caches
+    batch, heads, seq = k.shape[:3]
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    ks, vs = (keys if key_scales is None else key_scales), (values if value_scales is None else value_scales)
+    _write_kernel[(batch * heads, seq, 2)](
+        k, v, keys, values, ks, vs, slots, heads, keys.shape[2],
+        *k.stride()[:3], *v.stride()[:3],
+        *keys.stride()[:2], *values.stride()[:2], *ks.stride()[:2], *vs.stride()[:2],
+        KEY=row_of(k.shape[-1], key_format), VALUE=row_of(v.shape[-1], value_format), num_warps=1,
+    )  # fmt: skip
+
+
+def attend_token(
+    q: Tensor,
+    caches: Caches,
+    bias: Tensor | None,
+    slots: Tensor,
+    scale: float,
+    width: int,
+    key_format: Format | None,
+    value_format: Format | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of one query token `q` (batch, heads, 1, width) to all places up to `slots[0]`.
+
+    `bias` is boolean (batch | 1, 1, 1, room), True where the query may attend; `sinks` are (heads,). Returns (batch,
+    heads, 1, `width` of v).
+    """
+    keys, values, key_scales, value_scales = caches
+    batch, heads = q.shape[:2]
+    kv_heads, room = keys.shape[1:3]
+    group = heads // kv_heads
+    stretches = max(1, min(PROGRAMS // (batch * kv_heads), triton.cdiv(room, PLACES)))
+    q = q.contiguous()
+    out = torch.empty((batch, heads, 1, width), dtype=q.dtype, device=q.device)
+    partial = torch.empty((batch * heads, stretches, width), dtype=torch.float32, device=q.device)
+    sums = torch.empty((2, batch * heads, stretches), dtype=torch.float32, device=q.device)
+    ks, vs = (keys if key_scales is None else key_scales), (values if value_scales is None else value_scales)
+    given = q if bias is None else bias.expand(batch, 1, 1, room)
+    _attend_kernel[(batch * kv_heads, stretches)](
+        q, keys, values, ks, vs, given, slots, partial, sums, sums[1],
+        kv_heads, room, stretches, scale, 1.0 if softcap is None else softcap,
+        *keys.stride()[:2], *values.stride()[:2], *ks.stride()[:2], *vs.stride()[:2],
+        0 if bias is None else given.stride(0),
+        KEY=row_of(q.shape[-1], key_format), VALUE=row_of(width, value_format),
+        GROUP=group, GROUP_PADDED=max(16, triton.next_power_of_2(group)),
+        PLACES=PLACES, HAS_BIAS=bias is not None, HAS_CAP=softcap is not None, num_warps=4,
+    )  # fmt: skip
+    _join_kernel[(batch * heads,)](
+        partial, sums, sums[1], out, out if sinks is None else sinks, stretches, heads, HAS_SINKS=sinks is not None,
+        WIDTH=width, PADDED=triton.next_power_of_2(width),
+        STRETCHES=triton.next_power_of_2(stretches), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _write_row(x_ptr, cache_ptr, scales_ptr, place, ROW: tl.constexpr):
+    """One row, at `place` of the (place, …) rows of one text and head."""
+    WIDTH: tl.constexpr = ROW.value.width
+    if ROW.value.blocks == 0:
+        PADDED: tl.constexpr = triton.next_power_of_2(WIDTH)
+        lane = tl.arange(0, PADDED)
+        x = tl.load(x_ptr + lane, mask=lane < WIDTH)
+        tl.store(cache_ptr + place * WIDTH + lane, x, mask=lane < WIDTH)
+    else:
+        BLOCKS: tl.constexpr = ROW.value.blocks
+        BLOCK: tl.constexpr = ROW.value.block
+        BLOCKS_PADDED: tl.constexpr = triton.next_power_of_2(BLOCKS)
+        block = tl.arange(0, BLOCKS_PADDED)
+        inside = (block < BLOCKS)[:, None]
+        at = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if ROW.value.codes.mantissa < 0:
+            above = tl.reduce(tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL), 1, _larger)
+            below = tl.reduce(tl.maximum(-x, 0.0, propagate_nan=tl.PropagateNan.ALL), 1, _larger)
+            largest = _larger(above, below)
+            bits = tl.maximum(
+                _shared_scale(above, ROW.value.offset, ROW.value.carry),
+                _shared_scale(below, ROW.value.offset_below, ROW.value.carry_below),
+            )
+        else:
+            largest = tl.reduce(tl.abs(x), 1, _larger)
+            bits = _shared_scale(largest, ROW.value.offset, ROW.value.carry)
+        finite = largest < float("inf")
+        inverse = tl.maximum(_TWO_TO_127 - (bits & _EXPONENT), _TWO_TO_MINUS_127).to(tl.float32, bitcast=True)
+        y = tl.where(finite[:, None], x * inverse[:, None], 0.0)
+        if ROW.value.codes.mantissa < 0:
+            code = y.to(tl.int32)
+        else:
+            # Scaled so that the biases agree, the element's bits are the top bits of the float.
+            aligned = tl.abs(y) * (2.0 ** (ROW.value.codes.bias - 127))
+            sign = (y.to(tl.int32, bitcast=True) >> 31) & (1 << (ROW.value.bits - 1))
+            code = (aligned.to(tl.int32, bitcast=True) >> (23 - ROW.value.codes.mantissa)) | sign
+        tl.store(
+            scales_ptr + place * BLOCKS + block, tl.where(finite, bits >> 23, 255).to(tl.uint8), mask=block < BLOCKS
+        )
+        if ROW.value.bits == 4:
+            low, high = tl.split(tl.reshape(code & 0xF, (BLOCKS_PADDED, BLOCK // 2, 2)))
+            byte = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+            tl.store(cache_ptr + place * (WIDTH // 2) + byte, (low | (high << 4)).to(tl.uint8), mask=inside)
+        else:
+            tl.store(cache_ptr + place * WIDTH + at, (code & 0xFF).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _write_kernel(
+    k_ptr,
+    v_ptr,
+    keys_ptr,
+    values_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
+    slots_ptr,
+    heads,
+    room,
+    k_batch,
+    k_head,
+    k_token,
+    v_batch,
+    v_head,
+    v_token,
+    keys_batch,
+    keys_head,
+    values_batch,
+    values_head,
+    key_scales_batch,
+    key_scales_head,
+    value_scales_batch,
+    value_scales_head,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+):
+    """One program a text and head, a token, and keys or values."""
+    batch = (tl.program_id(0) // heads).to(tl.int64)
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    token = tl.program_id(1).to(tl.int64)
+    place = tl.load(slots_ptr + token) % room
+    if tl.program_id(2) == 0:
+        _write_row(
+            k_ptr + batch * k_batch + head * k_head + token * k_token,
+            keys_ptr + batch * keys_batch + head * keys_head,
+            key_scales_ptr + batch * key_scales_batch + head * key_scales_head,
+            place,
+            KEY,
+        )
+    else:
+        _write_row(
+            v_ptr + batch * v_batch + head * v_head + token * v_token,
+            values_ptr + batch * values_batch + head * values_head,
+            value_scales_ptr + batch * value_scales_batch + head * value_scales_head,
+            place,
+            VALUE,
+        )
+
+
+@triton.jit
+def _narrowed(x, dtype: tl.constexpr):
+    """float32 that `dtype` holds exactly, or nearly, as `dtype`; a bfloat16 is the upper half of its bits."""
+    if dtype == tl.bfloat16:
+        narrow = (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        narrow = x.to(dtype)
+    return narrow
+
+
+@triton.jit
+def _codes_tile(cache_ptr, place, inside, ROW: tl.constexpr, PLACES: tl.constexpr):
+    """Bytes (places, blocks, bytes of a block) as int32, zero outside."""
+    BYTES: tl.constexpr = ROW.value.block * ROW.value.bits // 8
+    BLOCKS_PADDED: tl.constexpr = triton.next_power_of_2(ROW.value.blocks)
+    block = tl.arange(0, BLOCKS_PADDED)[None, :, None]
+    at = place[:, None, None] * (ROW.value.blocks * BYTES) + block * BYTES + tl.arange(0, BYTES)[None, None, :]
+    mask = inside[:, None, None] & (block < ROW.value.blocks)
+    return tl.load(cache_ptr + at, mask=mask, other=0).to(tl.int32)
+
+
+@triton.jit
+def _scales_tile(scales_ptr, place, inside, ROW: tl.constexpr):
+    """Powers of two (places, blocks, 1), float32, 1 outside."""
+    BLOCKS_PADDED: tl.constexpr = triton.next_power_of_2(ROW.value.blocks)
+    block = tl.arange(0, BLOCKS_PADDED)[None, :]
+    mask = inside[:, None] & (block < ROW.value.blocks)
+    return power(tl.load(scales_ptr + place[:, None] * ROW.value.blocks + block, mask=mask, other=127).to(tl.int32))[
+        :, :, None
+    ]
+
+
+@triton.jit
+def _element_tile(codes, scale, shift: tl.constexpr, ROW: tl.constexpr, PLACES: tl.constexpr, dtype: tl.constexpr):
+    """Elements whose highest bit is bit `31 - shift` of `codes`, times their scales: (places, width) of `dtype`."""
+    BYTES: tl.constexpr = ROW.value.block * ROW.value.bits // 8
+    BLOCKS_PADDED: tl.constexpr = triton.next_power_of_2(ROW.value.blocks)
+    CODES: tl.constexpr = ROW.value.codes
+    return _narrowed(tl.reshape(element(codes << shift, CODES) * scale, (PLACES, BLOCKS_PADDED * BYTES)), dtype)
+
+
+@triton.jit
+def _plain_tile(cache_ptr, place, inside, ROW: tl.constexpr):
+    WIDTH: tl.constexpr = ROW.value.width
+    lane = tl.arange(0, triton.next_power_of_2(WIDTH))[None, :]
+    return tl.load(cache_ptr + place[:, None] * WIDTH + lane, mask=inside[:, None] & (lane < WIDTH), other=0.0)
+
+
+@triton.jit
+def _attend_kernel(
+    q_ptr,
+    keys_ptr,
+    values_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
+    bias_ptr,
+    slots_ptr,
+    partial_ptr,
+    largest_ptr,
+    total_ptr,
+    kv_heads,
+    room,
+    stretches,
+    scale,
+    softcap,
+    keys_batch,
+    keys_head,
+    values_batch,
+    values_head,
+    key_scales_batch,
+    key_scales_head,
+    value_scales_batch,
+    value_scales_head,
+    bias_batch,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    PLACES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    """A stretch of places for one text and key-value head."""
+    pair, stretch = tl.program_id(0), tl.program_id(1)
+    batch, head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    keys_ptr += batch * keys_batch + head * keys_head
+    values_ptr += batch * values_batch + head * values_head
+    key_scales_ptr += batch * key_scales_batch + head * key_scales_head
+    value_scales_ptr += batch * value_scales_batch + head * value_scales_head
+    bias_ptr += batch * bias_batch
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    KEY_HALVES: tl.constexpr = 2 if KEY.value.bits == 4 else 1
+    VALUE_HALVES: tl.constexpr = 2 if VALUE.value.bits == 4 else 1
+    KEY_PADDED: tl.constexpr = (
+        triton.next_power_of_2(KEY.value.width)
+        if KEY.value.blocks == 0
+        else triton.next_power_of_2(KEY.value.blocks) * KEY.value.block
+    ) // KEY_HALVES
+    VALUE_PADDED: tl.constexpr = (
+        triton.next_power_of_2(VALUE.value.width)
+        if VALUE.value.blocks == 0
+        else triton.next_power_of_2(VALUE.value.blocks) * VALUE.value.block
+    ) // VALUE_HALVES
+    member = tl.arange(0, GROUP_PADDED)
+    row = pair.to(tl.int64) * GROUP + member
+    channel = tl.arange(0, KEY_PADDED) * KEY_HALVES
+    real = (member < GROUP)[:, None]
+    at = row[:, None] * KEY.value.width + channel[None, :]
+    q = tl.load(q_ptr + at, mask=real & (channel < KEY.value.width)[None, :], other=0.0)
+    # The second of two codes in a byte is that of the next channel.
+    q_next = q
+    if KEY_HALVES == 2:
+        q_next = tl.load(q_ptr + at + 1, mask=real & (channel < KEY.value.width)[None, :], other=0.0)
+    filled = tl.minimum(tl.load(slots_ptr) + 1, room).to(tl.int32)
+    share = tl.cdiv(tl.cdiv(filled, stretches), PLACES) * PLACES
+    start = stretch * share
+    end = tl.minimum(start + share, filled)
+    largest = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PADDED], tl.float32)
+    first = tl.zeros([GROUP_PADDED, VALUE_PADDED], tl.float32)
+    second = first
+    for begin in range(start, end, PLACES):
+        place = begin + tl.arange(0, PLACES)
+        inside = place < end
+        if KEY.value.blocks == 0:
+            k = _plain_tile(keys_ptr, place, inside, KEY)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        else:
+            codes = _codes_tile(keys_ptr, place, inside, KEY, PLACES)
+            scales = _scales_tile(key_scales_ptr, place, inside, KEY)
+            low = _element_tile(codes, scales, 32 - KEY.value.bits, KEY, PLACES, dtype)
+            scores = tl.dot(q, tl.trans(low), input_precision="ieee")
+            if KEY_HALVES == 2:
+                high = _element_tile(codes, scales, 24, KEY, PLACES, dtype)
+                scores = tl.dot(q_next, tl.trans(high), scores, input_precision="ieee")
+        seen = inside
+        if HAS_BIAS:
+            seen = seen & (tl.load(bias_ptr + place, mask=inside, other=0) != 0)
+        scores *= scale
+        if HAS_CAP:
+            # tanh(x) = 1 - 2 / (exp(2x) + 1)
+            scores = softcap - 2 * softcap / (tl.exp2(scores / softcap * (2 * _LOG2_E)) + 1)
+        scores = tl.where(seen[None, :], scores * _LOG2_E, float("-inf"))
+        peak = tl.maximum(largest, tl.max(scores, 1))
+        # Nothing seen yet: any finite number keeps the differences defined.
+        base = tl.where(peak == float("-inf"), 0.0, peak)
+        shrink = tl.exp2(largest - base)
+        p = tl.exp2(scores - base[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        first = first * shrink[:, None]
+        p = p.to(dtype)
+        if VALUE.value.blocks == 0:
+            first = tl.dot(p, _plain_tile(values_ptr, place, inside, VALUE), first, input_precision="ieee")
+        else:
+            codes = _codes_tile(values_ptr, place, inside, VALUE, PLACES)
+            scales = _scales_tile(value_scales_ptr, place, inside, VALUE)
+            low = _element_tile(codes, scales, 32 - VALUE.value.bits, VALUE, PLACES, dtype)
+            first = tl.dot(p, low, first, input_precision="ieee")
+            if VALUE_HALVES == 2:
+                high = _element_tile(codes, scales, 24, VALUE, PLACES, dtype)
+                second = tl.dot(p, high, second * shrink[:, None], input_precision="ieee")
+        largest = peak
+    lane = tl.arange(0, VALUE_PADDED) * VALUE_HALVES
+    out = (row[:, None] * stretches + stretch) * VALUE.value.width + lane[None, :]
+    kept = real & (lane < VALUE.value.width)[None, :]
+    tl.store(partial_ptr + out, first, mask=kept)
+    if VALUE_HALVES == 2:
+        tl.store(partial_ptr + out + 1, second, mask=kept)
+    tl.store(largest_ptr + row * stretches + stretch, largest, mask=member < GROUP)
+    tl.store(total_ptr + row * stretches + stretch, total, mask=member < GROUP)
+
+
+@triton.jit
+def _join_kernel(
+    partial_ptr,
+    largest_ptr,
+    total_ptr,
+    out_ptr,
+    sinks_ptr,
+    stretches,
+    heads,
+    HAS_SINKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    STRETCHES: tl.constexpr,
+):
+    """One program a text and query head: the stretches' sums, each by its share of the softmax."""
+    row = tl.program_id(0).to(tl.int64)
+    stretch = tl.arange(0, STRETCHES)
+    lane = tl.arange(0, PADDED)
+    here = stretch < stretches
+    largest = tl.load(largest_ptr + row * stretches + stretch, mask=here, other=float("-inf"))
+    total = tl.load(total_ptr + row * stretches + stretch, mask=here, other=0.0)
+    peak = tl.max(largest, 0)
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + row % heads).to(tl.float32) * _LOG2_E
+        peak = tl.maximum(peak, sink)
+    share = tl.exp2(largest - peak)
+    whole = tl.sum(total * share, 0)
+    if HAS_SINKS:
+        whole += tl.exp2(sink - peak)
+    mask = here[:, None] & (lane < WIDTH)[None, :]
+    parts = tl.load(partial_ptr + (row * stretches + stretch[:, None]) * WIDTH + lane[None, :], mask=mask, other=0.0)
+    joined = tl.sum(parts * share[:, None], 0) / whole
+    tl.store(out_ptr + row * WIDTH + lane, joined.to(out_ptr.dtype.element_ty), mask=lane < WIDTH)

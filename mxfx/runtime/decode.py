@@ -1,0 +1,69 @@
+"""Steps of decoding as recorded CUDA graphs: one for each batch size and room of a cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from mxfx.runtime.cache import Storage
+
+_RECORDED = "decode step"
+
+
+def replayed(
+    graph: fx.GraphModule, storage: Storage, ids: Tensor, positions: Tensor, mask: Tensor | None, past: int
+) -> Tensor:
+    """Logits ``(batch, 1, vocabulary)`` of one token a text, which takes slot ``past``; recorded at the first call.
+
+    ``ids`` and ``positions`` are ``(batch, 1)``, ``mask`` is ``(batch, past + 1)``.
+    """
+    step = storage.attached.get(_RECORDED)
+    if step is None:
+        step = storage.attached[_RECORDED] = RecordedStep(graph, storage)
+    assert isinstance(step, RecordedStep)
+    return step(ids, positions, mask, past)
+
+
+class RecordedStep:
+    """A step on the tensors of one storage: how many slots are filled is read from ``slots``, on the device."""
+
+    def __init__(self, graph: fx.GraphModule, storage: Storage) -> None:
+        device = next(iter(storage.tensors.values())).device
+        batch = storage.batch
+        self._ids = torch.zeros((batch, 1), dtype=torch.int64, device=device)
+        self._positions = torch.zeros((batch, 1), dtype=torch.int64, device=device)
+        self._slots = torch.zeros(1, dtype=torch.int64, device=device)
+        self._mask = torch.ones((batch, storage.room), dtype=torch.bool, device=device)
+        self._step = lambda: graph(self._ids, self._positions, self._mask, slots=self._slots, **storage.tensors)
+        self.recording: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+
+    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor | None, past: int) -> Tensor:
+        self._ids.copy_(ids)
+        self._positions.copy_(positions)
+        self._slots.fill_(past)
+        if mask is None:
+            self._mask.fill_(True)
+        else:
+            self._mask[:, : mask.shape[1]].copy_(mask)
+        if self.recording is None:
+            self._record()
+        assert self.recording is not None and self._logits is not None
+        self.recording.replay()
+        return self._logits.clone()
+
+    def _record(self) -> None:
+        """Twice for real (kernels compile, libraries make their workspaces), then recorded.
+
+        The same token is written to the same slot each time.
+        """
+        side = torch.cuda.Stream(self._ids.device)
+        side.wait_stream(torch.cuda.current_stream(self._ids.device))
+        with torch.cuda.device(self._ids.device), torch.cuda.stream(side), torch.no_grad():
+            for _ in range(2):
+                self._step()
+        torch.cuda.current_stream(self._ids.device).wait_stream(side)
+        recording = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._ids.device), torch.no_grad(), torch.cuda.graph(recording):
+            self._logits = self._step()
+        self.recording = recording
