@@ -10,7 +10,7 @@ from mxfx.graph.node import kind, op_name, operands
 aten = torch.ops.aten
 
 #: Ops of the dialect that look at more than one token, or at where a token stands.
-_ACROSS = frozenset({"arange", "places", "position_mask", "real_tokens"})
+_ACROSS = frozenset({"arange", "mixer", "places", "position_mask", "real_tokens"})
 _ATTENTION = frozenset({"attention", "cached_attention"})
 #: Ops that only rename, reorder or copy axes, or look something up for each token.
 _SHAPES = """view _unsafe_view reshape flatten unflatten transpose permute t unsqueeze squeeze expand expand_as alias

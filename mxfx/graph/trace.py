@@ -22,6 +22,7 @@ from mxfx.graph.constants import KeepLiterals, store_literals
 from mxfx.graph.errors import TraceError
 from mxfx.graph.experts import experts_forward, find_weight, settle_experts
 from mxfx.graph.masks import attention_forward, mask_forward, settle_masks
+from mxfx.graph.mixers import opaque_mixers
 from mxfx.graph.node import NodeInfo, kind, set_info
 from mxfx.graph.normalize import normalize, remove_dead
 from mxfx.graph.program import NOMINAL_MODEL, Program, Source, Symbol
@@ -147,7 +148,7 @@ def _export(skeleton: nn.Module, longest: int) -> torch.export.ExportedProgram:
     example = [torch.zeros(2, 17, dtype=torch.int64, device="meta") for _ in range(3)]
     dims = {0: Dim("batch", min=1, max=_MAX_BATCH), 1: Dim("seq", min=2, max=longest)}
     try:
-        with torch.no_grad(), KeepLiterals():
+        with torch.no_grad(), KeepLiterals(), opaque_mixers(skeleton):
             return torch.export.export(
                 _Logits(skeleton), tuple(example), strict=False, dynamic_shapes=(dims, dims, dims)
             )

@@ -7,6 +7,7 @@ from mxfx.ops.cache import cache_bias, cached_attend, cached_attention
 from mxfx.ops.cast import cast
 from mxfx.ops.dialect import all_ops, define, find_op
 from mxfx.ops.experts import expert_linear
+from mxfx.ops.mixer import mixer
 from mxfx.ops.norm import rms_norm
 from mxfx.ops.packed import mx_embedding, mx_linear
 from mxfx.ops.plugins import load_ops
@@ -25,6 +26,7 @@ RUNTIME_FUNCTIONS = frozenset(
         cached_attend,
         expert_linear,
         fake_quantize,
+        mixer,
         places,
         position_mask,
         positions,
@@ -49,6 +51,7 @@ __all__ = [
     "fake_quantize",
     "find_op",
     "hadamard",
+    "mixer",
     "mx_embedding",
     "mx_linear",
     "places",

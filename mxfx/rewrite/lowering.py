@@ -24,6 +24,7 @@ from mxfx.ops import (
     cached_attend,
     expert_linear,
     find_op,
+    mixer,
     places,
     position_mask,
     positions,
@@ -38,7 +39,7 @@ from mxfx.rewrite.rewriter import Rewriter, clean
 aten = torch.ops.aten
 
 #: Ops that stay calls of their definitions, which take the device from an operand.
-_AS_THEY_ARE = {op.__name__: op for op in (arange, places, position_mask, positions, real_tokens)}
+_AS_THEY_ARE = {op.__name__: op for op in (arange, mixer, places, position_mask, positions, real_tokens)}
 
 
 def lower_calls(rw: Rewriter, device: torch.device) -> None:

@@ -36,6 +36,7 @@ QKV = (randn(2, 4, 3, 8), randn(2, 2, 3, 8, seed=1), randn(2, 2, 3, 8, seed=2))
 ONE = tuple(x[:, :, :1] for x in QKV)
 CODES = tuple(torch.zeros(2, 2, 5, size, dtype=torch.uint8) for size in (4, 4, 2, 2))
 
+CONVOLUTION = "transformers.models.qwen3_next.modeling_qwen3_next:causal_conv1d_fn"
 #: Op → arguments that show every optional operand given and absent.
 SAMPLES: dict[str, list[tuple]] = {
     "arange": [(ids(2, 5), 0, 5, 1), (ids(2, 5), 3, 9, 2)],
@@ -69,6 +70,7 @@ SAMPLES: dict[str, list[tuple]] = {
     "fake_quantize": [(randn(2, 40), "mxint4@32", -1), (randn(40, 2), "mxfp4_e2m1@32/mse", 0)],
     "hadamard": [(randn(2, 8), 4), (randn(2, 24), 12)],
     "hadamard_quantize": [(randn(2, 8), 4, "mxint4@4"), (randn(2, 48), 24, "mxint8@8/mse")],
+    "mixer": [([randn(2, 6, 5), randn(6, 4, seed=1), None], CONVOLUTION, '[[{"tensor": 0}, {"tensor": 1}, null], {}]')],
     "norm_quantize": [
         (randn(2, 8), randn(8), MATRIX, "mxint4@4", 1e-6, 1.0, True),
         (randn(2, 8), None, None, "mxint4@4", 1e-6),
