@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mxfx.compat import load_any
-from mxfx.config import ConfigError, Pipeline, Place, apply_overrides, check_order
-from mxfx.config.overrides import NoSuchPass
+from mxfx.compat.prepare import prepare
+from mxfx.compat.tutorial import load_any
+from mxfx.config import Pipeline
 from mxfx.driver import run as driver
 from mxfx.driver.check import Checked, check
 from mxfx.driver.job import Job, default_instruments
 from mxfx.driver.options import RunOptions
 from mxfx.driver.pretrained import load_model, load_tokenizer
 from mxfx.driver.run import Named, Outcome, RunSummary
-from mxfx.driver.run_directory import NoRun, check_names, find_model, find_pipeline, write_report
+from mxfx.driver.run_directory import NoRun, find_model, find_pipeline, write_report
 from mxfx.graph.module import build
 from mxfx.graph.program import Program
 from mxfx.graph.tiny import FAMILIES
@@ -73,52 +72,6 @@ def compile(
     module = build(result.program).to(place)
     vars(module).update(program=result.before_emit, report=result)
     return module
-
-
-def prepare(files: Sequence[str | Path], options: RunOptions) -> list[tuple[str, Pipeline]]:
-    """Read and check every pipeline, command line applied, emit stage behind it.
-
-    Raises ``ConfigError``; no weight is read.
-    """
-    names = [Path(file).stem for file in files]
-    wrong = check_names(names)
-    if wrong is not None:
-        raise ConfigError(Place("command line"), wrong, "files with other names")
-    found = {name: load_any(file) for name, file in zip(names, files, strict=True)}
-    # Settings first: they decide the emit stage, whose options an assignment may set.
-    given = _assignments(options)
-    of_passes = [text for text in given if text.startswith("pass")]
-    for assignment in given:
-        if assignment not in of_passes:
-            _override(found, assignment)
-    for name, pipeline in found.items():
-        found[name] = pipeline.emitted(options.device.partition(":")[0])
-    for assignment in of_passes:
-        _override(found, assignment)
-    for pipeline in found.values():
-        check_order(pipeline)
-    return list(found.items())
-
-
-def _override(pipelines: dict[str, Pipeline], assignment: str) -> None:
-    """Apply one assignment to every pipeline that has the pass it names; one that none has is an error."""
-    missing: list[NoSuchPass] = []
-    for name, pipeline in pipelines.items():
-        try:
-            pipelines[name] = apply_overrides(pipeline, [assignment])
-        except NoSuchPass as error:
-            missing.append(error)
-    if len(missing) == len(pipelines):
-        raise missing[0]
-
-
-def _assignments(options: RunOptions) -> list[str]:
-    given = []
-    if options.model is not None:
-        given.append(f"model.name={json.dumps(options.model)}")
-    if options.data is not None:
-        given.append(f"calibration.dataset={json.dumps(options.data)}")
-    return [*given, *options.overrides]
 
 
 def run(files: Sequence[str | Path], options: RunOptions) -> RunSummary:

@@ -62,10 +62,10 @@ def run(
     ] = False,
 ) -> None:
     """The whole job: trace, rewrite, evaluate; one table for all files."""
-    from mxfx import api
-    from mxfx.report.table import results_table
+    from mxfx.compat.prepare import prepare
+    from mxfx.driver.options import RunOptions
 
-    options = api.RunOptions(
+    options = RunOptions(
         model=model,
         data=data,
         eval=eval,
@@ -79,6 +79,12 @@ def run(
         trust_remote_code=trust_remote_code,
         say=lambda line: err.print(line),
     )
+    # What is wrong with the command or a file is said before transformers is imported.
+    options.check()
+    prepare(files, options)
+    from mxfx import api
+    from mxfx.report.table import results_table
+
     summary = api.run(files, options)
     for outcome in summary.outcomes:
         if outcome.file:
@@ -129,10 +135,12 @@ def config_show(
     set_: Set = [],  # noqa: B006
 ) -> None:
     """The pipeline that a file stands for, raise and emit stages included, as canonical TOML."""
-    from mxfx import api
+    from mxfx.compat.prepare import prepare
+    from mxfx.driver.options import RunOptions
+
+    ((_, pipeline),) = prepare([file], RunOptions(model=model, device=device, overrides=tuple(set_)))
     from mxfx.config import to_toml
 
-    ((_, pipeline),) = api.prepare([file], api.RunOptions(model=model, device=device, overrides=tuple(set_)))
     sys.stdout.write(to_toml(pipeline))
 
 

@@ -1,17 +1,18 @@
 """Where each key of a TOML text stands: key path -> line and column.
 
-``tomllib`` gives values without positions. This scanner walks a text that ``tomllib`` has already accepted,
+``tomli`` gives values without positions. This scanner walks a text that ``tomli`` has already accepted,
 so it checks nothing; it only has to know where tokens end.
 """
 
 from __future__ import annotations
 
 import re
-import tomllib
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import tomli
 
 from mxfx.config.errors import ConfigError, Place
 from mxfx.ground.nearest import did_you_mean
@@ -96,8 +97,8 @@ def read_toml(path: str | Path) -> Document:
 def parse_toml(text: str, source: str) -> Document:
     """Parse TOML text with the places of its keys. Raises ``ConfigError`` for a syntax error."""
     try:
-        value = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        value = tomli.loads(text)
+    except tomli.TOMLDecodeError as error:
         raise _syntax_error(error, text, source) from error
     return Document(value, Cursor(source, locate(text, source)))
 
@@ -112,19 +113,10 @@ def _near_file(file: Path) -> str:
     return did_you_mean(file.name, [f.name for f in folder.iterdir()]) if folder.is_dir() else ""
 
 
-_AT = re.compile(r" \((?:at line (\d+), column (\d+)|at end of document)\)$")
-
-
-def _syntax_error(error: tomllib.TOMLDecodeError, text: str, source: str) -> ConfigError:
-    message = str(error)
-    found = _AT.search(message)
+def _syntax_error(error: tomli.TOMLDecodeError, text: str, source: str) -> ConfigError:
     lines = text.splitlines() or [""]
-    line, column = len(lines), len(lines[-1]) + 1
-    if found and found.group(1):
-        line, column = int(found.group(1)), int(found.group(2))
-    problem = _AT.sub("", message)
-    place = Place(source, line, column, lines[line - 1] if line <= len(lines) else "")
-    return ConfigError(place, f"not valid TOML: {problem[0].lower()}{problem[1:]}")
+    place = Place(source, error.lineno, error.colno, lines[error.lineno - 1] if error.lineno <= len(lines) else "")
+    return ConfigError(place, f"not valid TOML: {error.msg[0].lower()}{error.msg[1:]}")
 
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
@@ -204,7 +196,7 @@ class _Scanner:
         start = self.at
         if self.text[start] in "'\"":
             self.string()
-            return next(iter(tomllib.loads(self.text[start : self.at] + "=0")))
+            return next(iter(tomli.loads(self.text[start : self.at] + "=0")))
         self.skip(_BARE)
         return self.text[start : self.at]
 

@@ -9,12 +9,15 @@ one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from mxfx.config.errors import ConfigError
 from mxfx.config.pipeline import Pipeline
 from mxfx.rewrite import Pass, all_facts, all_passes, facts_after
+
+if TYPE_CHECKING:
+    # Only a pipeline in a wrong order needs it, and it is slow to import.
+    from networkx import MultiDiGraph
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,14 @@ def first_problem(passes: tuple[Pass, ...], facts: frozenset[str] = frozenset())
     return None
 
 
-def constraints(passes: tuple[Pass, ...]) -> nx.MultiDiGraph:
+def constraints(passes: tuple[Pass, ...]) -> MultiDiGraph:
     """Edges "must precede" between the positions of a pipeline; ``why`` says which fact asks for it.
 
     A pass that requires a fact follows those that provide it; a pass that forbids a fact precedes them.
     """
-    graph = nx.MultiDiGraph()
+    from networkx import MultiDiGraph
+
+    graph = MultiDiGraph()
     graph.add_nodes_from(range(len(passes)))
     for here, pass_ in enumerate(passes):
         for there, other in enumerate(passes):
@@ -72,6 +77,8 @@ def constraints(passes: tuple[Pass, ...]) -> nx.MultiDiGraph:
 
 def possible_order(passes: tuple[Pass, ...], facts: frozenset[str] = frozenset()) -> tuple[int, ...] | None:
     """Positions in an order that satisfies every constraint, as near to the given one as can be."""
+    import networkx as nx
+
     graph = nx.DiGraph(constraints(passes))
     if not nx.is_directed_acyclic_graph(graph):
         return None
@@ -140,6 +147,8 @@ def _advice(pipeline: Pipeline, passes: tuple[Pass, ...], facts: frozenset[str])
 
 
 def _conflict(pipeline: Pipeline, passes: tuple[Pass, ...]) -> list[str]:
+    import networkx as nx
+
     cycles = sorted(nx.simple_cycles(nx.DiGraph(constraints(passes))), key=len)
     if not cycles:
         return ["this pipeline needs another pass, or one less"]

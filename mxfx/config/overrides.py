@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+import tomli
 
 from mxfx.config import options
 from mxfx.config.errors import ConfigError, Place
@@ -69,8 +70,8 @@ def _path(text: str, place: Place) -> KeyPath:
 
 def _value(text: str) -> object:
     try:
-        document = tomllib.loads(f"v = {text}")
-    except tomllib.TOMLDecodeError:
+        document = tomli.loads(f"v = {text}")
+    except tomli.TOMLDecodeError:
         return text
     return document["v"] if len(document) == 1 else text
 

@@ -14,8 +14,9 @@ Blanks mean nothing.
 from __future__ import annotations
 
 import re
-import tomllib
 from typing import Any
+
+import tomli
 
 from mxfx.config import options
 from mxfx.config.errors import ConfigError
@@ -179,8 +180,8 @@ class _Reader:
         if found is None:
             raise self.error(f"the string that starts here has no closing {quote}")
         try:
-            value = tomllib.loads("v=" + found[0])["v"]
-        except tomllib.TOMLDecodeError as error:
+            value = tomli.loads("v=" + found[0])["v"]
+        except tomli.TOMLDecodeError as error:
             raise self.error(f"bad escape in {found[0]}", "the escapes of TOML, or a 'literal' string") from error
         self.at = found.end()
         return value

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mxfx.calibration.datasets import check_source
-from mxfx.calibration.sources import SELF
 from mxfx.config.errors import ConfigError, Place
 
 _DEVICE = re.compile(r"(cpu|cuda)(:\d+)?")
@@ -44,6 +42,11 @@ class RunOptions:
         """Raise ``ConfigError`` or ``DatasetError`` for what is known to be wrong at once; no file is read."""
         check_device(self.device)
         check_task(self.eval)
+        if self.eval_data is None and self.data is None:
+            return
+        from mxfx.calibration.datasets import check_source
+        from mxfx.calibration.sources import SELF
+
         if self.eval_data is not None:
             check_source(self.eval_data, hub=False)
         if self.data is not None and self.data != SELF:

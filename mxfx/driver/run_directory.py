@@ -13,7 +13,6 @@ from filelock import FileLock, Timeout
 
 from mxfx.ground.errors import MxfxError
 from mxfx.ground.files import write_json, write_text
-from mxfx.report.weight_history import FILE as WEIGHT_HISTORY
 
 RESULTS, REPORT, LOCK, PIPELINE = "results.json", "report.html", ".lock", "pipeline.toml"
 
@@ -53,7 +52,7 @@ class PipelineFolder:
 
     @property
     def weights(self) -> Path:
-        return self.path / WEIGHT_HISTORY
+        return self.path / "weights.json"
 
     @property
     def model(self) -> Path:

@@ -14,10 +14,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mxfx.formats.element import Element, FloatElement
 from mxfx.formats.errors import FormatError
+from mxfx.formats.known import known_true
 
 NAN_CODE = 0x7F
 NVFP4_ELEMENT = FloatElement(2, 1)
@@ -60,7 +60,7 @@ class E4M3:
         return "nvfp4" if self.rule is BlockRule.SIX else f"nvfp4/{self.rule}"
 
     def common(self, x: Tensor, element: Element) -> Tensor:
-        if statically_known_true(x.numel() == 0):
+        if known_true(x.numel() == 0):
             return torch.ones((), dtype=torch.float32, device=x.device)
         amax = torch.where(x.isfinite(), x, 0.0).abs().amax().to(torch.float32)
         amax = amax.clamp_max(torch.finfo(torch.float32).max)

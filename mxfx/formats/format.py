@@ -7,12 +7,12 @@ from enum import StrEnum
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mxfx.formats.chunks import fits_in_cache, map_rows
 from mxfx.formats.e8m0 import E8M0
 from mxfx.formats.element import Element, FloatElement, IntElement
 from mxfx.formats.errors import FormatError
+from mxfx.formats.known import known_true
 from mxfx.formats.packing import pack_codes, packed_length, unpack_codes
 from mxfx.formats.scale import Scale
 
@@ -215,7 +215,7 @@ class Format:
         last = x.movedim(axis, -1).to(self._compute_dtype(x.dtype))
         length = last.shape[-1]
         count = (length + self.block - 1) // self.block
-        if not statically_known_true(length % self.block == 0):
+        if not known_true(length % self.block == 0):
             # Not F.pad: on fake tensors of four axes it fixes symbolic sizes to those of the example.
             zeros = last.new_zeros((*last.shape[:-1], count * self.block - length))
             last = torch.cat((last, zeros), dim=-1)
@@ -226,7 +226,7 @@ class Format:
         assert self.block is not None
         length = like.shape[axis]
         flat = blocks.flatten(-2)
-        if not statically_known_true(length % self.block == 0):
+        if not known_true(length % self.block == 0):
             flat = flat[..., :length]
         return flat.movedim(-1, axis)
 

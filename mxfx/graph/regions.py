@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-import networkx as nx
 import torch
 from torch import Tensor, fx
 
@@ -90,6 +89,9 @@ class AxisRegion:
 
 def residual_regions(program: Program) -> list[AxisRegion]:
     """The regions that an embedding writes to: one residual axis in every common decoder."""
+    # Slow to import, and reading a pipeline looks at no graph.
+    import networkx as nx
+
     axes = nx.Graph()
     for node in program.graph.nodes:
         if _width(node) is None:

@@ -13,9 +13,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mxfx.formats import Format
+from mxfx.formats.known import known_true
 from mxfx.formats.stored import restore, store_on_grid
 from mxfx.ops.attention import _CONTRACTS, _OPERANDS, _attended, attend, attention_bias
 from mxfx.ops.catalogue import describe, plain
@@ -73,9 +73,9 @@ def cache_bias(
     """
     if keys is None or slots is None:
         return attention_bias(mask, q, k, causal, window, chunk)
-    room, one = keys.shape[2], statically_known_true(q.shape[-2] == 1)
+    room, one = keys.shape[2], known_true(q.shape[-2] == 1)
     if window is None and chunk is None:
-        if statically_known_true(q.shape[-2] == room):
+        if known_true(q.shape[-2] == room):
             return attention_bias(mask, q, k, causal, None)
         if mask is None and one:
             return None
@@ -129,7 +129,7 @@ def cached_attend(
     formats = [None if text is None else _format(text) for text in (key_format, value_format)]
     tensors = (keys, values, key_scales, value_scales)
     caches = ((keys, key_scales, k, formats[0]), (values, value_scales, v, formats[1]))
-    one, limited = statically_known_true(q.shape[2] == 1), window is not None or chunk is not None
+    one, limited = known_true(q.shape[2] == 1), window is not None or chunk is not None
     # Several tokens may push out of a ring what the first of them still sees: it is read first.
     before = [read_cache(c, s, x, f).clone() for c, s, x, f in caches] if limited and not one else []
     kernels = _kernels(q, k, v, *formats)
@@ -141,7 +141,7 @@ def cached_attend(
     if before:
         k, v = (torch.cat((old, x), dim=2) for old, x in zip(before, (k, v), strict=True))
         return attend(q, k, v, allowed, scale, False, softcap, sinks, bias)
-    if statically_known_true(q.shape[2] == keys.shape[2]) and not limited:
+    if known_true(q.shape[2] == keys.shape[2]) and not limited:
         return attend(q, k, v, allowed, scale, causal, softcap, sinks, bias)
     if one and kernels is not None and bias is None:
         return kernels.attend_token(q, tensors, allowed, slots, scale, v.shape[-1], *formats, softcap, sinks)

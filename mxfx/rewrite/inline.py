@@ -8,7 +8,6 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from mxfx.rewrite.rewriter import Rewriter
 
@@ -59,6 +58,9 @@ def _signature(operand: object) -> Hashable:
 
 
 def _trace(node: fx.Node, operands: list[fx.Node], definition: Callable) -> fx.Graph:
+    # Slow to import, and reading a pipeline traces nothing.
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     def body(*values: object) -> torch.Tensor:
         given = dict(zip(operands, values, strict=True))
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: given[n])

@@ -7,9 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from mxfx.graph.node import META_KEY, NodeInfo, info, path_of, set_info
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, Symbol
@@ -110,6 +108,10 @@ class Rewriter:
         assert env is not None
         # A hint of its own, or equal sizes would be taken for one.
         hint = min(high, 67 + 2 * len(self.program.symbols))
+        # Both are slow to import, and few rewrites make a symbol.
+        from torch._dynamo.source import ConstantSource
+        from torch.fx.experimental.symbolic_shapes import DimDynamic
+
         where = ConstantSource(name)
         expression = env.create_symbol(hint, where, dynamic_dim=DimDynamic.DYNAMIC)
         env.constrain_symbol_range(expression, low, high)  # type: ignore[arg-type]

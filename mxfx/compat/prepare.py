@@ -1,0 +1,70 @@
+"""Pipeline files and the command line to whole pipelines: nothing slow is imported for it, no weight is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mxfx.config.errors import ConfigError, Place
+from mxfx.config.locate import read_toml
+from mxfx.driver.options import RunOptions
+from mxfx.driver.run_directory import check_names
+
+if TYPE_CHECKING:
+    from mxfx.config.pipeline import Pipeline
+
+
+def prepare(files: Sequence[str | Path], options: RunOptions) -> list[tuple[str, Pipeline]]:
+    """Read and check every pipeline, command line applied, emit stage behind it.
+
+    Raises ``ConfigError``; no weight is read.
+    """
+    names = [Path(file).stem for file in files]
+    wrong = check_names(names)
+    if wrong is not None:
+        raise ConfigError(Place("command line"), wrong, "files with other names")
+    for file in files:
+        read_toml(file)
+    # Passes import torch, which takes a second: what is no TOML is refused before.
+    from mxfx.compat.tutorial import load_any
+    from mxfx.config.order import check_order
+
+    found = {name: load_any(file) for name, file in zip(names, files, strict=True)}
+    # Settings first: they decide the emit stage, whose options an assignment may set.
+    given = _assignments(options)
+    of_passes = [text for text in given if text.startswith("pass")]
+    for assignment in given:
+        if assignment not in of_passes:
+            _override(found, assignment)
+    for name, pipeline in found.items():
+        found[name] = pipeline.emitted(options.device.partition(":")[0])
+    for assignment in of_passes:
+        _override(found, assignment)
+    for pipeline in found.values():
+        check_order(pipeline)
+    return list(found.items())
+
+
+def _override(pipelines: dict[str, Pipeline], assignment: str) -> None:
+    """Apply one assignment to every pipeline that has the pass it names; one that none has is an error."""
+    from mxfx.config.overrides import NoSuchPass, apply_overrides
+
+    missing: list[NoSuchPass] = []
+    for name, pipeline in pipelines.items():
+        try:
+            pipelines[name] = apply_overrides(pipeline, [assignment])
+        except NoSuchPass as error:
+            missing.append(error)
+    if len(missing) == len(pipelines):
+        raise missing[0]
+
+
+def _assignments(options: RunOptions) -> list[str]:
+    given = []
+    if options.model is not None:
+        given.append(f"model.name={json.dumps(options.model)}")
+    if options.data is not None:
+        given.append(f"calibration.dataset={json.dumps(options.data)}")
+    return [*given, *options.overrides]
