@@ -62,27 +62,30 @@ def block_moments(
     tokens: Tensor | None = None,
     *,
     unit_rows: bool = False,
+    by_head: bool = True,
 ) -> dict[fx.Node, Tensor]:
     """Second moments within blocks of each node's last axis: mean of ``x_Bᵀ x_B`` over tokens, float64 on CPU.
 
     ``blocks`` maps a node to its block size b. A ``(batch, seq, n)`` node gives ``(n / b, b, b)``, a
     ``(batch, heads, seq, n)`` node ``(heads, n / b, b, b)``. With ``unit_rows`` each token's row is first divided by
-    its root mean square, so that a few huge tokens do not speak for all.
+    its root mean square, so that a few huge tokens do not speak for all. Without ``by_head`` the rows of a tensor of
+    any rank count alike, as those of a linear's input do.
     """
-    sums = {node: _BlockMoment(block, unit_rows) for node, block in blocks.items()}
+    sums = {node: _BlockMoment(block, unit_rows, by_head) for node, block in blocks.items()}
     watch(program, sums, ctx, tokens)
     return {node: moment.value() for node, moment in sums.items()}
 
 
 class _BlockMoment:
-    def __init__(self, block: int, unit_rows: bool) -> None:
+    def __init__(self, block: int, unit_rows: bool, by_head: bool) -> None:
         self._block = block
+        self._by_head = by_head
         self._unit_rows = unit_rows
         self._sum: Tensor | None = None
         self._rows = 0
 
     def __call__(self, x: Tensor) -> None:
-        wide = _rows(x).to(torch.promote_types(x.dtype, torch.float32))
+        wide = (_rows(x) if self._by_head else x.flatten(0, -2)).to(torch.promote_types(x.dtype, torch.float32))
         if self._unit_rows:
             wide = wide * wide.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
         self._rows += wide.shape[-2]

@@ -47,10 +47,13 @@ _WRITTEN: dict[type, _Written] = {
         {"type": "string", "examples": ["mxint4@32/mse"]},
     ),
     Selector: _Written(
-        Selector,
+        Selector.read,
         str,
-        "a regular expression that whole module paths match, in quotes",
-        {"type": "string", "format": "regex"},
+        'a regular expression that whole module paths match, or clauses such as "role: mlp; layers: 0-3", in quotes',
+        {
+            "type": "string",
+            "examples": [r".*\.mlp\..*", "role: down_proj, o_proj; layers: 0-3, -1; except: .*shared.*"],
+        },
     ),
 }
 
@@ -94,9 +97,9 @@ def read_dataclass(cls: type, raw: object, at: Cursor, what: str = "") -> Any:
         if key not in fields(cls):
             raise unknown_key(key, cls, at, what)
     values = {key: read(hint_of(cls, key), value, at / key) for key, value in raw.items()}
-    for field in fields(cls).values():
-        if field.name not in values and is_required(field):
-            raise at.error(f"{what} lacks the key {field.name!r}", expected(hint_of(cls, field.name)))
+    for key, field in fields(cls).items():
+        if key not in values and is_required(field):
+            raise at.error(f"{what} lacks the key {key!r}", expected(hint_of(cls, key)))
     return construct(cls, values, at)
 
 
@@ -105,7 +108,7 @@ def construct(cls: type, values: Mapping[str, object], at: Cursor) -> Any:
     names.
     """
     try:
-        return cls(**values)
+        return cls(**{fields(cls)[key].name: value for key, value in values.items()})
     except ConfigError:
         raise
     except ValueError as error:
@@ -188,13 +191,13 @@ def write(value: Any) -> Any:
 def write_fields(value: Any, always: frozenset[str] = frozenset()) -> dict[str, Any]:
     """The fields that differ from their defaults, and those in ``always``, in the order of declaration."""
     shown = {}
-    for field in fields(type(value)).values():
+    for key, field in fields(type(value)).items():
         item = getattr(value, field.name)
-        if item == default_of(field) and type(item) is type(default_of(field)) and field.name not in always:
+        if item == default_of(field) and type(item) is type(default_of(field)) and key not in always:
             continue
-        if item is None and field.name in always:
+        if item is None and key in always:
             continue
-        shown[field.name] = _write_field(field.name, item)
+        shown[key] = _write_field(key, item)
     return shown
 
 
@@ -250,16 +253,16 @@ def dataclass_schema(cls: type) -> dict[str, Any]:
     """JSON Schema of a table: every field with its type, its default and the docstring's words for it."""
     notes = field_notes(cls)
     properties = {}
-    for field in fields(cls).values():
-        entry = schema(hint_of(cls, field.name))
-        if field.name in notes:
-            entry["description"] = notes[field.name]
+    for key, field in fields(cls).items():
+        entry = schema(hint_of(cls, key))
+        if key in notes:
+            entry["description"] = notes[key]
         if not is_required(field) and default_of(field) is not None:
             entry["default"] = write(default_of(field))
-        properties[field.name] = entry
+        properties[key] = entry
     described: dict[str, Any] = {"type": "object", "description": inspect.getdoc(cls) or ""}
     described |= {"properties": properties, "additionalProperties": False}
-    required = [field.name for field in fields(cls).values() if is_required(field)]
+    required = [key for key, field in fields(cls).items() if is_required(field)]
     return described | ({"required": required} if required else {})
 
 
@@ -287,8 +290,11 @@ def field_notes(cls: type) -> dict[str, str]:
 
 
 def fields(cls: type) -> dict[str, dataclasses.Field]:
-    """The options of a dataclass by name, in the order of declaration."""
-    return {field.name: field for field in dataclasses.fields(cls) if field.init}
+    """The options of a dataclass by their keys, in the order of declaration.
+
+    A key is the field's name, but for one that is a word of Python: the key ``except`` is the field ``except_``.
+    """
+    return {field.name.removesuffix("_"): field for field in dataclasses.fields(cls) if field.init}
 
 
 @lru_cache(maxsize=256)
@@ -296,8 +302,8 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def hint_of(cls: type, name: str) -> Any:
-    return _hints(cls)[name]
+def hint_of(cls: type, key: str) -> Any:
+    return _hints(cls)[fields(cls)[key].name]
 
 
 def is_required(field: dataclasses.Field) -> bool:

@@ -103,10 +103,11 @@ def _replace(value: Any, path: tuple[str | int, ...], raw: object, at: Cursor, w
             did_you_mean(str(name), options.fields(type(value))),
             of_key=True,
         )
-    old = getattr(value, str(name))
+    attribute = options.fields(type(value))[str(name)].name
+    old = getattr(value, attribute)
     new = _replace_item(old, rest, raw, at, f"{name} of {what}") if rest else _read_field(value, str(name), raw, at)
     try:
-        return dataclasses.replace(value, **{str(name): new})
+        return dataclasses.replace(value, **{attribute: new})
     except ConfigError:
         raise
     except ValueError as error:

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 import mxfx.ops  # noqa: F401  (registers the dialect)
 from mxfx.graph.node import kind, op_name, operands, path_of
 from mxfx.graph.program import Program
+from mxfx.ops.catalogue import spec
 
 aten = torch.ops.aten
 
@@ -444,11 +445,12 @@ def _below(user: fx.Node, operand: object, linear: bool) -> Iterator[tuple[Write
 
 
 def siblings(program: Program) -> dict[fx.Node, list[fx.Node]]:
-    """Distinct input node → the linears that read it, in graph order."""
+    """Distinct input node → the products with a weight that read it, in graph order."""
     found: dict[fx.Node, list[fx.Node]] = {}
-    for node in program.graph.nodes:
-        if kind(node) == "linear":
-            found.setdefault(node.args[0], []).append(node)
+    for node in program.products():
+        source = spec(node).node_of("input")
+        if source is not None:
+            found.setdefault(source, []).append(node)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar
 
 from torch import fx
@@ -15,6 +16,8 @@ from mxfx.ops.catalogue import spec
 from mxfx.rewrite import ALL, Context, Exact, ExpectationError, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.expect import check, evaluate
 from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, ANNOTATED, RAISED, WEIGHTS_ROUNDED, Fact, Selected
+from mxfx.rewrite.roles import role_of
+from mxfx.rewrite.size import left_out
 
 _KEYS = ("weight", "bias", "input", "output", "q", "k", "v", "kv", "probs", "softmax", "rope")
 
@@ -23,6 +26,12 @@ _KEYS = ("weight", "bias", "input", "output", "q", "k", "v", "kv", "probs", "sof
 class Rule:
     """One rule: nodes whose module path matches ``match`` get the formats named.
 
+    role: what the node does in its layer, by the dataflow (``q_proj``, ``down_proj``, ``mlp``; see
+        ``mxfx.rewrite.roles``), or several, after commas. A router is taken only by a rule that speaks of nothing else.
+    layers: decoder layers, as in ``0-3, -1``; negative ones count from the end.
+    except: a regular expression; nodes whose whole module path matches it are left out.
+    type: concepts of nodes, such as ``linear`` or ``expert_linear``, after commas.
+
     ``weight``, ``bias``, ``input``, ``output`` speak of linears (and norms, embeddings, activations); ``q``, ``k``,
     ``v``, ``kv`` (k and v), ``softmax`` (the scores before the softmax), ``probs`` (after it) speak of attention;
     ``rope`` of the rotary embedding's input. ``expect`` is integer arithmetic over ``layers``: the number of nodes that
@@ -30,6 +39,10 @@ class Rule:
     """
 
     match: Selector = field(default=ALL)
+    role: str = ""
+    layers: str = ""
+    except_: str = ""
+    type: str = ""
     weight: Format | None = None
     bias: Format | None = None
     input: Format | None = None
@@ -45,11 +58,17 @@ class Rule:
 
     def __post_init__(self) -> None:
         if not self.formats():
-            raise ValueError(f"the rule for {str(self.match)!r} names no format; give one of {', '.join(_KEYS)}")
+            raise ValueError(f"the rule for {str(self.where)!r} names no format; give one of {', '.join(_KEYS)}")
+        _ = self.where
         if self.kv is not None and (self.k is not None or self.v is not None):
             raise ValueError("'kv' speaks of k and v; give kv alone or k and v")
         if self.expect is not None:
             check(self.expect)
+
+    @cached_property
+    def where(self) -> Selector:
+        """What the rule speaks of, all keys together."""
+        return self.match.narrowed(role=self.role, layers=self.layers, excluded=self.except_, type=self.type)
 
     def formats(self) -> dict[str, Format]:
         """The keys that are set, in the order of the fields."""
@@ -69,7 +88,8 @@ class Annotate(Pass):
 
         %y = linear(%x, @model.layers.0.mlp.up_proj.weight)  {weight: mxint4@32, input: mxint4@32}
 
-    A rule that matches nothing, or another number of nodes than its ``expect``, is an error.
+    A rule that matches nothing, or another number of nodes than its ``expect``, is an error. A pipeline whose rules
+    leave out a tenth of the weights that its layers multiply by is warned; ``partial`` says that this is meant.
     """
 
     name: ClassVar[str] = "annotate"
@@ -78,21 +98,29 @@ class Annotate(Pass):
     forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED})
     numerics: ClassVar[Numerics] = Exact()
     rule: tuple[Rule, ...] = ()
+    partial: bool = False
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         for index, rule in enumerate(self.rule, start=1):
             place = ctx.where(("rule", index - 1))
             count = self._apply(rw, rule, f"annotate rule {index}" + (f" ({place})" if place else ""))
             _check_count(rw, rule, index, count)
+        left = None if self.partial or rw.record.limited else left_out(rw.program)
+        if left is not None:
+            rw.warn(left)
 
     def selects(self, node: fx.Node) -> bool:
-        return any(rule.match(path_of(node)) and _operands(rule, node) for rule in self.rule)
+        takes = any(_operands(rule, node) and rule.where(node) for rule in self.rule)
+        return takes and role_of(node) != "router"
 
     def _apply(self, rw: Rewriter, rule: Rule, by: str) -> int:
+        wanted_of = {node: _operands(rule, node) for node in rw.program.nodes()}
+        found = [(node, wanted) for node, wanted in wanted_of.items() if wanted and rule.where(node)]
+        routers = {node for node, _ in found if role_of(node) == "router"}
         count = 0
-        for node in rw.program.nodes():
-            wanted = _operands(rule, node)
-            if not wanted or not rule.match(path_of(node)):
+        for node, wanted in found:
+            if node in routers and len(routers) < len(found):
+                rw.skip(node, 'a router stays float; a rule with role = "router" takes it', rule=by)
                 continue
             count += 1
             fresh = {o: f for o, f in wanted.items() if o not in info(node).formats}
@@ -130,23 +158,27 @@ def _check_count(rw: Rewriter, rule: Rule, index: int, count: int) -> None:
     expected = None if rule.expect is None else evaluate(rule.expect, layers=rw.program.layers)
     if expected is not None and count != expected:
         raise ExpectationError(
-            f"annotate rule {index}: match {str(rule.match)!r} fits {count} nodes, "
+            f"annotate rule {index}: match {str(rule.where)!r} fits {count} nodes, "
             f"expect = {rule.expect!r} asks for {expected} (layers = {rw.program.layers})",
             rule=index,
         )
     if count == 0 and not rw.record.limited:
         raise ExpectationError(
-            f"annotate rule {index}: match {str(rule.match)!r} fits no node that has {' or '.join(rule.formats())}; "
-            f"it is matched against whole module paths such as {_example(rw, rule)}",
+            f"annotate rule {index}: match {str(rule.where)!r} fits no node that has {' or '.join(rule.formats())}; "
+            + _nearest(rw, rule),
             rule=index,
         )
 
 
-def _example(rw: Rewriter, rule: Rule) -> str:
-    """The path nearest in spelling among the nodes that the rule's keys could speak of."""
-    paths = [path_of(n) for n in rw.program.nodes() if _operands(rule, n)]
-    near = nearest(str(rule.match).replace("\\", ""), paths, cutoff=0.0)
-    return repr(near) if near else "none: the model has no such operand"
+def _nearest(rw: Rewriter, rule: Rule) -> str:
+    """What the rule could have spoken of: the path nearest in spelling, and the roles that there are."""
+    candidates = [n for n in rw.program.nodes() if _operands(rule, n)]
+    near = nearest(rule.match.pattern.replace("\\", ""), [path_of(n) for n in candidates], cutoff=0.0)
+    if near is None:
+        return "none: the model has no such operand"
+    roles = ", ".join(sorted({role for n in candidates if (role := role_of(n))}))
+    told = f"; of these nodes the roles are {roles}" if rule.where.role and roles else ""
+    return f"it is matched against whole module paths such as {near!r}{told}"
 
 
 @ANNOTATED.means

@@ -15,7 +15,7 @@ from mxfx.calibration.keys import Keys, environment, token_key
 from mxfx.calibration.layerwise import LayeredModel, tune_layers
 from mxfx.calibration.training import checkpointed, divergence, trainable
 from mxfx.formats import Format
-from mxfx.graph.node import info, kind, path_of
+from mxfx.graph.node import info, kind
 from mxfx.graph.program import Program
 from mxfx.ops.catalogue import spec
 from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, register
@@ -197,7 +197,7 @@ class Distill(Pass):
         return ctx.cache / f"distill-{key}.safetensors"
 
     def selects(self, node: fx.Node) -> bool:
-        return (spec(node).product is not None or kind(node) == "embedding") and self.select(path_of(node))
+        return (spec(node).product is not None or kind(node) == "embedding") and self.select(node)
 
     def _targets(self, rw: Rewriter) -> dict[str, list[fx.Node]]:
         """Weight → the linears and embeddings that read it, all in one format."""
@@ -219,7 +219,7 @@ def free_weights(program: Program, kinds: tuple[Free, ...], select: Selector) ->
     last = next((n for n in reversed(program.graph.nodes) if kind(n) == "linear"), None)
     wanted: set[str] = set()
     for node in program.graph.nodes:
-        if not select(path_of(node)):
+        if not select(node):
             continue
         names = {
             "gains": _stored(node, 1) if kind(node) == "rms_norm" else None,

@@ -60,7 +60,7 @@ class ExpandAttention(Pass):
     def run(self, rw: Rewriter, ctx: Context) -> None:
         hidden: dict[tuple, fx.Node] = {}
         for attention in rw.program.nodes("attention"):
-            if not self.select(path_of(attention)):
+            if not self.select(attention):
                 continue
             inner = [o for o in _INNER if o in info(attention).formats]
             if not inner:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from mxfx.graph.execute import value_of
-from mxfx.graph.node import op_name, path_of
+from mxfx.graph.node import op_name
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, compute_dtype
 from mxfx.rewrite import ALL, Context, Exact, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.basis import free_name
@@ -45,7 +45,7 @@ class FoldConstants(Pass):
         for node in rw.program.nodes():
             if node.op != "call_function" or node not in decided or all(user in decided for user in node.users):
                 continue
-            if not self.select(path_of(node)):
+            if not self.select(node):
                 continue
             reason = self._why_not(rw, node, decided[node])
             if reason is not None:

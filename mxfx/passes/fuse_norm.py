@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar
 
+import torch
 from torch import Tensor, fx
 
 from mxfx.graph.node import info, kind, op_name, operands, path_of
 from mxfx.graph.program import Program
+from mxfx.ops.catalogue import multiplies, spec, weights_of
 from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
-from mxfx.rewrite.basis import change_input, untie, why_shared
+from mxfx.rewrite.basis import untie
 from mxfx.rewrite.facts import (
     ACTIVATIONS_QUANTIZED,
     KV_QUANTIZED,
@@ -21,6 +23,10 @@ from mxfx.rewrite.facts import (
     Fact,
     Selected,
 )
+from mxfx.rewrite.operands import readers_of
+
+#: Views; those that keep the last axis keep its channels.
+_VIEWS = (torch.ops.aten.reshape.default, torch.ops.aten.unsqueeze.default, torch.ops.aten.squeeze.dim)
 
 
 @register
@@ -54,30 +60,50 @@ class FuseNorm(Pass):
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         for norm in rw.program.nodes("rms_norm"):
-            if not self.select(path_of(norm)):
+            if not self.select(norm):
                 continue
             reason = _refusal(norm)
             if reason is None and self.keep_tied:
                 reason = _tied(rw.program, norm)
             if reason is not None:
                 rw.skip(norm, reason)
-            elif rw.match(norm, note=f"into {', '.join(path_of(u) for u in norm.users)}"):
+            elif rw.match(norm, note=f"into {', '.join(path_of(reader) for reader, _ in _readers(norm))}"):
                 _fuse(rw, norm)
 
 
 def _refusal(norm: fx.Node) -> str | None:
     if norm.args[1] is None:
         return "it has no gain"
-    strangers = [u for u in norm.users if kind(u) != "linear" or u.args[0] is not norm]
-    if strangers:
-        return f"{op_name(strangers[0])} at {path_of(strangers[0]) or 'top level'} reads it, which is no linear"
+    for reader, source in _readers(norm):
+        if not multiplies(reader, source):
+            return f"{op_name(reader)} at {path_of(reader) or 'top level'} reads it, which is no linear"
+        if _stored(reader) is None:
+            return f"the weight of {path_of(reader) or reader.name}, which reads it, is computed"
     return None
+
+
+def _readers(source: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """Who reads a tensor, and as which node: through views that keep its last axis, and through casts."""
+    found = []
+    for user in source.users:
+        val, seen = user.meta.get("val"), source.meta["val"]
+        view = user.target in _VIEWS and isinstance(val, Tensor) and val.shape[-1] == seen.shape[-1]
+        found += _readers(user) if view or kind(user) == "cast" else [(user, source)]
+    return found
+
+
+def _stored(linear: fx.Node) -> str | None:
+    """Name of the weight that a linear multiplies by, as it is or cast; None for one that is computed."""
+    weight = spec(linear).node_of("weight")
+    while weight is not None and kind(weight) == "cast":
+        weight = spec(weight).node_of("x")
+    return str(weight.target) if weight is not None and weight.op == "get_attr" else None
 
 
 def _tied(program: Program, norm: fx.Node) -> str | None:
     """Which linear behind the norm shares its weight under another name; None if none does."""
-    for linear in norm.users:
-        name = program.weight_of(linear)
+    for linear, _ in _readers(norm):
+        name = str(_stored(linear))
         others = program.weights.tied_to(name)
         if others:
             return f"{name} is tied to {others[0]}"
@@ -86,17 +112,29 @@ def _tied(program: Program, norm: fx.Node) -> str | None:
 
 def _fuse(rw: Rewriter, norm: fx.Node) -> None:
     gain = _gain(rw.program, norm)
-    for linear in list(norm.users):
-        untie(rw, linear)
-        shared = why_shared(rw, linear)
-        if shared is not None:
-            raise ValueError(f"fuse-norm: cannot fold {path_of(norm)} into {path_of(linear)}: {shared}")
-        change_input(rw, linear, lambda w: w * gain)
+    for linear in dict.fromkeys(linear for linear, _ in _readers(norm)):
+        if "weight" in weights_of(linear):
+            untie(rw, linear)
+        name = str(_stored(linear))
+        shared = [reader for reader in _through_casts(readers_of(rw.program, name)) if reader is not linear]
+        if shared:
+            raise ValueError(
+                f"fuse-norm: cannot fold {path_of(norm)} into {path_of(linear)}: {name} is read by "
+                f"{path_of(shared[0]) or shared[0].name} too"
+            )
+        rw.set_weight(name, rw.weights[name].double() * gain)
     norm.update_arg(1, None)
     norm.args = norm.args[:3]
     record = info(norm)
     bare = {o: a for o, a in record.formats.items() if o != "weight"}
     rw.set_info(norm, replace(record, formats=MappingProxyType(bare)))
+
+
+def _through_casts(readers: list[fx.Node]) -> list[fx.Node]:
+    found = []
+    for reader in readers:
+        found += _through_casts(list(reader.users)) if kind(reader) == "cast" else [reader]
+    return found
 
 
 def _gain(program: Program, norm: fx.Node) -> Tensor:

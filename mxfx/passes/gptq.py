@@ -127,12 +127,12 @@ class Gptq(Pass):
                     break
 
     def selects(self, node: fx.Node) -> bool:
-        return spec(node).product is not None and self.select(path_of(node))
+        return spec(node).product is not None and self.select(node)
 
     def _targets(self, rw: Rewriter) -> list[fx.Node]:
         found = []
         for node in rw.program.products():
-            if not self.select(path_of(node)) or "weight" not in info(node).formats:
+            if not self.select(node) or "weight" not in info(node).formats:
                 continue
             reason = _unfit(rw.program, node) or self._beyond(node)
             if reason:
@@ -330,7 +330,7 @@ def _formats(program: Program, select: Selector) -> dict[str, str]:
     return {
         node.name: str(info(node).formats["weight"].format)
         for node in program.products()
-        if select(path_of(node)) and "weight" in info(node).formats and _unfit(program, node) is None
+        if select(node) and "weight" in info(node).formats and _unfit(program, node) is None
     }
 
 

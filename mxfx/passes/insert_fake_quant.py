@@ -46,7 +46,7 @@ class InsertFakeQuant(Pass):
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         for node in rw.program.nodes():
-            if self.select(path_of(node)):
+            if self.select(node):
                 if "input" in info(node).formats and spec(node).has("input"):
                     quantize_operand(rw, node, "input")
                 _quantize_output(rw, node)

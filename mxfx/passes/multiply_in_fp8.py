@@ -11,7 +11,6 @@ import torch
 from torch import fx
 
 from mxfx.formats import Format, FormatError, parse
-from mxfx.graph.node import path_of
 from mxfx.ops import fp8
 from mxfx.ops.catalogue import arguments_of
 from mxfx.ops.kernels import packed
@@ -56,7 +55,7 @@ class MultiplyInFp8(Pass):
     def run(self, rw: Rewriter, ctx: Context) -> None:
         groups: dict[tuple, list[fx.Node]] = {}
         for node in rw.program.nodes():
-            if node.target is not packed.LINEAR or not self.select(path_of(node)):
+            if node.target is not packed.LINEAR or not self.select(node):
                 continue
             reason = _why_not(rw, node)
             if reason is not None:

@@ -51,7 +51,7 @@ class OnlineRotation(Pass):
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         for node in rw.program.nodes():
-            if site_of(node) in self.sites and self.select(path_of(node)):
+            if site_of(node) in self.sites and self.select(node):
                 rotate_operands(rw, node, self.block)
 
 

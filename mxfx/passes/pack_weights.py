@@ -50,7 +50,7 @@ class PackWeights(Pass):
     def run(self, rw: Rewriter, ctx: Context) -> None:
         done: set[str] = set()
         for node in rw.program.nodes(*_READERS):
-            if not self.select(path_of(node)) or "weight" not in info(node).formats:
+            if not self.select(node) or "weight" not in info(node).formats:
                 continue
             source = weights_of(node).get("weight")
             if source is None:

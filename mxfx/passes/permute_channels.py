@@ -9,7 +9,6 @@ from torch import Tensor
 
 from mxfx.algorithms.block_transform import zigzag_permutation
 from mxfx.calibration.moments import block_moments
-from mxfx.graph.node import path_of
 from mxfx.graph.regions import GatedRegion, Refusal, gated_regions
 from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.basis import bias_of, change_input, why_shared
@@ -44,7 +43,7 @@ class PermuteChannels(Pass):
         regions: list[GatedRegion] = []
         for found in gated_regions(rw.program):
             node = found.node if isinstance(found, Refusal) else found.readers[0]
-            if not self.select(path_of(node)):
+            if not self.select(node):
                 continue
             reason = found.reason if isinstance(found, Refusal) else why_fixed(rw, found) or self._misfit(found)
             if reason is None:

@@ -42,7 +42,7 @@ class QuantizeKvCache(Pass):
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         for node in rw.program.nodes("attention"):
-            if not self.select(path_of(node)):
+            if not self.select(node):
                 continue
             for operand in _CACHED:
                 if operand in info(node).formats:

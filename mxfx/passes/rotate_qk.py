@@ -45,7 +45,7 @@ class RotateQk(Pass):
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         for attention in rw.program.nodes("attention"):
-            if not self.select(path_of(attention)):
+            if not self.select(attention):
                 continue
             width = operands(attention)["q"].meta["val"].shape[-1]  # type: ignore[attr-defined]
             block = self.block or width

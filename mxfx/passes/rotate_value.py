@@ -55,7 +55,7 @@ class RotateValue(Pass):
     def run(self, rw: Rewriter, ctx: Context) -> None:
         generator = ctx.generator("rotate-value")
         for attention in rw.program.nodes("attention"):
-            if not self.select(path_of(attention)):
+            if not self.select(attention):
                 continue
             region = value_region(attention)
             reason = region.reason if isinstance(region, Refusal) else _shared(rw, region)

@@ -44,7 +44,7 @@ class RoundWeights(Pass):
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         for node in rw.program.nodes():
-            if not self.select(path_of(node)):
+            if not self.select(node):
                 continue
             for operand in info(node).formats:
                 if spec(node).has(operand) and spec(node).operand(operand).stored:

@@ -75,7 +75,7 @@ class ScaleChannels(Pass):
         chosen: list[Region] = []
         for region in found:
             node = region.node if isinstance(region, Refusal) else _place(region)
-            if not self.select(path_of(node)):
+            if not self.select(node):
                 continue
             reason = region.reason if isinstance(region, Refusal) else _why_fixed(rw, region)
             if reason is None:

@@ -14,6 +14,7 @@ from mxfx.calibration.moments import block_moments
 from mxfx.graph.node import info, kind, layer_of, op_name, path_of
 from mxfx.graph.program import Program
 from mxfx.graph.regions import siblings
+from mxfx.ops.catalogue import spec
 from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.basis import change_input, free_name, why_shared
 from mxfx.rewrite.facts import (
@@ -28,6 +29,8 @@ from mxfx.rewrite.facts import (
 )
 
 _NOTE = "input-basis"
+#: Rows of a weight that are in float64 at one time: a layer of experts has a million.
+_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class TransformInputs(Pass):
         moments: dict[fx.Node, Tensor] = {}
         if self.kind == "wush":
             blocks = {site.source: self.block for site in found}
-            moments = block_moments(rw.program, blocks, ctx, ctx.tokens()[: self.samples])
+            moments = block_moments(rw.program, blocks, ctx, ctx.tokens()[: self.samples], by_head=False)
         generator = ctx.generator("transform-inputs")
         for site in found:
             transform = self._transform(rw, site, moments, generator)
@@ -129,7 +132,7 @@ def sites(rw: Rewriter, select: Selector) -> list[Site]:
         chosen = []
         for linear in linears:
             wanted = "input" in info(linear).formats if annotated else layer_of(linear) is not None
-            if not wanted or not select(path_of(linear)):
+            if not wanted or not select(linear):
                 continue
             reason = why_shared(rw, linear)
             if reason is None:
@@ -143,9 +146,13 @@ def sites(rw: Rewriter, select: Selector) -> list[Site]:
 
 def weight_moments(program: Program, site: Site, block: int) -> Tensor:
     """Mean of ``w_Bᵀ w_B`` over the rows of all linears of the site, float64 ``(width / block, block, block)``."""
-    stacked = torch.cat([program.weights[program.weight_of(n)].double() for n in site.linears])
-    columns = stacked.unflatten(-1, (-1, block)).transpose(0, 1)
-    return (columns.mT @ columns / stacked.shape[0]).cpu()
+    rows, total = 0, torch.zeros(site.width // block, block, block, dtype=torch.float64)
+    for linear in site.linears:
+        for part in program.weights[program.weight_of(linear)].flatten(0, -2).split(_ROWS):
+            columns = part.double().unflatten(-1, (-1, block)).transpose(0, 1)
+            total += (columns.mT @ columns).cpu()
+            rows += len(part)
+    return total / rows
 
 
 def orthogonal(blocks: Tensor) -> BlockTransform:
@@ -170,7 +177,7 @@ def insert(rw: Rewriter, site: Site, transform: BlockTransform, *, plain: bool) 
         matrix = rw.add_weight(free_name(rw, f"transforms.{site.name}.input"), transform.matrix, first)
         new = rw.call(torch.ops.mxfx.block_transform.default, site.source, matrix, like=first)
     for linear in site.linears:
-        rw.set_operand(linear, 0, new)
+        spec(linear).set(rw, "input", new)
         rw.set_info(linear, info(linear).with_note(_NOTE, new.name))
 
 
@@ -193,10 +200,10 @@ def _account(kind: str, site: Site, transform: BlockTransform) -> dict[str, obje
 
 @INPUTS_TRANSFORMED.means
 def inputs_transformed(program: Program, selected: Selected) -> str | None:
-    for linear in program.nodes("linear"):
-        basis = info(linear).notes.get(_NOTE)
-        if basis is not None and not _reaches(linear.args[0], str(basis)):
-            return f"{path_of(linear)} has its weight in the basis of {basis} and reads {linear.args[0]}"
+    for linear in program.products():
+        basis, source = info(linear).notes.get(_NOTE), spec(linear).get("input")
+        if basis is not None and not _reaches(source, str(basis)):
+            return f"{path_of(linear)} has its weight in the basis of {basis} and reads {source}"
     return None
 
 

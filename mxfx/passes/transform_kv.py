@@ -64,7 +64,7 @@ class TransformKv(Pass):
     select: Selector = ALL
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
-        chosen = [node for node in rw.program.nodes("attention") if self.select(path_of(node)) and self._fits(rw, node)]
+        chosen = [node for node in rw.program.nodes("attention") if self.select(node) and self._fits(rw, node)]
         moments = self._moments(rw.program, chosen, ctx)
         for attention in chosen:
             if self.keys:

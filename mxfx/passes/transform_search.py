@@ -119,7 +119,7 @@ class TransformSearch(Pass):
         """Second moments in the widest block that any candidate asks for; smaller blocks are their diagonals."""
         wanted = [block for kind, block in map(_parse, self.candidates) if kind in ("wush", "scaled") and block]
         widest = {s.source: max((b for b in wanted if s.width % b == 0), default=1) for s in found}
-        return block_moments(program, widest, ctx, tokens)
+        return block_moments(program, widest, ctx, tokens, by_head=False)
 
     def _decide(
         self, program: Program, found: list[Site], moments: dict[fx.Node, Tensor], ctx: Context, tokens: Tensor

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from torch import fx
 
-from mxfx.graph.node import kind, path_of
+from mxfx.graph.node import kind
 from mxfx.ground.errors import MxfxError
 from mxfx.ground.nearest import did_you_mean
 from mxfx.rewrite.facts import Fact, FactError, find_fact
@@ -70,7 +70,7 @@ class Pass(ABC):
     def selects(self, node: fx.Node) -> bool:
         """Whether the options make the pass answer for a node: its ``select``, if it has one, matches the path."""
         select = getattr(self, "select", None)
-        return select is None or select(path_of(node))
+        return select is None or select(node)
 
     @abstractmethod
     def run(self, rw: Rewriter, ctx: Context) -> None:

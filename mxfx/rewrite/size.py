@@ -1,10 +1,20 @@
-"""How many bits the weights of a program take."""
+"""How many bits the weights of a program take, and which of those that it multiplies by carry a format."""
 
 from __future__ import annotations
 
-from mxfx.graph.node import info
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from mxfx.formats import Format
+from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
+from mxfx.ops.catalogue import spec
 from mxfx.rewrite.operands import is_rounded, readers_of, weight_format
+from mxfx.rewrite.roles import role_of
 
 
 def bits_per_weight(program: Program, *, planned: bool = False) -> float:
@@ -32,3 +42,56 @@ def _bits(program: Program, name: str, planned: bool) -> float:
     if name in program.weights.constants:
         return 32
     return 8.0 * program.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Multiplied:
+    """A weight that a product multiplies by: its role, elements, and the format that is to hold it, None for float."""
+
+    node: fx.Node
+    role: str
+    elements: int
+    format: Format | None
+
+
+def multiplied(program: Program) -> list[Multiplied]:
+    """Every product with a weight. A weight that is computed counts with what it is computed from."""
+    found = []
+    for node in program.products():
+        weight = spec(node).node_of("weight")
+        val = None if weight is None else weight.meta.get("val")
+        annotation = info(node).formats.get("weight")
+        elements = math.prod(val.shape) if isinstance(val, torch.Tensor) else 0
+        found.append(Multiplied(node, role_of(node), elements, None if annotation is None else annotation.format))
+    return found
+
+
+def share_in_format(weights: Iterable[Multiplied]) -> float:
+    """The part of the elements that is in a format; 1 where there are none."""
+    given = list(weights)
+    total = sum(one.elements for one in given)
+    return sum(one.elements for one in given if one.format is not None) / total if total else 1.0
+
+
+def inner(weights: Iterable[Multiplied]) -> list[Multiplied]:
+    """Without the head, which is a table of the vocabulary, and without routers, which are small and decide much."""
+    return [one for one in weights if one.role not in ("head", "router")]
+
+
+def left_out(program: Program, least: float = 0.9) -> str | None:
+    """In words, what no rule gives a format, where less than ``least`` of the layers' weights has one; else None."""
+    weights = inner(multiplied(program))
+    share = share_in_format(weights)
+    if share >= least or not any(one.format is not None for one in weights):
+        return None
+    missing: dict[str, list[Multiplied]] = {}
+    for one in weights:
+        if one.format is None:
+            missing.setdefault(one.role or "of no role", []).append(one)
+    told = ", ".join(
+        f"{len(ones)} {role} (such as {path_of(ones[0].node) or ones[0].node.name})" for role, ones in missing.items()
+    )
+    return (
+        f"only {share:.0%} of the weights that the layers multiply by are to be in a format; no rule takes {told}. "
+        "Write rules by role, or say partial = true"
+    )

@@ -26,7 +26,7 @@ def test_every_registered_pass_is_described_with_its_options() -> None:
 def test_nested_rules_are_described_down_to_their_words() -> None:
     rule = schema()["$defs"]["stub-mark"]["properties"]["rule"]["items"]
     assert rule["required"] == ["match"]
-    assert rule["properties"]["match"]["format"] == "regex"
+    assert "role: down_proj" in rule["properties"]["match"]["examples"][1]
     assert rule["properties"]["weight"]["description"] == "format of the weight, which the docstring continues here."
 
 

@@ -11,7 +11,9 @@ from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
 from mxfx.passes import Annotate, Rule
 from mxfx.rewrite import ExpectationError, FactError, Selector, apply
+from mxfx.rewrite.roles import role_of
 from tests.filecheck import check_printed
+from tests.mixtures import raised_mixture
 from tests.programs import ATTENTION, MLP, QKVO, config_a, padded_batch, passed, raised, traced
 
 M4, M8 = parse("mxint4@32"), parse("mxint8@32")
@@ -138,3 +140,33 @@ def test_it_may_run_twice() -> None:
     first = annotated(Rule(Selector(QKVO), weight=M4))
     second = apply(Annotate(rule=(Rule(Selector(MLP), weight=M8),)), first).program
     assert len(formats(second)) == 14
+
+
+def test_rules_by_role_fit_fused_weights_and_layers() -> None:
+    rule = Rule(role="qkv_proj, mlp", layers="-1", except_=r".*gate_up.*", weight=M4)
+    applied = apply(Annotate((rule,), partial=True), raised("phi3-tiny"))
+    found = {match.path for match in applied.record.matches}
+    assert found == {"model.layers.1.self_attn.qkv_proj", "model.layers.1.mlp.down_proj"}
+
+
+def test_a_role_that_no_node_has_is_an_error_that_names_those_that_are_there() -> None:
+    with pytest.raises(ExpectationError, match=r"of these nodes the roles are .*gate_up_proj.*qkv_proj"):
+        apply(Annotate((Rule(role="q_proj", weight=M4),)), raised("phi3-tiny"))
+
+
+def test_a_router_is_taken_only_by_a_rule_of_its_own() -> None:
+    broad = apply(Annotate((Rule(Selector(r".*\.layers\..*"), weight=M4),)), raised_mixture("mixtral"))
+    routers = [n for n in broad.program.products() if role_of(n) == "router"]
+    assert len(routers) == 2 and all("weight" not in info(n).formats for n in routers)
+    assert {skip.reason for skip in broad.record.skips if "router" in skip.reason}
+    for rule in (Rule(role="router", weight=M4), Rule(Selector(r".*\.mlp\.gate"), weight=M4)):
+        own = apply(Annotate((rule,), partial=True), raised_mixture("mixtral"))
+        assert sum("weight" in info(n).formats for n in own.program.products() if role_of(n) == "router") == 2
+
+
+def test_weights_that_rules_leave_out_are_told() -> None:
+    rule = Rule(Selector(r".*\.(q|k|v|o|gate|up|down)_proj"), weight=M4)
+    (warning,) = apply(Annotate((rule,)), raised("phi3-tiny")).record.warnings
+    assert "2 qkv_proj" in warning and "2 gate_up_proj" in warning and "partial = true" in warning
+    assert apply(Annotate((rule,), partial=True), raised("phi3-tiny")).record.warnings == []
+    assert apply(Annotate((rule,)), raised("llama-tiny")).record.warnings == []

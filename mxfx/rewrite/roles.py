@@ -1,0 +1,221 @@
+"""What a weight does in its layer, read from the dataflow: names of modules are a family's own, these are not.
+
+==============  ========================================================================================================
+role            the product with a weight that …
+==============  ========================================================================================================
+``embed``       looks tokens up
+``head``        makes the logits
+``q_proj``      makes the queries of an attention; ``k_proj``, ``v_proj`` likewise; ``qkv_proj``, ``kv_proj`` make more
+``o_proj``      reads what an attention, or another mixer of tokens, made
+``latent``      makes the narrow tensor that a query, key or value projection reads (latent attention)
+``gate_proj``   enters an MLP through its activation; ``up_proj`` beside it, or alone where there is no gate
+``gate_up_proj``  makes both
+``down_proj``   closes an MLP
+``router``      decides which experts a token goes to
+==============  ========================================================================================================
+
+``attention`` is the role of an attention itself, whose queries, keys and values carry formats, and the group of all
+products around it; ``mlp`` is the group of all products of an MLP. Experts and shared experts have the roles of any
+MLP. A product in none of these places has no role.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from mxfx.ops.catalogue import spec
+
+#: Role → the roles that it stands for in a selector.
+GROUPS = {
+    "attention": ("q_proj", "k_proj", "v_proj", "qk_proj", "kv_proj", "qkv_proj", "o_proj", "latent"),
+    "mlp": ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
+}
+ROLES = ("embed", "head", "attention", *GROUPS["attention"], *GROUPS["mlp"], "router")
+
+aten = torch.ops.aten
+_SUMS = (aten.add.Tensor, aten.sub.Tensor, aten.add_.Tensor)
+_PRODUCTS = (aten.mul.Tensor,)
+_CUTS = (aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
+_ACTIVATIONS = (
+    aten.silu.default, aten.gelu.default, aten.relu.default, aten.sigmoid.default, aten.tanh.default, aten.exp.default,
+    aten.softplus.default, aten.hardswish.default, aten.mish.default, aten.leaky_relu.default, aten.elu.default,
+    aten.relu6.default, aten.square.default, aten.erf.default, aten.pow.Tensor_Scalar,
+)  # fmt: skip
+#: Calls that keep, move or rescale features: nothing in them is an activation.
+_CARRIES = (
+    aten.reshape.default, aten.view.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.expand.default, aten.to.dtype, aten.cat.default, aten.clone.default, aten.select.int,
+    aten.contiguous.default, aten.flatten.using_ints, *_CUTS,
+)  # fmt: skip
+_CARRIERS = ("rms_norm", "layer_norm", "cast", "fake_quantize", "block_transform", "hadamard", "transform_quantize",
+             "norm_quantize", "hadamard_quantize", "rope", "rope_quantize")  # fmt: skip
+
+
+def role_of(node: fx.Node) -> str:
+    """The role of a product with a weight, an embedding or an attention; ``""`` for a node that has none."""
+    if spec(node).concept == "attention":
+        return "attention"
+    if spec(node).concept == "embedding":
+        return "embed" if _is_token(spec(node).node_of("indices")) else ""
+    if spec(node).product is None:
+        return ""
+    reach = _Reach(node)
+    if reach.output:
+        return "head"
+    if _reads_attention(node):
+        return "o_proj"
+    if any(_Reach(reader).attention for reader in reach.readers):
+        return "latent"
+    if reach.attention:
+        return _projection(reach.attention)
+    if reach.routes:
+        return "router"
+    if _closes(node):
+        return "down_proj"
+    return reach.entrance() if any(_closes(reader) for reader in reach.readers) else ""
+
+
+def _is_token(node: fx.Node | None) -> bool:
+    """Whether a value is the input ids, in whatever shape."""
+    while node is not None and node.target in _CARRIES and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node is not None and node.op == "placeholder" and node.target == "input_ids"
+
+
+def _projection(operands: set[str]) -> str:
+    return "".join(name for name in ("q", "k", "v") if name in operands) + "_proj"
+
+
+def _is_product(node: fx.Node) -> bool:
+    return spec(node).product is not None
+
+
+def _is_mixer(node: fx.Node) -> bool:
+    """Whether a call mixes tokens: attention, or an op of the dialect that stands for a layer's own mixer."""
+    return (bool(spec(node).contracts) and not _is_product(node)) or spec(node).concept in ("attention", "mixer")
+
+
+class _Reach:
+    """How far a product's result goes before another product, an attention or the residual stream takes it.
+
+    ``attention`` names the operands that it becomes; ``readers`` are the products that read it as their input;
+    ``routes`` says that it decides which experts are chosen; ``output`` that it becomes the logits.
+    """
+
+    def __init__(self, start: fx.Node) -> None:
+        self.attention: set[str] = set()
+        self.readers: list[fx.Node] = []
+        self.routes = self.output = self._paired = self._activated = self._cut = False
+        self._inside: dict[fx.Node, bool] = {start: False}
+        self._walk(start)
+
+    def entrance(self) -> str:
+        """The role of a product that an MLP begins with."""
+        if self._paired:
+            return "gate_proj" if self._activated else "up_proj"
+        return "gate_up_proj" if self._cut else "up_proj"
+
+    def _walk(self, start: fx.Node) -> None:
+        queue = list(start.users)
+        heapq.heapify(queue)
+        seen: set[fx.Node] = set()
+        while queue:
+            node = heapq.heappop(queue)
+            if node in seen:
+                continue
+            seen.add(node)
+            if self._enter(node):
+                for user in node.users:
+                    heapq.heappush(queue, user)
+
+    def _enter(self, node: fx.Node) -> bool:
+        """Take a node in that reads something inside; whether the walk goes on behind it."""
+        if node.op == "output":
+            self.output = True
+            return False
+        inside = [source for source in node.all_input_nodes if source in self._inside]
+        if _is_product(node):
+            self._read(node, inside)
+            return False
+        if _is_mixer(node):
+            self.attention |= {name for source in inside for name in spec(node).names(source)} & {"q", "k", "v"}
+            return False
+        others = [s for s in node.all_input_nodes if s not in self._inside and _is_computed(s)]
+        if node.target in _SUMS and others:
+            return False
+        activated = any(self._inside[source] for source in inside)
+        if node.target in _PRODUCTS and others and not self._paired:
+            self._paired, self._activated = True, activated
+        self._cut |= node.target in _CUTS
+        self._inside[node] = activated or node.target in _ACTIVATIONS
+        return True
+
+    def _read(self, reader: fx.Node, inside: list[fx.Node]) -> None:
+        call = spec(reader)
+        if any(
+            "experts" in call.names(source) or call.get("experts") is source
+            for source in inside
+            if _has_experts(reader)
+        ):
+            self.routes = True
+        product = call.product
+        if product is not None and call.node_of(product.left) in inside:
+            self.readers.append(reader)
+
+
+def _has_experts(node: fx.Node) -> bool:
+    return spec(node).concept == "expert_linear"
+
+
+def _is_computed(node: fx.Node) -> bool:
+    """Whether a value depends on tokens: it has their number among its sizes, which nothing made of weights has."""
+    val = node.meta.get("val")
+    return isinstance(val, torch.Tensor) and any(not isinstance(size, int) for size in val.shape)
+
+
+def _reads_attention(node: fx.Node) -> bool:
+    """Whether a product's input comes from a mixer of tokens, through no other product."""
+    return any(_is_mixer(source) for source, _ in _above(node))
+
+
+def _closes(node: fx.Node) -> bool:
+    """Whether a product reads the inside of an MLP: products, through an activation, and nothing else.
+
+    What reads the residual stream comes from the embedding too, through its sums.
+    """
+    products, bent = False, False
+    for source, activated in _above(node):
+        if not _is_product(source):
+            return False
+        products, bent = True, bent or activated
+    return products and bent
+
+
+def _above(node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
+    """What a product's input is made of: the nearest products, mixers, embeddings and placeholders.
+
+    With each, whether on the way more was done than to move, cast, normalize or transform.
+    """
+    product = spec(node).product
+    start = spec(node).node_of(product.left) if product is not None else None
+    queue: list[tuple[fx.Node, bool]] = [] if start is None else [(start, False)]
+    seen: set[tuple[fx.Node, bool]] = set()
+    while queue:
+        source, bent = queue.pop()
+        if (source, bent) in seen or source.op == "get_attr":
+            continue
+        seen.add((source, bent))
+        if (
+            _is_product(source)
+            or _is_mixer(source)
+            or source.op == "placeholder"
+            or spec(source).concept == "embedding"
+        ):
+            yield source, bent
+            continue
+        bent = bent or not (source.target in _CARRIES or spec(source).concept in _CARRIERS)
+        queue.extend((s, bent) for s in source.all_input_nodes)
