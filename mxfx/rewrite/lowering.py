@@ -14,7 +14,7 @@ from torch import fx
 from torch.utils._pytree import tree_map_only
 
 from mxfx.algorithms.hadamard import DENSE_ORDER, hadamard_matrix, kronecker_signs, kronecker_transform
-from mxfx.graph.node import kind, op_name, operands
+from mxfx.graph.node import kind, op_name, operands, path_of
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, compute_dtype
 from mxfx.ops import (
     arange,
@@ -31,7 +31,7 @@ from mxfx.ops import (
     real_tokens,
 )
 from mxfx.ops.fused import FUSED
-from mxfx.ops.providers import choose
+from mxfx.ops.providers import Choice, choose
 from mxfx.rewrite.facts import LOWERED, FactError, Selected
 from mxfx.rewrite.inline import Inliner
 from mxfx.rewrite.rewriter import Rewriter, clean
@@ -40,6 +40,9 @@ aten = torch.ops.aten
 
 #: Ops that stay calls of their definitions, which take the device from an operand.
 _AS_THEY_ARE = {op.__name__: op for op in (arange, mixer, places, position_mask, positions, real_tokens)}
+
+#: Ops that lowering itself spells out: no kernel stands for them.
+_STRUCTURE = frozenset({"cast", "attention", "expert_linear", "cached_attention", *_AS_THEY_ARE})
 
 
 def lower_calls(rw: Rewriter, device: torch.device) -> None:
@@ -53,7 +56,10 @@ def lower_calls(rw: Rewriter, device: torch.device) -> None:
         if op is None:
             continue
         rw.match(node)
-        provider = choose(op.name, node, device)
+        choice = choose(op.name, node, device)
+        provider = choice.provider
+        if op.name not in _STRUCTURE:
+            _account(rw, node, op.name, choice)
         if op.name == "cast":
             _lower_cast(rw, node)
         elif op.name in _AS_THEY_ARE:
@@ -65,11 +71,26 @@ def lower_calls(rw: Rewriter, device: torch.device) -> None:
         elif op.name == "cached_attention":
             _lower_cached_attention(rw, node, biases)
         elif provider is not None:
-            rw.replace(node, rw.call(provider.target, *provider.arguments(node), like=node, val=node.meta["val"]))
+            rw.replace(node, rw.call(provider.target, *node.args, like=node, val=node.meta["val"]))
         elif op.name == "hadamard":
             _lower_hadamard(rw, node, inliner)
         else:
             inliner.inline(node, op.definition)
+
+
+def _account(rw: Rewriter, node: fx.Node, op: str, choice: Choice) -> None:
+    """Note which provider computes a node, or why its definition does: ``record.details["providers"]``."""
+    providers = rw.record.details.setdefault("providers", [])
+    assert isinstance(providers, list)
+    providers.append(
+        {
+            "node": node.name,
+            "path": path_of(node),
+            "op": op,
+            "provider": choice.provider.name if choice.provider is not None else None,
+            "reason": "; ".join(choice.reasons),
+        }
+    )
 
 
 def lowered_copy(program: Program, device: torch.device) -> Program:
@@ -103,8 +124,10 @@ def _split_unserved(rw: Rewriter, device: torch.device) -> None:
     """A producer, a transform and a quantizer instead of each fused op that has no provider."""
     dialect = torch.ops.mxfx
     for node in rw.program.nodes(*FUSED):
-        if choose(kind(node), node, device) is not None:
+        choice = choose(kind(node), node, device)
+        if choice.provider is not None:
             continue
+        _account(rw, node, kind(node), choice)
         given = operands(node)
         made = partial(rw.call, like=node, val=node.meta["val"])
         match kind(node):

@@ -9,24 +9,73 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-import mxfx.ops.kernels
 from mxfx.algorithms.hadamard import hadamard_matrix
 from mxfx.algorithms.hadamard import hadamard_transform as hadamard_transform_by_definition
 from mxfx.formats import parse
-from mxfx.ops import block_transform, fused
-from mxfx.ops.kernels import limits
+from mxfx.ops import block_transform, define, fused
+from mxfx.ops.kernels import limits, takes
 from mxfx.ops.kernels.addressing import as_rows, is_walkable
 from mxfx.ops.kernels.fast_hadamard import by_package
-from mxfx.ops.providers import choose
+from mxfx.ops.kernels.library import load_cuda
+from mxfx.ops.providers import _PROVIDERS, choose
 
 ops = torch.ops.mxfx_kernels
 
 
 def test_every_kernel_provides_the_dialect_op_of_its_name():
-    for provider in mxfx.ops.kernels.PROVIDERS:
+    assert load_cuda() in (None, "triton is not installed here")
+    ours = [
+        p for p in _PROVIDERS if p.device == "cuda" and str(p.target).startswith("mxfx_kernels") and p.name != "packed"
+    ]
+    assert len(ours) == (10 if limits.has_triton() else 1)
+    for provider in ours:
         own = provider.name == f"triton-{provider.op.replace('_', '-')}"
         assert str(provider.target) == f"mxfx_kernels.{provider.op if own else 'fast_hadamard'}.default"
-        assert provider.device == "cuda"
+
+
+def test_a_kernel_runs_for_what_it_takes_and_its_definition_for_the_rest():
+    def few(x: torch.Tensor) -> str | None:
+        return None if x.numel() < 4 else f"{x.numel()} elements are too many"
+
+    from mxfx.ops import catalogue
+    from mxfx.ops.kernels import kernel
+
+    try:
+
+        @define("test_negate")
+        def negate(x: torch.Tensor) -> torch.Tensor:
+            return -x
+
+        @kernel("test_negate", "cpu", takes=few)
+        def zeros(x: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(x)
+
+        assert torch.equal(ops.test_negate(torch.ones(3)), torch.zeros(3))
+        assert torch.equal(ops.test_negate(torch.ones(4)), -torch.ones(4))
+        graph = torch.fx.Graph()
+        node = graph.call_function(torch.ops.mxfx.test_negate.default, (graph.placeholder("x"),))
+        node.args[0].meta["val"] = torch.ones(5, device="meta")
+        assert str(choose("test_negate", node, torch.device("cpu"))) == "definition: zeros: 5 elements are too many"
+        assert str(choose("test_negate", node, torch.device("cuda"))).startswith("definition: ")
+        node.args[0].meta["val"] = torch.ones(2, device="meta")
+        assert choose("test_negate", node, torch.device("cpu")).provider.name == "zeros"
+    finally:
+        del catalogue._RECORDS[torch.ops.mxfx.test_negate.default]
+        _PROVIDERS.pop()
+
+
+def test_a_kernel_for_no_op_is_refused():
+    from mxfx.ops.kernels import kernel
+
+    with pytest.raises(ValueError, match="the dialect has no op 'nothing'"):
+        kernel("nothing", "cpu")(lambda x: x)
+
+
+def test_a_matrix_that_does_not_fit_is_taken_by_no_kernel():
+    """So it meets the definition, which refuses it, instead of memory behind the matrices."""
+    x, matrix = torch.empty(2, 5, 64), torch.empty(4, 8, 8)
+    for reason in (takes.block_transform(x, matrix), takes.transform_quantize(x, matrix, "mxint4@8")):
+        assert reason == "4 blocks of 8 do not make up the last axis of (2, 5, 64)"
 
 
 @pytest.mark.parametrize("text", ["mxint4@32/mse", "mxfp4_e2m1@20", "minifloat_e4m3"])
@@ -160,14 +209,14 @@ def test_the_package_for_hadamard_transforms_serves_what_no_kernel_does(monkeypa
     found = {}
     for order in (64, 8192, 32768, 11008):
         node = graph.call_function(torch.ops.mxfx.hadamard.default, (x, order))
-        node.meta["val"] = torch.empty(2, order, dtype=torch.bfloat16, device="meta")
-        provider = choose("hadamard", node, torch.device("cuda"))
+        x.meta["val"] = node.meta["val"] = torch.empty(2, order, dtype=torch.bfloat16, device="meta")
+        provider = choose("hadamard", node, torch.device("cuda")).provider
         found[order] = provider and provider.name
     assert found == {64: "triton-hadamard", 8192: "triton-hadamard", 32768: "fast-hadamard-transform", 11008: None}
     value = torch.randn(3, 1024).transpose(0, 1).contiguous().transpose(0, 1)
     wanted = hadamard_transform_by_definition(value, 512)
     torch.testing.assert_close(by_package(value, 512), wanted, rtol=1e-5, atol=1e-5)
-    assert by_package(value.double(), 512) is NotImplemented
+    assert "not torch.float64" in takes.fast_hadamard(value.double(), 512)
     assert torch.equal(ops.fast_hadamard(value, 512), wanted)  # on a CPU the definition
 
 

@@ -147,14 +147,20 @@ def test_a_provider_serves_its_device_and_its_nodes_alone() -> None:
     def wide_norm(x, weight, eps, offset=0.0, gain_first=False):
         return mxfx.ops.rms_norm(x, weight, eps, offset, gain_first)
 
-    serves = lambda node: path_of(node) == "model.norm"  # noqa: E731
+    takes = lambda x, weight, eps, *rest: None if eps == 0.5 else f"eps is {eps}, not 0.5"  # noqa: E731
     try:
-        provide(Provider("test", "rms_norm", "cpu", wide_norm, serves=serves))
+        provide(Provider("test", "rms_norm", "cpu", wide_norm, takes))
         provide(Provider("elsewhere", "rope", "cuda", wide_norm))
-        program = lowered(raised("llama-tiny"))
-        assert [path_of(n) for n in program.graph.nodes if n.target is wide_norm] == ["model.norm"]
+        given = raised("llama-tiny").copy()
+        last = next(n for n in given.nodes("rms_norm") if path_of(n) == "model.norm")
+        last.args = (*last.args[:2], 0.5)
+        applied = apply(Lower(), given)
+        assert [path_of(n) for n in applied.program.graph.nodes if n.target is wide_norm] == ["model.norm"]
         ids, _, _ = padded_batch()
-        assert torch.equal(execute(program, ids), execute(raised("llama-tiny"), ids))
+        assert torch.equal(execute(applied.program, ids), execute(given, ids))
+        told = {row["path"]: (row["provider"], row["reason"]) for row in applied.record.details["providers"]}
+        assert told["model.norm"] == ("test", "")
+        assert told["model.layers.0.input_layernorm"] == (None, "test: eps is 1e-06, not 0.5")
     finally:
         del _PROVIDERS[-2:]
 

@@ -1,6 +1,6 @@
-"""Triton kernels as providers of dialect ops. Importing this package registers them; it needs no Triton."""
+"""Kernels as providers of dialect ops. Importing this package makes their ops; it needs no Triton."""
 
 import mxfx.ops.kernels.packed  # noqa: F401  (registers ops and providers)
-from mxfx.ops.kernels.providers import PROVIDERS
+from mxfx.ops.kernels.library import kernel
 
-__all__ = ["PROVIDERS"]
+__all__ = ["kernel"]

@@ -1,6 +1,6 @@
-"""The ops on a CUDA device: each gives the kernel's result, or `NotImplemented` for operands that no kernel takes.
+"""The ops on a CUDA device, each registered above its function with what it takes; the definition takes the rest.
 
-Where a device has too little shared memory for a tile, a warning says so, once, before `NotImplemented`.
+Where a device has too little shared memory for a tile, a warning says so, once, and the definition runs.
 
 Importable only where `triton` is.
 """
@@ -16,16 +16,9 @@ from triton.runtime.errors import OutOfResources
 
 from mxfx.algorithms.hadamard import DENSE_ORDER
 from mxfx.formats import Format, parse
+from mxfx.ops.kernels import takes
 from mxfx.ops.kernels.kronecker_triton import kronecker_triton
-from mxfx.ops.kernels.library import signs_of
-from mxfx.ops.kernels.limits import (
-    DTYPES,
-    takes_format,
-    takes_kronecker,
-    takes_norm,
-    takes_rope,
-    takes_transform,
-)
+from mxfx.ops.kernels.library import kernel, signs_of
 from mxfx.ops.kernels.norm_triton import norm_triton, row_scales
 from mxfx.ops.kernels.quantize_triton import fake_quantize_triton
 from mxfx.ops.kernels.transform_triton import transform_triton
@@ -53,51 +46,41 @@ def _if_it_fits(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
+@kernel("fake_quantize", "cuda", takes=takes.fake_quantize, name="triton-fake-quantize")
 def fake_quantize(x: Tensor, format: str, axis: int = -1) -> Tensor:
     fmt = _format(format)
-    if x.dtype not in DTYPES or not takes_format(fmt) or x.dim() == 0:
-        return NotImplemented
     if axis in (-1, x.dim() - 1) or fmt.block is None:
         return fake_quantize_triton(x, fmt)
     return fake_quantize_triton(x.movedim(axis, -1), fmt).movedim(-1, axis).contiguous()
 
 
+@kernel("block_transform", "cuda", takes=takes.block_transform, name="triton-block-transform")
 @_if_it_fits
 def block_transform(x: Tensor, matrix: Tensor) -> Tensor:
-    if x.dtype not in DTYPES or not takes_transform(x, matrix, None):
-        return NotImplemented
     return transform_triton(x, matrix)
 
 
+@kernel("hadamard", "cuda", takes=takes.hadamard, name="triton-hadamard")
 @_if_it_fits
 def hadamard(x: Tensor, block: int) -> Tensor:
     if block > DENSE_ORDER:
-        return _kronecker(x, block, None)
-    matrix = signs_of(block, x.device)
-    if x.dtype not in DTYPES or not takes_transform(x, matrix, None):
-        return NotImplemented
-    return transform_triton(x, matrix, signs=True)
+        return kronecker_triton(x, block, None)
+    return transform_triton(x, signs_of(block, x.device), signs=True)
 
 
+@kernel("hadamard_quantize", "cuda", takes=takes.hadamard_quantize, name="triton-hadamard-quantize")
 @_if_it_fits
 def hadamard_quantize(x: Tensor, block: int, format: str) -> Tensor:
-    return _kronecker(x, block, _format(format))
+    return kronecker_triton(x, block, _format(format))
 
 
-def _kronecker(x: Tensor, order: int, fmt: Format | None) -> Tensor:
-    if x.dtype not in DTYPES or not takes_kronecker(x, order, fmt):
-        return NotImplemented
-    return kronecker_triton(x, order, fmt)
-
-
+@kernel("transform_quantize", "cuda", takes=takes.transform_quantize, name="triton-transform-quantize")
 @_if_it_fits
 def transform_quantize(x: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False) -> Tensor:
-    fmt = _format(format)
-    if x.dtype not in DTYPES or not takes_transform(x, matrix, fmt):
-        return NotImplemented
-    return transform_triton(x, matrix, hadamard, fmt)
+    return transform_triton(x, matrix, hadamard, _format(format))
 
 
+@kernel("norm_quantize", "cuda", takes=takes.norm_quantize, name="triton-norm-quantize")
 @_if_it_fits
 def norm_quantize(
     x: Tensor,
@@ -110,35 +93,27 @@ def norm_quantize(
     hadamard: bool = False,
 ) -> Tensor:
     fmt = _format(format)
-    if x.dtype not in DTYPES or not takes_norm(x, weight, matrix, fmt):
-        return NotImplemented
     if matrix is None or matrix.dim() == 2 or x.numel() == 0:
         return norm_triton(x, weight, eps, offset, gain_first, matrix, hadamard, fmt)
     gain = (row_scales(x, eps), weight, float(offset) if gain_first else 0.0)
     return transform_triton(x, matrix, False, fmt, norm=gain)
 
 
+@kernel("silu_mul_quantize", "cuda", takes=takes.silu_mul_quantize, name="triton-silu-mul-quantize")
 @_if_it_fits
 def silu_mul_quantize(gate: Tensor, up: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False) -> Tensor:
-    fmt = _format(format)
-    same = gate.dtype == up.dtype and gate.shape == up.shape
-    if up.dtype not in DTYPES or not same or not takes_transform(up, matrix, fmt):
-        return NotImplemented
-    return transform_triton(up, matrix, hadamard, fmt, gate=gate)
+    return transform_triton(up, matrix, hadamard, _format(format), gate=gate)
 
 
+@kernel("rope", "cuda", takes=takes.rope, name="triton-rope")
 @_if_it_fits
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    if x.dtype not in DTYPES or not takes_rope(x, cos, sin):
-        return NotImplemented
     return transform_triton(x, None, angles=(cos, sin))
 
 
+@kernel("rope_quantize", "cuda", takes=takes.rope_quantize, name="triton-rope-quantize")
 @_if_it_fits
 def rope_quantize(
     x: Tensor, cos: Tensor, sin: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False
 ) -> Tensor:
-    fmt = _format(format)
-    if x.dtype not in DTYPES or not takes_rope(x, cos, sin) or not takes_transform(x, matrix, fmt):
-        return NotImplemented
-    return transform_triton(x, matrix, hadamard, fmt, angles=(cos, sin))
+    return transform_triton(x, matrix, hadamard, _format(format), angles=(cos, sin))

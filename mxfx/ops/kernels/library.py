@@ -1,7 +1,7 @@
 """The kernels as `torch.library` ops `mxfx_kernels::…`, one for each dialect op that they provide.
 
-On a CPU an op runs the dialect op's definition; on a CUDA device it runs the Triton kernel, or the definition
-for what the kernel does not take. So a graph lowered for one device still runs on another, and
+`@kernel(op, device, takes=…)` above a function registers it. An op runs the first kernel of its device that takes the
+operands, else the dialect op's definition. So a graph lowered for one device still runs on another, and
 `torch.compile(fullgraph=True)` sees one node. Every result is contiguous, whatever the strides of the input.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from mxfx.algorithms.hadamard import DENSE_ORDER, hadamard_matrix, kronecker_signs, kronecker_transform
 from mxfx.ops import fused, quantize, transform
-from mxfx.ops.kernels.fast_hadamard import by_package
-from mxfx.ops.kernels.limits import has_triton
+from mxfx.ops.dialect import find_op
+from mxfx.ops.kernels.limits import has_fast_hadamard, has_triton
+from mxfx.ops.providers import Provider, Takes, on_demand, provide, takes_all
 from mxfx.ops.rope import rope as rotate
 
 NAMESPACE = "mxfx_kernels"
@@ -26,29 +28,88 @@ NAMESPACE = "mxfx_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
+@dataclass(frozen=True)
+class _Kernel:
+    run: Callable[..., Tensor]
+    takes: Takes
+
+
+_KERNELS: dict[tuple[str, str], list[_Kernel]] = {}
+
+
+def kernel(
+    op: str, device: str, *, takes: Takes = takes_all, name: str = "", library: str = ""
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Decorator: the function below computes dialect op ``op`` on devices of type ``device``.
+
+    It has the op's operands. ``takes``, with the same operands, gives the reason why the kernel does not take them, or
+    None; the definition takes the rest, as it does where the function itself returns ``NotImplemented``. ``name`` is
+    what ``lower`` reports. ``library`` is the ``mxfx_kernels`` op that runs it, by default that of the dialect op's
+    name; it is made if there is none. Raises ``ValueError`` for an op that is not defined.
+    """
+
+    def register(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        own = library or op
+        record = find_op(getattr(getattr(torch.ops.mxfx, op, None), "default", None))
+        if record is None or record.definition is None:
+            raise ValueError(f"kernel {run.__name__}: the dialect has no op {op!r}; define it first (mxfx.ops.define)")
+        target = _OPS.get(own) or kernel_op(record.definition, name=own, fake=record.shape)
+        if (own, device) not in _KERNELS and device != "cuda":
+            _LIBRARY.impl(own, _on_device(own, device, record.definition), device.upper())
+        _KERNELS.setdefault((own, device), []).append(_Kernel(run, takes))
+        provide(Provider(name or run.__name__.replace("_", "-"), op, device, target, takes))
+        return run
+
+    return register
+
+
+def load_cuda() -> str | None:
+    """Register the kernels for CUDA devices; why there are none, where Triton is missing."""
+    if has_triton():
+        import_module("mxfx.ops.kernels.cuda")
+    if has_fast_hadamard():
+        import_module("mxfx.ops.kernels.fast_hadamard")
+    return None if has_triton() else "triton is not installed here"
+
+
+on_demand("cuda", load_cuda)
+
+
+def _on_device(name: str, device: str, definition: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The first kernel that takes the operands, else the definition."""
+
+    def run(*args, **kwargs):
+        if device == "cuda":
+            load_cuda()
+        for one in _KERNELS.get((name, device), ()):
+            out = one.run(*args, **kwargs) if one.takes(*args, **kwargs) is None else NotImplemented
+            if out is not NotImplemented:
+                return out
+        return definition(*args, **kwargs).contiguous()
+
+    return run
+
+
+_OPS: dict[str, torch._ops.OpOverload] = {}
+
+
 def kernel_op(
     definition: Callable[..., Tensor],
     backward: Callable | None = None,
     save: Callable | None = None,
     name: str = "",
-    cuda: Callable[..., Tensor] | None = None,
+    fake: Callable[..., Tensor] | None = None,
 ) -> torch._ops.OpOverload:
-    """`mxfx_kernels::<name>`, of `cuda`, by default the function of that name in `.cuda`, and the definition.
+    """`mxfx_kernels::<name>`: the kernels of that name on their devices, elsewhere the definition.
 
-    `backward` and `save` are autograd's formula and what it keeps; without them the op has no derivative. Registered
-    with the dispatcher directly: the checks of `torch.library.custom_op` take the host longer than most kernels run.
+    `backward` and `save` are autograd's formula and what it keeps; without them the op has no derivative. `fake` gives
+    the result on fake tensors where it has not the shape of the first operand. Registered with the dispatcher directly:
+    the checks of `torch.library.custom_op` take the host longer than most kernels run.
     """
     name = name or definition.__name__
 
     def anywhere(*args, **kwargs):
         return definition(*args, **kwargs).contiguous()
-
-    def on_cuda(*args, **kwargs):
-        nonlocal cuda
-        if cuda is None:
-            cuda = getattr(import_module("mxfx.ops.kernels.cuda"), name) if has_triton() else _nothing
-        out = cuda(*args, **kwargs)
-        return anywhere(*args, **kwargs) if out is NotImplemented else out
 
     def on_fake(x, *rest, **kwargs):
         tensors = [t for t in (*rest, *kwargs.values()) if isinstance(t, Tensor)]
@@ -67,15 +128,12 @@ def kernel_op(
     schema = torch.library.infer_schema(signature, mutates_args=())
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")
-    _LIBRARY.impl(name, on_cuda, "CUDA")
+    _LIBRARY.impl(name, _on_device(name, "cuda", definition), "CUDA")
     qualified = f"{NAMESPACE}::{name}"
-    torch.library.register_fake(qualified, on_fake, lib=_LIBRARY)
+    torch.library.register_fake(qualified, fake or on_fake, lib=_LIBRARY)
     torch.library.register_autograd(qualified, backward or no_backward, setup_context=save, lib=_LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
-
-
-def _nothing(*args, **kwargs) -> Tensor:
-    return NotImplemented
+    _OPS[name] = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return _OPS[name]
 
 
 def _straight_through(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -119,7 +177,7 @@ def _rope_backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
 fake_quantize = kernel_op(quantize.fake_quantize, _straight_through)
 block_transform = kernel_op(transform.block_transform, _transform_backward, _save_operands)
 hadamard = kernel_op(transform.hadamard, _hadamard_backward, _save_order)
-fast_hadamard = kernel_op(transform.hadamard, _hadamard_backward, _save_order, "fast_hadamard", by_package)
+fast_hadamard = kernel_op(transform.hadamard, _hadamard_backward, _save_order, "fast_hadamard")
 rope = kernel_op(rotate, _rope_backward, _save_operands)
 transform_quantize = kernel_op(fused.transform_quantize)
 hadamard_quantize = kernel_op(fused.hadamard_quantize)
