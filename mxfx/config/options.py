@@ -270,12 +270,22 @@ _NOTE = re.compile(r"^\s*(?:``)?(\w+)(?:``)?:\s+(.*)$")
 
 
 def field_notes(cls: type) -> dict[str, str]:
-    """Field -> its words, from docstring lines of the form ``field: words``, continued by deeper lines."""
+    """Field -> its words, from docstring lines of the form ``field: words``, continued by deeper lines.
+
+    A class inherits the words of its bases for the fields that it does not describe itself.
+    """
+    notes: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        notes |= _notes_in(inspect.cleandoc(base.__dict__.get("__doc__") or ""), frozenset(fields(cls)))
+    return notes
+
+
+def _notes_in(text: str, names: frozenset[str]) -> dict[str, str]:
     notes: dict[str, str] = {}
     current = ""
-    for line in (inspect.getdoc(cls) or "").splitlines():
+    for line in text.splitlines():
         found = _NOTE.match(line)
-        if found and found[1] in fields(cls):
+        if found and found[1] in names:
             current = found[1]
             notes[current] = found[2].strip()
         elif current and line.startswith("    ") and line.strip():

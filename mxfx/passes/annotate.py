@@ -36,6 +36,20 @@ class Rule:
     ``v``, ``kv`` (k and v), ``softmax`` (the scores before the softmax), ``probs`` (after it) speak of attention;
     ``rope`` of the rotary embedding's input. ``expect`` is integer arithmetic over ``layers``: the number of nodes that
     must match.
+
+    match: module paths, as a regular expression of the whole path.
+    weight: of linears, norms and embeddings, along their inputs.
+    bias: of linears.
+    input: of linears, norms and activations.
+    output: of the same, and of embeddings.
+    q: queries, of attention.
+    k: keys, as a cache holds them.
+    v: values, as a cache holds them.
+    kv: keys and values alike.
+    softmax: scores before the softmax.
+    probs: probabilities after it.
+    rope: what goes into the rotary embedding.
+    expect: how many nodes must match, in integer arithmetic over ``layers``.
     """
 
     match: Selector = field(default=ALL)
@@ -90,6 +104,9 @@ class Annotate(Pass):
 
     A rule that matches nothing, or another number of nodes than its ``expect``, is an error. A pipeline whose rules
     leave out a tenth of the weights that its layers multiply by is warned; ``partial`` says that this is meant.
+
+    rule: rules in order; for each operand the first that matches wins.
+    partial: no warning for weights that no rule speaks of.
     """
 
     name: ClassVar[str] = "annotate"

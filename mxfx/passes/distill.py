@@ -67,6 +67,17 @@ class Distill(Pass):
         checks: how often the held-out samples are looked at.
         checkpoint_every: steps between two checkpoints in the run's cache; 0 writes none.
         select: which linears and embeddings.
+
+    steps: optimizer steps.
+    learning_rate: step size, in units of each weight's root mean square.
+    batch_size: calibration samples a batch.
+    held_out: share of the samples that is kept apart, between 0 and 1.
+    scope: what the loss compares: the logits of the whole model, or the output of each decoder layer.
+    tune: what is tuned beside the weights on grids.
+    accumulate: batches whose gradients make one step.
+    recompute: compute each layer again in the backward pass: less memory, more time.
+    checks: how often the held-out samples are measured.
+    checkpoint_every: steps between checkpoints in the run's cache; 0 for none.
     """
 
     name: ClassVar[str] = "distill"

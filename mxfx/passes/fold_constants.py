@@ -33,6 +33,8 @@ class FoldConstants(Pass):
 
     A quantizer of a weight folds as well. A result may take ``max_growth`` bytes more than the weights that then
     nobody reads; random calls, calls that write to an operand and weights without data (meta device) stay.
+
+    max_growth: bytes that a result may take more than the weights that nobody reads then.
     """
 
     name: ClassVar[str] = "fold-constants"

@@ -48,6 +48,8 @@ class FuseNorm(Pass):
     Options:
         keep_tied: a norm whose linear shares its weight with an embedding keeps its gain, so that one tensor stays one.
         select: which norms.
+
+    keep_tied: leave a norm alone whose linear shares its weight under another name.
     """
 
     name: ClassVar[str] = "fuse-norm"

@@ -71,6 +71,21 @@ class Gptq(Pass):
     Experts have a Hessian each, of the tokens that they got, and are solved many at a time. One that got fewer than
     ``min_expert_tokens`` takes the Hessian of all tokens of its layer, or is rounded to nearest where those are too few
     as well: with a warning, and in the table ``experts`` of the record.
+
+    damp: added to the diagonal of the Hessian, as a fraction of its mean.
+    order: how columns are visited: blocks by falling energy, or as they stand.
+    exponents: shared exponents searched while columns are compensated, or by the format's own rule.
+    refine: sweeps of block-wise re-optimisation behind each solution.
+    asymmetric: part of the way to the least-squares weight for quantized inputs, from 0 to 1.
+    min_expert_tokens: tokens below which an expert counts as starving.
+    quantized_inputs: round annotated activations while measuring; not given: the graph as it stands.
+    samples: calibration samples to take; not given: all.
+    length: tokens to take of each sample; not given: all.
+    batch_size: samples that run together.
+    max_layers: decoder layers to take; not given: all.
+    activations: where activations wait between layers.
+    precision: of the calibration run: auto is float32 on a CPU, the model's own elsewhere.
+    checkpoint_dir: folder that keeps each solved layer; not given: the run's cache.
     """
 
     name: ClassVar[str] = "gptq"

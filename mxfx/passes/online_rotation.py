@@ -38,6 +38,9 @@ class OnlineRotation(Pass):
     reads dense numbers: such a linear cannot run in 4 bits (``transform-inputs`` keeps it possible). ``sites`` chooses
     the inputs of linears, or keys and values (``kv_cache``), of what ``select`` matches; ``block`` is the order of
     H, 0 the whole axis. Only operands that carry a format are rotated.
+
+    sites: what is rotated: inputs of linears, keys and values.
+    block: order of the Hadamard matrix; 0 for the whole axis.
     """
 
     name: ClassVar[str] = "online-rotation"

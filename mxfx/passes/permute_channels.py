@@ -30,6 +30,8 @@ class PermuteChannels(Pass):
 
     ``p`` deals channels, sorted by energy on the calibration tokens, to blocks of ``block`` in zigzag (DuQuant,
     arXiv 2406.01721, §3.2). Elementwise functions commute with any order.
+
+    block: channels of a block of the format that is to come.
     """
 
     name: ClassVar[str] = "permute-channels"

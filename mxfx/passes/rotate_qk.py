@@ -33,6 +33,8 @@ class RotateQk(Pass):
 
     Scores stay as they are, ``(q H)(k H)ᵀ = q kᵀ``; the key cache holds rotated keys. ``block`` is the order of H;
     0 takes the whole head.
+
+    block: order of the Hadamard matrix; 0 for the whole head.
     """
 
     name: ClassVar[str] = "rotate-qk"

@@ -46,6 +46,10 @@ class RotateResidual(Pass):
     ``block-hadamard`` keeps R within blocks of ``block`` channels, so that MX blocks at the linears' inputs are rotated
     and large channels stay where they are; ``hadamard`` mixes the whole axis. ``signs`` draws random signs by seed.
     A residual axis that meets a gain or an elementwise op is refused.
+
+    kind: a rotation within blocks, or one of the whole axis.
+    block: channels of a block, for block-hadamard.
+    signs: draw random signs by the run's seed.
     """
 
     name: ClassVar[str] = "rotate-residual"

@@ -41,6 +41,9 @@ class RotateValue(Pass):
 
     So the value cache and the output projection's input are rotated at once. ``block`` is the order of R within a
     head; 0 takes the whole head. ``signs`` draws random signs by seed.
+
+    block: order of the rotation within a head; 0 for the whole head.
+    signs: draw random signs by the run's seed.
     """
 
     name: ClassVar[str] = "rotate-value"

@@ -45,6 +45,13 @@ class RotationSearch(Pass):
     the lowest perplexity, and stops when that gains no more than ``improvement_eps``. ``samples`` and ``length``
     limit the tokens. Winners are kept in ``cache_path`` under a key of program, tokens and options: later runs skip the
     search; a file of another run is replaced with a warning.
+
+    sites: types to search: last names of linears' paths, or kv_cache.
+    improvement_eps: fall of the perplexity that a round must exceed.
+    cache_path: file that keeps the winners; not given: the run's cache.
+    samples: calibration samples to take; not given: all.
+    length: tokens to take of each sample; not given: all.
+    block: order of the Hadamard matrices; 0 for the whole axis.
     """
 
     name: ClassVar[str] = "rotation-search"

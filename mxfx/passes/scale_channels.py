@@ -45,6 +45,9 @@ class ScaleChannels(Pass):
     projection), ``key`` (keys against queries; channels i and i + head_dim/2 share s, for RoPE turns them together),
     ``norm`` (gains of norms that only linears read, so before ``fuse-norm``). s = |x|^alpha / |w|^(1-alpha) from root
     mean squares on the calibration tokens.
+
+    sites: where diagonals are free: see above.
+    alpha: share of the range that moves from activations into weights, from 0 to 1.
     """
 
     name: ClassVar[str] = "scale-channels"

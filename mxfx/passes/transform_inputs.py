@@ -70,6 +70,13 @@ class TransformInputs(Pass):
     ``block`` is the order of T, 0 the whole axis (``hadamard`` only). Sites are the linears whose input carries a
     format, or all linears of decoder layers where nothing is annotated yet. ``samples`` limits the calibration samples
     that moments are taken over.
+
+    kind: a Hadamard matrix, or the data-aware transform in closed form.
+    block: order of the transform; 0 for the whole axis (hadamard only).
+    signs: draw random signs by the run's seed.
+    damping: added to second moments, as a fraction of their mean diagonal.
+    max_condition: condition number above which a block gets a Hadamard matrix.
+    samples: calibration samples to measure; not given: all.
     """
 
     name: ClassVar[str] = "transform-inputs"

@@ -47,6 +47,14 @@ class TransformKv(Pass):
     against the columns of the output projection that read them. ``block`` divides the head dimension; 0 takes all of
     it. Keys and values are chosen by ``keys`` and ``values``; a value region with other readers is skipped. ``samples``
     limits the calibration samples that moments are taken over.
+
+    kind: a Hadamard matrix, or the data-aware transform in closed form.
+    block: order of the transform within a head; 0 for the whole head.
+    keys: transform keys, and queries against them.
+    values: transform values.
+    damping: added to second moments, as a fraction of their mean diagonal.
+    max_condition: condition number above which a block gets a Hadamard matrix.
+    samples: calibration samples to measure; not given: all.
     """
 
     name: ClassVar[str] = "transform-kv"

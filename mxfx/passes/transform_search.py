@@ -65,6 +65,14 @@ class TransformSearch(Pass):
     float one on held-out tokens (mean KL), once with each input's own choice and once with the one candidate that
     is best on average; the better of the two is kept. Decisions are readable JSON in the record, kept in ``cache_path``
     (or the run's cache) under a key of program, tokens and options.
+
+    candidates: what is tried at each input: see above.
+    rows: held-out tokens that score a candidate.
+    outputs: output channels, about, that score a candidate.
+    held_out: share of the calibration samples that scores, between 0 and 1.
+    damping: added to second moments, as a fraction of their mean diagonal.
+    max_condition: condition number above which a block gets a Hadamard matrix.
+    cache_path: file that keeps the decisions; not given: the run's cache.
     """
 
     name: ClassVar[str] = "transform-search"

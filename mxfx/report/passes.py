@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from mxfx.config.options import field_notes
 from mxfx.pipeline.manager import PipelineResult
 from mxfx.rewrite import Pass, Skip
 
@@ -31,11 +32,11 @@ def describe(cls: type[Pass]) -> Group:
         contract.add_row(label, ", ".join(sorted(getattr(cls, label))) or "–")
     contract.add_row("numerics", Text(str(cls.numerics)))
     options = Table(title="options", title_justify="left")
-    for heading in ("key", "type", "default"):
+    for heading in ("key", "type", "default", "what it is"):
         options.add_column(heading)
-    fields = dataclasses.fields(cls)
+    fields, words = dataclasses.fields(cls), field_notes(cls)
     for field in fields:
-        options.add_row(field.name, Text(str(field.type)), Text(_default(field)))
+        options.add_row(field.name, Text(str(field.type)), Text(_default(field)), Text(words.get(field.name, "")))
     parts = [Text(cls.name, style="bold"), Text(inspect.getdoc(cls) or ""), contract]
     return Group(*parts, options if fields else Text("no options"))
 

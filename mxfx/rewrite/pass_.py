@@ -43,6 +43,10 @@ class Pass(ABC):
         removes: facts that no longer hold after (a pass that adds unlowered nodes removes ``lowered``).
         numerics: the promise, checked by the manager.
         required: the pass may not be skipped by ``bisect``: later passes could not run without it.
+
+    Fields are options; a docstring says each in a line ``name: words``. One is the same wherever it stands:
+
+    select: which nodes the pass may change, by a regular expression that the whole module path matches.
     """
 
     name: ClassVar[str] = ""
