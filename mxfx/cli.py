@@ -104,12 +104,15 @@ def check(
     model: Model = None,
     set_: Set = [],  # noqa: B006
     trust_remote_code: Trust = False,
+    numbers: Annotated[
+        bool, typer.Option("--numbers", help="Load the weights and compare the traced program with the model.")
+    ] = False,
 ) -> None:
     """Everything that can be checked without weights: options, facts, rules against the graph, memory and size."""
     from mxfx import api
 
     ((name, pipeline),) = api.prepare([file], api.RunOptions(model=model, overrides=tuple(set_)))
-    checked = api.check(pipeline, trust_remote_code=trust_remote_code)
+    checked = api.check(pipeline, trust_remote_code=trust_remote_code, numbers=numbers)
     out.print(f"{name}: {len(pipeline.specs)} passes, in order: {', '.join(s.name for s in pipeline.specs)}")
     for line in checked.lines():
         out.print(line)

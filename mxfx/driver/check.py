@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mxfx.config import Pipeline, check_order
-from mxfx.driver.pretrained import load_meta_model
+from mxfx.driver.pretrained import load_checked, load_meta_model
 from mxfx.graph.node import info, kind, layer_index
 from mxfx.graph.program import Program
-from mxfx.graph.trace import trace
+from mxfx.graph.prove import Proof, prove
+from mxfx.graph.trace import bind, trace
 from mxfx.passes import Annotate
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite.size import bits_per_weight
@@ -27,6 +29,7 @@ class Checked:
     program: Program
     annotated: Program
     trace_seconds: float
+    proof: Proof | None = None
 
     def lines(self) -> Iterator[str]:
         """The model, its graph, and what the passes will hold and do; sizes in GB, work in TFLOP."""
@@ -39,6 +42,10 @@ class Checked:
             f"graph: {count} nodes, {count / max(layers, 1):.1f} per layer, traced in {self.trace_seconds:.1f} s; "
             + ", ".join(f"{calls[name]} {name}" for name in _COUNTED)
         )
+        if self.proof is not None:
+            lengths = " and ".join(map(str, self.proof.lengths))
+            yield f"numbers: the program is the model to {self.proof.error:.1e} on rows of {lengths} tokens"
+            yield from self.proof.notes
         yield "memory: " + "; ".join(self._held(weights))
         # One calibration token costs two passes over each weight: statistics, then the rewritten layer.
         tokens = self._tokens
@@ -63,8 +70,10 @@ class Checked:
             yield f"distill holds {2 * model_gb + 16 * _planned(program) / 1e9:.2f} GB beside activations and logits"
 
 
-def check(pipeline: Pipeline, *, trust_remote_code: bool = False) -> Checked:
+def check(pipeline: Pipeline, *, trust_remote_code: bool = False, numbers: bool = False) -> Checked:
     """Options and facts, and the rules against the graph traced on the meta device.
+
+    ``numbers`` loads the weights and compares the program with the model, beyond every window that it names.
 
     Raises ``ConfigError``, which cites the line, ``ModelError``, ``TraceError``, and ``PassError`` for a rule that
     fits nothing.
@@ -80,7 +89,11 @@ def check(pipeline: Pipeline, *, trust_remote_code: bool = False) -> Checked:
     last = max((i for i, p in enumerate(passes) if isinstance(p, Annotate)), default=-1)
     head = pipeline.replace(specs=pipeline.specs[: last + 1])
     annotated = PassManager().run(program, head).program if last >= 0 else program
-    return Checked(pipeline, program, annotated, seconds)
+    proof = None
+    if numbers:
+        loaded = load_checked(name, settings.dtype, revision=settings.revision, trust_remote_code=trust_remote_code)
+        proof = prove(bind(program, loaded.model), loaded.model, limit=sys.maxsize)
+    return Checked(pipeline, program, annotated, seconds, proof)
 
 
 def _planned(program: Program) -> int:

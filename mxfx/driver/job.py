@@ -16,6 +16,7 @@ from mxfx.config.pipeline import CalibrationConfig, Pipeline
 from mxfx.driver.pretrained import load_checked, load_tokenizer, refuse_offloaded
 from mxfx.driver.texts import FloatTexts
 from mxfx.graph.program import Program
+from mxfx.graph.prove import Proof, prove_if_possible
 from mxfx.graph.trace import bind, trace
 from mxfx.ground.progress import track
 from mxfx.pipeline.instruments import Dump, Ledger, Numbers, Reproduce, Timing, Verify
@@ -58,8 +59,8 @@ class Job:
         if pipeline.calibration.dataset is not None and SELF not in pipeline.calibration.sources:
             job.tokens(pipeline.calibration)
         loaded = load_checked(name, settings.dtype, **of_hub)
-        job.program = _bound(meta, loaded.model.to(job.device), str(name))
-        job.warnings = loaded.warnings
+        job.program, proof = _bound(meta, loaded.model.to(job.device), str(name))
+        job.warnings = (*loaded.warnings, *(() if proof is None else proof.notes))
         job.texts = FloatTexts(loaded.model, job.tokenizer, job.device)
         return job
 
@@ -129,12 +130,14 @@ def default_instruments(pipeline: Pipeline, ir: Path | None = None, repro: Path 
     return [*kept, Ledger(pipeline.budget), Numbers(), Verify(), Timing()]
 
 
-def _bound(meta: Program, model: nn.Module, name: str) -> Program:
-    """The meta program with a model's weights; one whose checkpoint ties other weights than its configuration says is
-    traced itself.
+def _bound(meta: Program, model: nn.Module, name: str) -> tuple[Program, Proof | None]:
+    """The meta program with a model's weights, and its proof; one whose checkpoint ties other weights than its
+    configuration says is traced itself.
     """
     refuse_offloaded(model)
-    return bind(meta, model) if _tied(meta) == _tied_in(model, meta) else trace(model, name=name)
+    as_stated = _tied(meta) == _tied_in(model, meta)
+    program = bind(meta, model) if as_stated else trace(model, name=name, proven=False)
+    return program, prove_if_possible(program, model)
 
 
 def _tied(program: Program) -> set[frozenset[str]]:

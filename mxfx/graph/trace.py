@@ -26,6 +26,7 @@ from mxfx.graph.mixers import opaque_mixers
 from mxfx.graph.node import NodeInfo, kind, set_info
 from mxfx.graph.normalize import normalize, remove_dead
 from mxfx.graph.program import NOMINAL_MODEL, Program, Source, Symbol
+from mxfx.graph.prove import prove_if_possible
 from mxfx.graph.weights import WeightStore
 
 _INTERFACE = "mxfx"
@@ -34,14 +35,15 @@ _MAX_BATCH = 4096
 GENERATION = "generation_config"
 
 
-def trace(model: nn.Module, *, name: str | None = None) -> Program:
+def trace(model: nn.Module, *, name: str | None = None, proven: bool = True) -> Program:
     """Trace a Hugging Face causal LM (or any module with its call signature) into a ``Program``.
 
     The program takes ``input_ids``, ``position_ids``, ``attention_mask``, each int64 ``(batch, seq)``, and returns
     logits ``(batch, seq, vocabulary)``; batch and sequence length are dynamic. Its weights share storage with the
-    model.
+    model. Where the model has data, both run on a few tokens and their logits are compared (``proven``).
 
-    Raises ``TraceError`` for a model that is no causal LM or uses attention that the dialect cannot express.
+    Raises ``TraceError`` for a model that is no causal LM or uses what the dialect cannot express, and
+    ``UnfaithfulTrace`` if the program computes something else than the model.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "forward"):
@@ -65,6 +67,8 @@ def trace(model: nn.Module, *, name: str | None = None) -> Program:
     settle_masks(program)
     remove_dead(program.graph)
     _drop_unread(program)
+    if proven:
+        prove_if_possible(program, model)
     return program
 
 
