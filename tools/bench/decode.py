@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaForCausalLM
 
 from mxfx.config.emit import EmitConfig
 from mxfx.formats import parse
@@ -56,9 +57,9 @@ def quantized(program: Program) -> Program:
     return program
 
 
-def models(program: Program, device: str) -> Iterator[tuple[str, EmittedCausalLM]]:
-    yield "emitted bf16", as_causal_lm(program, device)
-    yield "D, packed", as_causal_lm(emitted(quantized(program), device, EmitConfig(packed=True)), device)
+def models(program: Program, device: str) -> dict[str, EmittedCausalLM]:
+    packed = emitted(quantized(program), device, EmitConfig(packed=True))
+    return {"emitted bf16": as_causal_lm(program, device), "D, packed": as_causal_lm(packed, device)}
 
 
 def filled(lm: EmittedCausalLM, batch: int, context: int) -> tuple[Callable[[], object], Tensor]:
@@ -83,9 +84,11 @@ def filled(lm: EmittedCausalLM, batch: int, context: int) -> tuple[Callable[[], 
     return lambda: (cache, step.recording.replay()), logits  # type: ignore[attr-defined]
 
 
-def steps(program: Program, device: str, batches: tuple[int, ...], context: int) -> Iterator[dict[str, object]]:
+def steps(
+    emitted: dict[str, EmittedCausalLM], device: str, batches: tuple[int, ...], context: int
+) -> Iterator[dict[str, object]]:
     base: dict[int, float] = {}
-    for name, lm in models(program, device):
+    for name, lm in emitted.items():
         for batch in batches:
             step, _ = filled(lm, batch, context)
             ms = _kernel_ms(step, device)
@@ -108,7 +111,7 @@ def steps(program: Program, device: str, batches: tuple[int, ...], context: int)
 
 
 def texts(
-    model: torch.nn.Module, program: Program, device: str, new: int, compiled: bool
+    model: LlamaForCausalLM, emitted: dict[str, EmittedCausalLM], device: str, new: int, compiled: bool
 ) -> Iterator[dict[str, object]]:
     ids = torch.randint(5, 1000, (1, 128), device=device, generator=torch.Generator(device).manual_seed(0))
     given = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -120,7 +123,7 @@ def texts(
         found.append(
             ("transformers, static cache, compiled", lambda: model.generate(ids, **static, max_new_tokens=new))
         )
-    for name, lm in models(program, device):
+    for name, lm in emitted.items():
         found.append((name, lambda lm=lm: lm.generate(ids, **given, max_new_tokens=new)))  # type: ignore[misc]
     for name, call in found:
         with torch.no_grad():
@@ -225,11 +228,14 @@ def main() -> None:
         program = apply(one, program).program
     batches, context, new = ((1, 2), 20, 6) if given.rehearse else ((1, 16), 1024, 32 if given.quick else 256)
     parts: list[Callable[[], Iterator[dict[str, object]]]] = [
-        lambda: steps(program, device, batches, context),
-        lambda: texts(model, program, device, new, compiled=not given.rehearse and not given.quick),
+        lambda: steps(lms, device, batches, context),
+        lambda: texts(model, lms, device, new, compiled=not given.rehearse and not given.quick),
     ]
     if not given.rehearse:
         parts.insert(0, lambda: attention(device))
+    started = time.perf_counter()
+    lms = models(program, device)
+    print(f"(emitted in {time.perf_counter() - started:.0f} s)", flush=True)
     rows: list[dict[str, object]] = []
     for part in parts:
         started = time.perf_counter()
