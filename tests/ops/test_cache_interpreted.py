@@ -84,6 +84,18 @@ else:
         wanted = torch.nn.functional.scaled_dot_product_attention(q, *read, attn_mask=mask, scale=0.3, enable_gqa=True)
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("width", [64, 128])
+    def test_codes_are_read_four_at_a_time(width, monkeypatch):
+        """As on a GPU in bfloat16, which the interpreter cannot multiply."""
+        read_as = cache_triton._read_as
+        monkeypatch.setattr(cache_triton, "_read_as", lambda row, dtype: read_as(row, torch.bfloat16))
+        fmt = parse("mxint4@32/mse")
+        (keys, ks), (values, vs) = (_filled(str(fmt), 70, width, 70, seed) for seed in (2, 3))
+        q = torch.randn(2, 6, 1, width, generator=torch.Generator().manual_seed(4)) * 0.2
+        got = attend_token(q, (keys, values, ks, vs), None, torch.tensor([69]), 0.3, width, fmt, fmt)
+        k, v = (restore(c, s, fmt, width, torch.float32) for c, s in ((keys, ks), (values, vs)))
+        torch.testing.assert_close(got, attend(q, k, v, None, 0.3, False), rtol=1e-5, atol=1e-5)
+
     def test_soft_caps_and_sinks_are_those_of_attention(monkeypatch):
         monkeypatch.setattr(cache_triton, "PROGRAMS", 12)
         keys, values = (_filled(None, 49, 32, 49, seed)[0] for seed in (2, 3))

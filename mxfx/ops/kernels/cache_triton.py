@@ -9,7 +9,7 @@ Importable only where `triton` is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -20,16 +20,16 @@ from torch import Tensor
 from mxfx.formats import Format, IntElement, ScaleRule
 from mxfx.formats.e8m0 import E8M0
 from mxfx.ops.kernels.packed_triton import Codes, codes_of, element, power
-from mxfx.ops.kernels.rounding_triton import _larger, _shared_scale, grid_of
+from mxfx.ops.kernels.rounding_triton import _PACKS, _larger, _shared_scale, grid_of
 
-#: Places that a program meets at a time, and programs that a device should have to do.
+#: Places that a program meets at a time, its warps, and programs that a device should have to do.
 PLACES = 64
-PROGRAMS = 264
+WARPS = 1
+PROGRAMS = 2112
 _TWO_TO_127 = tl.constexpr(254 << 23)
 _TWO_TO_MINUS_127 = tl.constexpr(1 << 22)
 _EXPONENT = tl.constexpr(0x7F80_0000)
 _LOG2_E = tl.constexpr(1.4426950408889634)
-
 #: Keys, values, and their scales: what `cached_attend` writes.
 Caches = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -38,13 +38,15 @@ Caches = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 class Row:
     """How a row of a cache is stored: plain (`blocks` 0) or `blocks` of `block` codes; compile-time constants.
 
-    `offset` and `carry` give the least exponent at which nothing above zero saturates, the `_below` ones that below.
+    `halfwords`: 4-bit integers that are read as bfloat16, four codes at a time. `offset` and `carry` give the least
+    exponent at which nothing above zero saturates, the `_below` ones that below.
     """
 
     width: int
     blocks: int = 0
     block: int = 1
     bits: int = 16
+    halfwords: bool = False
     codes: Codes | None = None
     offset: int = 0
     carry: int = 0
@@ -77,15 +79,22 @@ def row_of(width: int, fmt: Format | None) -> Row:
         below = grid_of(Format(fmt.element, fmt.block, E8M0(ScaleRule.CEIL)), torch.float32)
     return Row(
         width,
-        width // fmt.block,
-        fmt.block,
-        fmt.bits,
-        codes_of(fmt),
-        above.offset,
-        above.carry,
-        below.offset,
-        below.carry,
+        blocks=width // fmt.block,
+        block=fmt.block,
+        bits=fmt.bits,
+        codes=codes_of(fmt),
+        offset=above.offset,
+        carry=above.carry,
+        offset_below=below.offset,
+        carry_below=below.carry,
     )
+
+
+@lru_cache(maxsize=256)
+def _read_as(row: Row, dtype: torch.dtype) -> Row:
+    """A row with how it is read; a product takes at least 16 channels at a time."""
+    integers = row.codes is not None and row.codes.mantissa < 0 and row.bits == 4
+    return replace(row, halfwords=integers and dtype == torch.bfloat16 and row.width >= 64)
 
 
 def write_tokens(
@@ -131,15 +140,20 @@ def attend_token(
     partial = torch.empty((batch * heads, stretches, width), dtype=torch.float32, device=q.device)
     sums = torch.empty((2, batch * heads, stretches), dtype=torch.float32, device=q.device)
     ks, vs = (keys if key_scales is None else key_scales), (values if value_scales is None else value_scales)
+    key_row, value_row = (
+        _read_as(row_of(x, fmt), q.dtype) for x, fmt in ((q.shape[-1], key_format), (width, value_format))
+    )
+    keys = keys.view(torch.int16) if key_row.halfwords else keys
+    values = values.view(torch.int16) if value_row.halfwords else values
     given = q if bias is None else bias.expand(batch, 1, 1, room)
     _attend_kernel[(batch * kv_heads, stretches)](
         q, keys, values, ks, vs, given, slots, partial, sums, sums[1],
         kv_heads, room, stretches, scale, 1.0 if softcap is None else softcap,
         *keys.stride()[:2], *values.stride()[:2], *ks.stride()[:2], *vs.stride()[:2],
         0 if bias is None else given.stride(0),
-        KEY=row_of(q.shape[-1], key_format), VALUE=row_of(width, value_format),
-        GROUP=group, GROUP_PADDED=max(16, triton.next_power_of_2(group)),
-        PLACES=PLACES, HAS_BIAS=bias is not None, HAS_CAP=softcap is not None, num_warps=4,
+        KEY=key_row, VALUE=value_row,
+        GROUP=group, GROUP_PADDED=max(8, triton.next_power_of_2(group)),
+        PLACES=PLACES, HAS_BIAS=bias is not None, HAS_CAP=softcap is not None, num_warps=WARPS,
     )  # fmt: skip
     _join_kernel[(batch * heads,)](
         partial, sums, sums[1], out, out if sinks is None else sinks, stretches, heads, HAS_SINKS=sinks is not None,
@@ -259,35 +273,73 @@ def _narrowed(x, dtype: tl.constexpr):
     return narrow
 
 
+@triton.constexpr_function
+def _parts(row):
+    """Channels whose codes are loaded together."""
+    return 1 if row.value.bits != 4 else 4 if row.value.halfwords else 2
+
+
+@triton.constexpr_function
+def _padded(row):
+    """Channels of a row with those that fill up a power of two."""
+    row = row.value
+    return triton.next_power_of_2(row.width) if row.blocks == 0 else triton.next_power_of_2(row.blocks) * row.block
+
+
+@triton.constexpr_function
+def _four_bits(part):
+    """Two codes, nibble `part` of two halfwords, as bfloat16: 128 + (code + 8) by its bits, less 136; then scaled."""
+    return (
+        "{.reg .b32 x, c; mov.b32 c, 0x43084308; shr.b32 x, $1, "
+        + str(4 * part)
+        + "; lop3.b32 x, x, 0x000f000f, c, 0x6a; sub.rn.bf16x2 x, x, c; mul.rn.bf16x2 $0, x, $2;}"
+    )
+
+
 @triton.jit
 def _codes_tile(cache_ptr, place, inside, ROW: tl.constexpr, PLACES: tl.constexpr):
-    """Bytes (places, blocks, bytes of a block) as int32, zero outside."""
-    BYTES: tl.constexpr = ROW.value.block * ROW.value.bits // 8
+    """Units (places, blocks, units of a block), zero outside: bytes as int32, or halfwords as they are."""
+    UNITS: tl.constexpr = ROW.value.block // _parts(ROW)
     BLOCKS_PADDED: tl.constexpr = triton.next_power_of_2(ROW.value.blocks)
     block = tl.arange(0, BLOCKS_PADDED)[None, :, None]
-    at = place[:, None, None] * (ROW.value.blocks * BYTES) + block * BYTES + tl.arange(0, BYTES)[None, None, :]
+    at = place[:, None, None] * (ROW.value.blocks * UNITS) + block * UNITS + tl.arange(0, UNITS)[None, None, :]
     mask = inside[:, None, None] & (block < ROW.value.blocks)
-    return tl.load(cache_ptr + at, mask=mask, other=0).to(tl.int32)
+    units = tl.load(cache_ptr + at, mask=mask, other=0)
+    return units if ROW.value.halfwords else units.to(tl.int32)
 
 
 @triton.jit
 def _scales_tile(scales_ptr, place, inside, ROW: tl.constexpr):
-    """Powers of two (places, blocks, 1), float32, 1 outside."""
+    """Powers of two (places, blocks, 1), 1 outside: bfloat16 for halfwords, else float32."""
     BLOCKS_PADDED: tl.constexpr = triton.next_power_of_2(ROW.value.blocks)
-    block = tl.arange(0, BLOCKS_PADDED)[None, :]
-    mask = inside[:, None] & (block < ROW.value.blocks)
-    return power(tl.load(scales_ptr + place[:, None] * ROW.value.blocks + block, mask=mask, other=127).to(tl.int32))[
-        :, :, None
-    ]
+    block = tl.arange(0, BLOCKS_PADDED)[None, :, None]
+    mask = inside[:, None, None] & (block < ROW.value.blocks)
+    at = place[:, None, None] * ROW.value.blocks + block
+    scale = power(tl.load(scales_ptr + at, mask=mask, other=127).to(tl.int32))
+    return _narrowed(scale, tl.bfloat16) if ROW.value.halfwords else scale
 
 
 @triton.jit
-def _element_tile(codes, scale, shift: tl.constexpr, ROW: tl.constexpr, PLACES: tl.constexpr, dtype: tl.constexpr):
-    """Elements whose highest bit is bit `31 - shift` of `codes`, times their scales: (places, width) of `dtype`."""
-    BYTES: tl.constexpr = ROW.value.block * ROW.value.bits // 8
+def _element_tile(units, scale, part: tl.constexpr, ROW: tl.constexpr, PLACES: tl.constexpr, dtype: tl.constexpr):
+    """The elements number `part` of all units, times their scales: (places, channels) of `dtype`. Exact."""
+    UNITS: tl.constexpr = ROW.value.block // _parts(ROW)
     BLOCKS_PADDED: tl.constexpr = triton.next_power_of_2(ROW.value.blocks)
     CODES: tl.constexpr = ROW.value.codes
-    return _narrowed(tl.reshape(element(codes << shift, CODES) * scale, (PLACES, BLOCKS_PADDED * BYTES)), dtype)
+    if ROW.value.halfwords:
+        scale = tl.broadcast_to(scale, (PLACES, BLOCKS_PADDED, UNITS))
+        if _PACKS:
+            values = tl.inline_asm_elementwise(
+                _four_bits(part), "=r,r,r", [units, scale], dtype=tl.bfloat16, is_pure=True, pack=2
+            )
+        else:
+            # Beside 128 the last bits of a bfloat16 are units: 128 + (code + 8).
+            shifted = (((units.to(tl.int32) >> (4 * part)) & 0xF) ^ 0x4308).to(tl.int16).to(tl.bfloat16, bitcast=True)
+            values = ((shifted.to(tl.float32) - 136.0) * scale.to(tl.float32)).to(dtype)
+        tile = tl.reshape(values, (PLACES, BLOCKS_PADDED * UNITS))
+    else:
+        shift: tl.constexpr = 32 - ROW.value.bits * (part + 1)
+        tile = _narrowed(tl.reshape(element(units << shift, CODES) * scale, (PLACES, BLOCKS_PADDED * UNITS)), dtype)
+    return tile
 
 
 @triton.jit
@@ -340,50 +392,50 @@ def _attend_kernel(
     value_scales_ptr += batch * value_scales_batch + head * value_scales_head
     bias_ptr += batch * bias_batch
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    KEY_HALVES: tl.constexpr = 2 if KEY.value.bits == 4 else 1
-    VALUE_HALVES: tl.constexpr = 2 if VALUE.value.bits == 4 else 1
-    KEY_PADDED: tl.constexpr = (
-        triton.next_power_of_2(KEY.value.width)
-        if KEY.value.blocks == 0
-        else triton.next_power_of_2(KEY.value.blocks) * KEY.value.block
-    ) // KEY_HALVES
-    VALUE_PADDED: tl.constexpr = (
-        triton.next_power_of_2(VALUE.value.width)
-        if VALUE.value.blocks == 0
-        else triton.next_power_of_2(VALUE.value.blocks) * VALUE.value.block
-    ) // VALUE_HALVES
+    KEY_PARTS: tl.constexpr = _parts(KEY)
+    VALUE_PARTS: tl.constexpr = _parts(VALUE)
+    KEY_PADDED: tl.constexpr = _padded(KEY) // KEY_PARTS
+    VALUE_PADDED: tl.constexpr = _padded(VALUE) // VALUE_PARTS
     member = tl.arange(0, GROUP_PADDED)
     row = pair.to(tl.int64) * GROUP + member
-    channel = tl.arange(0, KEY_PADDED) * KEY_HALVES
-    real = (member < GROUP)[:, None]
-    at = row[:, None] * KEY.value.width + channel[None, :]
-    q = tl.load(q_ptr + at, mask=real & (channel < KEY.value.width)[None, :], other=0.0)
-    # The second of two codes in a byte is that of the next channel.
-    q_next = q
-    if KEY_HALVES == 2:
-        q_next = tl.load(q_ptr + at + 1, mask=real & (channel < KEY.value.width)[None, :], other=0.0)
+    channel = tl.arange(0, KEY_PADDED) * KEY_PARTS
+    real = (member < GROUP)[None, :]
+    at = row[None, :] * KEY.value.width + channel[:, None]
+    here = real & (channel < KEY.value.width)[:, None]
+    # Codes that share a byte or a halfword are those of channels next to each other: each has a part of its own.
+    q0 = tl.load(q_ptr + at, mask=here, other=0.0)
+    q1, q2, q3 = q0, q0, q0
+    if KEY_PARTS > 1:
+        q1 = tl.load(q_ptr + at + 1, mask=here, other=0.0)
+    if KEY_PARTS > 2:
+        q2 = tl.load(q_ptr + at + 2, mask=here, other=0.0)
+        q3 = tl.load(q_ptr + at + 3, mask=here, other=0.0)
     filled = tl.minimum(tl.load(slots_ptr) + 1, room).to(tl.int32)
     share = tl.cdiv(tl.cdiv(filled, stretches), PLACES) * PLACES
     start = stretch * share
     end = tl.minimum(start + share, filled)
     largest = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PADDED], tl.float32)
-    first = tl.zeros([GROUP_PADDED, VALUE_PADDED], tl.float32)
-    second = first
+    o0 = tl.zeros([VALUE_PADDED, GROUP_PADDED], tl.float32)
+    o1, o2, o3 = o0, o0, o0
     for begin in range(start, end, PLACES):
         place = begin + tl.arange(0, PLACES)
         inside = place < end
         if KEY.value.blocks == 0:
-            k = _plain_tile(keys_ptr, place, inside, KEY)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            scores = tl.dot(_plain_tile(keys_ptr, place, inside, KEY), q0, input_precision="ieee")
         else:
             codes = _codes_tile(keys_ptr, place, inside, KEY, PLACES)
             scales = _scales_tile(key_scales_ptr, place, inside, KEY)
-            low = _element_tile(codes, scales, 32 - KEY.value.bits, KEY, PLACES, dtype)
-            scores = tl.dot(q, tl.trans(low), input_precision="ieee")
-            if KEY_HALVES == 2:
-                high = _element_tile(codes, scales, 24, KEY, PLACES, dtype)
-                scores = tl.dot(q_next, tl.trans(high), scores, input_precision="ieee")
+            part = _element_tile(codes, scales, 0, KEY, PLACES, dtype)
+            scores = tl.dot(part, q0, input_precision="ieee")
+            if KEY_PARTS > 1:
+                part = _element_tile(codes, scales, 1, KEY, PLACES, dtype)
+                scores = tl.dot(part, q1, scores, input_precision="ieee")
+            if KEY_PARTS > 2:
+                part = _element_tile(codes, scales, 2, KEY, PLACES, dtype)
+                scores = tl.dot(part, q2, scores, input_precision="ieee")
+                part = _element_tile(codes, scales, 3, KEY, PLACES, dtype)
+                scores = tl.dot(part, q3, scores, input_precision="ieee")
         seen = inside
         if HAS_BIAS:
             seen = seen & (tl.load(bias_ptr + place, mask=inside, other=0) != 0)
@@ -391,32 +443,41 @@ def _attend_kernel(
         if HAS_CAP:
             # tanh(x) = 1 - 2 / (exp(2x) + 1)
             scores = softcap - 2 * softcap / (tl.exp2(scores / softcap * (2 * _LOG2_E)) + 1)
-        scores = tl.where(seen[None, :], scores * _LOG2_E, float("-inf"))
-        peak = tl.maximum(largest, tl.max(scores, 1))
+        scores = tl.where(seen[:, None], scores * _LOG2_E, float("-inf"))
+        peak = tl.maximum(largest, tl.max(scores, 0))
         # Nothing seen yet: any finite number keeps the differences defined.
         base = tl.where(peak == float("-inf"), 0.0, peak)
         shrink = tl.exp2(largest - base)
-        p = tl.exp2(scores - base[:, None])
-        total = total * shrink + tl.sum(p, 1)
-        first = first * shrink[:, None]
+        p = tl.exp2(scores - base[None, :])
+        total = total * shrink + tl.sum(p, 0)
+        shrink = shrink[None, :]
         p = p.to(dtype)
         if VALUE.value.blocks == 0:
-            first = tl.dot(p, _plain_tile(values_ptr, place, inside, VALUE), first, input_precision="ieee")
+            part = _plain_tile(values_ptr, place, inside, VALUE)
+            o0 = tl.dot(tl.trans(part), p, o0 * shrink, input_precision="ieee")
         else:
             codes = _codes_tile(values_ptr, place, inside, VALUE, PLACES)
             scales = _scales_tile(value_scales_ptr, place, inside, VALUE)
-            low = _element_tile(codes, scales, 32 - VALUE.value.bits, VALUE, PLACES, dtype)
-            first = tl.dot(p, low, first, input_precision="ieee")
-            if VALUE_HALVES == 2:
-                high = _element_tile(codes, scales, 24, VALUE, PLACES, dtype)
-                second = tl.dot(p, high, second * shrink[:, None], input_precision="ieee")
+            part = _element_tile(codes, scales, 0, VALUE, PLACES, dtype)
+            o0 = tl.dot(tl.trans(part), p, o0 * shrink, input_precision="ieee")
+            if VALUE_PARTS > 1:
+                part = _element_tile(codes, scales, 1, VALUE, PLACES, dtype)
+                o1 = tl.dot(tl.trans(part), p, o1 * shrink, input_precision="ieee")
+            if VALUE_PARTS > 2:
+                part = _element_tile(codes, scales, 2, VALUE, PLACES, dtype)
+                o2 = tl.dot(tl.trans(part), p, o2 * shrink, input_precision="ieee")
+                part = _element_tile(codes, scales, 3, VALUE, PLACES, dtype)
+                o3 = tl.dot(tl.trans(part), p, o3 * shrink, input_precision="ieee")
         largest = peak
-    lane = tl.arange(0, VALUE_PADDED) * VALUE_HALVES
-    out = (row[:, None] * stretches + stretch) * VALUE.value.width + lane[None, :]
-    kept = real & (lane < VALUE.value.width)[None, :]
-    tl.store(partial_ptr + out, first, mask=kept)
-    if VALUE_HALVES == 2:
-        tl.store(partial_ptr + out + 1, second, mask=kept)
+    lane = tl.arange(0, VALUE_PADDED) * VALUE_PARTS
+    out = (row[None, :] * stretches + stretch) * VALUE.value.width + lane[:, None]
+    kept = real & (lane < VALUE.value.width)[:, None]
+    tl.store(partial_ptr + out, o0, mask=kept)
+    if VALUE_PARTS > 1:
+        tl.store(partial_ptr + out + 1, o1, mask=kept)
+    if VALUE_PARTS > 2:
+        tl.store(partial_ptr + out + 2, o2, mask=kept)
+        tl.store(partial_ptr + out + 3, o3, mask=kept)
     tl.store(largest_ptr + row * stretches + stretch, largest, mask=member < GROUP)
     tl.store(total_ptr + row * stretches + stretch, total, mask=member < GROUP)
 

@@ -154,8 +154,8 @@ def _expand_kernel(
     lowest = 0
     if kind == tl.uint8:
         every = tl.arange(0, PADDED)
-        scale = tl.load(scales_ptr + row * per_row + every, mask=every < per_row, other=0).to(tl.int32)
-        highest = tl.max(tl.where(scale == 255, 0, scale), axis=0)
+        of_row = tl.load(scales_ptr + row * per_row + every, mask=every < per_row, other=0).to(tl.int32)
+        highest = tl.max(tl.where(of_row == 255, 0, of_row), axis=0)
         # The row's scale is a normal number.
         lowest = tl.maximum(highest - CODES.value.top, 1)
         tl.store(row_scales_ptr + row, (lowest << 23).to(tl.float32, bitcast=True))
