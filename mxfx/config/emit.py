@@ -9,8 +9,11 @@ from typing import Any, Literal
 #: Transforms first: each of the others takes a transform in with its quantizer.
 FUSIONS = ("fuse-hadamard-quant", "fuse-norm-quant", "fuse-activation-quant", "fuse-rope-quant")
 
+#: The passes that serve every device. What they leave is saved, and emitted for the device where it is opened.
+PORTABLE = frozenset({"insert-kv-cache", "pack-weights"})
+
 #: Every pass that the stage may hold. A new one stands here and in ``emit_stage``.
-EMIT_PASSES = frozenset({"insert-kv-cache", *FUSIONS, "pack-weights", "lower", "multiply-in-fp8", "fold-constants"})
+EMIT_PASSES = frozenset({*PORTABLE, *FUSIONS, "lower", "multiply-in-fp8", "fold-constants"})
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,10 @@ def emit_stage(settings: EmitConfig, device: str) -> list[tuple[str, Mapping[str
     """Names and options of the passes of the stage, in order; ``device`` is the type of the run's device."""
     target = settings.device or ("cuda" if device == "cuda" else "cpu")
     stage: list[tuple[str, Mapping[str, Any]]] = [("insert-kv-cache", {})]
-    if target == "cuda":
-        stage += [(name, {}) for name in FUSIONS]
     if settings.packed:
         stage.append(("pack-weights", {}))
+    if target == "cuda":
+        stage += [(name, {}) for name in FUSIONS]
     stage.append(("lower", {"device": target}))
     if settings.packed and target == "cuda":
         stage.append(("multiply-in-fp8", {}))

@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mxfx.config.emit import EmitConfig
 from mxfx.export.artefact import load
 from mxfx.graph.module import build
 from mxfx.graph.program import Program
 from mxfx.ground.errors import CheckError
+from mxfx.pipeline.emit import emitted
 
 
 class ProofError(CheckError, ValueError):
@@ -23,10 +25,10 @@ def logits_of(program: Program, ids: Tensor, device: torch.device) -> Tensor:
         return build(program).to(device)(ids.to(device))
 
 
-def check_saved(folder: Path, expected: Tensor, ids: Tensor, device: torch.device) -> None:
-    """Raise ``ProofError`` unless the model saved in ``folder`` gives the bits of ``expected`` on ``ids``."""
+def check_saved(folder: Path, expected: Tensor, ids: Tensor, device: torch.device, settings: EmitConfig) -> None:
+    """Raise ``ProofError`` unless the model saved in ``folder``, emitted again, gives the bits of ``expected``."""
     try:
-        found = logits_of(load(folder), ids, device)
+        found = logits_of(emitted(load(folder), device, settings), ids, device)
     except Exception as error:
         raise ProofError(f"the model saved in {folder} does not run: {type(error).__name__}: {error}") from error
     different = int((_bits(found) != _bits(expected)).sum()) if found.shape == expected.shape else -1

@@ -157,8 +157,8 @@ def _outcome(
     logits = logits_of(program, ids, job.device)
     warnings += [problem] if (problem := not_finite(logits)) else []
     if folder is not None and options.save:
-        _save(program, job, folder)
-        check_saved(folder.model, logits, ids, job.device)
+        _save(result.portable, job, folder)
+        check_saved(folder.model, logits, ids, job.device, named.pipeline.emit)
     del logits
     evaluation = None if options.eval is None else _evaluate(program, job, options)
     bits = bits_per_weight(result.before_emit)
@@ -192,16 +192,15 @@ def evaluate_saved(folder: str | Path, options: RunOptions) -> tuple[EvalResult,
     options.check()
     saved = find_model(folder)
     program = load(saved)
-    tokenizer = load_tokenizer(saved / "tokenizer", trust_remote_code=options.trust_remote_code)
+    tokenizer = load_tokenizer(saved, trust_remote_code=options.trust_remote_code)
     job = Job(program, torch.device(options.device), tokenizer)
     return _evaluate(program, job, options), bits_per_weight(program)
 
 
 def _save(program: Program, job: Job, folder: PipelineFolder) -> None:
-    from mxfx.export.artefact import save
+    from mxfx.export.folder import save_folder
 
-    save(program, folder.model)
-    job.tokenizer.save_pretrained(folder.tokenizer)
+    save_folder(program, folder.model, tokenizer=job.tokenizer)
 
 
 def rows(outcomes: Sequence[Outcome]) -> list[Row]:

@@ -58,10 +58,6 @@ class PipelineFolder:
     def model(self) -> Path:
         return self.path / "model"
 
-    @property
-    def tokenizer(self) -> Path:
-        return self.model / "tokenizer"
-
     def begin(self, pipeline: str) -> None:
         """Write the resolved pipeline; what an earlier run left here goes, but for its cache."""
         if self.pipeline.is_file():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mxfx.export.errors import ExportError
+from mxfx.export.unpack import unpacked
 from mxfx.formats import E8M0, Encoded, Format, ScaleRule
 from mxfx.graph.execute import execute
 from mxfx.graph.node import info, kind, op_name, path_of
@@ -89,6 +90,7 @@ class Plain:
 
 def plain(program: Program) -> Plain:
     """See ``Plain``. Raises ``ExportError`` for a lowered program, whose concepts are gone."""
+    program = unpacked(program)
     if "lowered" in program.facts:
         raise ExportError("the program is lowered: linears and norms cannot be told any more; export one that is not")
     config = source_config(program)
@@ -136,8 +138,9 @@ def _state(program: Program, skeleton: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     names = dict(skeleton.named_parameters(remove_duplicate=False))
     for name, parameter in names.items():
-        if name in program.weights:
-            tensor = program.weights[name]
+        twin = next((n for n, p in names.items() if p is parameter and n in program.weights), None)
+        if name in program.weights or twin is not None:
+            tensor = program.weights[name if name in program.weights else twin]  # type: ignore[index]
         elif (neutral := _neutral(skeleton, name, parameter)) is not None:
             tensor = neutral
         else:

@@ -13,6 +13,7 @@ from typing import Any
 from mxfx.export.bake import baked
 from mxfx.export.errors import ExportError
 from mxfx.export.plain import plain
+from mxfx.export.unpack import unpacked
 from mxfx.graph.program import Program
 from mxfx.ground.nearest import did_you_mean
 
@@ -74,7 +75,7 @@ def export(program: Program, folder: Path | str, to: str, *, bake: bool = False,
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"{folder} exists already and is not empty; give a new folder")
-    given = target.of(baked(program) if bake else program)
+    given = target.of(baked(unpacked(program)) if bake else program)
     if bake and target.of is plain:
         given.config.mxfx_note = "transforms of the quantized model are baked into these weights: they lie on no grid"
     reason = target.refuse(given)

@@ -45,9 +45,9 @@ class InsertKvCache(Pass):
     numerics: ClassVar[Numerics] = Exact()
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
-        found = list(rw.program.nodes("attention"))
+        found = [node for node in rw.program.nodes("attention") if node.target is torch.ops.mxfx.attention.default]
         reason = _refused(rw, found)
-        if reason is not None:
+        if reason is not None or not found:
             for node in found:
                 rw.skip(node, reason)
             return

@@ -19,9 +19,13 @@ def emitted(
     settings: EmitConfig | None = None,
     instruments: Sequence[Instrument] = (),
 ) -> Program:
-    """What the emit stage makes of a raised program for a device; a lowered program as it is."""
+    """What the emit stage makes of a raised program for a device; a lowered program as it is.
+
+    Without ``settings`` a program with packed weights keeps them packed.
+    """
     if "lowered" in program.facts:
         return program
+    settings = settings or EmitConfig(packed=any(program.nodes("mx_linear", "mx_embedding")))
     place = torch.device(device)
     stage = Pipeline(emit=settings).emitted(place.type)
     return PassManager(instruments).run(program, stage, Context(device=place)).program

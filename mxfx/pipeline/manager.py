@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from mxfx.config.emit import EMIT_PASSES, emit_start
+from mxfx.config.emit import EMIT_PASSES, PORTABLE, emit_start
 from mxfx.config.order import check_order
 from mxfx.config.pipeline import RAISE_PASSES, Pipeline
 from mxfx.graph.program import Program
@@ -137,11 +137,13 @@ class StepResult:
 class PipelineResult:
     """The program after a pipeline, and the account of every pass.
 
-    ``before_emit`` is the program that the emit stage began with: dialect ops, formats and all.
+    ``before_emit`` is the program that the emit stage began with: dialect ops, formats and all. ``portable`` is what
+    its passes for every device made of it: the program that is saved, and emitted anew for the device that opens it.
     """
 
     program: Program
     before_emit: Program
+    portable: Program
     steps: tuple[StepResult, ...]
 
     @property
@@ -195,7 +197,7 @@ class PassManager:
                 instrument.exit(run)
 
     def _run(self, run: Run, stop: StopPoint | None) -> PipelineResult:
-        program = before_emit = run.source
+        program = before_emit = portable = run.source
         done: list[StepResult] = []
         emission = emit_start([pass_.name for pass_ in run.passes])
         for index, pass_ in enumerate(run.passes, start=1):
@@ -207,9 +209,10 @@ class PassManager:
             program = self._step(step)
             assert step.record is not None
             before_emit = program if index <= emission else before_emit
+            portable = program if index <= emission or pass_.name in PORTABLE else portable
             done.append(StepResult(index, pass_, step.place, step.record, step.findings))
             run.steps[-1] = _without_programs(step)
-        return PipelineResult(program, before_emit, tuple(done))
+        return PipelineResult(program, before_emit, portable, tuple(done))
 
     def _step(self, step: Step) -> Program:
         inner = tuple(reversed(self.instruments))

@@ -35,7 +35,7 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "graph"
 
     def __init__(self, program: Program) -> None:
-        config, generation = _configs(program)
+        config, generation = configs_of(program)
         super().__init__(config)
         self.specs = cache_specs(program)
         config.use_cache = bool(self.specs)
@@ -131,6 +131,10 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
 
+    def prepare_inputs_for_generation(self, *args: Any, tokenizer: Any = None, **kwargs: Any) -> dict:
+        """What ``forward`` takes at a step; ``tokenizer`` is for ``generate``'s stopping rules and goes no further."""
+        return super().prepare_inputs_for_generation(*args, **kwargs)
+
     def _longest(self) -> int:
         return int(getattr(self.config, "max_position_embeddings", None) or 1 << 17)
 
@@ -208,7 +212,8 @@ def _positions(mask: Tensor | None, ids: Tensor, past: int) -> Tensor:
     return (mask.ne(0).cumsum(-1) - 1).clamp_min(0)[:, past:]
 
 
-def _configs(program: Program) -> tuple[PreTrainedConfig, GenerationConfig]:
+def configs_of(program: Program) -> tuple[PreTrainedConfig, GenerationConfig]:
+    """The configuration of the source model, and how it generates by default."""
     dropped = ("transformers_version", "_attn_implementation", "loss_type", GENERATION)
     values = {key: value for key, value in program.source.config.items() if key not in dropped}
     model_type = str(values.pop("model_type"))

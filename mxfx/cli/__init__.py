@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from mxfx.cli import models
 from mxfx.ground.errors import MxfxError, exit_code
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 app = typer.Typer(name="mxfx", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 config_app = typer.Typer(no_args_is_help=True, help="Look at pipeline files.")
 app.add_typer(config_app, name="config")
+for name, command in models.COMMANDS.items():
+    app.command(name)(command)  # type: ignore[type-var]
 
 # A pipe has no width of its own: the tables fit in 120 columns.
 # Paths and messages may hold brackets: nothing is read as markup.

@@ -1,0 +1,53 @@
+"""``mxfx doctor``: what is here, and what that means for mxfx."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+#: Optional package → what it is for.
+_OPTIONAL = {
+    "triton": "kernels on CUDA",
+    "fast_hadamard_transform": "Hadamard transforms of orders that no kernel here takes",
+    "compressed_tensors": "export --to compressed-tensors, import",
+    "gguf": "export --to gguf",
+    "model_explorer": "export --to model-explorer",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "openai": "serve",
+}
+_REQUIRED = ("torch", "transformers", "safetensors", "networkx", "lm-eval", "datasets")
+
+
+def lines() -> Iterator[str]:
+    """One line a finding."""
+    import torch
+
+    yield f"mxfx {metadata.version('mxfx')}, Python {platform.python_version()}, {platform.platform()}"
+    for name in _REQUIRED:
+        yield f"{name} {metadata.version(name)}"
+    yield f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads, {_instructions()}"
+    if not torch.cuda.is_available():
+        yield "cuda: no device; definitions and CPU kernels run"
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        capability = (found.major, found.minor)
+        yield f"cuda:{index}: {found.name}, {found.total_memory / 2**30:.0f} GiB, sm_{found.major}{found.minor}; " + (
+            "FP8 tensor cores" if capability >= (8, 9) else "no FP8 tensor cores: products in the model's dtype"
+        )
+    for name, purpose in _OPTIONAL.items():
+        yield f"{name}: {'present' if find_spec(name) is not None else 'absent'} ({purpose})"
+    for variable, default in (("HF_HOME", "~/.cache/huggingface"), ("TRITON_CACHE_DIR", "~/.triton/cache")):
+        folder = Path(os.environ.get(variable, default)).expanduser()
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+        yield f"cache {folder}: {size / 1e9:.2f} GB"
+
+
+def _instructions() -> str:
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability()

@@ -1,0 +1,108 @@
+"""``mxfx import``: a checkpoint that another tool quantized, as an emitted model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mxfx.config import loads
+from mxfx.driver.pretrained import ModelError, load_tokenizer
+from mxfx.export.folder import save_folder
+from mxfx.graph.node import path_of
+from mxfx.graph.program import Program
+from mxfx.graph.trace import trace
+from mxfx.ground.errors import reason_of
+from mxfx.ops.catalogue import spec
+from mxfx.pipeline.manager import PassManager
+
+#: ``(type, bits, group size)`` of compressed-tensors → format, and whether its values find their codes again.
+_FORMATS = {
+    ("float", 4, 32): ("mxfp4_e2m1@32", True),
+    ("float", 8, 32): ("mxfp8_e4m3@32", True),
+    ("float", 4, 16): ("nvfp4", False),
+}
+
+
+def import_checkpoint(folder: Path, out: Path) -> Iterator[str]:
+    """Read with transformers and compressed-tensors, annotate, write to ``out``; yields what was found, line by line.
+
+    Weights keep their values bit for bit; activations are rounded as the checkpoint's configuration asks, by this
+    project's rule for scales. Raises ``ModelError`` for another kind of checkpoint, or another format.
+    """
+    groups = _groups(folder)
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
+        ).eval()
+    except Exception as error:
+        raise ModelError(f"transformers cannot read the checkpoint {folder}: {reason_of(error)}") from error
+    model.config.quantization_config = None
+    program = trace(model, name=str(folder))
+    rules, lines = _rules(program, groups)
+    text = "[[pass]]\nname = 'annotate'\n" + rules
+    if "weight =" in rules:
+        text += "[[pass]]\nname = 'round-weights'\n"
+    if "input =" in rules:
+        text += "[[pass]]\nname = 'insert-fake-quant'\n"
+    result = PassManager().run(program, loads(text, str(folder)).completed())
+    moved = [name for name in program.weights if not torch.equal(program.weights[name], result.program.weights[name])]
+    if moved:
+        raise ModelError(f"{folder}: {moved[0]} does not lie on the grid that config.json names")
+    yield from lines
+    save_folder(result.program, out, tokenizer=load_tokenizer(folder))
+    yield f"written to {out}"
+
+
+def _groups(folder: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        found = config.get("quantization_config") or {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{folder} holds no config.json that can be read: {reason_of(error)}") from error
+    if found.get("quant_method") != "compressed-tensors":
+        raise ModelError(
+            f"{folder} is no compressed-tensors checkpoint: its quant_method is {found.get('quant_method')}"
+        )
+    return found
+
+
+def _rules(program: Program, groups: Mapping[str, Any]) -> tuple[str, list[str]]:
+    paths = [path_of(node) for node in program.graph.nodes if spec(node).concept == "linear"]
+    ignored = [path for path in paths if _targeted(path, groups.get("ignore") or [])]
+    rules, lines = "", []
+    for name, group in groups["config_groups"].items():
+        weight, input_ = _format(group.get("weights")), _format(group.get("input_activations"))
+        chosen = [p for p in paths if p not in ignored and _targeted(p, group["targets"])]
+        if weight is None or not chosen:
+            raise ModelError(f"group {name!r}: expected MXFP4, MXFP8 or NVFP4 weights of at least one linear")
+        rules += "[[pass.rule]]\nmatch = '" + "|".join(map(re.escape, chosen)) + "'\n"
+        rules += f"weight = '{weight[0]}'\n" if weight[1] else ""
+        rules += f"input = '{input_[0]}'\n" if input_ is not None else ""
+        kept = "" if weight[1] else " (values kept, codes not found again)"
+        lines.append(f"{len(chosen)} linears: weights {weight[0]}{kept}, inputs {input_[0] if input_ else 'float'}")
+    return rules, lines
+
+
+def _targeted(path: str, targets: list[str]) -> bool:
+    return any(
+        target == "Linear" or target == path or (target.startswith("re:") and re.match(target[3:], path) is not None)
+        for target in targets
+    )
+
+
+def _format(args: Mapping[str, Any] | None) -> tuple[str, bool] | None:
+    if args is None:
+        return None
+    key = (args.get("type"), args.get("num_bits"), args.get("group_size"))
+    if key not in _FORMATS:
+        raise ModelError(
+            f"{args.get('num_bits')}-bit {args.get('type')} in groups of {args.get('group_size')} is no MX"
+        )
+    return _FORMATS[key]

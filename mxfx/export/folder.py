@@ -1,0 +1,167 @@
+"""The artefact as a Hugging Face folder: transformers' Auto classes open it, ``save_pretrained`` writes it.
+
+config.json             ``model_type`` "mxfx", the source's configuration inside
+generation_config.json  the source's
+tokenizer files         where there is a tokenizer
+modeling_mxfx.py        three lines that import mxfx, for programs that never did (``trust_remote_code=True``)
+README.md               a model card: what it is, how to open it, the run's table
+and the artefact's own files (``mxfx.export.artefact``): the printed program, its weights, the manifest
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from mxfx.export.artefact import ArtefactError, load, save
+from mxfx.export.folder_config import ARCHITECTURE, MODEL_TYPE, MxfxConfig
+from mxfx.graph.program import Program
+from mxfx.ground.files import write_file
+from mxfx.pipeline.emit import emitted
+from mxfx.rewrite.size import bits_per_weight
+from mxfx.runtime.causal_lm import EmittedCausalLM, configs_of
+
+_CODE = '''"""Opens this folder with mxfx. Programs that `import mxfx` first need none of this."""
+
+import mxfx.export.folder as mxfx_folder
+
+MxfxConfig = mxfx_folder.MxfxConfig
+MxfxForCausalLM = mxfx_folder.MxfxForCausalLM
+'''
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [mxfx, quantized, microscaling]
+---
+# {name}
+
+{source} in Microscaling formats, made by mxfx {version}: {bits:.2f} bits a weight, everything counted.
+
+```python
+import mxfx  # pip install mxfx: registers this kind of model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```
+
+From a terminal: `mxfx generate {folder} --prompt "…"`, `mxfx eval {folder}`, `mxfx serve {folder}`. A program that does
+not import mxfx itself is told to by `trust_remote_code=True`, which runs the three lines of `modeling_mxfx.py`:
+`lm_eval --model hf --model_args pretrained={folder},trust_remote_code=True`. Nothing here is pickled; the graph is
+`program.mxir`, as text.
+{table}"""
+
+
+class MxfxForCausalLM(EmittedCausalLM):
+    """An emitted model that is opened from, and saved to, its folder; ``program`` is what the folder holds."""
+
+    config_class = MxfxConfig
+
+    def __init__(self, program: Program, device: torch.device | str = "cpu") -> None:
+        super().__init__(emitted(program, device))
+        self.program = program
+        self.config = config_of(program)
+        self.config.use_cache = bool(getattr(self.generation_config, "use_cache", False))
+        self.to(device)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *args: Any, **options: Any) -> MxfxForCausalLM:  # type: ignore[override]
+        """Open a folder that ``save_pretrained`` or ``mxfx run --out`` wrote, on ``device_map`` (the CPU if not given).
+
+        Raises ``ArtefactError`` for a folder that is none or is damaged, and ``TypeError`` for another ``dtype``.
+        """
+        model = cls(load(folder), _device(options.get("device_map")))
+        wanted = options.get("dtype", options.get("torch_dtype"))
+        if wanted not in (None, "auto"):
+            model.to(getattr(torch, wanted) if isinstance(wanted, str) else wanted)
+        model.name_or_path = str(folder)
+        return (model, _NOTHING_ODD) if options.get("output_loading_info") else model  # type: ignore[return-value]
+
+    def save_pretrained(self, folder: str | Path, *args: Any, **options: Any) -> None:  # type: ignore[override]
+        """Write the folder; what was opened from one and is saved again has the same bytes."""
+        save_folder(self.program, folder, generation=self.generation_config)
+
+
+#: What ``output_loading_info`` reports: an artefact that lacks a weight or has one too many does not open.
+_NOTHING_ODD: dict[str, Any] = {
+    "missing_keys": set(),
+    "unexpected_keys": set(),
+    "mismatched_keys": set(),
+    "error_msgs": [],
+}
+
+
+def save_folder(
+    program: Program,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    generation: GenerationConfig | None = None,
+    table: str = "",
+) -> None:
+    """Write a program as a Hugging Face folder. ``table`` is the run's, in Markdown, for the model card.
+
+    Raises what ``mxfx.export.artefact.save`` raises.
+    """
+    folder = Path(folder)
+    save(program, folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    stored = generation if generation is not None else configs_of(program)[1]
+    _write_json(folder / "generation_config.json", stored.to_diff_dict())
+    write_file(folder / "modeling_mxfx.py", _CODE.encode())
+    card = _CARD.format(
+        name=Path(program.source.name).name or program.source.architecture,
+        source=program.source.name,
+        version=metadata.version("mxfx"),
+        bits=bits_per_weight(program),
+        folder="DIR",
+        table=f"\n{table}\n" if table else "",
+    )
+    write_file(folder / "README.md", card.encode())
+    _write_json(folder / "config.json", config_of(program).to_dict())
+
+
+def config_of(program: Program) -> MxfxConfig:
+    """The configuration of the model that a program makes."""
+    return MxfxConfig(source=dict(program.source.config), dtype=program.dtype)
+
+
+def register() -> None:
+    """Let ``AutoModelForCausalLM`` and transformers' server open emitted models; calling it again does nothing."""
+    import transformers
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+    AutoModelForCausalLM.register(MxfxConfig, MxfxForCausalLM, exist_ok=True)
+    setattr(transformers, ARCHITECTURE, MxfxForCausalLM)
+
+
+def is_folder(folder: str | Path) -> bool:
+    """Whether a folder says that mxfx wrote it; an artefact's integrity is checked when it is opened."""
+    try:
+        return json.loads((Path(folder) / "config.json").read_bytes()).get("model_type") == MODEL_TYPE
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _device(given: Any) -> torch.device | str:
+    if given is None or given == {}:
+        return "cpu"
+    if isinstance(given, dict):
+        places = set(given.values())
+        if len(places) > 1:
+            named = ", ".join(sorted(map(str, places)))
+            raise ArtefactError(f"device_map spreads the model over {named}; an emitted graph is on one device")
+        return _device(places.pop())
+    if given == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda", given) if isinstance(given, int) else given
+
+
+def _write_json(path: Path, data: object) -> None:
+    write_file(path, (json.dumps(data, indent=2, default=str) + "\n").encode())

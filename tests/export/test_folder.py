@@ -1,0 +1,172 @@
+"""What ``save_folder`` writes, transformers opens: Auto classes, pipelines, lm-eval, its server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import mxfx
+from mxfx.config import loads
+from mxfx.driver.imported import import_checkpoint
+from mxfx.driver.pretrained import ModelError, load_model, load_tokenizer
+from mxfx.export.artefact import load
+from mxfx.export.folder import MxfxForCausalLM, save_folder
+from mxfx.export.target import export
+from mxfx.graph.trace import trace
+from mxfx.pipeline.emit import emitted
+from mxfx.pipeline.manager import PassManager, PipelineResult
+from mxfx.runtime.causal_lm import as_causal_lm
+from tests.local_model import save_model
+
+_PIPELINE = """
+[emit]
+packed = true
+[[pass]]
+name = "annotate"
+  [[pass.rule]]
+  match  = '.*_proj'
+  weight = "{0}"
+  input  = "{0}"
+[[pass]]
+name = "round-weights"
+[[pass]]
+name = "insert-fake-quant"
+"""
+_IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("source") / "m")
+
+
+@pytest.fixture(scope="module")
+def result(source: Path) -> PipelineResult:
+    pipeline = loads(_PIPELINE.format("mxfp4_e2m1@32")).completed().emitted("cpu")
+    return PassManager().run(trace(load_model(source), name=str(source)), pipeline)
+
+
+@pytest.fixture(scope="module")
+def folder(source: Path, result: PipelineResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("emitted") / "model"
+    save_folder(result.portable, made, tokenizer=load_tokenizer(source))
+    return made
+
+
+def test_the_auto_classes_open_the_emitted_model_bit_for_bit(folder: Path, result: PipelineResult) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model) is MxfxForCausalLM
+    assert AutoConfig.from_pretrained(folder).vocab_size == 128
+    assert torch.equal(model(_IDS).logits, as_causal_lm(result.program)(_IDS).logits)
+
+
+def test_what_is_opened_and_saved_again_has_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    for file in (tmp_path / "again").iterdir():
+        assert file.read_bytes() == (folder / file.name).read_bytes(), file.name
+
+
+def test_weights_are_stored_packed_and_nothing_is_pickled(folder: Path) -> None:
+    names = {file.name for file in folder.iterdir()}
+    assert not any(name.endswith((".bin", ".pt", ".pkl", ".pt2")) for name in names)
+    program = load(folder)
+    assert "model.layers.0.mlp.up_proj.weight.codes" in program.weights
+    assert "model.layers.0.mlp.up_proj.weight" not in program.weights
+
+
+def test_another_dtype_is_refused(folder: Path) -> None:
+    with pytest.raises(TypeError, match=r"lowered for torch\.bfloat16"):
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def test_transformers_pipeline_writes_text(folder: Path) -> None:
+    written = pipeline("text-generation", str(folder))("w1 w2", max_new_tokens=4, do_sample=False)
+    assert written[0]["generated_text"].startswith("w1 w2")
+
+
+@pytest.mark.parametrize("more", ["import mxfx", ""])
+def test_a_fresh_process_opens_it(folder: Path, result: PipelineResult, more: str) -> None:
+    """With ``import mxfx`` no remote code runs; a program that never imports mxfx is told by the folder's own lines."""
+    trusted = "" if more else ", trust_remote_code=True"
+    code = f"""
+{more}
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r}{trusted})
+print(model(torch.tensor({_IDS.tolist()})).logits.double().sum().item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = as_causal_lm(result.program)(_IDS).logits.double().sum().item()
+    assert float(done.stdout.split()[-1]) == expected
+
+
+def test_importing_mxfx_imports_neither_torch_nor_transformers() -> None:
+    code = "import sys, mxfx; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_lm_eval_s_own_class_scores_it(folder: Path) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    mine = HFLM(pretrained=str(folder), device="cpu", batch_size=1, softmax_dtype="float32")
+    request = Instance("loglikelihood", {}, ("w1 w2", " w3"), 0)
+    ((score, _),) = mine.loglikelihood([request], disable_tqdm=True)
+    ids = AutoTokenizer.from_pretrained(folder)("w1 w2 w3", return_tensors="pt").input_ids
+    logits = as_causal_lm(emitted(load(folder)))(ids).logits[0, -2].float()
+    assert score == pytest.approx(logits.log_softmax(-1)[ids[0, -1]].item(), abs=1e-5)
+
+
+def test_a_checkpoint_of_another_tool_comes_in_with_its_bits(folder: Path, source: Path, tmp_path: Path) -> None:
+    export(load(folder), tmp_path / "packed", "compressed-tensors", tokenizer=load_tokenizer(source))
+    lines = list(import_checkpoint(tmp_path / "packed", tmp_path / "back"))
+    assert lines[0] == "14 linears: weights mxfp4_e2m1@32, inputs mxfp4_e2m1@32"
+    back, given = load(tmp_path / "back"), load(folder)
+    name = "model.layers.1.mlp.down_proj.weight"
+    from mxfx.export.unpack import unpacked
+
+    assert torch.equal(unpacked(back).weights[name], unpacked(given).weights[name])
+
+
+def test_other_checkpoints_are_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is no compressed-tensors checkpoint"):
+        list(import_checkpoint(source, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_openai_client_streams_from_the_server(folder: Path) -> None:
+    import socket
+
+    from openai import BadRequestError, OpenAI, UnprocessableEntityError
+
+    from mxfx.driver.serve import server
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = server(folder, host="127.0.0.1", port=port, device="cpu", background=True)
+    try:
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=5)
+        chunks = client.completions.create(model=str(folder), prompt="w1 w2", max_tokens=4, stream=True)
+        assert "".join(choice.text for chunk in chunks for choice in chunk.choices).strip()
+        with pytest.raises((BadRequestError, UnprocessableEntityError)):
+            client.completions.create(model=str(folder), prompt="w1", extra_body={"no_such_option": 1})
+    finally:
+        running.kill_server()  # type: ignore[attr-defined]
+
+
+def test_the_card_and_the_configuration_say_what_it_is(folder: Path) -> None:
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "import mxfx  # pip install mxfx" in card
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "mxfx"
+    assert config["source"]["model_type"] == "llama"
+    assert mxfx.load is not None
