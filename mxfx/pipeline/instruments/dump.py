@@ -51,7 +51,7 @@ class Dump(Instrument):
         self._dump(step, f"failed: {error}".splitlines()[0].replace("|", "\\|"))
 
     def _dump(self, step: Step, note: str) -> None:
-        if not self.passes(step.pass_.name):
+        if not self.passes.names(step.pass_.name):
             return
         name = f"{step.index:03d}_{step.pass_.name}"
         folder = self.folder / name
@@ -73,7 +73,7 @@ class Dump(Instrument):
         assert step.record is not None
         account = step.record.to_json()
         for key in ("matched", "skipped"):
-            account[key] = [entry for entry in account[key] if self.paths(entry["path"])]  # type: ignore[attr-defined]
+            account[key] = [entry for entry in account[key] if self.paths.names(entry["path"])]  # type: ignore[attr-defined]
         return account
 
     def _index(self, row: str) -> None:
