@@ -98,7 +98,7 @@ def check(pipeline: Pipeline, *, trust_remote_code: bool = False, numbers: bool 
 
 def _planned(program: Program) -> int:
     """Weights that are to be rounded, counted once."""
-    found = {program.weight_of(node) for node in program.nodes("linear") if "weight" in info(node).formats}
+    found = {program.weight_of(node) for node in program.products() if "weight" in info(node).formats}
     return sum(program.weights[name].numel() for name in found)
 
 

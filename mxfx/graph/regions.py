@@ -18,7 +18,7 @@ from torch import Tensor, fx
 import mxfx.ops  # noqa: F401  (registers the dialect)
 from mxfx.graph.node import kind, op_name, operands, path_of
 from mxfx.graph.program import Program
-from mxfx.ops.catalogue import spec
+from mxfx.ops.catalogue import multiplies, spec, weights_of
 
 aten = torch.ops.aten
 
@@ -107,7 +107,7 @@ def residual_regions(program: Program) -> list[AxisRegion]:
 
 def _region(tensors: list[fx.Node]) -> AxisRegion:
     members = set(tensors)
-    readers = {u: None for t in tensors for u in t.users if kind(u) == "linear" and u.args[0] is t}
+    readers = {u: None for t in tensors for u in t.users if multiplies(u, t)}
     norms = [t for t in tensors if kind(t) == "rms_norm"]
     refusals = [
         Refusal(n, f"the norm {_where(n)} has a gain, which does not commute with a rotation")
@@ -236,6 +236,12 @@ def _concrete(size: object, sizes: dict) -> int:
     return int(size) if isinstance(size, int) else int(size.node.expr.subs(sizes))  # type: ignore[attr-defined]
 
 
+def _is_matrix(product: fx.Node) -> bool:
+    """Whether a product's weight is one matrix ``(out, in)``, of which single columns can be told apart."""
+    source = weights_of(product).get("weight")
+    return source is not None and source.meta["val"].dim() == 2 and spec(product).operand("weight").features == -2
+
+
 def _exclusive(found: Features, last_user: fx.Node) -> str | None:
     """Why somebody beside ``last_user`` sees the features that ``found`` covers; None if nobody does."""
     taken = set(found.index.flatten().tolist())
@@ -293,10 +299,12 @@ def value_region(attention: fx.Node) -> ValueRegion | Refusal:
     if shared is not None:
         return Refusal(attention, shared)
     output = _sole_reader(attention)
-    if isinstance(output, Refusal) or kind(output) != "linear":
+    if isinstance(output, Refusal) or spec(output).product is None or not _is_matrix(output):
         reason = output.reason if isinstance(output, Refusal) else f"its result goes to {op_name(output)}"
         return Refusal(attention, f"{reason}; expected one linear")
-    read = features(output.args[0])  # type: ignore[arg-type]
+    contracted = spec(output).product
+    assert contracted is not None
+    read = features(spec(output).node_of(contracted.left))  # type: ignore[arg-type]
     if isinstance(read, Refusal):
         return read
     heads, width = attention.meta["val"].shape[1], attention.meta["val"].shape[-1]
@@ -394,7 +402,7 @@ class GatedRegion:
 def gated_regions(program: Program) -> Iterator[GatedRegion | Refusal]:
     """Every product or activation between linears, in graph order."""
     for node in program.graph.nodes:
-        readers = [u for u in node.users if kind(u) == "linear" and u.args[0] is node]
+        readers = [u for u in node.users if multiplies(u, node) and _is_matrix(u)]
         if readers and (node.target in _UNARY or node.target is aten.mul.Tensor):
             yield _gated(node, readers)
 

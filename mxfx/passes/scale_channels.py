@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from mxfx.algorithms.block_transform import smoothing_scales
 from mxfx.calibration.moments import block_moments
-from mxfx.graph.node import kind, operands, path_of
+from mxfx.graph.node import operands, path_of
 from mxfx.graph.regions import (
     GatedRegion,
     Refusal,
@@ -20,6 +20,7 @@ from mxfx.graph.regions import (
     rotary_region,
     value_region,
 )
+from mxfx.ops.catalogue import multiplies, spec
 from mxfx.passes.permute_channels import why_fixed
 from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.basis import bias_of, change_input, why_shared
@@ -149,8 +150,8 @@ def _activations(region: Region) -> list[fx.Node]:
 
 
 def _norm(rw: Rewriter, norm: fx.Node) -> fx.Node | Refusal:
-    strangers = [u for u in norm.users if kind(u) != "linear" or u.args[0] is not norm]
-    if norm.args[1] is None:
+    strangers = [u for u in norm.users if not multiplies(u, norm) or spec(u).axis("weight") != -1]
+    if spec(norm).get("weight") is None:
         return Refusal(norm, "its gain is fused: nothing is left to scale")
     if strangers:
         return Refusal(norm, f"{path_of(strangers[0]) or strangers[0].name} reads it, which is no linear")

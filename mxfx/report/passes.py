@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
@@ -97,8 +99,18 @@ def account_lines(result: PipelineResult) -> Iterator[str]:
             if isinstance(found, Mapping):
                 yield f"    {name}: {_flat(found)}"
         for key, value in record.details.items():
-            yield f"    {key}: {_short(value)}"
+            if key == "providers":
+                yield from _provider_lines(value)
+            else:
+                yield f"    {key}: {_short(value)}"
         yield from _skip_lines(record.skips)
+
+
+def _provider_lines(rows: Any) -> Iterator[str]:
+    """What computes each op, from the rows of ``record.details["providers"]``: a kernel, or its definition and why."""
+    alike = Counter((row["op"], row["provider"] or f"its definition: {row['reason']}") for row in rows)
+    for (op, by), count in alike.items():
+        yield f"    {op} of {count} nodes by {by}"
 
 
 def _skip_lines(skips: Sequence[Skip]) -> Iterator[str]:

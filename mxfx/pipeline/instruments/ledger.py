@@ -13,6 +13,7 @@ from mxfx.graph.execute import CastCache, executable, execute
 from mxfx.graph.node import kind, layer_of, path_of
 from mxfx.graph.program import Program
 from mxfx.ground.errors import CheckError
+from mxfx.ops.catalogue import spec
 from mxfx.pipeline.manager import Instrument, Run, Step
 from mxfx.pipeline.probe import mean_kl, sqnr
 from mxfx.rewrite import Close, Lossy
@@ -135,10 +136,9 @@ def _labels(program: Program) -> dict[str, str]:
 
 
 def _label(node: fx.Node) -> str:
-    of_kind = kind(node) or getattr(node.target, "__name__", "")
-    if of_kind == "linear":
+    if spec(node).product is not None:
         return path_of(node).rsplit(".", 1)[-1]
-    return "attention" if of_kind in ("attention", "attend") else ""
+    return "attention" if kind(node) in ("attention", "attend") else ""
 
 
 def _path_is_layer(node: fx.Node) -> bool:

@@ -1,1 +1,1 @@
-"""A pass for mxfx in a package of its own."""
+"""An op with a kernel, and passes for it, for mxfx in a package of its own."""

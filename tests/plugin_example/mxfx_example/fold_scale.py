@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 
-from mxfx.graph.node import path_of
 from mxfx.rewrite import ALL, Context, Exact, Numerics, Pass, Rewriter, Selector
 
 
@@ -30,7 +29,7 @@ class FoldScale(Pass):
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         for node in rw.program.nodes():
-            if node.target is not torch.ops.aten.mul.Tensor or not self.select(path_of(node)):
+            if node.target is not torch.ops.aten.mul.Tensor or not self.select(node):
                 continue
             if node.args[1] != 1.0:
                 rw.skip(node, f"it multiplies by {node.args[1]}")
