@@ -67,7 +67,7 @@ def solve_block(
         kind = columns.dtype if common is not None else torch.int32
         chosen = torch.empty(groups, rows, dtype=kind, device=columns.device)
         out = BlockSolution(torch.empty_like(columns), torch.empty_like(columns), chosen)
-    exponents = isinstance(fmt.scale, E8M0)
+    exponents = isinstance(fmt.scale, E8M0) and fmt.rounding == "rn"
     fits_kernel = columns.is_cuda and columns.dtype == torch.float32 and columns.shape[1] <= _KERNEL_WIDTH
     if exponents and fits_kernel and _has_triton():
         from mxfx.algorithms.gptq_triton import solve_block_triton

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,12 +55,16 @@ def load_tokens(
     `length - 1` tokens of text follow.
 
     Args:
-        source: `wikitext2`, `c4`, `ptb` (from the hub), or a local .txt, .jsonl or .parquet file or a folder.
+        source: `wikitext2`, `c4`, `ptb` (from the hub), a local .txt, .jsonl or .parquet file or a folder, or a .pt
+            file of token ids (see `collected_ids`), whose first samples are taken as they are.
         split: of a hub data set; local files have none.
 
     Raises:
         DatasetError: unknown name, hub unreachable, malformed file, or too few tokens.
     """
+    if str(source).endswith(".pt"):
+        ids = collected_ids(Path(source), samples, length)
+        return TokenSet(ids, token_hash(ids), str(source))
     bos = leading_bos(tokenizer)
     body = length - len(bos)
     if samples < 1 or body < 1:
@@ -80,6 +85,31 @@ def load_tokens(
     text = stream[start : start + windows * body].view(windows, body)[chosen]
     ids = torch.cat([torch.tensor(bos, dtype=torch.int64).expand(samples, -1), text], dim=1).contiguous()
     return TokenSet(ids, token_hash(ids), str(source))
+
+
+def collected_ids(path: Path, samples: int, length: int) -> torch.Tensor:
+    """Token ids that the tutorial's collector wrote: `{"loader": [(ids, target), …]}`, ids `(1, n)` or `(n,)`.
+
+    Returns int64 `(samples, length)`: the first samples, cut to `length`. Nothing in the file is executed.
+
+    Raises:
+        DatasetError: no such file, another content, or too few or too short samples.
+    """
+    if not path.is_file():
+        raise DatasetError(f"{path}: no such file")
+    try:
+        rows = [torch.as_tensor(entry[0]).reshape(-1) for entry in torch.load(path, weights_only=True)["loader"]]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, IndexError) as error:
+        raise DatasetError(f"{path}: expected a dictionary with 'loader', a list of (ids, target): {error}") from error
+    if any(row.is_floating_point() for row in rows):
+        raise DatasetError(f"{path}: token ids are whole numbers, and these are not")
+    fitting = [row for row in rows if row.numel() >= length]
+    if len(fitting) < samples:
+        raise DatasetError(
+            f"{path}: {len(fitting)} of {len(rows)} samples have {length} tokens or more, and {samples} are asked for: "
+            "lower calibration.samples or calibration.length"
+        )
+    return torch.stack([row[:length] for row in fitting[:samples]]).to(torch.int64)
 
 
 def documents(source: str | Path, *, split: str = "train") -> list[str]:

@@ -1,4 +1,7 @@
-"""Decisions of a search, kept as readable JSON under a key: a file whose key does not fit is never used."""
+"""Decisions of a search, kept as readable JSON under a key: a file whose key does not fit is never used.
+
+A file without a key is another tool's, and stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,28 @@ def load_decisions(file: Path | None, key: str) -> tuple[dict[str, object] | Non
     """The decisions that ``file`` holds for ``key``, or None and, where a file is there, why it is not used."""
     if file is None or not file.exists():
         return None, None
-    try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        return None, f"{file} is no JSON ({error}): searching again"
-    if isinstance(known, dict) and known.get("key") == key:
+    known = _read(file)
+    if known is None:
+        return None, f"{file} is no file of mxfx: searching again, and the file stays as it is"
+    if known["key"] == key:
         return known, None
     return None, f"{file} holds the decisions of another program, other tokens or options: searching again"
 
 
+def _read(file: Path) -> dict[str, object] | None:
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return known if isinstance(known, dict) and "key" in known else None
+
+
 def store_decisions(file: Path | None, key: str, found: dict[str, object]) -> None:
-    """Write decisions so that a reader sees the old file or the new one, never half of one. None writes nothing."""
-    if file is None:
+    """Write decisions so that a reader sees the old file or the new one, never half of one.
+
+    None writes nothing; nor does a file that is not ours.
+    """
+    if file is None or (file.exists() and _read(file) is None):
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as out:

@@ -41,7 +41,10 @@ _REFUSED = {
     "kv_cache_handoff": _PHASE,
     "online_rotate": "no version of Mase reads it; write name = 'mxint_rotate' or a [rotation_search] table",
 }
-_REFUSED_STAGES = {"qk_norm": "mxfx keeps the norms of q and k as they are; leave the table out"}
+#: Stages that a rotation can stand at -> site of ``online-rotation``.
+_ROTATED = {"kv_cache": "kv_cache", "qk_matmul": "qk_matmul"}
+#: A module of the dialect's families that is a whole decoder layer, and one that is an MLP.
+_LAYER, _MLP = "model.layers.0", "model.layers.0.mlp"
 
 
 @dataclass
@@ -49,7 +52,7 @@ class Chosen:
     """What one selector asks for.
 
     ``kind`` is attention, norm, activation, linear or nothing (bypassed); ``formats`` are keys of an annotate
-    rule; ``rotated`` says whether its linears, or its cache, are rotated online.
+    rule; ``rotated`` names what is rotated online: ``linear``, or stages of attention.
     """
 
     table: Table
@@ -58,22 +61,27 @@ class Chosen:
     family: str = ""
     formats: dict[str, Written] = field(default_factory=dict)
     gptq: bool = False
-    rotated: bool = False
+    rotated: tuple[str, ...] = ()
 
 
-def read_selector(key: str, table: Table, by: str) -> Chosen:
-    """Read one selector's table. Raises ``ConfigError`` for what is not understood or not supported."""
+def read_selector(key: str, table: Table, by: str) -> list[Chosen]:
+    """Read one selector's table: what it asks for, and then what a table ``qk_norm`` in it asks for.
+
+    Raises ``ConfigError`` for what is not understood or not supported.
+    """
     pattern = key if by == "regex_name" else re.escape(key)
     options.read(Selector, pattern, table.at)
     table.refuse(_REFUSED)
     if table.take("bypass", bool, False):
-        return Chosen(table, pattern, "nothing")
+        return [Chosen(table, pattern, "nothing")]
     name = _name(table)
-    kind = _kind(table, _FAMILY[name])
-    chosen = Chosen(table, pattern, kind, _FAMILY[name], rotated=name.endswith("_rotate"))
+    kind = _kind(table, _FAMILY[name], pattern)
+    rotated = ("linear",) if name.endswith("_rotate") else ()
+    chosen = Chosen(table, pattern, kind, _FAMILY[name], rotated=rotated)
+    norms = _read_qk_norm(chosen) if kind == "attention" else []
     _READERS[kind](chosen)
     table.close()
-    return chosen
+    return [chosen, *norms]
 
 
 def _name(table: Table) -> str:
@@ -95,11 +103,15 @@ def _names() -> str:
     return f"one of {options.listed(_FAMILY)}"
 
 
-def _kind(table: Table, family: str) -> str:
-    if any(stage in table for stage in (*_STAGES, *_REFUSED_STAGES)):
+def _kind(table: Table, family: str, pattern: str) -> str:
+    if any(stage in table for stage in (*_STAGES, "qk_norm")):
         return "attention"
     if family == "minifloat":
-        return "norm"
+        if re.fullmatch(pattern, _LAYER):
+            table.fail(
+                "name", "rounding the residual stream of a decoder layer is not supported", "norms, MLPs, attention"
+            )
+        return "activation" if re.fullmatch(pattern, _MLP) else "norm"
     has_floats = "data_in_exponent_width" in table and "data_in_frac_width" in table
     has_more = "data_in_block_size" in table or any(key.startswith("weight_") for key in table.raw)
     return "activation" if has_floats and not has_more else "linear"
@@ -114,11 +126,17 @@ def _read_linear(chosen: Chosen) -> None:
         written = read_format(table, operand, chosen.family, search=search and operand == "weight")
         if written is not None:
             chosen.formats[key] = written
-    if search and "weight" not in chosen.formats:
+    if search and "weight" not in chosen.formats and not table.left:
         table.fail("clip_search", "clip_search chooses the scales of a weight, and no weight format is given")
+    if "weight" in table.left:
+        chosen.gptq = False
+    if "data_in" in table.left:
+        chosen.rotated = ()
     if chosen.rotated and "input" not in chosen.formats:
         table.fail("name", "an online rotation changes nothing unless the input is quantized", "data_in_… keys")
-    if not chosen.formats and not chosen.gptq:
+    if not chosen.formats and table.left:
+        chosen.kind = "nothing"
+    elif not chosen.formats and not chosen.gptq:
         known = "weight_…, data_in_…, bias_… keys, gptq = true, or bypass = true"
         table.close(("name",))
         raise table.at.error(f"{table.what} sets no format", known)
@@ -137,27 +155,40 @@ def _read_norm(chosen: Chosen) -> None:
 def _read_activation(chosen: Chosen) -> None:
     """The table of an MLP quantizes what goes into its SiLU; the activation is the child ``act_fn``."""
     written = read_format(chosen.table, "data_in", "minifloat")
-    assert written is not None
+    if written is None:
+        chosen.kind = "nothing"
+        return
     chosen.formats["input"] = written
     chosen.pattern = rf"(?:{chosen.pattern.removesuffix('$')})\.act_fn"
 
 
+def _read_qk_norm(chosen: Chosen) -> list[Chosen]:
+    """The norms of queries and keys are children of the attention module."""
+    inner = chosen.table.table("qk_norm")
+    if inner is None or inner.take("bypass", bool, False):
+        return []
+    pattern = rf"(?:{chosen.pattern.removesuffix('$')})\.[qk]_norm"
+    norms = Chosen(inner, pattern, "norm", "minifloat")
+    _read_norm(norms)
+    inner.close(("name",))
+    return [norms]
+
+
 def _read_attention(chosen: Chosen) -> None:
     table = chosen.table
-    table.refuse(_REFUSED_STAGES)
+    turning, chosen.rotated = bool(chosen.rotated), ()
     for stage, key in _STAGES.items():
         inner = table.table(stage)
         if inner is None:
             wanted = f"a table {stage} with a format, or with bypass = true"
             raise table.at.error(f"{table.what} says nothing about {stage}", wanted)
         family = "minifloat" if stage in _MINIFLOAT_STAGES else chosen.family
-        chosen.formats |= _read_stage(chosen, inner, stage, key, family)
-    chosen.rotated = chosen.rotated and bool({"kv", "k", "v"} & chosen.formats.keys())
+        chosen.formats |= _read_stage(chosen, inner, stage, key, family, turning)
 
 
-def _read_stage(chosen: Chosen, inner: Table, stage: str, key: str, family: str) -> dict[str, Written]:
+def _read_stage(chosen: Chosen, inner: Table, stage: str, key: str, family: str, turning: bool) -> dict[str, Written]:
     bypassed = inner.take("bypass", bool, False)
-    rotate = inner.take("rotate", bool, chosen.rotated and family != "minifloat" and not bypassed)
+    rotate = inner.take("rotate", bool, turning and family != "minifloat" and not bypassed)
     _check_fp32_hadamard(inner)
     if stage == "kv_cache" and ("key" in inner or "value" in inner):
         formats = _read_split_cache(inner, family)
@@ -165,16 +196,17 @@ def _read_stage(chosen: Chosen, inner: Table, stage: str, key: str, family: str)
         written = read_format(inner, "data_in", family)
         formats = {key: written} if written else {}
     inner.close()
-    if bypassed:
+    if bypassed or (inner.left and not formats):
         return {}
     if not formats:
         raise inner.at.error(f"{inner.what} gives no format", "data_in_… keys, or bypass = true")
-    if rotate and not chosen.rotated:
+    if rotate and not turning:
         inner.fail("rotate", f"{stage} can only rotate where name is 'mxint_rotate' or 'mxfp_rotate'")
-    if rotate and stage != "kv_cache":
-        raise inner.at.error(f"rotating {stage} is not supported: only linears and kv_cache", "rotate = false")
-    if stage == "kv_cache":
-        chosen.rotated = rotate
+    if rotate and stage not in _ROTATED:
+        # Mase does the same for every length of which it has no Hadamard matrix.
+        chosen.table.warn(stage, f"{stage} is quantized without a rotation: its axis is as long as the text")
+    elif rotate:
+        chosen.rotated += (_ROTATED[stage],)
     return formats
 
 
@@ -187,6 +219,7 @@ def _read_split_cache(inner: Table, family: str) -> dict[str, Written]:
         written = read_format(half, "data_in", family)
         if written is not None:
             formats[key] = written
+        inner.left |= half.left
         half.close()
     return formats
 

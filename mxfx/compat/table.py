@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from mxfx.config import options
 from mxfx.config.locate import Cursor
 from mxfx.ground.nearest import did_you_mean
+
+
+class DialectWarning(UserWarning):
+    """A key of the dialect that means less, or something else, here; the message names it, its place, what is done."""
 
 
 class Table:
@@ -19,6 +24,8 @@ class Table:
         self.what = what
         self.raw: Mapping[str, Any] = raw
         self.at = at
+        #: Operands that the table says to leave in the model's precision.
+        self.left: set[str] = set()
         self._known: set[str] = set()
         self._refused: set[str] = set()
 
@@ -29,6 +36,10 @@ class Table:
         """The typed value of ``key``, or ``default``. Raises ``ConfigError`` for a wrong type."""
         self._known.add(key)
         return options.read(hint, self.raw[key], self.at / key) if key in self.raw else default
+
+    def ignore(self, key: str) -> None:
+        """``key`` may be there, with any value, and is read elsewhere or means nothing here."""
+        self._known.add(key)
 
     def need(self, key: str, hint: Any) -> Any:
         """As ``take``; a missing key is an error."""
@@ -58,6 +69,10 @@ class Table:
         for key, reason in reasons.items():
             if key in self.raw:
                 self.fail(key, f"{key!r} in {self.what} is not supported: {reason}")
+
+    def warn(self, key: str, problem: str) -> None:
+        """Say that a key is not honoured to the letter; see ``DialectWarning``."""
+        warnings.warn(f"{(self.at / key).place(of_key=True)}: {problem}", DialectWarning, stacklevel=2)
 
     def fail(self, key: str, problem: str, expected: str = "", hint: str = "") -> NoReturn:
         raise (self.at / key).error(problem, expected, hint, of_key=True)

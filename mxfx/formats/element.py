@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from mxfx.formats.bits import layout_of
 from mxfx.formats.errors import FormatError
+
+Rounding = Literal["rn", "rd", "ru", "rz"]
+_DIRECTED = {"rd": torch.floor, "ru": torch.ceil, "rz": torch.trunc}
 
 
 class Element(Protocol):
@@ -47,7 +50,10 @@ class Element(Protocol):
         """Integer dtype that holds one unpacked code."""
 
     def round(self, y: Tensor) -> Tensor:
-        """`y` rounded to the nearest element, ties to even, saturating; NaN stays NaN. float32 or float64."""
+        """`y` rounded to an element (the nearest, ties to even, unless it says otherwise), saturating; NaN stays NaN.
+
+        float32 or float64.
+        """
 
     def to_codes(self, values: Tensor) -> Tensor:
         """Codes of values that `round` returned, as `code_dtype`."""
@@ -111,11 +117,13 @@ class FloatElement:
 
     `reserved_codes` counts the largest magnitudes that the type gives to Inf and NaN: 1 for OCP E4M3, 4 for
     OCP E5M2, otherwise 0 (every code is a finite number). None of them is ever produced: rounding saturates.
+    `rounding` is to nearest with ties to even (`rn`), down (`rd`), up (`ru`) or towards zero (`rz`).
     """
 
     exponent_bits: int
     mantissa_bits: int
     reserved_codes: int = 0
+    rounding: Rounding = "rn"
 
     def __post_init__(self) -> None:
         if not 1 <= self.exponent_bits <= 8:
@@ -164,6 +172,10 @@ class FloatElement:
         clamped = y.clamp(-self.max_value, self.max_value)
         binade = (clamped.view(layout.integer) & layout.exponent_mask).view(y.dtype)
         binade = binade.clamp_min(2.0**self.min_exponent)
+        if self.rounding != "rn":
+            # A power of two: dividing by it is exact.
+            step = binade * 2.0**-self.mantissa_bits
+            return (_DIRECTED[self.rounding](clamped / step) * step).copysign(clamped)
         # Beside 1.5 * 2^(p + digits) the unit in the last place is that of the element in binade p.
         magic = binade * (1.5 * 2.0 ** (layout.mantissa_bits - self.mantissa_bits))
         return ((clamped + magic) - magic).copysign(clamped)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mxfx.formats.chunks import fits_in_cache, map_rows
 from mxfx.formats.e8m0 import E8M0
-from mxfx.formats.element import Element, FloatElement, IntElement
+from mxfx.formats.element import Element, FloatElement, IntElement, Rounding
 from mxfx.formats.errors import FormatError
 from mxfx.formats.known import known_true
 from mxfx.formats.packing import pack_codes, packed_length, unpack_codes
@@ -77,7 +77,16 @@ class Format:
         self.scale.check(self.element, self.block)
 
     def __str__(self) -> str:
-        return f"minifloat_{self.element.name}" if self.block is None else self.scale.written(self.element, self.block)
+        if self.block is not None:
+            return self.scale.written(self.element, self.block)
+        assert isinstance(self.element, FloatElement)
+        ieee = "_ieee" if self.element.reserved_codes else ""
+        return f"minifloat_{self.element.name}{ieee}" + ("" if self.rounding == "rn" else f"/{self.rounding}")
+
+    @property
+    def rounding(self) -> Rounding:
+        """Which neighbour an entry between two elements becomes: the nearest (`rn`), or as `FloatElement` says."""
+        return self.element.rounding if isinstance(self.element, FloatElement) else "rn"
 
     @property
     def rule(self) -> StrEnum:

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from mxfx.formats.e4m3 import E4M3, NVFP4_BLOCK, NVFP4_ELEMENT, BlockRule
 from mxfx.formats.e8m0 import E8M0, ScaleRule
-from mxfx.formats.element import Element, FloatElement, IntElement
+from mxfx.formats.element import Element, FloatElement, IntElement, Rounding
 from mxfx.formats.errors import FormatError
 from mxfx.formats.format import Format
 from mxfx.formats.scale import Scale
@@ -44,7 +44,8 @@ STEMS: dict[str, _Stem] = {
 }
 
 _WRITTEN = re.compile(r"(?P<stem>[^@/]*)(?:@(?P<block>[^@/]*))?(?:/(?P<rule>[^@/]*))?")
-_MINIFLOAT = re.compile(r"minifloat_e(\d+)m(\d+)")
+_MINIFLOAT = re.compile(r"minifloat_e(\d+)m(\d+)(_ieee)?")
+_ROUNDINGS: tuple[Rounding, ...] = ("rn", "rd", "ru", "rz")
 _BLOCK = re.compile(r"[1-9]\d{0,5}")
 _EXPECTED = "expected ELEMENT@BLOCK or ELEMENT@BLOCK/RULE, such as mxint4@32/mse, nvfp4, or minifloat_eXmY"
 
@@ -56,7 +57,8 @@ def parse(text: str) -> Format:
     `ELEMENT@BLOCK[/RULE]` with an element of `mxint2` … `mxint8`, `mxfp4_e2m1`, `mxfp6_e3m2`, `mxfp6_e2m3`,
     `mxfp8_e4m3`, `mxfp8_e5m2` (OCP), `mxfp4_e1m2`, `mxfp8_e3m4` (not OCP), a block of 1 to 999999 elements and a rule
     of `floor` (the default), `rceil`, `even`, `ceil`, `mse`; `nvfp4[@16]` with a rule of `six` (the default) or
-    `four-over-six`; or `minifloat_eXmY` alone. `str(parse(text))` is the canonical form.
+    `four-over-six`; or `minifloat_eXmY`, with `_ieee` behind it where the highest exponent stands for Inf and NaN, and
+    `/rd`, `/ru`, `/rz` where it rounds down, up or towards zero. `str(parse(text))` is the canonical form.
 
     Raises:
         FormatError: names the part that is wrong and the nearest format that exists.
@@ -83,15 +85,17 @@ def parse(text: str) -> Format:
 
 
 def _parse_minifloat(text: str, parts: re.Match[str]) -> Format:
-    widths = _MINIFLOAT.fullmatch(parts["stem"])
+    widths, rounding = _MINIFLOAT.fullmatch(parts["stem"]), parts["rule"] or "rn"
     if widths is None:
         raise FormatError(f"unknown format {text!r}: expected minifloat_eXmY, such as minifloat_e3m4")
-    if parts["block"] is not None or parts["rule"] is not None:
-        reason = "a minifloat has no shared scale, so neither block size nor rule"
+    if parts["block"] is not None or rounding not in _ROUNDINGS:
+        reason = "a minifloat has no shared scale, so neither block size nor rule but how it rounds: /rd, /ru or /rz"
         raise FormatError(f"unknown format {text!r}: {reason}; did you mean {parts['stem']!r}?")
     exponent_bits, mantissa_bits = int(widths[1]), int(widths[2])
+    # The codes of the highest exponent are Inf and NaN, as in IEEE 754.
+    reserved = 2**mantissa_bits if widths[3] else 0
     try:
-        return Format(FloatElement(exponent_bits, mantissa_bits), None)
+        return Format(FloatElement(exponent_bits, mantissa_bits, reserved, rounding), None)
     except FormatError as error:
         raise FormatError(f"unknown format {text!r}: {error}") from None
 

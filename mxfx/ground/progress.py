@@ -9,10 +9,18 @@ T = TypeVar("T")
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Yield ``items`` under a bar with the time that is left; the bar disappears when it is done."""
+    """Yield ``items`` under a bar with the time that is left; the bar disappears when it is done.
+
+    Where standard error is no terminal, but a log file, it gets one line for the whole bar.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print(description if total is None else f"{description} ({total} steps)", soft_wrap=True, markup=False)
+        yield from items
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         yield from progress.track(items, total=total, description=description)

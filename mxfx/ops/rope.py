@@ -9,7 +9,7 @@ from mxfx.ops.catalogue import OUTPUT, activation
 from mxfx.ops.dialect import define
 
 
-@define("rope", operands=(activation("input", "x"), OUTPUT))
+@define("rope", operands=(activation("input", "x"), activation("cos"), activation("sin"), OUTPUT))
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding in the half-split layout (arXiv 2104.09864, eq. 34).
 

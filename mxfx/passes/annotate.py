@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import fx
 
@@ -34,8 +34,8 @@ class Rule:
 
     ``weight``, ``bias``, ``input``, ``output`` speak of linears (and norms, embeddings, activations); ``q``, ``k``,
     ``v``, ``kv`` (k and v), ``softmax`` (the scores before the softmax), ``probs`` (after it) speak of attention;
-    ``rope`` of the rotary embedding's input. ``expect`` is integer arithmetic over ``layers``: the number of nodes that
-    must match.
+    ``rope`` of the rotary embedding's cosines and sines. ``expect`` is integer arithmetic over ``layers``: the number
+    of nodes that must match.
 
     match: module paths, as a regular expression of the whole path.
     weight: of linears, norms and embeddings, along their inputs.
@@ -48,7 +48,7 @@ class Rule:
     kv: keys and values alike.
     softmax: scores before the softmax.
     probs: probabilities after it.
-    rope: what goes into the rotary embedding.
+    rope: cosines and sines of the rotary embedding.
     expect: how many nodes must match, in integer arithmetic over ``layers``.
     """
 
@@ -102,11 +102,14 @@ class Annotate(Pass):
 
         %y = linear(%x, @model.layers.0.mlp.up_proj.weight)  {weight: mxint4@32, input: mxint4@32}
 
-    A rule that matches nothing, or another number of nodes than its ``expect``, is an error. A pipeline whose rules
-    leave out a tenth of the weights that its layers multiply by is warned; ``partial`` says that this is meant.
+    A rule that matches another number of nodes than its ``expect`` is an error. One that matches nothing is an error,
+    with ``unmatched = "warn"`` a warning.
+    A pipeline whose rules leave out a tenth of the weights that its layers multiply by is warned; ``partial`` says that
+    this is meant.
 
     rule: rules in order; for each operand the first that matches wins.
     partial: no warning for weights that no rule speaks of.
+    unmatched: what a rule that matches nothing is, an error or a warning.
     """
 
     name: ClassVar[str] = "annotate"
@@ -116,12 +119,13 @@ class Annotate(Pass):
     numerics: ClassVar[Numerics] = Exact()
     rule: tuple[Rule, ...] = ()
     partial: bool = False
+    unmatched: Literal["error", "warn"] = "error"
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         for index, rule in enumerate(self.rule, start=1):
             place = ctx.where(("rule", index - 1))
             count = self._apply(rw, rule, f"annotate rule {index}" + (f" ({place})" if place else ""))
-            _check_count(rw, rule, index, count)
+            _check_count(rw, rule, index, count, self.unmatched)
         left = None if self.partial or rw.record.limited else left_out(rw.program)
         if left is not None:
             rw.warn(left)
@@ -160,7 +164,7 @@ def _meant(key: str, node: fx.Node) -> tuple[str, ...]:
     if key == "kv":
         return ("k", "v")
     if key == "rope":
-        return ("input",) if kind(node) == "rope" else ()
+        return ("cos", "sin") if kind(node) == "rope" else ()
     return (key,)
 
 
@@ -171,7 +175,7 @@ def _set(rw: Rewriter, node: fx.Node, formats: dict[str, Format], by: str) -> No
     rw.set_info(node, record)
 
 
-def _check_count(rw: Rewriter, rule: Rule, index: int, count: int) -> None:
+def _check_count(rw: Rewriter, rule: Rule, index: int, count: int, unmatched: str) -> None:
     expected = None if rule.expect is None else evaluate(rule.expect, layers=rw.program.layers)
     if expected is not None and count != expected:
         raise ExpectationError(
@@ -180,11 +184,13 @@ def _check_count(rw: Rewriter, rule: Rule, index: int, count: int) -> None:
             rule=index,
         )
     if count == 0 and not rw.record.limited:
-        raise ExpectationError(
+        problem = (
             f"annotate rule {index}: match {str(rule.where)!r} fits no node that has {' or '.join(rule.formats())}; "
-            + _nearest(rw, rule),
-            rule=index,
+            + _nearest(rw, rule)
         )
+        if unmatched == "error":
+            raise ExpectationError(problem, rule=index)
+        rw.warn(problem)
 
 
 def _nearest(rw: Rewriter, rule: Rule) -> str:

@@ -185,6 +185,9 @@ class Gptq(Pass):
         directory = self.checkpoint_dir or (ctx.cache / "gptq" if ctx.cache else None)
         if directory is None:
             return nullcontext()
+        foreign = sorted(file.name for file in directory.expanduser().glob("*.safetensors"))
+        if foreign:
+            rw.warn(f"{directory} holds {foreign[0]} and {len(foreign) - 1} more files of another tool: none is read")
         # Neither max_layers nor bisect's limit changes what a layer becomes: their runs share a folder.
         about: dict[str, object] = {
             "solver": {name: getattr(self, name) for name in _SOLVER},

@@ -15,6 +15,9 @@ from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector
 from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, ANNOTATED, QUANTIZERS_FUSED, Fact, Selected
 from mxfx.rewrite.operands import is_quantized, quantize_operand, quantized
 
+#: Computed operands that are rounded here; those of attention belong to other passes.
+_OPERANDS = ("input", "cos", "sin")
+
 _fake_quantize = torch.ops.mxfx.fake_quantize.default
 
 
@@ -47,8 +50,9 @@ class InsertFakeQuant(Pass):
     def run(self, rw: Rewriter, ctx: Context) -> None:
         for node in rw.program.nodes():
             if self.select(node):
-                if "input" in info(node).formats and spec(node).has("input"):
-                    quantize_operand(rw, node, "input")
+                for operand in _OPERANDS:
+                    if operand in info(node).formats and spec(node).has(operand):
+                        quantize_operand(rw, node, operand)
                 _quantize_output(rw, node)
 
 
@@ -71,8 +75,8 @@ def activations_quantized(program: Program, selected: Selected) -> str | None:
     for node in filter(selected, program.graph.nodes):
         formats = {operand: annotation.format for operand, annotation in info(node).formats.items()}
         for operand, fmt in formats.items():
-            if operand == "input" and spec(node).has("input"):
-                readings = [spec(node).get("input")]
+            if operand in _OPERANDS and spec(node).has(operand):
+                readings = [spec(node).get(operand)]
             else:
                 readings = list(node.users) if operand == "output" else []
             if not all(is_quantized(reading, fmt) for reading in readings):

@@ -36,10 +36,10 @@ class OnlineRotation(Pass):
 
     ``insert-fake-quant`` then rounds %h. The rotation spreads large channels (QuaRot, arXiv 2404.00456), but the GEMM
     reads dense numbers: such a linear cannot run in 4 bits (``transform-inputs`` keeps it possible). ``sites`` chooses
-    the inputs of linears, or keys and values (``kv_cache``), of what ``select`` matches; ``block`` is the order of
-    H, 0 the whole axis. Only operands that carry a format are rotated.
+    the inputs of linears, keys and values (``kv_cache``) or queries (``qk_matmul``) of what ``select`` matches;
+    ``block`` is the order of H, 0 the whole axis. Only operands that carry a format are rotated.
 
-    sites: what is rotated: inputs of linears, keys and values.
+    sites: what is rotated: inputs of linears, keys and values, queries.
     block: order of the Hadamard matrix; 0 for the whole axis.
     """
 
@@ -48,33 +48,37 @@ class OnlineRotation(Pass):
     provides: ClassVar[frozenset[Fact]] = frozenset({ROTATED_ONLINE})
     forbids: ClassVar[frozenset[Fact]] = frozenset({ACTIVATIONS_QUANTIZED, KV_QUANTIZED, LOWERED})
     numerics: ClassVar[Numerics] = Close(1e-9)
-    sites: tuple[Literal["linear", "kv_cache"], ...] = ("linear",)
+    sites: tuple[Literal["linear", "kv_cache", "qk_matmul"], ...] = ("linear",)
     block: int = 0
     select: Selector = ALL
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         for node in rw.program.nodes():
-            if site_of(node) in self.sites and self.select(node):
-                rotate_operands(rw, node, self.block)
+            if not self.select(node):
+                continue
+            for site in self.sites:
+                if site in sites_of(node):
+                    rotate_operands(rw, node, self.block, site)
 
 
-def site_of(node: fx.Node) -> str:
-    """``linear`` for what multiplies by a weight, ``kv_cache`` for attention, else ``""``."""
-    if spec(node).product is not None:
-        return "linear"
-    return "kv_cache" if kind(node) == "attention" else ""
-
-
-def rotated_operands(node: fx.Node) -> tuple[str, ...]:
-    """The operands that an online rotation of ``node`` would rotate: those that carry a format."""
+def sites_of(node: fx.Node) -> dict[str, tuple[str, ...]]:
+    """The places where an online rotation of ``node`` could stand, and the operands that it would rotate there."""
     product = spec(node).product
-    operands = (product.left,) if product is not None else ("k", "v") if kind(node) == "attention" else ()
+    if product is not None:
+        return {"linear": (product.left,)}
+    return {"kv_cache": ("k", "v"), "qk_matmul": ("q",)} if kind(node) == "attention" else {}
+
+
+def rotated_operands(node: fx.Node, site: str | None = None) -> tuple[str, ...]:
+    """The operands that an online rotation at ``site`` (None: anywhere) would rotate: those that carry a format."""
+    found = sites_of(node)
+    operands = (o for name, own in found.items() if site in (None, name) for o in own)
     return tuple(operand for operand in operands if operand in info(node).formats)
 
 
-def rotate_operands(rw: Rewriter, node: fx.Node, block: int) -> None:
-    """Rotate, and rotate back, every annotated operand of a node; formats move to the rotated tensors."""
-    found = rotated_operands(node)
+def rotate_operands(rw: Rewriter, node: fx.Node, block: int, site: str | None = None) -> None:
+    """Rotate, and rotate back, every annotated operand at a site; formats move to the rotated tensors."""
+    found = rotated_operands(node, site)
     if not found:
         rw.skip(node, "no operand to rotate carries a format")
     for operand in found:

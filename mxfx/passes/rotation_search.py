@@ -23,8 +23,9 @@ from mxfx.rewrite import Close, Context, Numerics, Pass, Rewriter, register
 from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, ANNOTATED, KV_QUANTIZED, LOWERED, ROTATED_ONLINE, Fact
 from mxfx.rewrite.lowering import lowered_copy
 
-_KV = "kv_cache"
-_ALL_SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj", _KV)
+#: Sites of attention; all others are the last names of linears' paths.
+_ATTENTION = ("qk_matmul", "kv_cache")
+_ALL_SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj", *_ATTENTION)
 
 
 @register
@@ -40,7 +41,8 @@ class RotationSearch(Pass):
 
         the operands of the winning types rotated and rotated back; record.details holds every step of the search
 
-    Greedy forward over ``sites`` (the last name of a linear's path, or ``kv_cache``), all layers at once: each round
+    Greedy forward over ``sites`` (the last name of a linear's path, ``kv_cache`` for keys and values, ``qk_matmul`` for
+    queries), all layers at once: each round
     tries every remaining type on the calibration tokens with activations and caches quantized, keeps the one with
     the lowest perplexity, and stops when that gains no more than ``improvement_eps``. ``samples`` and ``length``
     limit the tokens. Winners are kept in ``cache_path`` under a key of program, tokens and options: later runs skip the
@@ -69,7 +71,7 @@ class RotationSearch(Pass):
     def run(self, rw: Rewriter, ctx: Context) -> None:
         members = {site: nodes for site in self.sites if (nodes := _members(rw.program, site))}
         for site in self.sites:
-            if site not in members:
+            if site not in members and self.sites != _ALL_SITES:
                 rw.warn(f"no {site} carries a format: it is not searched")
         tokens = ctx.tokens()[: self.samples, : self.length]
         key = self._key(rw.program, ctx, tokens)
@@ -83,7 +85,7 @@ class RotationSearch(Pass):
         rw.record.details.update(found)
         for site in found["winners"]:  # type: ignore[attr-defined]
             for node in members.get(site, ()):
-                rotate_operands(rw, node, self.block)
+                rotate_operands(rw, node, self.block, _place(site))
 
     def _search(
         self, program: Program, members: dict[str, list[fx.Node]], ctx: Context, tokens: Tensor
@@ -94,7 +96,8 @@ class RotationSearch(Pass):
         steps: list[dict[str, object]] = []
         while len(winners) < len(members):
             remaining = [site for site in members if site not in winners]
-            tried = {s: score([*winners, s]) for s in ctx.progress(remaining, "rotation search", len(remaining))}
+            done = f"rotation search: {', '.join(winners) or 'nothing'} rotated, perplexity {best:.4f}"
+            tried = {s: score([*winners, s]) for s in ctx.progress(remaining, done, len(remaining))}
             winner = min(tried, key=tried.__getitem__)
             gained = best - tried[winner] > self.improvement_eps
             steps.append({"perplexity": tried, "winner": winner if gained else None})
@@ -132,11 +135,16 @@ class RotationSearch(Pass):
 
 def _members(program: Program, site: str) -> list[fx.Node]:
     """Nodes of a type that carry a format where it would rotate."""
-    if site == _KV:
+    if site in _ATTENTION:
         candidates = list(program.nodes("attention"))
     else:
         candidates = [n for n in program.products() if path_of(n).rsplit(".", 1)[-1] == site]
-    return [n for n in candidates if rotated_operands(n)]
+    return [n for n in candidates if rotated_operands(n, _place(site))]
+
+
+def _place(site: str) -> str:
+    """The site of ``online-rotation`` that a type of matmul is."""
+    return site if site in _ATTENTION else "linear"
 
 
 # -- one module for all candidates: each type's rotation is a switch
@@ -158,13 +166,18 @@ def _scorer(
     program: Program, members: dict[str, list[fx.Node]], block: int, ctx: Context, tokens: Tensor
 ) -> Callable[[Iterable[str]], float]:
     """Perplexity of the tokens as a function of the types that are rotated."""
-    site_of = {node.name: site for site, nodes in members.items() for node in nodes}
+    site_of = {
+        (node.name, operand): site
+        for site, nodes in members.items()
+        for node in nodes
+        for operand in rotated_operands(node, _place(site))
+    }
     rw = Rewriter(program.copy(), "rotation-search")
     for site in members:
         rw.weights.add(_switch(site), torch.zeros((), dtype=torch.bool), rw.pass_name)
     for node in rw.program.nodes():
         for operand in rotated_operands(node):
-            _insert_switch(rw, node, operand, site_of.get(node.name), block)
+            _insert_switch(rw, node, operand, site_of.get((node.name, operand)), block)
     module = build(lowered_copy(rw.program, ctx.device)).to(ctx.device)
     switches = {site: module.get_buffer(_switch(site)) for site in members}
     batches = tokens.to(ctx.device).split(max(1, 4096 // tokens.shape[1]))

@@ -11,6 +11,7 @@ from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
 from mxfx.ops.catalogue import spec, weights_of
 from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, register
+from mxfx.rewrite.basis import untie
 from mxfx.rewrite.facts import ANNOTATED, ROUNDED_TO_NEAREST, WEIGHTS_ROUNDED, Fact, Selected
 from mxfx.rewrite.operands import is_rounded, mark_rounded, not_rounded, readers_of, weight_format
 
@@ -30,6 +31,8 @@ class RoundWeights(Pass):
 
     Weights that ``gptq`` put on the grid are skipped. A tied weight that other nodes read without a format, or in
     another one, is an error: rounding it here would silently round it there.
+
+    untie: give the node a tensor of its own instead of refusing.
     """
 
     name: ClassVar[str] = "round-weights"
@@ -37,6 +40,7 @@ class RoundWeights(Pass):
     provides: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ROUNDED_TO_NEAREST})
     numerics: ClassVar[Numerics] = Lossy()
     select: Selector = ALL
+    untie: bool = False
 
     def provided(self) -> frozenset[Fact]:
         """A part of the weights leaves something to calibrate."""
@@ -61,7 +65,10 @@ class RoundWeights(Pass):
             return
         readers = readers_of(rw.program, str(source.target))
         stranger = next((r for r in readers if weight_format(r, str(source.target), rw.program) != fmt), None)
-        if stranger is not None:
+        if stranger is not None and self.untie and operand == "weight" and rw.weights.tied_to(str(source.target)):
+            untie(rw, node)
+            source, readers = weights_of(node)[operand], [node]
+        elif stranger is not None:
             found = weight_format(stranger, str(source.target), rw.program)
             raise ValueError(
                 f"round-weights: {source.target} is {fmt} at {path_of(node)} and {found or 'unquantized'} "

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mxfx.compat import from_pass_args, load_any, load_quant_config
+from mxfx.compat.table import DialectWarning
 from mxfx.compat.tutorial import from_tutorial
 from mxfx.config import ConfigError, Pipeline, loads, to_toml
 from mxfx.config.locate import parse_toml
@@ -87,14 +88,14 @@ def test_config_a() -> None:
         "insert-fake-quant",
         "quantize-kv-cache",
     ]
-    assert options_of(pipeline, "annotate") == {"rule": RULES}
+    assert options_of(pipeline, "annotate") == {"rule": RULES, "unmatched": "warn"}
 
 
 def test_config_b_adds_gptq() -> None:
     pipeline = load_any(CONFIGS / "tutorial_b_gptq.toml")
     rest = ["round-weights", "insert-fake-quant", "quantize-kv-cache"]
     assert names_of(pipeline) == [*RAISE, "annotate", "gptq", *rest]
-    assert options_of(pipeline, "annotate") == {"rule": RULES}
+    assert options_of(pipeline, "annotate") == {"rule": RULES, "unmatched": "warn"}
     assert options_of(pipeline, "gptq") == {
         "select": f"(?:{MATCH_QKVO})|(?:{MATCH_MLP})",
         "exponents": "sweep",
@@ -174,6 +175,14 @@ def test_a_mistake_in_pass_args_names_the_keys_that_lead_to_it() -> None:
         (selector("name = 'minifloat'\n" + FLOAT_WEIGHT + FLOAT_INPUT
                   + "data_in_is_finite = true\nweight_round_mode = 'rn'"),
          {"match": "m", "weight": "minifloat_e3m4", "input": "minifloat_e3m4"}),
+        (selector("name = 'mxfp'\nweight_exponent_width = 1\nweight_frac_width = 2\nweight_block_size = 32"),
+         {"match": "m", "weight": "mxfp4_e1m2@32"}),
+        (selector("name = 'minifloat'\n" + FLOAT_WEIGHT + "weight_is_finite = false\nweight_round_mode = 'rz'"),
+         {"match": "m", "weight": "minifloat_e3m4_ieee/rz"}),
+        (selector("name = 'minifloat'\nvector_format = 'FP_E6M5'"),
+         {"match": "m", "input": "minifloat_e6m5"}),
+        (selector("name = 'minifloat'\n" + FLOAT_INPUT, r"model\.layers\.\d+\.mlp$"),
+         {"match": r"(?:model\.layers\.\d+\.mlp)\.act_fn", "input": "minifloat_e3m4"}),
         (selector("name = 'minifloat'\nweight_bypass = true\n" + FLOAT_WEIGHT + FLOAT_INPUT),
          {"match": "m", "input": "minifloat_e3m4"}),
         (selector("name = 'mxint'\n" + FLOAT_INPUT, r"l\.\d+\.mlp$"),
@@ -194,7 +203,7 @@ def test_a_mistake_in_pass_args_names_the_keys_that_lead_to_it() -> None:
     ],
 )  # fmt: skip
 def test_a_selector_becomes_a_rule(text: str, rule: dict) -> None:
-    assert options_of(pipeline_of(text), "annotate") == {"rule": [rule]}
+    assert options_of(pipeline_of(text), "annotate") == {"rule": [rule], "unmatched": "warn"}
 
 
 def test_only_the_passes_that_have_work_are_emitted() -> None:
@@ -221,15 +230,76 @@ def test_gptq_without_flags_takes_every_weight() -> None:
 
 def test_gptq_gives_its_format_to_a_flagged_selector_without_one() -> None:
     text = with_gptq().replace("weight_width = 4\nweight_block_size = 32\ngptq", "gptq")
-    assert options_of(pipeline_of(text), "annotate")["rule"] == [{"match": "m", "weight": "mxint4@32/ceil"}]
+    assert options_of(pipeline_of(text), "annotate")["rule"] == [{"match": "m", "weight": "mxint4@32/mse"}]
 
 
 def test_gptq_keys_without_a_value_get_mase_s_defaults() -> None:
     pipeline = pipeline_of(with_gptq())
     found = pipeline.calibration
     assert (found.dataset, found.samples, found.length) == ("wikitext2", 128, 256)
-    given = {"select": "m", "exponents": "sweep", "batch_size": 32, "quantized_inputs": True}
+    given = {"select": "m", "exponents": "rule", "batch_size": 32, "quantized_inputs": True}
     assert options_of(pipeline, "gptq") == given
+
+
+def test_the_two_searches_of_gptq_are_two_pipelines() -> None:
+    """``quantile_search``: the scale with the smaller error of the weight; ``clip_search_y``: that of the output."""
+    by_weight = pipeline_of(with_gptq("quantile_search = true\nclip_search_y = false\n"))
+    by_output = pipeline_of(with_gptq("quantile_search = true\nclip_search_y = true\n"))
+    neither = pipeline_of(with_gptq("quantile_search = false\nclip_search_y = false\n"))
+    found = [
+        (options_of(p, "gptq")["exponents"], options_of(p, "annotate")["rule"][0]["weight"])
+        for p in (by_weight, by_output, neither)
+    ]
+    assert found == [("rule", "mxint4@32/mse"), ("sweep", "mxint4@32/ceil"), ("rule", "mxint4@32/ceil")]
+
+
+def test_sixteen_bits_and_more_leave_the_operand_as_it_is() -> None:
+    text = selector(LINEAR.replace("4", "16") + INPUT)
+    assert options_of(pipeline_of(text), "annotate")["rule"] == [{"match": "m", "input": "mxint4@32/ceil"}]
+    assert names_of(pipeline_of(selector(LINEAR.replace("4", "32")))) == RAISE
+    cache = attention(kv_cache="data_in_width = 16\ndata_in_block_size = 32", qk_matmul=INPUT)
+    assert options_of(pipeline_of(cache), "annotate")["rule"] == [{"match": "a", "q": "mxint4@32/ceil"}]
+    float_weights = with_gptq().replace("weight_width = 4", "weight_width = 16")
+    assert names_of(pipeline_of(float_weights)) == RAISE
+
+
+def test_what_callers_of_mase_set_is_taken() -> None:
+    assert names_of(pipeline_of(with_gptq("device = 'cuda:0'\nmodel_name = 'a/b'\n"))) == names_of(
+        pipeline_of(with_gptq())
+    )
+    with pytest.warns(
+        DialectWarning, match=r"t\.toml:4:1: hf_token is not read: set the environment variable HF_TOKEN"
+    ):
+        pipeline_of(with_gptq("hf_token = 'secret'\n"))
+
+
+def test_norms_of_queries_and_keys_become_a_rule_of_their_own() -> None:
+    text = attention(kv_cache=INPUT) + f"['a'.qk_norm]\n{FLOAT_INPUT}{FLOAT_WEIGHT}"
+    assert options_of(pipeline_of(text), "annotate")["rule"] == [
+        {"match": "a", "kv": "mxint4@32/ceil"},
+        {"match": r"(?:a)\.[qk]_norm", "weight": "minifloat_e3m4", "input": "minifloat_e3m4"},
+    ]
+
+
+def test_queries_rotate_and_probabilities_are_only_quantized() -> None:
+    text = attention("mxint_rotate", qk_matmul=INPUT, kv_cache=INPUT)
+    assert options_of(pipeline_of(text), "online-rotation") == {"select": "a", "sites": ["qk_matmul", "kv_cache"]}
+    with pytest.warns(DialectWarning, match="av_matmul is quantized without a rotation"):
+        found = pipeline_of(attention("mxint_rotate", av_matmul=INPUT))
+    assert "online-rotation" not in names_of(found)
+
+
+def test_the_search_keeps_its_decisions_beside_gptq_s_checkpoints() -> None:
+    text = with_gptq("checkpoint_dir = 'out/gptq'\n") + "[rotation_search]\n"
+    assert options_of(pipeline_of(text), "rotation-search")["cache_path"] == "out/gptq/rotation_decisions.json"
+    off = options_of(pipeline_of(text + "cache_winners = false\n"), "rotation-search")
+    assert "cache_path" not in off
+
+
+def test_a_search_that_asks_for_more_tokens_than_gptq_has_says_so() -> None:
+    with pytest.warns(DialectWarning, match="calib_seqlen = 2048, and .gptq. calibrates on 256"):
+        found = options_of(pipeline_of(with_search("calib_seqlen = 2048\n")), "rotation-search")
+    assert found == {"samples": 32, "length": 256}
 
 
 def test_no_search_at_all_means_the_rule_of_the_format() -> None:
@@ -250,7 +320,7 @@ def test_rotating_quantizers_become_online_rotations() -> None:
 
 def test_the_sites_of_a_rotation_search_are_kept() -> None:
     found = options_of(pipeline_of(with_search("matmul_types = ['q_proj', 'kv_cache']\n")), "rotation-search")
-    assert found == {"sites": ["q_proj", "kv_cache"]}
+    assert found == {"samples": 32, "length": 256, "sites": ["q_proj", "kv_cache"]}
 
 
 def test_a_rotation_search_alone_brings_its_calibration() -> None:
@@ -276,7 +346,6 @@ def test_a_rotation_search_alone_brings_its_calibration() -> None:
         (selector("name = 'integer'"), "3:1", "no MX format"),
         (selector(LINEAR + "weight_frac_width = 3"), "6:1", "mxint takes weight_width and weight_block_size"),
         (selector("name = 'mxint'\nweight_width = 4"), "2:1", "lacks the key 'weight_block_size'"),
-        (selector(LINEAR.replace("4", "16")), "4:16", "there is no mxint16"),
         (selector(LINEAR.replace("32", "0")), "4:16", "block size '0'"),
         (selector(LINEAR + "data_in_with = 4"), "6:1", "did you mean 'data_in_width'?"),
         (selector(LINEAR + "prefill = {}"), "6:1", "one precision for prefill and decode"),
@@ -284,22 +353,19 @@ def test_a_rotation_search_alone_brings_its_calibration() -> None:
         (selector(LINEAR + "online_rotate = true"), "6:1", "mxint_rotate"),
         (selector("name = 'mxint'"), "2:1", "sets no format"),
         (selector(LINEAR + "gptq = true"), "6:1", "no [gptq] table"),
-        (selector("name = 'mxfp'\nweight_exponent_width = 1\nweight_frac_width = 2\nweight_block_size = 32"),
-         "4:1", "E1M2 is no element of OCP MX v1.0"),
-        (selector("name = 'minifloat'\n" + FLOAT_WEIGHT + "weight_round_mode = 'rd'"),
-         "6:1", "to nearest"),
-        (selector("name = 'minifloat'\n" + FLOAT_WEIGHT + "weight_is_finite = false"),
-         "6:1", "no Inf"),
+        (selector(LINEAR.replace("4", "12")), "4:16", "there is no mxint12"),
+        (selector("name = 'mxfp'\nweight_exponent_width = 2\nweight_frac_width = 2\nweight_block_size = 32"),
+         "4:1", "E2M2 is no element of an MXFP format"),
+        (selector("name = 'minifloat'\n" + FLOAT_WEIGHT + "weight_round_mode = 'stochastic'"),
+         "6:21", "one of rn, rd, ru, rz"),
+        (selector("name = 'minifloat'\nvector_format = 'E6M5'"), "4:17", "such as FP_E6M5"),
+        (selector("name = 'minifloat'\n" + FLOAT_INPUT, r"model\.layers\.\d+"), "3:1", "residual stream"),
         (selector(LINEAR.replace("mxint", "mxint_rotate")), "3:1", "unless the input is quantized"),
         (attention(kv_cache="data_in_width = 4"), "8:1", "lacks the key 'data_in_block_size'"),
         (attention(kv_cache="bypas = true"), "9:1", "did you mean 'bypass'?"),
         (attention(kv_cache=""), "8:1", "gives no format"),
         (attention(kv_cache=INPUT + "rotate = true"), "11:1", "'mxint_rotate' or 'mxfp_rotate'"),
-        (attention("mxint_rotate", qk_matmul=INPUT), "4:1", "rotating qk_matmul is not supported"),
         (attention().replace("['a'.rope]\nbypass = true\n", ""), "2:1", "says nothing about rope"),
-        (attention() + "['a'.qk_norm]\nbypass = true\n", "14:1", "qk_norm"),
-        (with_gptq("device = 'cuda:0'\n"), "4:1", "--device"),
-        (with_gptq("hf_token = 'x'\n"), "4:1", "HF_TOKEN"),
         (with_gptq("nsample = 3\n"), "4:1", "did you mean 'nsamples'?"),
         (with_gptq("nsamples = '3'\n"), "4:12", "expected: a whole number"),
         (with_gptq("phase = 'prefill'\n"), "4:1", "one precision for prefill and decode"),
@@ -307,7 +373,6 @@ def test_a_rotation_search_alone_brings_its_calibration() -> None:
         (with_gptq().replace("format = 'mxint'\n", ""), "2:1", "lacks the key 'format'"),
         (with_gptq("percdamp = 0.1\n"), "4:1", "unknown key 'percdamp'"),
         (with_search("matmul_types = ['q_porj']"), "13:17", "did you mean 'q_proj'?"),
-        (with_search("matmul_types = ['qk_matmul']"), "13:17", "only linears and kv_cache"),
         (with_search("calib_data = 'c4'"), "13:1", "[gptq] calibrates on 'wikitext2'"),
         (with_search("score_phase = 'decode'"), "13:1", "one precision for prefill and decode"),
         (with_search("improvement_epsilon = 0.0"), "13:1", "did you mean 'improvement_eps'?"),

@@ -1,6 +1,7 @@
 """The written form of formats."""
 
 import pytest
+import torch
 
 from mxfx.formats import E8M0, FloatElement, Format, FormatError, IntElement, ScaleRule, parse
 from tests.formats.reference import MORE_FLOATS, MX_FLOATS, MX_INTS, RULES
@@ -68,6 +69,27 @@ def test_an_unknown_format_is_answered_with_the_nearest(text: str, nearest: str)
 def test_no_text_but_a_format_is_a_format(text: str) -> None:
     with pytest.raises(FormatError, match="unknown format"):
         parse(text)
+
+
+@pytest.mark.parametrize("text", ["minifloat_e3m4_ieee", "minifloat_e6m5/rz", "minifloat_e3m4_ieee/rd"])
+def test_reserved_codes_and_rounding_of_a_minifloat_survive_the_round_trip(text: str) -> None:
+    assert str(parse(text)) == text
+
+
+def test_a_minifloat_with_codes_for_inf_ends_a_binade_earlier() -> None:
+    assert parse("minifloat_e3m4").element.max_value == 31.0
+    assert parse("minifloat_e3m4_ieee").element.max_value == 15.5
+
+
+@pytest.mark.parametrize(
+    ("mode", "rounded"),
+    [("rd", [1, -1.25, 0, -0.25]), ("ru", [1.25, -1, 0.25, 0]), ("rz", [1, -1, 0, 0]), ("rn", [1.25, -1.25, 0, 0])],
+)
+def test_a_minifloat_rounds_as_its_name_says(mode: str, rounded: list[float]) -> None:
+    values = torch.tensor([1.2, -1.2, 0.01, -0.01])
+    found = parse(f"minifloat_e3m2/{mode}").fake_quantize(values)
+    step = torch.tensor([1, 1, 0.25, 0.25])
+    assert torch.equal(found, torch.tensor(rounded) * torch.where(step == 1, 1.0, 0.25))
 
 
 def test_a_minifloat_has_neither_rule_nor_integers() -> None:

@@ -108,7 +108,7 @@ def test_a_bias_is_annotated_only_where_there_is_one() -> None:
     ("rule", "kind", "operands"),
     [
         (Rule(Selector(r".*self_attn"), q=M4, probs=M4, softmax=M8), "attention", {"q", "probs", "softmax"}),
-        (Rule(Selector(r".*self_attn"), rope=M4), "rope", {"input"}),
+        (Rule(Selector(r".*self_attn"), rope=M4), "rope", {"cos", "sin"}),
         (Rule(Selector(r".*norm"), input=M4, output=M8), "rms_norm", {"input", "output"}),
         (Rule(Selector(r".*act_fn"), input=M4, output=M4), "silu", {"input", "output"}),
         (Rule(Selector(r".*embed_tokens"), weight=M8), "embedding", {"weight"}),

@@ -33,9 +33,10 @@ def has_triton() -> bool:
 
 @lru_cache(maxsize=256)
 def takes_format(fmt: Format) -> bool:
-    """Whether the kernels round onto a format: by powers of two, and no element as wide as float32."""
+    """Whether the kernels round onto a format: to nearest, by powers of two, and no element as wide as float32."""
     wide = isinstance(fmt.element, FloatElement) and fmt.element.exponent_bits == 8
-    return not wide and isinstance(fmt.scale, E8M0) and (fmt.block is None or fmt.block <= MAX_BLOCK)
+    fits = fmt.rounding == "rn" and isinstance(fmt.scale, E8M0)
+    return fits and not wide and (fmt.block is None or fmt.block <= MAX_BLOCK)
 
 
 def takes_transform(x: Tensor, matrix: Tensor | None, fmt: Format | None) -> bool:
