@@ -13,21 +13,33 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from mxfx.cli import models
+from mxfx.cli import evaluate, models
+from mxfx.cli.evaluate import (
+    EVAL,
+    ChatTemplate,
+    DomainTokens,
+    EvalData,
+    GenKwargs,
+    IncludePath,
+    LimitTokens,
+    NumFewshot,
+    TaskLimit,
+    Trust,
+    out,
+)
 from mxfx.ground.errors import MxfxError, exit_code
 
 if TYPE_CHECKING:
-    from mxfx.api import Outcome, RunSummary
+    from mxfx.api import Outcome
 
 app = typer.Typer(name="mxfx", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 config_app = typer.Typer(no_args_is_help=True, help="Look at pipeline files.")
 app.add_typer(config_app, name="config")
-for name, command in models.COMMANDS.items():
+for name, command in (evaluate.COMMANDS | models.COMMANDS).items():
     app.command(name)(command)  # type: ignore[type-var]
 
 # A pipe has no width of its own: the tables fit in 120 columns.
 # Paths and messages may hold brackets: nothing is read as markup.
-out = Console(width=None if sys.stdout.isatty() else 120, markup=False)
 err = Console(stderr=True, highlight=False, markup=False)
 
 #: Exit code of a fault that is not the user's.
@@ -35,7 +47,6 @@ INTERNAL = 3
 
 Files = Annotated[list[Path], typer.Argument(help="Pipeline files, of mxfx or in the tutorial's dialect.")]
 Model = Annotated[str | None, typer.Option("--model", help="Hub id or local folder; overrides the file's.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository ships.")]
 Set = Annotated[
     list[str],
     typer.Option("--set", help="Override: calibration.samples=8, pass.gptq.damp=0.05, 'pass[3].block=64'."),
@@ -49,9 +60,15 @@ def run(
     data: Annotated[
         str | None, typer.Option(help="Calibration data: wikitext2, c4, ptb, a local file, or a folder of .txt files.")
     ] = None,
-    eval: Annotated[str | None, typer.Option("--eval", help="lm-eval task: wikitext.")] = None,
-    eval_data: Annotated[str | None, typer.Option(help="Local documents to evaluate instead of the hub's.")] = None,
-    limit_tokens: Annotated[int | None, typer.Option(min=2, help="Evaluate at most so many tokens.")] = None,
+    eval: Annotated[str | None, typer.Option("--eval", help=EVAL)] = None,
+    eval_data: EvalData = None,
+    limit_tokens: LimitTokens = None,
+    domain_tokens: DomainTokens = None,
+    task_limit: TaskLimit = None,
+    num_fewshot: NumFewshot = None,
+    apply_chat_template: ChatTemplate = False,
+    gen_kwargs: GenKwargs = None,
+    include_path: IncludePath = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows evaluated at once.")] = 1,
     out_dir: Annotated[
         Path | None, typer.Option("--out", help="Run directory: results.json, emitted models, dumps, report.")
@@ -67,6 +84,7 @@ def run(
     """The whole job: trace, rewrite, evaluate; one table for all files."""
     from mxfx.compat.prepare import prepare
     from mxfx.driver.options import RunOptions
+    from mxfx.evaluation.tasks import TaskOptions
 
     options = RunOptions(
         model=model,
@@ -74,6 +92,8 @@ def run(
         eval=eval,
         eval_data=eval_data,
         limit_tokens=limit_tokens,
+        domain_tokens=domain_tokens,
+        tasks=TaskOptions(task_limit, num_fewshot, apply_chat_template, gen_kwargs, include_path),
         batch_size=batch_size,
         out=out_dir,
         device=device,
@@ -86,13 +106,16 @@ def run(
     options.check()
     prepare(files, options)
     from mxfx import api
-    from mxfx.report.table import results_table
+    from mxfx.report.table import domain_tables, evaluated_note, results_table
 
     summary = api.run(files, options)
     for outcome in summary.outcomes:
         if outcome.file:
             _print_passes(outcome, verbose)
-    out.print(results_table(summary.rows, "Perplexity of the emitted models", _evaluated(summary)))
+    first = next((o.evaluation.first for o in summary.outcomes if o.evaluation is not None), None)
+    note = evaluated_note(first, [o.model_note for o in summary.outcomes if o.model_note])
+    out.print(results_table(summary.rows, "Perplexity of the emitted models", note))
+    out.print(*domain_tables(summary.domains, summary.tasks))
     for warning in summary.warnings:
         err.print(f"warning: {warning}")
     if summary.out is not None:
@@ -156,40 +179,6 @@ def config_schema() -> None:
     from mxfx.config import schema
 
     sys.stdout.write(json.dumps(schema(), indent=2) + "\n")
-
-
-@app.command("eval")
-def eval_(
-    folder: Annotated[Path, typer.Argument(help="Run directory, or the model folder in it.")],
-    tasks: Annotated[str, typer.Option(help="lm-eval task: wikitext.")] = "wikitext",
-    eval_data: Annotated[str | None, typer.Option(help="Local documents instead of the hub's.")] = None,
-    limit_tokens: Annotated[int | None, typer.Option(min=2)] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 1,
-    device: str = "cpu",
-    trust_remote_code: Trust = False,
-) -> None:
-    """Evaluate an emitted model again, from its files alone."""
-    from mxfx import api
-    from mxfx.driver.run import evaluate_saved
-    from mxfx.report.table import Row, results_table
-
-    options = api.RunOptions(
-        eval=tasks,
-        eval_data=eval_data,
-        limit_tokens=limit_tokens,
-        batch_size=batch_size,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
-    result, bits = evaluate_saved(folder, options)
-    row = Row(
-        str(folder),
-        word_perplexity=result.word_perplexity,
-        token_perplexity=result.token_perplexity,
-        bits_per_weight=bits,
-        eval_seconds=result.seconds,
-    )
-    out.print(results_table([row], "Perplexity", f"{result.tokens:,} tokens of {result.source}"))
 
 
 @app.command("opt")
@@ -354,15 +343,3 @@ def _print_passes(outcome: Outcome, verbose: bool) -> None:
     if verbose:
         for line in account_lines(outcome.result):
             out.print(line, highlight=False, soft_wrap=True)
-
-
-def _evaluated(summary: RunSummary) -> str:
-    evaluation = next((o.evaluation for o in summary.outcomes if o.evaluation is not None), None)
-    if evaluation is None:
-        return "nothing was evaluated: give --eval wikitext"
-    note = next((str(n) for o in summary.outcomes if (n := o.model_note)), "")
-    return (
-        f"{evaluation.tokens:,} tokens of {evaluation.source}; word ppl by lm-eval's wikitext metrics, "
-        f"token ppl over windows of {evaluation.max_length} tokens; ± is the standard error of the word ppl ratio"
-        + (f"\n{note}" if note else "")
-    )

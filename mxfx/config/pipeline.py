@@ -150,6 +150,7 @@ class Pipeline:
         """With all raise passes in front, unless the pipeline lists one of them: then it lists what it wants."""
         if any(spec.name in RAISE_PASSES for spec in self.specs):
             return self
+        register_passes()
         raised = [PassSpec.read(name, {}, NOWHERE) for name in RAISE_PASSES]
         return self.replace(specs=(*raised, *self.specs))
 

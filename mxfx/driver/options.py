@@ -8,19 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mxfx.config.errors import ConfigError, Place
+from mxfx.evaluation.tasks import TaskOptions
+from mxfx.evaluation.wanted import Wanted
 
 _DEVICE = re.compile(r"(cpu|cuda)(:\d+)?")
-
-#: What ``--eval`` takes.
-TASKS = ("wikitext",)
 
 
 @dataclass
 class RunOptions:
     """What the command line adds to a pipeline file.
 
-    ``eval_data`` is a local file or folder of documents; without it lm-eval's ``wikitext`` comes from the hub.
-    ``limit_tokens`` bounds the evaluated text. ``out`` owns the run: results, emitted models, dumps.
+    ``eval`` is what ``Wanted.parse`` reads. ``eval_data`` is a local file or folder of documents that stands for
+    ``wikitext``; without it lm-eval's comes from the hub. ``limit_tokens`` bounds the text of the first domain,
+    ``domain_tokens`` that of each other. ``tasks`` are options of lm-eval's tasks. ``out`` owns the run: results,
+    emitted models, dumps.
     """
 
     model: str | None = None
@@ -28,6 +29,8 @@ class RunOptions:
     eval: str | None = None
     eval_data: str | None = None
     limit_tokens: int | None = None
+    domain_tokens: int | None = None
+    tasks: TaskOptions = field(default_factory=TaskOptions)
     batch_size: int = 1
     out: Path | None = None
     device: str = "cpu"
@@ -41,7 +44,9 @@ class RunOptions:
     def check(self) -> None:
         """Raise ``ConfigError`` or ``DatasetError`` for what is known to be wrong at once; no file is read."""
         check_device(self.device)
-        check_task(self.eval)
+        wanted = self.wanted()
+        if wanted is not None:
+            wanted.check()
         if self.eval_data is None and self.data is None:
             return
         from mxfx.calibration.datasets import check_source
@@ -51,6 +56,19 @@ class RunOptions:
             check_source(self.eval_data, hub=False)
         if self.data is not None and self.data != SELF:
             check_source(self.data)
+
+    def wanted(self) -> Wanted | None:
+        """What is to be evaluated; None for nothing. Raises ``EvaluationError``."""
+        if self.eval is None:
+            return None
+        return Wanted.parse(
+            self.eval,
+            eval_data=self.eval_data,
+            limit_tokens=self.limit_tokens,
+            domain_tokens=self.domain_tokens,
+            batch_size=self.batch_size,
+            tasks=self.tasks,
+        )
 
 
 def check_device(device: str) -> None:
@@ -66,9 +84,3 @@ def check_device(device: str) -> None:
             raise ConfigError(Place("--device"), problem, "cpu here")
         if wanted >= count:
             raise ConfigError(Place("--device"), f"there is no {device!r}", f"cuda:0 … cuda:{count - 1}")
-
-
-def check_task(task: str | None) -> None:
-    """Raise ``ConfigError`` for an evaluation that does not exist; None is none."""
-    if task is not None and task not in TASKS:
-        raise ConfigError(Place("--eval"), f"unknown evaluation task {task!r}", f"one of {', '.join(TASKS)}")

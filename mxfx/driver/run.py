@@ -21,14 +21,15 @@ from mxfx.driver.options import RunOptions
 from mxfx.driver.pretrained import load_tokenizer
 from mxfx.driver.proof import check_saved, logits_of, not_finite
 from mxfx.driver.run_directory import PipelineFolder, RunDirectory, find_model
-from mxfx.evaluation.evaluate import evaluate
-from mxfx.evaluation.results import EvalResult, ratio_with_stderr
+from mxfx.evaluation.results import EvalResult, EvaluationError, ratio_with_stderr
+from mxfx.evaluation.scoring import FloatLogits
+from mxfx.evaluation.suite import Evaluation, Suite
 from mxfx.graph.program import Program
 from mxfx.ground.files import write_json
 from mxfx.pipeline.instruments import Numbers, Verify
 from mxfx.pipeline.manager import PipelineResult
 from mxfx.report.results import coverage_json, pass_json
-from mxfx.report.table import Row
+from mxfx.report.table import DomainRow, Row
 from mxfx.report.weight_history import History
 from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.causal_lm import as_causal_lm
@@ -54,7 +55,7 @@ class Outcome:
     file: str
     pipeline: Pipeline
     result: PipelineResult
-    evaluation: EvalResult | None
+    evaluation: Evaluation | None
     bits_per_weight: float
     compile_seconds: float
     baseline: str
@@ -69,15 +70,22 @@ class RunSummary:
 
     outcomes: tuple[Outcome, ...]
     rows: tuple[Row, ...]
+    domains: tuple[DomainRow, ...]
+    tasks: tuple[tuple[str, str, str, float, float | None], ...]
     warnings: tuple[str, ...]
     out: Path | None
 
 
 @dataclass
 class _Model:
-    """A job that several pipelines share, and the row that they are compared with."""
+    """A job that several pipelines share, and the row that they are compared with.
+
+    ``suite`` is what they are evaluated on, ``reference`` the float model's logits there; None where nothing is.
+    """
 
     job: Job
+    suite: Suite | None = None
+    reference: FloatLogits | None = None
     baseline: str = ""
 
 
@@ -97,7 +105,15 @@ def run(pipelines: Sequence[Named], options: RunOptions) -> RunSummary:
             if directory is not None:
                 directory.write_results(document(outcomes, options))
     warnings = tuple(f"{o.name}: {warning}" for o in outcomes for warning in o.warnings)
-    return RunSummary(tuple(outcomes), tuple(rows(outcomes)), warnings, options.out)
+    tasks = tuple(
+        (outcome.name, *row)
+        for outcome in outcomes
+        for result in (outcome.evaluation.tasks.values() if outcome.evaluation is not None else ())
+        for row in result.rows()
+    )
+    return RunSummary(
+        tuple(outcomes), tuple(rows(outcomes)), tuple(domain_rows(outcomes)), tasks, warnings, options.out
+    )
 
 
 def _model_of(
@@ -109,7 +125,7 @@ def _model_of(
     if key not in models:
         options.say(f"loading {name} in {dtype}")
         trust = options.trust_remote_code
-        models[key] = _Model(Job.load(pipeline, checked.program, options.device, trust_remote_code=trust))
+        models[key] = _loaded(Job.load(pipeline, checked.program, options.device, trust_remote_code=trust), options)
         if options.float_row:
             # A run over several models or precisions has a float row for each.
             models[key].baseline = "float" if len(models) == 1 else f"float {Path(name).name} {dtype}"
@@ -117,9 +133,22 @@ def _model_of(
     return models[key]
 
 
+def _loaded(job: Job, options: RunOptions) -> _Model:
+    wanted = options.wanted()
+    if wanted is None:
+        return _Model(job)
+    longest = job.program.source.config.get("max_position_embeddings")
+    suite = Suite(wanted, job.tokenizer, longest, None if job.texts is None else job.texts.chat)
+    pipeline = Pipeline([]).completed().emitted(job.device.type)
+    reference = FloatLogits(lambda: as_causal_lm(job.run(pipeline).program, job.device))
+    return _Model(job, suite, reference)
+
+
 def _float_outcome(model: _Model, options: RunOptions) -> Outcome:
     pipeline = Pipeline([]).completed().emitted(model.job.device.type)
     result = model.job.run(pipeline, [Numbers(), Verify()])
+    if model.suite is not None:
+        model.reference = FloatLogits(lambda: as_causal_lm(result.program, model.job.device))
     options.say("evaluating the float model") if options.eval else None
     return _outcome(Named(model.baseline, "", pipeline), model, result, 0.0, options)
 
@@ -160,29 +189,31 @@ def _outcome(
         _save(result.portable, job, folder)
         check_saved(folder.model, logits, ids, job.device, named.pipeline.emit)
     del logits
-    evaluation = None if options.eval is None else _evaluate(program, job, options)
+    evaluation = _evaluate(program, model, is_float=not named.file)
+    if folder is not None and evaluation is not None:
+        evaluation.write(folder.path)
     bits = bits_per_weight(result.before_emit)
-    if evaluation is not None and not math.isfinite(evaluation.token_perplexity):
-        warnings.append(f"the token perplexity is {evaluation.token_perplexity}")
+    for name, found in evaluation.domains.items() if evaluation is not None else ():
+        if not math.isfinite(found.token_perplexity):
+            warnings.append(f"the token perplexity on {name} is {found.token_perplexity}")
     note = str(program.source.config.get("mxfx_note", ""))
     return Outcome(
         named.name, named.file, named.pipeline, result, evaluation, bits, seconds, model.baseline, note, tuple(warnings)
     )
 
 
-def _evaluate(program: Program, job: Job, options: RunOptions) -> EvalResult:
-    return evaluate(
-        as_causal_lm(program, options.device),
-        job.tokenizer,
-        task=options.eval,
-        eval_data=options.eval_data,
-        limit_tokens=options.limit_tokens,
-        batch_size=options.batch_size,
-        device=options.device,
-    )
+def _evaluate(program: Program, model: _Model, *, is_float: bool) -> Evaluation | None:
+    if model.suite is None:
+        return None
+    assert model.reference is not None
+    lm = model.reference.model if is_float else as_causal_lm(program, model.job.device)
+    found = model.suite.run(lm, model.reference)
+    # Passes need the device for themselves.
+    model.reference.release()
+    return found
 
 
-def evaluate_saved(folder: str | Path, options: RunOptions) -> tuple[EvalResult, float]:
+def evaluate_saved(folder: str | Path, options: RunOptions) -> tuple[Evaluation, float]:
     """An emitted model evaluated again, from its files alone; and its bits per weight.
 
     Raises ``ConfigError``, ``NoRun``, ``ArtefactError``, ``EvaluationError``.
@@ -193,8 +224,11 @@ def evaluate_saved(folder: str | Path, options: RunOptions) -> tuple[EvalResult,
     saved = find_model(folder)
     program = load(saved)
     tokenizer = load_tokenizer(saved, trust_remote_code=options.trust_remote_code)
-    job = Job(program, torch.device(options.device), tokenizer)
-    return _evaluate(program, job, options), bits_per_weight(program)
+    wanted = options.wanted()
+    if wanted is None:
+        raise EvaluationError("nothing to evaluate was named; expected wikitext, files, or tasks of lm-eval")
+    suite = Suite(wanted, tokenizer, program.source.config.get("max_position_embeddings"))
+    return suite.run(as_causal_lm(program, torch.device(options.device))), bits_per_weight(program)
 
 
 def _save(program: Program, job: Job, folder: PipelineFolder) -> None:
@@ -206,11 +240,29 @@ def _save(program: Program, job: Job, folder: PipelineFolder) -> None:
 def rows(outcomes: Sequence[Outcome]) -> list[Row]:
     """The table's rows; a pipeline's figures are compared with those of its float model."""
     evaluations = {outcome.name: outcome.evaluation for outcome in outcomes}
-    return [_row(outcome, evaluations.get(outcome.baseline)) for outcome in outcomes]
+    return [_row(outcome, _first(evaluations.get(outcome.baseline))) for outcome in outcomes]
+
+
+def _first(evaluation: Evaluation | None) -> EvalResult | None:
+    return None if evaluation is None else evaluation.first
+
+
+def domain_rows(outcomes: Sequence[Outcome]) -> list[DomainRow]:
+    """Every domain of every pipeline, beside its float model's."""
+    evaluations = {outcome.name: outcome.evaluation for outcome in outcomes}
+    found = []
+    for outcome in outcomes:
+        baseline = evaluations.get(outcome.baseline)
+        for name, result in outcome.evaluation.domains.items() if outcome.evaluation is not None else ():
+            ratio = None
+            if baseline is not None and baseline is not outcome.evaluation:
+                ratio = ratio_with_stderr(result, baseline.domains[name], "token_perplexity")
+            found.append(DomainRow.of(outcome.name, result, ratio))
+    return found
 
 
 def _row(outcome: Outcome, baseline: EvalResult | None) -> Row:
-    evaluation = outcome.evaluation
+    evaluation = _first(outcome.evaluation)
     row: dict[str, float | None] = {
         "bits_per_weight": outcome.bits_per_weight,
         "compile_seconds": outcome.compile_seconds,
@@ -219,7 +271,7 @@ def _row(outcome: Outcome, baseline: EvalResult | None) -> Row:
         row |= {
             "word_perplexity": evaluation.word_perplexity,
             "token_perplexity": evaluation.token_perplexity,
-            "eval_seconds": evaluation.seconds,
+            "eval_seconds": outcome.evaluation.seconds if outcome.evaluation is not None else None,
         }
     if evaluation is not None and baseline is not None:
         ratio = ratio_with_stderr(evaluation, baseline)

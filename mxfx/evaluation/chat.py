@@ -18,11 +18,10 @@ from mxfx.calibration.sampling import Progress, batch_of, rendered, sample
 from mxfx.evaluation.evaluate import Domain
 from mxfx.evaluation.results import EvaluationError
 from mxfx.evaluation.texts import plain
+from mxfx.evaluation.wanted import CHAT
 from mxfx.evaluation.windows import answer_window
 from mxfx.ground.files import write_file
 from mxfx.ground.progress import track
-
-NAME = "chat"
 
 #: Tokens that are evaluated where no limit is given, and the longest answer.
 TOKENS = 16_384
@@ -115,7 +114,7 @@ def chat_domain(
     windows = tuple(answer_window(prompt, ids, index) for index, (prompt, ids) in enumerate(pairs))
     documents = tuple(plain(tokenizer.decode(ids)) for _, ids in pairs)
     source = f"the float model's own answers to {min(len(pairs), len(PROMPTS))} built-in prompts"
-    return Domain(NAME, source, documents, windows, _digest([key, answers]), max_length, limit_tokens)
+    return Domain(CHAT, source, documents, windows, _digest([key, answers]), max_length, limit_tokens)
 
 
 def _answer(

@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +24,7 @@ from mxfx.evaluation.results import EvalResult, EvaluationError, Scores, weighte
 from mxfx.ground.files import write_file
 
 FILE = "scores.safetensors"
+SAMPLES = "samples-"
 
 #: Relative spread of a figure from seed to seed, as config D shows it (passes_configs/README.md).
 FLOOR = 0.01
@@ -160,8 +162,38 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def compare_answers(a: Sequence[Mapping[str, object]], b: Sequence[Mapping[str, object]], metric: str) -> float:
-    """McNemar's p for a task's samples, matched by `doc_id`, whose `metric` is 0 or 1 each."""
-    of_b = {sample["doc_id"]: sample[metric] for sample in b}
-    pairs = [(sample[metric], of_b[sample["doc_id"]]) for sample in a if sample["doc_id"] in of_b]
-    return mcnemar(sum(x == 1 and y == 0 for x, y in pairs), sum(x == 0 and y == 1 for x, y in pairs))
+def compare_samples(a: Path | str, b: Path | str) -> list[Difference]:
+    """Right and wrong answers of the tasks of lm-eval that both runs kept, document by document."""
+    found = []
+    of_a, of_b = samples_in(a), samples_in(b)
+    for task in of_a.keys() & of_b.keys():
+        pairs = {sample["doc_id"]: sample for sample in of_b[task]}
+        both = [(one, pairs[one["doc_id"]]) for one in of_a[task] if one["doc_id"] in pairs]
+        for metric in _binary_metrics([sample for pair in both for sample in pair]):
+            found.append(_answers(task, metric, [(float(x[metric]), float(y[metric])) for x, y in both]))
+    return sorted(found, key=lambda difference: (difference.domain, difference.what))
+
+
+def samples_in(folder: Path | str) -> dict[str, list[dict[str, Any]]]:
+    """Samples of lm-eval's tasks in a pipeline's folder, by task."""
+    found = {}
+    for path in sorted(Path(folder).glob(f"{SAMPLES}*.jsonl")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        found[path.stem.removeprefix(SAMPLES)] = [json.loads(line) for line in lines]
+    return found
+
+
+def _binary_metrics(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Metrics that every sample has as 0 or 1."""
+    if not samples:
+        return []
+    return sorted(set.intersection(*({n for n in s["metrics"] if s.get(n) in (0, 1)} for s in samples)))
+
+
+def _answers(task: str, metric: str, pairs: Sequence[tuple[float, float]]) -> Difference:
+    """A share of wrong answers, so that less is better as in every other figure."""
+    n = len(pairs)
+    wrong_a, wrong_b = (sum(1 - pair[i] for pair in pairs) for i in (0, 1))
+    difference, error = weighted_mean([x - y for x, y in pairs], [1.0] * n)
+    p = mcnemar(sum(x > y for x, y in pairs), sum(x < y for x, y in pairs))
+    return Difference(task, f"wrong by {metric}", wrong_a / n, wrong_b / n, difference, error, error or 0.0, p)

@@ -30,9 +30,8 @@ from mxfx.evaluation.results import (
     weighted_mean,
 )
 from mxfx.evaluation.scoring import FloatLogits, Worst, score
+from mxfx.evaluation.wanted import WIKITEXT
 from mxfx.evaluation.windows import Window, prefix_token, rolling_windows
-
-WIKITEXT = "wikitext"
 
 #: Edges of the KL histogram in nats, two a decade.
 _EDGES = [10 ** (exponent / 2) for exponent in range(-10, 4)]
@@ -129,14 +128,14 @@ def evaluate(
         raise EvaluationError(f"unknown evaluation task {task!r}; expected {WIKITEXT!r}")
     if device is not None:
         model.to(device)
-    length = window_length(model.config, max_length)
+    length = window_length(getattr(model.config, "max_position_embeddings", None), max_length)
     domain = text_domain(task, tokenizer, path=eval_data, limit_tokens=limit_tokens, max_length=length)
     return measure(model, domain, tokenizer, batch_size=batch_size, reference=reference)
 
 
-def window_length(config: Any, max_length: int = 2048) -> int:
-    """`max_length`, or less where the model's configuration allows only less."""
-    return min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
+def window_length(longest: int | None, max_length: int = 2048) -> int:
+    """`max_length`, or less where the model takes only less."""
+    return min(max_length, longest or max_length)
 
 
 def measure(
@@ -179,7 +178,7 @@ def measure(
         max_length=domain.max_length,
         limit_tokens=domain.limit_tokens,
         seconds=time.perf_counter() - began,
-        divergence=None if reference is None else _divergence(scores, worst, domain, tokenizer),
+        divergence=None if scores.kl is None else _divergence(scores, worst, domain, tokenizer),
         scores=scores,
     )
 

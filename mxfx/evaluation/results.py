@@ -10,11 +10,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from mxfx.ground.errors import MxfxError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Metric = Literal["word_perplexity", "byte_perplexity", "token_perplexity"]
 

@@ -66,6 +66,10 @@ class FloatLogits:
             self._model = self._make()
         return self._model
 
+    def is_of(self, model: Any) -> bool:
+        """Whether ``model`` is the float model itself."""
+        return model is self._model
+
     def release(self) -> None:
         """Let go of the model, so that passes have the device for themselves; what is on disk stays."""
         self._model = None
@@ -112,12 +116,16 @@ def score(
     columns: dict[str, list[Tensor]] = {"loglikelihood": [], "top": [], "kl": [], "float_top": []}
     worst: list[Worst] = []
     batches = equal_lengths(windows, batch_size)
+    own = reference is not None and reference.is_of(model)
     with torch.no_grad():
         for batch in track(batches, title, len(batches)):
-            actual = logits_of(model, [windows[index] for index in batch])
             expected: Sequence[Tensor | None] = [None] * len(batch)
-            if reference is not None:
-                expected = reference(key, windows, batch)
+            if own and reference is not None:
+                # What the float model says of itself is no divergence; its logits are kept for the others.
+                actual = reference(key, windows, batch)
+            else:
+                actual = logits_of(model, [windows[index] for index in batch])
+                expected = expected if reference is None else reference(key, windows, batch)
             for index, mine, theirs in zip(batch, actual, expected, strict=True):
                 found = _score_rows(mine, windows[index].targets, theirs)
                 for name, values in found.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mxfx.report.details import decisions
+from mxfx.report.domains import domain_panels
 from mxfx.report.passes import lost, promise
 from mxfx.report.style import CSS
 
@@ -28,7 +29,7 @@ def page(folder: Path) -> str:
     configs = document["configs"]
     run = [config for config in configs if config["file"]]
     title = "mxfx: " + ", ".join(config["name"] for config in run)
-    parts = [f"<h1>{escape(title)}</h1>", _about(document), _results(configs)]
+    parts = [f"<h1>{escape(title)}</h1>", _about(document), _results(configs), domain_panels(configs)]
     parts += [_config(config, folder / config["name"]) for config in run]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -69,8 +70,9 @@ def _results(configs: Sequence[Mapping[str, Any]]) -> str:
         for config in configs
     ]
     heads = [_head("config"), *(_head(name, numeric=True) for name, _, _ in shown)]
-    evaluated = next((config["evaluation"] for config in configs if config["evaluation"]), None)
-    note = "Nothing was evaluated: the run had no --eval." if evaluated is None else _evaluated(evaluated)
+    evaluated = next((config["evaluation"]["domains"] for config in configs if config["evaluation"]), None)
+    first = None if evaluated is None else next(iter(evaluated.values()), None)
+    note = "No text was evaluated." if first is None else _evaluated(first)
     return f'<h3>Results</h3>{_table("results", heads, rows)}<p class="soft">{escape(note)}</p>'
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from mxfx.evaluation.compare import compare, compare_answers, compare_scores, mcnemar, write_scores
+from mxfx.evaluation.compare import compare, compare_samples, compare_scores, mcnemar, write_scores
 from mxfx.evaluation.evaluate import evaluate
 from mxfx.evaluation.results import EvaluationError, Scores
 from mxfx.evaluation.scoring import FloatLogits
@@ -70,11 +71,19 @@ def test_mcnemar_s_two_forms_meet() -> None:
     assert exact == pytest.approx(normal, abs=5e-3)
 
 
-def test_answers_are_matched_by_document() -> None:
-    right = [{"doc_id": i, "acc": 1.0} for i in range(8)]
-    wrong = [{"doc_id": i, "acc": 0.0} for i in reversed(range(8))]
-    assert compare_answers(right, wrong, "acc") == pytest.approx(2 / 2**8)
-    assert compare_answers(right, right, "acc") == 1.0
+def test_answers_are_matched_by_document(tmp_path: Path) -> None:
+    for name, right in (("a", 1.0), ("b", 0.0)):
+        (tmp_path / name).mkdir()
+        order = range(8) if name == "a" else reversed(range(8))
+        lines = [
+            json.dumps({"doc_id": i, "acc": right if i < 6 else 1.0, "target": 0, "metrics": ["acc"]}) for i in order
+        ]
+        (tmp_path / name / "samples-quiz.jsonl").write_text("\n".join(lines))
+    (found,) = compare_samples(tmp_path / "a", tmp_path / "b")
+    assert (found.domain, found.what, found.a, found.b) == ("quiz", "wrong by acc", 0.0, 0.75)
+    assert found.p == pytest.approx(2 / 2**6) and found.verdict == "A is better"
+    (same,) = compare_samples(tmp_path / "a", tmp_path / "a")
+    assert same.p == 1.0 and same.verdict == "inside the noise"
 
 
 def test_runs_are_compared_from_their_files(tmp_path: Path) -> None:

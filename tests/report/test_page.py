@@ -102,8 +102,22 @@ def test_the_page_fetches_nothing(run_folder: Path, page: Page) -> None:
 
 
 def test_every_table_is_filled(page: Page) -> None:
-    assert set(page.tables) == {"results", "pipeline", "products", "operands", "float-operands"}
-    assert [name for name, cells in page.tables.items() if not all(cell.strip() for cell in cells)] == []
+    seen = {"results", "domain", "worst", "pipeline", "decided", "products", "operands", "float-operands"}
+    assert set(page.tables) == seen
+    # What serves a node needs no reason.
+    full = {name: cells for name, cells in page.tables.items() if name != "decided"}
+    assert [name for name, cells in full.items() if not all(cell.strip() for cell in cells)] == []
+
+
+def test_a_panel_shows_how_far_a_domain_is_from_the_float_model(page: Page) -> None:
+    cells = page.tables["domain"]
+    rows = {row[0]: row for row in (cells[i : i + 9] for i in range(0, len(cells), 9))}
+    assert rows["float"][2:] == ["–"] * 7
+    mean, median, agreement = (float(rows["w4a4"][i].split()[0]) for i in (2, 3, 7))
+    assert median > 0 and mean > 0 and 0 < agreement < 1
+    assert "of tokens between" in rows["w4a4"][8]
+    kl = [float(cell) for cell in page.tables["worst"][::5]]
+    assert kl == sorted(kl, reverse=True) and kl[0] > mean
 
 
 def test_it_says_what_each_pass_cost_and_where_it_was_asked_for(page: Page) -> None:
@@ -122,7 +136,7 @@ def test_coverage_names_format_rule_and_line(page: Page) -> None:
 
 def test_regions_can_be_opened(run_folder: Path) -> None:
     text = (run_folder / "report.html").read_text()
-    assert text.count('<details class="diff">') == 7
+    assert text.count('<details class="diff">') == 9
     assert '<span class="cut">- %rsqrt' in text and '<span class="add">+ %rms_norm_default' in text
 
 

@@ -1,0 +1,100 @@
+"""Everything that `--eval` asks for, measured on one model after the other on the same text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mxfx.evaluation.compare import SAMPLES, write_scores
+from mxfx.evaluation.evaluate import Domain, measure, text_domain, window_length
+from mxfx.evaluation.results import EvalResult, EvaluationError
+from mxfx.evaluation.scoring import FloatLogits
+from mxfx.evaluation.tasks import TaskResult, run_task
+from mxfx.evaluation.wanted import CHAT, WIKITEXT, Wanted, kind, title
+from mxfx.ground.files import write_file
+
+#: ``(limit_tokens, max_length)`` to the domain of the float model's own answers.
+Chat = Callable[[int | None, int], Domain]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model's results by name."""
+
+    domains: dict[str, EvalResult]
+    tasks: dict[str, TaskResult]
+
+    @property
+    def first(self) -> EvalResult | None:
+        """The main domain: the first that was asked for."""
+        return next(iter(self.domains.values()), None)
+
+    @property
+    def seconds(self) -> float:
+        return sum(result.seconds for result in (*self.domains.values(), *self.tasks.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "domains": {name: result.to_json() for name, result in self.domains.items()},
+            "tasks": {name: result.to_json() for name, result in self.tasks.items()},
+        }
+
+    def write(self, folder: Path) -> None:
+        """Every token's scores and every task's samples, for `mxfx compare`."""
+        if self.domains:
+            write_scores(folder, self.domains)
+        for result in self.tasks.values():
+            for task, samples in result.samples.items():
+                lines = (json.dumps(sample, default=str) for sample in samples)
+                write_file(folder / f"{SAMPLES}{task}.jsonl", "".join(f"{line}\n" for line in lines).encode())
+
+
+class Suite:
+    """What is wanted, ready for one model after the other: text is read and cut once.
+
+    `longest` is what the model can read at once; `chat_text` makes the domain `chat`, whose text is the float model's.
+    """
+
+    def __init__(self, wanted: Wanted, tokenizer: Any, longest: int | None, chat_text: Chat | None = None) -> None:
+        self._wanted = wanted
+        self._tokenizer = tokenizer
+        self._length = window_length(longest, wanted.max_length)
+        self._chat = chat_text
+        self._domains: list[Domain] = []
+        for name in wanted.names:
+            if kind(name) != "task":
+                self._domains.append(self._domain(name, first=not self._domains))
+
+    def run(self, model: Any, reference: FloatLogits | None = None) -> Evaluation:
+        """Measure everything; `reference` asks for the divergence from the float model."""
+        wanted = self._wanted
+        domains = {
+            domain.name: measure(model, domain, self._tokenizer, batch_size=wanted.batch_size, reference=reference)
+            for domain in self._domains
+        }
+        tasks = {
+            name: run_task(
+                model,
+                self._tokenizer,
+                name,
+                wanted.tasks,
+                batch_size=wanted.batch_size,
+                max_length=self._length,
+            )
+            for name in wanted.names
+            if kind(name) == "task"
+        }
+        return Evaluation(domains, tasks)
+
+    def _domain(self, name: str, *, first: bool) -> Domain:
+        wanted = self._wanted
+        limit = wanted.limit_tokens if first or wanted.domain_tokens is None else wanted.domain_tokens
+        if name == CHAT:
+            if self._chat is None:
+                raise EvaluationError("--eval chat needs the float model, whose answers it reads; use `mxfx run`")
+            return self._chat(limit, self._length)
+        path = wanted.eval_data if name == WIKITEXT else name
+        return text_domain(title(name), self._tokenizer, path=path, limit_tokens=limit, max_length=self._length)
