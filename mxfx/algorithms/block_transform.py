@@ -179,13 +179,6 @@ def zigzag_permutation(magnitude: Tensor, block: int) -> Tensor:
     return order[ranks.T.reshape(-1)]
 
 
-def inverse_permutation(permutation: Tensor) -> Tensor:
-    """`q` with `x[..., permutation][..., q] == x`."""
-    inverse = torch.empty_like(permutation)
-    inverse[permutation] = torch.arange(permutation.shape[0], device=permutation.device)
-    return inverse
-
-
 def _with_ridge(moment: Tensor, eps: float) -> Tensor:
     moment = moment.double()
     moment = 0.5 * (moment + moment.mT)

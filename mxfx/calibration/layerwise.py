@@ -56,7 +56,7 @@ class LayeredModel:
         values = self._prologue(ids)
         hidden = values.pop(self.layers[0].carried)
         self._shared.setdefault(len(ids), values)
-        return hidden  # type: ignore[return-value]
+        return hidden
 
     def share(self, index: int, hidden: Tensor) -> None:
         """Compute what layer ``index`` gives to all later ones beside hidden states, for batches of this size."""

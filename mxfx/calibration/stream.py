@@ -244,7 +244,7 @@ class _Stream:
             experts = self._rw.weights[self._rw.program.weight_of(targets[0])].shape[0]
             for part in measure_experts(
                 lambda nodes: self._main.values(index, nodes),
-                None if self._reference is None else lambda nodes: self._reference.values(index, nodes),  # type: ignore[union-attr]
+                None if self._reference is None else lambda nodes: self._reference.values(index, nodes),
                 (source, choice),
                 twins,
                 experts,
@@ -337,7 +337,7 @@ class _Runner:
         last = {source: node for node in stage.nodes for source in node.all_input_nodes}
         for node in stage.nodes:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
-            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            env[node] = node.target(*args, **kwargs)
             for source in node.all_input_nodes:
                 if last[source] is node and source not in keep:
                     env.pop(source, None)

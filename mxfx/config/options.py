@@ -64,10 +64,6 @@ _PLAIN: dict[type, tuple[str, str]] = {
 }
 
 
-# -- reading
-# ----------------------------------------------------------------------------------------------------------
-
-
 def read(hint: Any, raw: object, at: Cursor) -> Any:
     """The typed value of ``raw``. Raises ``ConfigError`` at ``at`` for a wrong type or a bad value."""
     if hint in _PLAIN:
@@ -165,10 +161,6 @@ def _wrong(hint: Any, raw: object, at: Cursor) -> ConfigError:
     return at.error(f"{_shown(raw)} is {_kind(raw)}", expected(hint))
 
 
-# -- writing
-# ----------------------------------------------------------------------------------------------------------
-
-
 def write(value: Any) -> Any:
     """The TOML value (string, number, bool, list, dict) of a typed value. Raises ``ValueError`` for None."""
     if value is None:
@@ -206,10 +198,6 @@ def _write_field(name: str, item: object) -> Any:
         return write(item)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-# -- describing
-# -------------------------------------------------------------------------------------------------------
 
 
 def expected(hint: Any) -> str:
@@ -293,10 +281,6 @@ def _notes_in(text: str, names: frozenset[str]) -> dict[str, str]:
         else:
             current = ""
     return notes
-
-
-# -- fields
-# -----------------------------------------------------------------------------------------------------------
 
 
 def fields(cls: type) -> dict[str, dataclasses.Field]:

@@ -33,5 +33,5 @@ def server(folder: Path, *, host: str, port: int, device: str, background: bool)
         host=host,
         port=port,
         non_blocking=background,
-        reasoning="auto",  # type: ignore[arg-type]
+        reasoning="auto",
     )

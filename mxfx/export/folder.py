@@ -70,7 +70,7 @@ class MxfxForCausalLM(EmittedCausalLM):
         self.to(device)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *args: Any, **options: Any) -> MxfxForCausalLM:  # type: ignore[override]
+    def from_pretrained(cls, folder: str | Path, *args: Any, **options: Any) -> MxfxForCausalLM:
         """Open a folder that ``save_pretrained`` or ``mxfx run --out`` wrote, on ``device_map`` (the CPU if not given).
 
         Raises ``ArtefactError`` for a folder that is none or is damaged, and ``TypeError`` for another ``dtype``.
@@ -80,7 +80,7 @@ class MxfxForCausalLM(EmittedCausalLM):
         if wanted not in (None, "auto"):
             model.to(getattr(torch, wanted) if isinstance(wanted, str) else wanted)
         model.name_or_path = str(folder)
-        return (model, _NOTHING_ODD) if options.get("output_loading_info") else model  # type: ignore[return-value]
+        return (model, _NOTHING_ODD) if options.get("output_loading_info") else model
 
     def save_pretrained(self, folder: str | Path, *args: Any, **options: Any) -> None:  # type: ignore[override]
         """Write the folder; what was opened from one and is saved again has the same bytes."""

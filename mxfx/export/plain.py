@@ -140,7 +140,7 @@ def _state(program: Program, skeleton: nn.Module) -> dict[str, Tensor]:
     for name, parameter in names.items():
         twin = next((n for n, p in names.items() if p is parameter and n in program.weights), None)
         if name in program.weights or twin is not None:
-            tensor = program.weights[name if name in program.weights else twin]  # type: ignore[index]
+            tensor = program.weights[name if name in program.weights else twin]
         elif (neutral := _neutral(skeleton, name, parameter)) is not None:
             tensor = neutral
         else:
@@ -159,7 +159,7 @@ def _neutral(skeleton: nn.Module, name: str, parameter: nn.Parameter) -> Tensor 
     if parameter.dim() != 1 or any(True for _ in owner.children()) or isinstance(owner, nn.Linear):
         return None
     fresh = copy.deepcopy(owner).to_empty(device="cpu")
-    skeleton._init_weights(fresh)  # type: ignore[operator]
+    skeleton._init_weights(fresh)
     return fresh.get_parameter(name.rpartition(".")[2]).detach().float()
 
 

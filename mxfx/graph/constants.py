@@ -63,7 +63,7 @@ def store_literals(graph: fx.Graph) -> dict[str, Tensor]:
         # A literal in the model's dtype is kept exact and cast where it is read.
         stored = NOMINAL_COMPUTE if dtype == NOMINAL_MODEL else dtype
         name = names.setdefault(str((values, shape, stored)), f"constants.literal_{len(names)}")
-        found[name] = torch.tensor(values, dtype=stored).reshape(shape)  # type: ignore[arg-type]
+        found[name] = torch.tensor(values, dtype=stored).reshape(shape)
         with graph.inserting_before(node):
             read = graph.create_node("get_attr", name)
             set_info(read, NodeInfo())

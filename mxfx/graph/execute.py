@@ -70,7 +70,7 @@ def execute(
     with torch.no_grad():
         for node in program.graph.nodes:
             if node.op == "output":
-                return env[node.args[0]]  # type: ignore[index, return-value]
+                return env[node.args[0]]
             value = _value(program, node, env, given, quantize, casts)
             env[node] = value if observe is None or node.op == "get_attr" else observe(node, value)
             for operand in last_reader.get(node, ()):
@@ -118,7 +118,7 @@ def value_of(program: Program, node: fx.Node) -> Tensor:
         return env[one]
 
     with torch.no_grad():
-        return compute(node)  # type: ignore[return-value]
+        return compute(node)
 
 
 def _value(
@@ -135,13 +135,13 @@ def _value(
         return runtime_weight(program, str(node.target), casts)
     if node.op != "call_function":
         raise ValueError(f"{node.name}: cannot execute a {node.op} node")
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])  # type: ignore[misc]
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
     if node.target is _cast:
         return args[0].to(compute_dtype(program.dtype) if args[1] == "compute" else program.dtype)
     if node.target is _fake_quantize and not quantize:
         return args[0]
     try:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)
     except Exception as error:
         raise RuntimeError(f"{node.name} = {op_name(node)} failed: {error}") from error
 

@@ -67,7 +67,7 @@ def _on_the_device(val: Tensor) -> Tensor:
     """The value of an op that the model ran on a CPU whatever its device: a program has one device."""
     if val.device.type == "meta":
         return val
-    with val.fake_mode:  # type: ignore[attr-defined]
+    with val.fake_mode:
         return torch.empty_like(val, device="meta")
 
 
@@ -110,9 +110,9 @@ def _literals(node: fx.Node) -> bool:
 def _name_role(graph: fx.Graph, node: fx.Node) -> None:
     """A cast by literal becomes a cast by role, or nothing if it changes nothing."""
     source = node.args[0]
-    before, after = source.meta["val"].dtype, node.meta["val"].dtype  # type: ignore[union-attr]
+    before, after = source.meta["val"].dtype, node.meta["val"].dtype
     if before == after:
-        node.replace_all_uses_with(source)  # type: ignore[arg-type]
+        node.replace_all_uses_with(source)
         graph.erase_node(node)
     elif after not in _FLOATS:
         _replace(graph, node, aten.to.dtype, (source, after))
@@ -121,11 +121,11 @@ def _name_role(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _free(graph: fx.Graph, node: fx.Node, factories: _Factories) -> None:
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = [a.name for a in node.target._schema.arguments]
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     made = node.meta["val"]
     if node.target in _FILLS:
-        fill = _FILLS[node.target]  # type: ignore[index]
+        fill = _FILLS[node.target]
         value = given["fill_value"] if fill is None else fill
         _fill(graph, node, factories, given["size"], value)
     elif node.target is aten.scalar_tensor.default:
@@ -168,13 +168,13 @@ def _cast_first(graph: fx.Graph, node: fx.Node, given: dict[str, object], source
         del kept["dtype"]
         if source.meta["val"].dtype != dtype:
             kept[next(iter(kept))] = _insert(graph, node, torch.ops.mxfx.cast.default, (source, _role(node, dtype)))
-    positional = [a.name for a in node.target._schema.arguments if not a.kwarg_only]  # type: ignore[union-attr]
+    positional = [a.name for a in node.target._schema.arguments if not a.kwarg_only]
     args: list[object] = []
     for name in positional:
         if name not in kept:
             break
         args.append(kept.pop(name))
-    _replace(graph, node, node.target, tuple(args), kept)  # type: ignore[arg-type]
+    _replace(graph, node, node.target, tuple(args), kept)
 
 
 def _role(node: fx.Node, dtype: torch.dtype) -> str:
@@ -204,7 +204,7 @@ def _run(new: fx.Node, like: fx.Node) -> None:
     """The fake value of a new node, from those of its operands."""
     args, kwargs = fx.map_arg((new.args, new.kwargs), lambda n: n.meta["val"])
     with like.meta["val"].fake_mode, torch.no_grad():
-        new.meta["val"] = new.target(*args, **kwargs)  # type: ignore[operator]
+        new.meta["val"] = new.target(*args, **kwargs)
 
 
 def _where(node: fx.Node) -> str:

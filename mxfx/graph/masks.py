@@ -198,11 +198,11 @@ def _behind(mask: fx.Node) -> fx.Node:
 
 def _behind_slices(node: fx.Node) -> fx.Node:
     while _is_whole_slice(node):
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node
 
 
 def _is_whole_slice(node: fx.Node) -> bool:
     if node.target not in (aten.slice.Tensor, aten.expand.default):
         return False
-    return sizes_text(node.meta["val"]) == sizes_text(node.args[0].meta["val"])  # type: ignore[union-attr]
+    return sizes_text(node.meta["val"]) == sizes_text(node.args[0].meta["val"])

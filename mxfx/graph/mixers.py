@@ -34,7 +34,7 @@ def opaque_mixers(model: nn.Module) -> Iterator[None]:
 
 
 def _opaque(marked: Callable) -> Callable:
-    source = marked.__wrapped__  # type: ignore[attr-defined]
+    source = marked.__wrapped__
     known = signature(source).parameters
     name = f"{source.__module__}:{source.__name__}"
 
@@ -61,5 +61,5 @@ def _opaque(marked: Callable) -> Callable:
         # A state beside the output is for a cache, which a trace does not have.
         return (out, *(None for _ in sketch[1:])) if isinstance(sketch, tuple) else out
 
-    call.marked = marked  # type: ignore[attr-defined]
+    call.marked = marked
     return call

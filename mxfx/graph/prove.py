@@ -64,7 +64,7 @@ def prove(program: Program, model: nn.Module, limit: int | None = None) -> Proof
 def _spans(program: Program, model: nn.Module) -> set[int]:
     """Windows and chunks that the program's attention has, or that the configuration names."""
     found = {operands(n)[name] for n in program.nodes("attention") for name in ("window", "chunk")}
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    config = model.config.get_text_config()
     found |= {
         value
         for name, value in vars(config).items()
@@ -75,7 +75,7 @@ def _spans(program: Program, model: nn.Module) -> set[int]:
 
 def _tokens(program: Program, length: int, padding: int) -> tuple[Tensor, Tensor]:
     """Two rows of random ids and their mask; the first row is padded on the left."""
-    vocabulary = min((n.args[0].meta["val"].shape[0] for n in program.nodes("embedding")), default=2)  # type: ignore[union-attr]
+    vocabulary = min((n.args[0].meta["val"].shape[0] for n in program.nodes("embedding")), default=2)
     padding = min(padding, length - 1)
     ids = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(length))
     mask = torch.ones_like(ids)
@@ -154,10 +154,10 @@ def _first_difference(program: Program, model: nn.Module, ids: Tensor, mask: Ten
         path = path_of(node) if isinstance(value, Tensor) and value.is_floating_point() else ""
         while path:
             expected = outputs.get(path)
-            if expected is not None and expected.shape == value.shape:  # type: ignore[attr-defined]
+            if expected is not None and expected.shape == value.shape:
                 rows = real if expected.shape[:2] == ids.shape else ...
                 # One of several values that are made in a module is its output.
-                error = _relative(value[rows], expected[rows])  # type: ignore[index]
+                error = _relative(value[rows], expected[rows])
                 errors[path] = min(errors.get(path, error), error)
             path = path.rpartition(".")[0]
         return value

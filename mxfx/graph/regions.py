@@ -67,9 +67,6 @@ class Refusal:
     reason: str
 
 
-# -- the residual axis ------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class AxisRegion:
     """All tensors that share one feature axis of ``width`` channels, from embedding to head.
@@ -166,9 +163,6 @@ def _is_idle_dropout(node: fx.Node) -> bool:
     return node.target is aten.dropout.default and (node.args[1] == 0.0 or node.args[2] is False)
 
 
-# -- features through data movement -----------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Features:
     """Where the features of a tensor come from: ``index[…]`` is a feature of ``source``, counted over its static axes.
@@ -188,7 +182,7 @@ def features(node: fx.Node) -> Features | Refusal:
     source = node
     while source.target in _MOVES or source.target in _SAME or _is_idle_dropout(source):
         path.append(source)
-        source = source.args[0]  # type: ignore[assignment]
+        source = source.args[0]
     sizes = _sizes(source.graph)
     moved: object = _ids(source, sizes)
     for step in reversed(path):
@@ -219,7 +213,7 @@ def _move(step: fx.Node, moved: object, sizes: dict) -> object:
     rest = fx.map_arg(step.args[1:], lambda n: _concrete(n.meta["val"], sizes))
     if step.target is aten.view.default:
         return aten.reshape.default(moved, *rest)
-    return step.target(moved, *rest, **step.kwargs)  # type: ignore[operator]
+    return step.target(moved, *rest, **step.kwargs)
 
 
 def _sizes(graph: fx.Graph) -> dict:
@@ -233,7 +227,7 @@ def _sizes(graph: fx.Graph) -> dict:
 
 
 def _concrete(size: object, sizes: dict) -> int:
-    return int(size) if isinstance(size, int) else int(size.node.expr.subs(sizes))  # type: ignore[attr-defined]
+    return int(size) if isinstance(size, int) else int(size.node.expr.subs(sizes))
 
 
 def _is_matrix(product: fx.Node) -> bool:
@@ -265,9 +259,6 @@ def _covered(user: fx.Node, source: fx.Node) -> set[int] | None:
     return set(found.index.flatten().tolist())
 
 
-# -- attention --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class ValueRegion:
     """Values from the linear that makes them, through attention, to the linear that contracts them.
@@ -290,7 +281,7 @@ class ValueRegion:
 
 def value_region(attention: fx.Node) -> ValueRegion | Refusal:
     """The region of one attention node."""
-    written = features(operands(attention)["v"])  # type: ignore[arg-type]
+    written = features(operands(attention)["v"])
     if isinstance(written, Refusal):
         return written
     if kind(written.source) != "linear" or written.index.dim() != 2:
@@ -304,7 +295,7 @@ def value_region(attention: fx.Node) -> ValueRegion | Refusal:
         return Refusal(attention, f"{reason}; expected one linear")
     contracted = spec(output).product
     assert contracted is not None
-    read = features(spec(output).node_of(contracted.left))  # type: ignore[arg-type]
+    read = features(spec(output).node_of(contracted.left))
     if isinstance(read, Refusal):
         return read
     heads, width = attention.meta["val"].shape[1], attention.meta["val"].shape[-1]
@@ -343,12 +334,12 @@ class RotaryRegion:
 
 def rotary_region(attention: fx.Node) -> RotaryRegion | Refusal:
     """The region of one attention node; refused where a norm, a partial rotation or another reader is in the way."""
-    found = [_before_rope(operands(attention)[name], attention) for name in ("q", "k")]  # type: ignore[arg-type]
+    found = [_before_rope(operands(attention)[name], attention) for name in ("q", "k")]
     for side in found:
         if isinstance(side, Refusal):
             return side
     query, key = found
-    return RotaryRegion(attention, query.source, query.index, key.source, key.index)  # type: ignore[union-attr]
+    return RotaryRegion(attention, query.source, query.index, key.source, key.index)
 
 
 def _before_rope(node: fx.Node, attention: fx.Node) -> Features | Refusal:
@@ -360,16 +351,13 @@ def _before_rope(node: fx.Node, attention: fx.Node) -> Features | Refusal:
         return Refusal(attention, f"{node.name} comes from {op_name(rope)}, not from a whole rotary embedding")
     if len(rope.users) != 1 or any(len(n.users) != 1 for n in below.path):
         return Refusal(attention, f"{rope.name} has other readers than attention")
-    above = features(rope.args[0])  # type: ignore[arg-type]
+    above = features(rope.args[0])
     if isinstance(above, Refusal):
         return above
     if kind(above.source) != "linear" or above.index.dim() != 2:
         return Refusal(attention, f"{op_name(above.source)} stands between {rope.name} and its linear")
     shared = _exclusive(above, rope)
     return above if shared is None else Refusal(attention, shared)
-
-
-# -- gated activations ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -447,9 +435,6 @@ def _below(user: fx.Node, operand: object, linear: bool) -> Iterator[tuple[Write
         return
     shared = _exclusive(found, user)
     yield (Writer(found.source, found.index), linear) if shared is None else Refusal(user, shared)
-
-
-# -- inputs of linears ------------------------------------------------------------------------------------------
 
 
 def siblings(program: Program) -> dict[fx.Node, list[fx.Node]]:

@@ -74,9 +74,6 @@ class HashMismatch(TextError):
     """A weight of the store is not the one that the text names."""
 
 
-# -- printing --------------------------------------------------------------------------------------------------------
-
-
 def to_text(program: Program, *, header: bool = True) -> str:
     """The program as text that ``parse`` reads back; without ``header`` the graph alone.
 
@@ -259,9 +256,6 @@ def _plain(value: object) -> object:
     return sorted(map(str, value)) if isinstance(value, set | frozenset) else value
 
 
-# -- parsing ---------------------------------------------------------------------------------------------------------
-
-
 def parse(text: str, store: Mapping[str, Tensor] | None = None) -> Program:
     """The program that was printed as ``text``.
 
@@ -314,7 +308,7 @@ class _Reader:
             Source(name, architecture, json.loads(header.get("config", "{}"))),
             self.symbols,
             facts,
-            _tuples(json.loads(header.get("notes", "{}"))),  # type: ignore[arg-type]
+            _tuples(json.loads(header.get("notes", "{}"))),
         )
         self.mode, self.sizes = _environment(self.symbols)
         self.fake = FakeRunner(self.mode)
@@ -565,8 +559,6 @@ class _Reader:
     def names(self) -> dict[str, str]:
         return {str(size): name for name, size in self.sizes.items()}
 
-    # -- characters --------------------------------------------------------------------------------------------------
-
     def advance(self) -> bool:
         """Go to the next line that is neither empty nor a comment (``// …``)."""
         while self.number < len(self.lines):
@@ -644,8 +636,8 @@ def _environment(symbols: tuple[Symbol, ...]) -> tuple[FakeTensorMode, dict[str,
         hint = min(symbol.high, (2, 17, 31, 43, 59)[position % 5])
         where = ConstantSource(symbol.name)
         expression = env.create_symbol(hint, where, dynamic_dim=DimDynamic.DYNAMIC)
-        env.constrain_symbol_range(expression, symbol.low, symbol.high)  # type: ignore[arg-type]
-        sizes[symbol.name] = env.create_symintnode(expression, hint=hint, source=where)  # type: ignore[assignment]
+        env.constrain_symbol_range(expression, symbol.low, symbol.high)
+        sizes[symbol.name] = env.create_symintnode(expression, hint=hint, source=where)
     return mode, sizes
 
 

@@ -72,5 +72,5 @@ def shaken(model: nn.Module) -> nn.Module:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-        model.get_input_embeddings().weight.add_(0.05)  # type: ignore[operator, union-attr]
+        model.get_input_embeddings().weight.add_(0.05)
     return model

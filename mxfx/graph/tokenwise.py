@@ -89,4 +89,4 @@ def _has(val: Tensor, length: object) -> bool:
 def _depends(size: object, length: object) -> bool:
     if isinstance(size, int):
         return False
-    return bool(size.node.expr.free_symbols & length.node.expr.free_symbols)  # type: ignore[attr-defined]
+    return bool(size.node.expr.free_symbols & length.node.expr.free_symbols)

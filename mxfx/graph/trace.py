@@ -103,7 +103,7 @@ def bind(program: Program, model: nn.Module) -> Program:
 
 def _configuration(model: nn.Module) -> dict[str, object]:
     """Configuration as JSON, with the model's generation config under ``GENERATION`` where it has one."""
-    config = json.loads(model.config.to_json_string(use_diff=False))  # type: ignore[operator, union-attr]
+    config = json.loads(model.config.to_json_string(use_diff=False))
     generation = getattr(model, "generation_config", None)
     return config if generation is None else {**config, GENERATION: json.loads(generation.to_json_string(False))}
 

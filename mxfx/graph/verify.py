@@ -6,8 +6,8 @@
 4. schema: arity and kinds of operands, no device or dtype literal, no op that writes its operands but caches, each
 written by one node before all that read it
 5. types: every op run on fake tensors gives the shape and dtype that its node states
-6. formats: annotations on operands that exist, blocks along the contraction axis, quantizers that agree with
-annotations 7. lowering: nothing of the dialect left once the program is lowered; and nowhere a node that nobody reads
+6. formats: annotations on operands that exist, blocks along the contraction axis, quantizers that agree with them
+7. lowering: nothing of the dialect left once the program is lowered; and nowhere a node that nobody reads
 
 Levels 4 to 6 look at touched nodes and their readers only where the caller says what was touched.
 """
@@ -76,9 +76,6 @@ def _is_touched(node: fx.Node, touched: Collection[str]) -> bool:
 def _fault(node: fx.Node, problem: str, advice: str) -> VerifyError:
     where = f"{node.name} = {op_name(node)} in {path_of(node) or 'the top level'}"
     return VerifyError(f"{where}: {problem}; {advice}")
-
-
-# -- 1. structure ----------------------------------------------------------------------------------------------------
 
 
 def _structure(program: Program) -> None:
@@ -151,9 +148,6 @@ def _dead(program: Program) -> None:
             raise _fault(node, "nobody reads it", "erase it, or let apply() clean up")
 
 
-# -- 2. metadata -----------------------------------------------------------------------------------------------------
-
-
 def _metadata(program: Program) -> None:
     mode = fake_mode_of(program.graph)
     for node in program.graph.nodes:
@@ -175,9 +169,6 @@ def _metadata(program: Program) -> None:
 def _tensors(val: object) -> Iterable[Tensor]:
     values = val if isinstance(val, list | tuple) else (val,)
     return (v for v in values if isinstance(v, Tensor))
-
-
-# -- 3. weights ------------------------------------------------------------------------------------------------------
 
 
 def _weights(program: Program) -> None:
@@ -257,9 +248,6 @@ def _ledger(program: Program) -> None:
             raise VerifyError(
                 f"weight {name!r} is not what the ledger says; change weights through Rewriter.set_weight only"
             )
-
-
-# -- 4. schema -------------------------------------------------------------------------------------------------------
 
 
 def _schema(node: fx.Node, lowered: bool) -> None:
@@ -369,9 +357,6 @@ def _flat(operands: Iterable[object]) -> Iterable[object]:
             yield operand
 
 
-# -- 5. types --------------------------------------------------------------------------------------------------------
-
-
 def _types(program: Program, nodes: list[fx.Node], kept: FakeRunner | None) -> int:
     mode = fake_mode_of(program.graph)
     if mode is None:
@@ -408,7 +393,7 @@ def _input_type(node: fx.Node) -> None:
 
 
 def _logits_type(node: fx.Node) -> None:
-    val = node.args[0].meta["val"]  # type: ignore[union-attr]
+    val = node.args[0].meta["val"]
     if not (isinstance(val, Tensor) and val.dim() == 3 and val.is_floating_point()):
         raise _fault(node, f"it returns {_described(val)}", "return floating logits (batch, seq, vocabulary)")
 
@@ -431,9 +416,6 @@ def _described(val: object) -> str:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-# -- 6. formats ------------------------------------------------------------------------------------------------------
 
 
 def _formats(node: fx.Node, lowered: bool) -> None:
@@ -518,9 +500,6 @@ def _annotated(node: fx.Node, operand: str, fmt: Format) -> None:
         raise _fault(
             node, f"{operand} is annotated {fmt} and quantized to {rounded.format}", "let one pass decide the format"
         )
-
-
-# -- 7. lowering -----------------------------------------------------------------------------------------------------
 
 
 def _lowered(program: Program) -> None:

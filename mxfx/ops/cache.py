@@ -166,7 +166,7 @@ def _kernels(
 
 #: Operands that ``cached_attend`` and ``mxfx::cached_attention`` write.
 CACHES = ("keys", "values", "key_scales", "value_scales")
-cached_attend.mutates = CACHES  # type: ignore[attr-defined]
+cached_attend.mutates = CACHES
 
 
 def _shape(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:

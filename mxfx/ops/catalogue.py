@@ -184,12 +184,6 @@ def records() -> tuple[Record, ...]:
     return tuple(_RECORDS.values())
 
 
-def concepts_with(operand: str) -> tuple[str, ...]:
-    """The concepts that have an operand of that name which can carry a format."""
-    having = [r for r in _RECORDS.values() if operand in r.by_name and r.by_name[operand].axis is not None]
-    return tuple(dict.fromkeys(r.concept for r in having))
-
-
 @dataclass(frozen=True)
 class Spec:
     """A record seen from one call of its op."""
@@ -231,7 +225,7 @@ class Spec:
         val = self.node.meta.get("val")
         if isinstance(val, Tensor) and axis == val.dim() - 1:
             axis = -1
-        return Rounded(str(self.get(rounding.format)), axis)  # type: ignore[arg-type]
+        return Rounded(str(self.get(rounding.format)), axis)
 
     def has(self, name: str) -> bool:
         """Whether the op has an operand of that name."""

@@ -83,7 +83,7 @@ def _fresh(definition: Definition) -> Definition:
         shared = any(out is a or (out._is_view() and out._base is a) for a in inputs)
         return out.clone() if shared else out
 
-    kernel.__signature__ = inspect.signature(definition, eval_str=True)  # type: ignore[attr-defined]
+    kernel.__signature__ = inspect.signature(definition, eval_str=True)
     kernel.__name__ = definition.__name__
     kernel.__annotations__ = inspect.get_annotations(definition, eval_str=True)
     return kernel

@@ -41,7 +41,7 @@ def reference(function: str) -> Callable:
         found = getattr(import_module(module), name, None)
         found = getattr(found, "marked", found)
         if is_marked(found):
-            return found.__wrapped__  # type: ignore[union-attr]
+            return found.__wrapped__
     raise ValueError(f"{function!r} is no function of transformers that a kernel may replace; expected module:name")
 
 

@@ -142,7 +142,7 @@ def _through_casts(readers: list[fx.Node]) -> list[fx.Node]:
 def _gain(program: Program, norm: fx.Node) -> Tensor:
     """What the norm multiplies by, float64 ``(hidden,)``."""
     gain = program.weights[program.weight_of(norm)].double()
-    return gain + float(operands(norm)["offset"])  # type: ignore[arg-type]
+    return gain + float(operands(norm)["offset"])
 
 
 @NORMS_FUSED.means

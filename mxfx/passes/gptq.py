@@ -232,7 +232,7 @@ class Gptq(Pass):
         tensors: dict[str, Tensor],
         results: list[dict[str, object]],
     ) -> None:
-        rw.record.details["resumed_layers"] += 1  # type: ignore[operator]
+        rw.record.details["resumed_layers"] += 1
         accounts = {account["weight"]: account for account in results}
         for node in layer.targets:
             weight = rw.program.weight_of(node)
@@ -318,15 +318,15 @@ class Gptq(Pass):
         mark_rounded(rw, node, "weight")
         details = dict(account)
         coverage = details.pop("experts", None)
-        rw.record.details["linears"].append(details)  # type: ignore[attr-defined]
+        rw.record.details["linears"].append(details)
         if isinstance(coverage, dict):
-            rw.record.details["experts"].append({"path": path_of(node), **coverage})  # type: ignore[attr-defined]
+            rw.record.details["experts"].append({"path": path_of(node), **coverage})
         message = fallback(node, account)
         if message is None:
             return
         if ctx.strict:
             raise StrictError(f"gptq: {message}")
-        rw.record.details["fallbacks"] += 1  # type: ignore[operator]
+        rw.record.details["fallbacks"] += 1
         rw.warn(message)
 
 

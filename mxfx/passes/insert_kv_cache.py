@@ -129,7 +129,7 @@ def _format(source: fx.Node) -> Format | None:
 def _insert(rw: Rewriter, node: fx.Node, inputs: _Inputs) -> None:
     given = operands(node)
     limits = [int(given[name]) for name in ("window", "chunk") if given[name] is not None]  # type: ignore[call-overload]
-    ((keys, values), scales, formats), first = inputs.of(given["k"], given["v"], min(limits, default=None))  # type: ignore[arg-type, type-var]
+    ((keys, values), scales, formats), first = inputs.of(given["k"], given["v"], min(limits, default=None))
     new = rw.call(
         torch.ops.mxfx.cached_attention.default,
         *(given[name] for name in ("q", "k", "v", "mask")), inputs.slots, keys, values, *scales,

@@ -70,8 +70,8 @@ class MultiplyInFp8(Pass):
 def _why_not(rw: Rewriter, node: fx.Node) -> str | None:
     """Why a linear does not run in FP8; None if it does."""
     x, codes, scales, _, text = node.args
-    fmt, width, channels = parse(str(text)), x.meta["val"].shape[-1], codes.meta["val"].shape[0]  # type: ignore[union-attr]
-    of_x = _format_of(x)  # type: ignore[arg-type]
+    fmt, width, channels = parse(str(text)), x.meta["val"].shape[-1], codes.meta["val"].shape[0]
+    of_x = _format_of(x)
     if of_x is None:
         return "its input is read unrounded"
     if not fp8.carries(of_x):
@@ -82,7 +82,7 @@ def _why_not(rw: Rewriter, node: fx.Node) -> str | None:
         return f"no kernel expands rows of {width} in {fmt} to E4M3"
     if width % ALIGNED or channels % ALIGNED:
         return f"an FP8 GEMM takes sizes that are multiples of {ALIGNED}; the weight is {channels} × {width}"
-    bytes_, powers = (rw.weights[str(part.target)] for part in (codes, scales))  # type: ignore[union-attr]
+    bytes_, powers = (rw.weights[str(part.target)] for part in (codes, scales))
     if bytes_.device.type == "meta":
         return "its weight has no data (meta device)"
     beyond = fp8.octaves_beyond(bytes_, powers, fmt, width)
@@ -93,7 +93,7 @@ def _format_of(x: fx.Node) -> Format | None:
     """The format that the values of a node lie in along the last axis, where the node itself rounds them."""
     if x.op != "call_function" or "quantize" not in getattr(x.target, "__name__", str(x.target)):
         return None
-    names = list(arguments_of(x.target))  # type: ignore[arg-type]
+    names = list(arguments_of(x.target))
     given = dict(zip(names, x.args, strict=False)) | x.kwargs
     if given.get("axis", -1) not in (-1, x.meta["val"].dim() - 1):
         return None
@@ -108,7 +108,7 @@ def _together(rw: Rewriter, x: fx.Node, linears: list[fx.Node]) -> None:
     rows = rw.call(packed.E4M3_ROWS, x, like=first, before=first)
     payload, factors = (rw.call(operator.getitem, rows, i, like=first, before=first) for i in (0, 1))
     codes, scales, biases = (
-        [rw.weight(str(linear.args[at].target), first, first) for linear in linears if linear.args[at] is not None]  # type: ignore[union-attr]
+        [rw.weight(str(linear.args[at].target), first, first) for linear in linears if linear.args[at] is not None]
         for at in (1, 2, 3)
     )
     out = rw.call(

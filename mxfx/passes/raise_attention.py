@@ -69,7 +69,7 @@ def _unrepeated(node: fx.Node) -> fx.Node:
     for target in chain:
         if source.target is not target:
             return node
-        source = source.args[0]  # type: ignore[assignment]
+        source = source.args[0]
     return source
 
 

@@ -109,7 +109,7 @@ def _rewrite(rw: Rewriter, end: fx.Node, found: Found, gain_first: bool) -> None
         bound["x"],
         bound.get("gain"),
         bound["eps"],
-        float(bound.get("offset", 0.0)),  # type: ignore[arg-type]
+        float(bound.get("offset", 0.0)),
         gain_first,
         like=end,
     )

@@ -73,8 +73,8 @@ def _match_rope(root: fx.Node) -> Found | Failed:
     found = match(Op(aten.add.Tensor, (plain, turned), swap=True), root)
     if isinstance(found, Failed):
         return found
-    width = found.bound["x"].meta["val"].shape[-1]  # type: ignore[attr-defined]
-    if found.bound["half"] * 2 != width:  # type: ignore[operator]
+    width = found.bound["x"].meta["val"].shape[-1]
+    if found.bound["half"] * 2 != width:
         return Failed(6, f"the halves meet at {found.bound['half']}, not in the middle of {width}")
     return found
 

@@ -49,7 +49,7 @@ class RotateQk(Pass):
         for attention in rw.program.nodes("attention"):
             if not self.select(attention):
                 continue
-            width = operands(attention)["q"].meta["val"].shape[-1]  # type: ignore[attr-defined]
+            width = operands(attention)["q"].meta["val"].shape[-1]
             block = self.block or width
             if width % block or not has_hadamard(block):
                 rw.skip(attention, f"no Hadamard matrix of order {block} fits the head dimension {width}")

@@ -83,7 +83,7 @@ class RotationSearch(Pass):
             found = self._search(rw.program, members, ctx, tokens)
             store_decisions(file, key, found)
         rw.record.details.update(found)
-        for site in found["winners"]:  # type: ignore[attr-defined]
+        for site in found["winners"]:
             for node in members.get(site, ()):
                 rotate_operands(rw, node, self.block, _place(site))
 
@@ -106,8 +106,6 @@ class RotationSearch(Pass):
             winners.append(winner)
             best = tried[winner]
         return {"winners": winners, "baseline": baseline, "perplexity": best, "tokens": tokens.numel(), "steps": steps}
-
-    # -- decisions that later runs reuse
 
     def _key(self, program: Program, ctx: Context, tokens: Tensor) -> str:
         output = next(n for n in program.graph.nodes if n.op == "output")
@@ -145,9 +143,6 @@ def _members(program: Program, site: str) -> list[fx.Node]:
 def _place(site: str) -> str:
     """The site of ``online-rotation`` that a type of matmul is."""
     return site if site in _ATTENTION else "linear"
-
-
-# -- one module for all candidates: each type's rotation is a switch
 
 
 def switched_quantize(x: Tensor, format: str, rotation: Tensor, on: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class ScaleChannels(Pass):
                 continue
             reason = region.reason if isinstance(region, Refusal) else _why_fixed(rw, region)
             if reason is None:
-                chosen.append(region)  # type: ignore[arg-type]
+                chosen.append(region)
             else:
                 rw.skip(node, reason)
         return chosen
@@ -126,7 +126,7 @@ class ScaleChannels(Pass):
         _scale_rows(rw, region.query, region.query_rows.flatten(), scale.repeat_interleave(group, 0).flatten())
 
     def _scale_gain(self, rw: Rewriter, norm: fx.Node, scale: Tensor) -> None:
-        offset = float(operands(norm)["offset"])  # type: ignore[arg-type]
+        offset = float(operands(norm)["offset"])
         name = rw.program.weight_of(norm)
         rw.set_weight(name, (rw.weights[name].double() + offset) / scale.to(rw.weights[name].device) - offset)
         for linear in list(norm.users):

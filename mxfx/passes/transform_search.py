@@ -112,7 +112,7 @@ class TransformSearch(Pass):
             decisions = self._decide(rw.program, found, moments, ctx, test)
             store_decisions(file, key, decisions)
         rw.record.details.update({name: decisions[name] for name in ("sites", "check")})
-        chosen = {name: decision["chosen"] for name, decision in decisions["sites"].items()}  # type: ignore[attr-defined]
+        chosen = {name: decision["chosen"] for name, decision in decisions["sites"].items()}
         self._insert_all(rw, found, chosen, moments)
 
     def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

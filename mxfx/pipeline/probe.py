@@ -46,15 +46,12 @@ class Probe:
         self._known = [*self._known[-1:], (program, logits)]
         return logits
 
-    def forget(self) -> None:
-        self._known.clear()
-
 
 def vocabulary(program: Program) -> int:
     """Number of token ids that the program's embedding knows. Raises ``ValueError`` if it has none."""
     for node in program.graph.nodes:
         if kind(node) == "embedding":
-            return int(node.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
+            return int(node.args[0].meta["val"].shape[0])
     raise ValueError("the program has no embedding, so there are no token ids to probe it with")
 
 

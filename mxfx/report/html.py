@@ -49,8 +49,6 @@ def _about(document: Mapping[str, Any]) -> str:
     return "".join(f'<p class="soft">{escape(line)}</p>' for line in lines)
 
 
-# -- results ---------------------------------------------------------------------------------------------------------
-
 _FIGURES = (
     ("word ppl", "word_perplexity", ".3f"),
     ("× float", "ratio", ".3f"),
@@ -88,9 +86,6 @@ def _evaluated(evaluation: Mapping[str, Any]) -> str:
         about
         + "word perplexity by lm-eval's wikitext metrics; ± is the standard error of its ratio to the float model."
     )
-
-
-# -- one configuration -----------------------------------------------------------------------------------------------
 
 
 def _config(config: Mapping[str, Any], folder: Path) -> str:
@@ -171,9 +166,6 @@ def _warnings(passes: Sequence[Mapping[str, Any]]) -> str:
     return "<h3>Warnings</h3><ul>" + "".join(f"<li>{escape(w)}</li>" for w in found) + "</ul>"
 
 
-# -- heat map --------------------------------------------------------------------------------------------------------
-
-
 def _heat_maps(passes: Sequence[Mapping[str, Any]]) -> str:
     """SQNR by layer and operand after the last lossy pass; after those before it on request."""
     measured = [(step["pass"], step["findings"]["ledger"]) for step in passes if _is_measured(step)]
@@ -225,9 +217,6 @@ def _heat(row: Mapping[int, float | None], operand: str, layer: int, low: float,
     return f'<i style="--v:{share:.3f}" title="{where}: {db:.1f} dB">{db:.0f}</i>'
 
 
-# -- coverage --------------------------------------------------------------------------------------------------------
-
-
 def _coverage(report: Mapping[str, Any] | None) -> str:
     if report is None:
         return '<h3>Coverage</h3><p class="soft">The pipeline lowers the program: its operands are gone.</p>'
@@ -274,9 +263,6 @@ def _operand_name(row: Mapping[str, Any]) -> str:
     return escape(f"{row['path']} · {row['kind']} {row['operand']}")
 
 
-# -- regions ---------------------------------------------------------------------------------------------------------
-
-
 def _regions(passes: Sequence[Mapping[str, Any]], folder: Path) -> str:
     found = []
     for index, step in enumerate(passes, start=1):
@@ -303,9 +289,6 @@ _LINE = {"+": "add", "-": "cut", "~": "reads", "@": "place"}
 def _diff_line(line: str) -> str:
     of = _LINE.get(line[:1], "")
     return f'<span class="{of}">{escape(line)}</span>' if of else f"<span>{escape(line)}</span>"
-
-
-# -- tables ----------------------------------------------------------------------------------------------------------
 
 
 def _table(name: str, heads: Iterable[str], rows: Iterable[Sequence[str]]) -> str:

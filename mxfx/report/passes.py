@@ -23,7 +23,7 @@ def summary(passes: Mapping[str, type[Pass]]) -> Table:
     for heading in ("pass", "numerics", "what it does"):
         table.add_column(heading)
     for name, cls in passes.items():
-        table.add_row(name, Text(str(cls.numerics)), Text(inspect.getdoc(cls).splitlines()[0]))  # type: ignore[union-attr]
+        table.add_row(name, Text(str(cls.numerics)), Text(inspect.getdoc(cls).splitlines()[0]))
     return table
 
 

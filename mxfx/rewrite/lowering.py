@@ -180,7 +180,7 @@ def _lower_cached_attention(rw: Rewriter, node: fx.Node, biases: dict[tuple, fx.
 
 def _lower_hadamard(rw: Rewriter, node: fx.Node, inliner: Inliner) -> None:
     """Products with one stored matrix an order, or, of a high order, with the ±1 matrices of its two factors."""
-    order = int(node.args[1])  # type: ignore[call-overload]
+    order = int(node.args[1])
     if order <= DENSE_ORDER:
         matrix = _stored(rw, node, f"hadamard.{order}", lambda: hadamard_matrix(order, torch.float64))
         new = rw.call(torch.ops.mxfx.block_transform.default, node.args[0], matrix, like=node)

@@ -58,7 +58,7 @@ def mark_rounded(rw: Rewriter, node: fx.Node, operand: str) -> None:
 
 
 def is_rounded(node: fx.Node, operand: str) -> bool:
-    return operand in info(node).notes.get(_ROUNDED, ())  # type: ignore[operator]
+    return operand in info(node).notes.get(_ROUNDED, ())
 
 
 def not_rounded(program: Program, selected: Selected, wanted: Callable[[str], bool]) -> str | None:

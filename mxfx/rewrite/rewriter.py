@@ -30,8 +30,6 @@ class Rewriter:
         self.record = PassRecord(pass_name)
         self._limit = limit
 
-    # -- accounting ---------------------------------------------------------------------------------------------
-
     def match(self, node: fx.Node, note: str = "", rule: str = "") -> bool:
         """Count a rewrite at ``node``. False means: leave it alone, the bisect limit is reached."""
         if self._limit is not None and len(self.record.matches) >= self._limit:
@@ -47,8 +45,6 @@ class Rewriter:
 
     def warn(self, message: str) -> None:
         self.record.warnings.append(message)
-
-    # -- nodes --------------------------------------------------------------------------------------------------
 
     def call(
         self,
@@ -114,9 +110,9 @@ class Rewriter:
 
         where = ConstantSource(name)
         expression = env.create_symbol(hint, where, dynamic_dim=DimDynamic.DYNAMIC)
-        env.constrain_symbol_range(expression, low, high)  # type: ignore[arg-type]
+        env.constrain_symbol_range(expression, low, high)
         self.program.symbols = (*self.program.symbols, Symbol(name, low, high))
-        return env.create_symintnode(expression, hint=hint, source=where)  # type: ignore[return-value]
+        return env.create_symintnode(expression, hint=hint, source=where)
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let every user of ``old`` read ``new``; annotations and notes of ``old`` move over."""
@@ -183,8 +179,6 @@ class Rewriter:
         if "custom" in like.meta:
             node.meta["custom"] = like.meta["custom"]
         self.record.touched.add(node.name)
-
-    # -- weights ------------------------------------------------------------------------------------------------
 
     def set_weight(self, name: str, tensor: Tensor) -> None:
         """Replace a weight (copy on write, ledger entry); the nodes that read it count as touched."""

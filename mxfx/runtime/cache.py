@@ -51,7 +51,7 @@ def cache_specs(program: Program) -> tuple[CacheSpec, ...]:
             _, heads, _, width = cache.meta["val"].shape
             limits = [limit for limit in (given["window"], given["chunk"]) if limit is not None]
             window = min(limits, default=None)  # type: ignore[type-var]
-            found[str(cache.target)] = CacheSpec(str(cache.target), heads, width, cache.meta["val"].dtype, window)  # type: ignore[arg-type]
+            found[str(cache.target)] = CacheSpec(str(cache.target), heads, width, cache.meta["val"].dtype, window)
             if given["writes"] is False:
                 # The second reader comes when the first has written: what a ring pushed out would be missing.
                 shared.add(str(cache.target))

@@ -221,7 +221,7 @@ def configs_of(program: Program) -> tuple[PreTrainedConfig, GenerationConfig]:
     config.tie_word_embeddings = False
     stored = program.source.config.get(GENERATION)
     generation = (
-        GenerationConfig.from_dict(dict(stored))  # type: ignore[call-overload]
+        GenerationConfig.from_dict(dict(stored))
         if isinstance(stored, dict)
         else GenerationConfig.from_model_config(config)
     )

@@ -59,10 +59,8 @@ class Rectify(Pass):
     select: Selector = GATES
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
-        from mxfx.graph.node import path_of
-
         for node in rw.program.nodes("linear"):
-            if self.select(path_of(node)) and rw.match(node):
+            if self.select(node) and rw.match(node):
                 rw.replace(node, rw.call(torch.ops.aten.relu.default, node, like=node, after=node))
 
 
@@ -166,8 +164,8 @@ def test_a_promise_holds_for_what_the_pass_selects_and_does_not_skip() -> None:
 
 
 def test_a_selector_matches_whole_paths() -> None:
-    assert Selector(r"model\.layers\.\d+\.mlp")("model.layers.11.mlp")
-    assert not Selector(r"model\.layers\.\d+\.mlp")("model.layers.11.mlp.up_proj")
+    assert Selector(r"model\.layers\.\d+\.mlp").names("model.layers.11.mlp")
+    assert not Selector(r"model\.layers\.\d+\.mlp").names("model.layers.11.mlp.up_proj")
     with pytest.raises(ValueError, match=r"is no regular expression: .* at position 0"):
         Selector("(mlp")
 

@@ -124,7 +124,7 @@ def kernel_op(
 
     def signature(*args, **kwargs): ...
 
-    signature.__signature__ = inspect.signature(definition, eval_str=True)  # type: ignore[attr-defined]
+    signature.__signature__ = inspect.signature(definition, eval_str=True)
     schema = torch.library.infer_schema(signature, mutates_args=())
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")

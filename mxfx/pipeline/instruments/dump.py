@@ -73,7 +73,7 @@ class Dump(Instrument):
         assert step.record is not None
         account = step.record.to_json()
         for key in ("matched", "skipped"):
-            account[key] = [entry for entry in account[key] if self.paths.names(entry["path"])]  # type: ignore[attr-defined]
+            account[key] = [entry for entry in account[key] if self.paths.names(entry["path"])]
         return account
 
     def _index(self, row: str) -> None:

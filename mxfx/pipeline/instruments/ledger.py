@@ -96,7 +96,7 @@ class Ledger(Instrument):
             "max_ppl_ratio": (self.budget.max_ppl_ratio, entry["ppl_ratio"]),
         }
         for name, (limit, value) in limits.items():
-            if limit is not None and not value <= limit:  # type: ignore[operator]
+            if limit is not None and not value <= limit:
                 raise BudgetError(
                     f"{step.title} leaves {name[4:]} {value:.4g} on the probe inputs, "
                     f"the budget allows {name} = {limit:g}; "

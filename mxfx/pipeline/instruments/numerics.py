@@ -220,8 +220,8 @@ def _first_difference(before: Program, after: Program, ids: Tensor, tol: float, 
     def compare(node: fx.Node, value: object) -> object:
         old, same = recorded.get(node.name), calls.get(node.name) == _call(node)
         comparable = isinstance(value, Tensor) and isinstance(old, Tensor) and old.shape == value.shape
-        if same not in found and comparable and value.is_floating_point():  # type: ignore[union-attr]
-            error = relative_error(value, old)  # type: ignore[arg-type]
+        if same not in found and comparable and value.is_floating_point():
+            error = relative_error(value, old)
             if error > tol:
                 found[same] = _place(node, f"off by {error:.3g}")
         return value
