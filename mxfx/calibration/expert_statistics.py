@@ -67,6 +67,8 @@ def aligned(reference: Tensor, x: Tensor, theirs: Tensor, ours: Tensor) -> Tenso
     ``reference`` and ``x`` are ``(tokens, chosen, columns)``, ``theirs`` and ``ours`` the experts ``(tokens,
     chosen)`` of either run. A choice that the reference did not make tells nothing of the error of its input.
     """
+    if torch.equal(ours, theirs):
+        return reference
     same = ours[:, :, None] == theirs[:, None, :]
     place = same.to(torch.int8).argmax(-1)
     rows = torch.take_along_dim(reference, place[:, :, None], 1)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
 
 from mxfx.graph.errors import TraceError
-from mxfx.graph.node import info, set_info
+from mxfx.graph.fake import FakeRunner
+from mxfx.graph.node import info, kind, set_info
 from mxfx.graph.program import Program
+
+aten = torch.ops.aten
 
 #: A stored weight whose name ends so is the transposed view of the model's weight of the name before it.
 TRANSPOSED = ".mT"
 
-_TRANSPOSES = (torch.ops.aten.transpose.int, torch.ops.aten.mT.default)
+_TRANSPOSES = (aten.transpose.int, aten.mT.default)
 
 
 def experts_forward(
@@ -54,35 +57,64 @@ def _linear(module: nn.Module, name: str, x: Tensor, experts: Tensor) -> Tensor:
 def settle_experts(program: Program) -> None:
     """In a fresh trace: each expert linear is called after its weight, and stored weights have their input axis last.
 
-    A weight that the model keeps as ``(experts, in, out)`` is stored as a view of it under a name that says so.
+    A weight that the model keeps as ``(experts, in, out)`` is stored as a view of it under a name that says so. A
+    batched product with a stored weight is an expert linear too: each expert reads rows of its own.
     """
-    for node in program.nodes("expert_linear"):
+    for node in list(program.nodes()):
+        if node.target is aten.bmm.default and _is_stack(node.args[1]):
+            node = _expert_linear(program, node)
+        if kind(node) != "expert_linear":
+            continue
         source = node.args[1]
-        if isinstance(source, fx.Node) and source.target in _TRANSPOSES:
-            source = _store_transposed(program, node, source)
-        if isinstance(source, fx.Node) and source.op == "get_attr":
-            set_info(node, replace(info(node), path=str(source.target).removesuffix(TRANSPOSED)))
+        if isinstance(source, fx.Node) and source.target in _TRANSPOSES and _is_stack(source.args[0]):
+            node.update_arg(1, _store_transposed(program, source.args[0], node))  # type: ignore[arg-type]
+            for stale in (source, source.args[0]):
+                if not stale.users:  # type: ignore[union-attr]
+                    program.graph.erase_node(stale)  # type: ignore[arg-type]
+        if isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr":
+            set_info(node, replace(info(node), path=str(node.args[1].target).removesuffix(TRANSPOSED)))
 
 
-def _store_transposed(program: Program, node: fx.Node, view: fx.Node) -> fx.Node:
-    weight = view.args[0]
-    if (
-        not isinstance(weight, fx.Node)
-        or weight.op != "get_attr"
-        or view.args[1:] not in ((1, 2), (2, 1), (-1, -2), ())
-    ):
-        return view
+def _is_stack(operand: object) -> bool:
+    """Whether an operand is a stored weight ``(experts, …, …)``."""
+    return isinstance(operand, fx.Node) and operand.op == "get_attr" and operand.meta["val"].dim() == 3
+
+
+def _expert_linear(program: Program, product: fx.Node) -> fx.Node:
+    """``bmm(x, w)`` for ``x`` of ``(experts, rows, in)``: an expert linear whose slice ``e`` chooses expert ``e``."""
+    x, weight = product.args
+    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    runner = FakeRunner(weight.meta["val"].fake_mode)
+
+    def call(target: Callable, *args: object) -> fx.Node:
+        with program.graph.inserting_before(product):
+            node = program.graph.call_function(target, args)
+        node.meta = {"val": runner.run(node)}
+        set_info(node, info(product))
+        return node
+
+    experts = weight.meta["val"].shape[0]
+    numbers = call(aten.unsqueeze.default, call(torch.ops.mxfx.arange.default, x, 0, experts), 1)
+    chosen = call(aten.expand.default, numbers, [experts, call(aten.sym_size.int, x, 1)])
+    made = call(torch.ops.mxfx.expert_linear.default, x, _store_transposed(program, weight, product), chosen)
+    product.replace_all_uses_with(made)
+    for stale in (product, weight):
+        if not stale.users:
+            program.graph.erase_node(stale)
+    return made
+
+
+def _store_transposed(program: Program, weight: fx.Node, before: fx.Node) -> fx.Node:
+    """A node that reads the transposed view of a stored weight."""
     name = f"{weight.target}{TRANSPOSED}"
     if name not in program.weights:
         program.weights.add_transposed(str(weight.target), name)
-    with program.graph.inserting_before(view):
+    with program.graph.inserting_before(before):
         stored = program.graph.create_node("get_attr", name, name=name.replace(".", "_"))
-    stored.meta = {"val": view.meta["val"]}
+    val = weight.meta["val"]
+    with val.fake_mode:
+        stored.meta = {"val": val.mT}
     set_info(stored, info(weight))
-    node.update_arg(1, stored)
-    for stale in (view, weight):
-        if not stale.users:
-            program.graph.erase_node(stale)
     return stored
 
 

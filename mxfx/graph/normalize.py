@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from mxfx.graph.errors import TraceError
+from mxfx.graph.fake import sizes_text
 from mxfx.graph.literals import free_literals
 from mxfx.graph.node import op_name, path_of
 from mxfx.graph.program import Program
@@ -34,11 +35,23 @@ def normalize(program: Program) -> None:
         if node.target in _SAME or (node.target is aten.dropout.default and node.args[2] is False):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target is aten.copy.default and _alike(*node.args[:2]):
+            node.replace_all_uses_with(node.args[1])
+            graph.erase_node(node)
         elif node.target in _VIEWS:
             node.target = aten.reshape.default
     _check_functional(graph)
     free_literals(graph)
     remove_dead(graph)
+
+
+def _alike(one: object, other: object) -> bool:
+    """Whether two operands have one shape and dtype: a copy of one over the other then is the one that is copied."""
+    vals = [operand.meta.get("val") if isinstance(operand, fx.Node) else None for operand in (one, other)]
+    first, second = vals
+    if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
+        return False
+    return first.dtype == second.dtype and sizes_text(first) == sizes_text(second)
 
 
 def _check_functional(graph: fx.Graph) -> None:

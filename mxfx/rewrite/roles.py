@@ -45,6 +45,11 @@ _ACTIVATIONS = (
     aten.softplus.default, aten.hardswish.default, aten.mish.default, aten.leaky_relu.default, aten.elu.default,
     aten.relu6.default, aten.square.default, aten.erf.default, aten.pow.Tensor_Scalar,
 )  # fmt: skip
+#: Calls that read the shape of a tensor and none of its values.
+_SHAPES = (
+    aten.sym_size.int, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.new_ones.default,
+    aten.new_zeros.default, aten.new_full.default, aten.new_empty.default, aten.empty_like.default,
+)  # fmt: skip
 #: Calls that keep, move or rescale features: nothing in them is an activation.
 _CARRIES = (
     aten.reshape.default, aten.view.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default,
@@ -110,6 +115,7 @@ class _Reach:
         self.attention: set[str] = set()
         self.readers: list[fx.Node] = []
         self.routes = self.output = self._paired = self._activated = self._cut = False
+        self._stacked = spec(start).has("experts")
         self._inside: dict[fx.Node, bool] = {start: False}
         self._walk(start)
 
@@ -137,6 +143,8 @@ class _Reach:
         if node.op == "output":
             self.output = True
             return False
+        if node.target in _SHAPES or spec(node).concept == "arange":
+            return False
         inside = [source for source in node.all_input_nodes if source in self._inside]
         if _is_product(node):
             self._read(node, inside)
@@ -156,19 +164,12 @@ class _Reach:
 
     def _read(self, reader: fx.Node, inside: list[fx.Node]) -> None:
         call = spec(reader)
-        if any(
-            "experts" in call.names(source) or call.get("experts") is source
-            for source in inside
-            if _has_experts(reader)
-        ):
-            self.routes = True
-        product = call.product
-        if product is not None and call.node_of(product.left) in inside:
+        read = {name for source in inside for name in call.names(source)}
+        stacked = call.has("experts")
+        # A router picks experts, or weighs what all of them read.
+        self.routes |= "experts" in read or (stacked and not self._stacked and self._paired)
+        if call.product is not None and call.product.left in read:
             self.readers.append(reader)
-
-
-def _has_experts(node: fx.Node) -> bool:
-    return spec(node).concept == "expert_linear"
 
 
 def _is_computed(node: fx.Node) -> bool:

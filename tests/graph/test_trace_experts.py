@@ -12,7 +12,8 @@ from mxfx.graph.node import path_of
 from mxfx.graph.trace import bind, trace
 from mxfx.graph.verify import verify
 from mxfx.passes import Lower, RaiseAttention, RaiseNorm, RaiseRope
-from tests.programs import passed, relative
+from tests.mixtures import MIXTURES, mixture, traced_mixture
+from tests.programs import RAISE, padded_batch, passed, relative
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -86,3 +87,17 @@ def test_transposed_weights_are_stored_with_their_input_axis_last() -> None:
     for layer in again.model.layers:
         layer.block_sparse_moe.experts = Transposed(layer.block_sparse_moe.experts)
     assert bind(meta, again).weights[f"{name}.mT"].device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("llama4_text", "gpt_oss") else pytest.param(n, marks=pytest.mark.thorough) for n in MIXTURES]
+)
+def test_every_layout_says_what_its_model_says(name: str) -> None:
+    program = traced_mixture(name)
+    stacked = {n for n in program.weights if program.weights[n].dim() == 3}
+    assert stacked and stacked == {program.weight_of(n) for n in program.nodes("expert_linear")}
+    lowered = passed(program, (*RAISE, Lower()))
+    ids, mask, positions = padded_batch()
+    with torch.no_grad():
+        expected = mixture(name)(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        assert relative(build(lowered)(ids, positions, mask)[mask.bool()], expected[mask.bool()]) < 1e-5
