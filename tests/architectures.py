@@ -27,7 +27,7 @@ SIZES: dict[str, object] = {
     "moe_topk": 2, "moe_k": 2, "top_k_experts": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
     "shared_intermediate_size": 32, "intermediate_size_mlp": 96, "expert_ffn_hidden_size": 32, "n_group": 1,
     "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "num_dense_layers": 1, "zero_expert_num": 1,
-    "block_size": 16,
+    "block_size": 16, "d_head": 16, "attention_types": [[["global", "local"], 1]], "window_size": 8,
     "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
     "o_lora_rank": 16, "index_topk": 8, "index_head_dim": 16, "index_n_heads": 2, "swa_head_dim": 16,
     "swa_v_head_dim": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2,
@@ -35,18 +35,22 @@ SIZES: dict[str, object] = {
     "linear_head_dim": 16, "linear_num_heads": 4, "kv_channels": 16, "lru_width": 64,
     "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8, "mamba_d_ssm": 128,
     "mamba_n_groups": 1, "n_mamba_heads": 2, "mamba_num_heads": 8, "mamba_head_dim": 16, "state_size": 16,
-    "ssm_state_size": 16, "n_groups": 1, "chunk_size": 8, "num_heads": 4, "attention_hidden_size": 64,
+    "ssm_state_size": 16, "n_groups": 1, "chunk_size": 8, "num_heads": 8, "attention_hidden_size": 64,
     "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_headdim": 16, "mamba_ngroups": 1, "mamba_dt_rank": 4,
 }  # fmt: skip
 _LAYERS = 2
-#: Tried in this order until one fits: latent attention has as many key as query heads, hybrids need their pattern.
-_OF_LAYERS = ("layer_types", "layers_block_type", "mlp_layer_types", "hybrid_layer_ids", "mamba_layer_types")
+#: Lists of layers that a configuration makes itself; they need as many layers as its pattern is long.
+_OF_LAYERS = ("layer_types", "layers_block_type", "mlp_layer_types", "hybrid_layer_ids")
+#: Changes of the sizes, tried in this order until one fits.
 VARIANTS: tuple[Mapping[str, object], ...] = (
     {},
     {"num_key_value_heads": 4},
+    {"num_key_value_heads": 4, "head_dim": 8},
+    {"num_experts_per_tok": 1},
+    {"num_kv_shared_layers": 0},
     {"layers": 4, "defaults": _OF_LAYERS},
     {"layers": 4, "num_key_value_heads": 4, "defaults": _OF_LAYERS},
-    {"layers": 8, "num_key_value_heads": 4, "defaults": _OF_LAYERS},
+    *({"layer_types": [kind, "full_attention"]} for kind in ("conv", "linear_attention", "sliding_attention")),
 )
 
 
@@ -93,8 +97,11 @@ def _build(config: type, variant: Mapping[str, object], seed: int) -> nn.Module:
     torch.manual_seed(seed)
     try:
         model = shaken(AutoModelForCausalLM.from_config(tiny_config(config, variant)).float().eval())
-        ids = torch.randint(3, VOCABULARY, (1, 12))
+        ids = torch.randint(3, VOCABULARY, (2, 12))
+        mask = torch.ones_like(ids)
+        mask[0, :2] = 0
         with torch.no_grad():
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
             long, short = (model(input_ids=x, use_cache=False).logits[:, :7] for x in (ids, ids[:, :7]))
     finally:
         torch.random.set_rng_state(state)

@@ -24,18 +24,35 @@ def _empty(values: Sequence[float], shape: Sequence[int], dtype: torch.dtype, de
 
 
 class KeepLiterals(TorchFunctionMode):
-    """``torch.tensor`` of plain numbers on the meta device as a call that holds the numbers."""
+    """Tensors made of plain numbers on the meta device, ``torch.tensor`` or ``x[[0, 2]]``, as calls that hold them."""
 
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        device = kwargs.get("device")
-        if func is not torch.tensor or device is None or torch.device(device).type != "meta":
-            return func(*args, **kwargs)
-        flat, shape = _flat(args[0])
-        if not all(type(value) in (bool, int, float) for value in flat):
-            return func(*args, **kwargs)
-        dtype = kwargs.get("dtype") or _dtype(flat)
-        return torch.ops.mxfx.literal([float(value) for value in flat], shape, dtype, torch.device(device))
+        if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "meta":
+            found = _literal_of(args[0], kwargs.get("dtype"), kwargs["device"])
+            return func(*args, **kwargs) if found is None else found
+        if func is Tensor.__getitem__ and args[0].device.type == "meta":
+            places = args[1] if isinstance(args[1], tuple) else (args[1],)
+            args = (args[0], tuple(_place(place, args[0].device) for place in places))
+        return func(*args, **kwargs)
+
+
+def _place(place: object, device: torch.device) -> object:
+    """A list of indices as a literal; any other index as it is."""
+    if not isinstance(place, list):
+        return place
+    found = _literal_of(place, None, device)
+    return place if found is None else found
+
+
+def _literal_of(data: object, dtype: torch.dtype | None, device: torch.device | str) -> Tensor | None:
+    flat, shape = _flat(data)
+    if not all(type(value) in (bool, int, float) for value in flat):
+        return None
+    found: Tensor = torch.ops.mxfx.literal(
+        [float(value) for value in flat], shape, dtype or _dtype(flat), torch.device(device)
+    )
+    return found
 
 
 def _flat(data: object) -> tuple[list, list[int]]:

@@ -46,6 +46,7 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    indices: Tensor | None = None,
     **extra: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: one ``mxfx::attention`` a layer, heads not repeated.
@@ -58,6 +59,8 @@ def attention_forward(
     ]
     if unknown:
         raise TraceError(f"{type(module).__name__} gives attention {unknown[0]!r}, which the dialect cannot express")
+    if indices is not None and attention_mask is not None:
+        attention_mask = _chosen(attention_mask, indices)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = attention_mask is None and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     out = torch.ops.mxfx.attention(
@@ -74,6 +77,12 @@ def attention_forward(
         position_bias,
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _chosen(mask: Tensor, indices: Tensor) -> Tensor:
+    """An additive mask that also hides keys that a query did not choose; ``indices`` is ``(batch, seq, chosen)``."""
+    others = torch.ones_like(mask[:, 0], dtype=torch.bool).scatter(-1, indices.long(), False)
+    return mask.masked_fill(others[:, None], torch.finfo(NOMINAL_MODEL).min)
 
 
 def mask_forward(

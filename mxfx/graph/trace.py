@@ -27,6 +27,7 @@ from mxfx.graph.node import NodeInfo, kind, set_info
 from mxfx.graph.normalize import normalize, remove_dead
 from mxfx.graph.program import NOMINAL_MODEL, Program, Source, Symbol
 from mxfx.graph.prove import prove_if_possible
+from mxfx.graph.refusal import refusal
 from mxfx.graph.weights import WeightStore
 
 _INTERFACE = "mxfx"
@@ -159,7 +160,7 @@ def _export(skeleton: nn.Module, longest: int) -> torch.export.ExportedProgram:
     except TraceError:
         raise
     except Exception as error:
-        raise TraceError(f"torch.export cannot trace {type(skeleton).__name__}: {error}") from error
+        raise TraceError(f"torch.export cannot trace {type(skeleton).__name__}: {refusal(error, skeleton)}") from error
 
 
 def _functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

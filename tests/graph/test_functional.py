@@ -86,6 +86,10 @@ def literal_tensor(model: Toy, x: Tensor) -> Tensor:
     return x * torch.tensor([0.5, 2.0], device=x.device).repeat(WIDTH // 2).to(x.dtype)
 
 
+def chosen_by_a_list(model: Toy, x: Tensor) -> Tensor:
+    return x + x[:, :, [3, 1]].repeat(1, 1, WIDTH // 2)
+
+
 def scalar_literal(model: Toy, x: Tensor) -> Tensor:
     return torch.maximum(x, torch.tensor(-0.125, dtype=x.dtype, device=x.device))
 
@@ -99,6 +103,7 @@ REWRITTEN = (
     counted,
     filled,
     literal_tensor,
+    chosen_by_a_list,
     scalar_literal,
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)

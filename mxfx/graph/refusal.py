@@ -1,0 +1,54 @@
+"""Why ``torch.export`` refuses a model, in one line: the module, or the line of its source, that is at fault."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import FrameType
+
+from torch import nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+_LONGEST = 240
+
+
+def refusal(error: BaseException, model: nn.Module) -> str:
+    """The innermost module that was running and what the exporter said, or the guard that fixes a dynamic size."""
+    frames = list(_frames(error))
+    guard = _guard(frames) if "Constraints violated" in str(error) else None
+    if guard is not None:
+        return f"its forward pass does not hold for every batch and length: {guard}"
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}…"
+    names = {id(module): name for name, module in model.named_modules() if name}
+    running = [names[id(owner)] for frame in frames if id(owner := frame.f_locals.get("self")) in names]
+    return f"in {running[-1]}: {said}" if running else said
+
+
+def _frames(error: BaseException | None) -> Iterator[FrameType]:
+    """The frames of an error and of what it was raised from, outermost first."""
+    if error is None:
+        return
+    yield from _frames(error.__cause__ or error.__context__)
+    traceback = error.__traceback__
+    while traceback is not None:
+        yield traceback.tb_frame
+        traceback = traceback.tb_next
+
+
+def _guard(frames: list[FrameType]) -> str | None:
+    """The last condition on a size that the trace met in the model's own code, else in an op that it called."""
+    environments = [
+        found
+        for frame in frames
+        for value in list(frame.f_locals.values())
+        if isinstance(found := getattr(value, "shape_env", value), ShapeEnv)
+    ]
+    if not environments:
+        return None
+    met = [(str(guard.expr), str(guard.sloc)) for guard in environments[-1].guards]
+    met = [(condition, place) for condition, place in met if "_export/" not in place and "infer_size" not in place]
+    own = [pair for pair in met if "modeling_" in pair[1]]
+    if not met:
+        return None
+    condition, place = (own or met)[-1]
+    return f"{condition[:_LONGEST]} at {place}"

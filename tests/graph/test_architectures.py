@@ -1,0 +1,116 @@
+"""Every decoder-only architecture that transformers offers: its graph equals the model, or is refused with a reason."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import inspect
+import json
+import os
+import resource
+import signal
+from collections import Counter
+
+import pytest
+import torch
+
+from mxfx.graph.execute import execute
+from mxfx.graph.trace import trace
+from mxfx.graph.verify import verify
+from mxfx.ground.errors import MxfxError
+from tests.architectures import VOCABULARY, NotCausal, Unbuilt, build, every_name
+
+#: Length and padding of the rows: within and beyond windows and chunks of 8 tokens.
+ROWS = ((3, 0), (19, 0), (19, 5), (40, 7))
+TOLERANCE = 1e-5
+#: One for each structure: Conv1D, lists as indices, local attention, sinks, chunks, latent attention, two hybrids.
+FIXED = ("gpt2", "falcon", "gpt_neo", "gpt_oss", "llama4_text", "deepseek_v3", "lfm2", "bamba")
+#: How many of the computed list must be equal, and how much of a machine one may take.
+EQUAL_AT_LEAST = 100
+_MEMORY, _SECONDS = 8 << 30, 600
+
+
+def sampled(count: int) -> tuple[str, ...]:
+    """Other names each week, the same for everybody in it."""
+    week = str(datetime.date.today().isocalendar()[:2])
+    others = [name for name in every_name() if name not in FIXED]
+    return tuple(sorted(others, key=lambda name: hashlib.sha256(f"{week}{name}".encode()).digest())[:count])
+
+
+def verdict(name: str) -> tuple[str, str]:
+    """``equal``, ``refused`` or ``none`` (no causal model of that name was built), and why. ``WRONG`` is for no one."""
+    try:
+        model = build(name)
+    except (NotCausal, Unbuilt) as error:
+        return "none", f"{type(error).__name__}: {error}"
+    try:
+        program = trace(model)
+        verify(program)
+    except MxfxError as error:
+        return "refused", f"{type(error).__name__}: {error}"
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    worst = 0.0
+    for length, padding in ROWS:
+        ids = torch.randint(3, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(length))
+        mask = torch.ones_like(ids)
+        mask[0, :padding] = 0
+        given = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)} if takes_positions else {}
+        with torch.no_grad():
+            expected = model(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits[mask.bool()]
+        actual = execute(program, ids, None, mask if padding else None)[mask.bool()]
+        error = float((actual - expected).norm() / expected.norm())
+        if not error < TOLERANCE:
+            return "WRONG", f"error {error:.1e} on rows of {length} tokens, {padding} of them padding"
+        worst = max(worst, error)
+    return "equal", f"{worst:.0e}"
+
+
+def apart(name: str) -> tuple[str, str]:
+    """``verdict`` in a process of its own, with bounds on memory and time."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+        signal.alarm(_SECONDS)
+        try:
+            found = verdict(name)
+        except BaseException as error:
+            found = ("CRASH", f"{type(error).__name__}: {error}")
+        os.write(writer, json.dumps(found).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    kind, why = json.loads(said) if said else ("CRASH", "the process was killed: memory or time")
+    return kind, why
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_an_architecture_of_each_structure_is_equal_to_its_model(name: str) -> None:
+    assert verdict(name)[0] == "equal", verdict(name)
+
+
+@pytest.mark.parametrize("name", sampled(2))
+def test_a_sampled_architecture_is_equal_or_refused_with_a_reason(name: str) -> None:
+    kind, why = apart(name)
+    assert kind in ("equal", "refused", "none"), why
+    assert why
+
+
+@pytest.mark.thorough
+def test_no_architecture_is_silently_wrong_and_most_are_equal() -> None:
+    found = {name: apart(name) for name in every_name()}
+    table = "\n".join(f"{name:24} {kind:8} {why[:160]}" for name, (kind, why) in found.items())
+    kinds = Counter(kind for kind, _ in found.values())
+    print(f"{table}\n{dict(kinds)}")
+    assert set(kinds) <= {"equal", "refused", "none"}, table
+    assert kinds["equal"] >= EQUAL_AT_LEAST, table
+
+
+def test_a_reason_is_short_and_names_what_is_at_fault() -> None:
+    """A guard of torch.export runs over pages; what a user needs is the module and one line."""
+    refusals = [why for kind, why in map(apart, ("deepseek_v32", "recurrent_gemma")) if kind == "refused"]
+    for why in refusals:
+        assert len(why) < 500 and ("modeling_" in why or "model." in why), why
