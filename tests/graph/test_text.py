@@ -104,6 +104,6 @@ def test_a_missing_weight_is_named(program):
 def test_a_damaged_text_is_refused_with_its_line(program, old, new, message):
     text = to_text(program("llama-tiny", "quantized"))
     assert old in text
-    with pytest.raises(TextError, match=r"^line \d+: ") as caught:
+    with pytest.raises(TextError, match=r"^line \d+, column \d+: ") as caught:
         parse(text.replace(old, new, 1))
     assert message in str(caught.value)
