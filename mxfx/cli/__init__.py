@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from mxfx.cli import evaluate, models
+from mxfx.cli import evaluate, generate, models
 from mxfx.cli.evaluate import (
     EVAL,
     ChatTemplate,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 app = typer.Typer(name="mxfx", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 config_app = typer.Typer(no_args_is_help=True, help="Look at pipeline files.")
 app.add_typer(config_app, name="config")
-for name, command in (evaluate.COMMANDS | models.COMMANDS).items():
+for name, command in (evaluate.COMMANDS | generate.COMMANDS | models.COMMANDS).items():
     app.command(name)(command)  # type: ignore[type-var]
 
 # A pipe has no width of its own: the tables fit in 120 columns.
@@ -130,6 +130,8 @@ def check(
     model: Model = None,
     set_: Set = [],  # noqa: B006
     trust_remote_code: Trust = False,
+    context: Annotated[int | None, typer.Option(min=1, help="Say what a cache of so many tokens takes.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Texts in that cache.")] = 1,
     numbers: Annotated[
         bool, typer.Option("--numbers", help="Load the weights and compare the traced program with the model.")
     ] = False,
@@ -142,6 +144,8 @@ def check(
     out.print(f"{name}: {len(pipeline.specs)} passes, in order: {', '.join(s.name for s in pipeline.specs)}")
     for line in checked.lines():
         out.print(line)
+    if context is not None:
+        out.print(checked.cache_line(context, batch))
     out.print("ok")
 
 

@@ -37,6 +37,9 @@ def again(
     gen_kwargs: GenKwargs = None,
     include_path: IncludePath = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 1,
+    phase: Annotated[
+        str, typer.Option(help="prefill: whole windows; decode: one token a step, through the cache.")
+    ] = "prefill",
     device: str = "cpu",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -56,7 +59,7 @@ def again(
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    evaluation, bits = evaluate_saved(folder, options)
+    evaluation, bits = evaluate_saved(folder, options, phase)
     if (first := evaluation.first) is not None:
         row = Row(
             str(folder),

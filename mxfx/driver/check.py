@@ -14,9 +14,11 @@ from mxfx.graph.node import info, kind, layer_index
 from mxfx.graph.program import Program
 from mxfx.graph.prove import Proof, prove
 from mxfx.graph.trace import bind, trace
-from mxfx.passes import Annotate
+from mxfx.passes import Annotate, InsertKvCache, QuantizeKvCache
 from mxfx.pipeline.manager import PassManager
+from mxfx.rewrite import apply
 from mxfx.rewrite.size import bits_per_weight
+from mxfx.runtime.cache import cache_bytes, cache_specs
 
 _COUNTED = ("linear", "attention", "rms_norm", "rope", "embedding")
 
@@ -51,6 +53,21 @@ class Checked:
         tokens = self._tokens
         yield f"work: {4 * weights * tokens / 1e12:.1f} TFLOP of calibration forward passes ({tokens:,} tokens)"
         yield f"bits per weight after rounding: {bits_per_weight(program, planned=True):.2f}"
+
+    def cache_line(self, context: int, batch: int) -> str:
+        """What the cache of ``batch`` texts of ``context`` tokens takes, beside one in the model's dtype."""
+        program = self.annotated
+        if "raised" not in program.facts:
+            program = PassManager().run(program, Pipeline([]).completed()).program
+        plain = program = apply(InsertKvCache(), program).program
+        if any(spec.name == QuantizeKvCache.name for spec in self.pipeline.specs):
+            program = apply(InsertKvCache(), apply(QuantizeKvCache(), self.annotated).program).program
+        specs = cache_specs(program)
+        if not specs:
+            return "cache: none; something in the model but attention looks at other tokens"
+        size, whole = (cache_bytes(of, batch, context, program.dtype) / 1e9 for of in (specs, cache_specs(plain)))
+        dtype = str(program.dtype).removeprefix("torch.")
+        return f"cache: {size:.3f} GB for {batch} × {context:,} tokens; in {dtype} {whole:.3f} GB"
 
     @property
     def _tokens(self) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from mxfx.config import Pipeline, to_toml
+from mxfx.config import ConfigError, Pipeline, Place, to_toml
 from mxfx.driver.check import check
 from mxfx.driver.job import Job, default_instruments
 from mxfx.driver.options import RunOptions
@@ -33,6 +33,10 @@ from mxfx.report.table import DomainRow, Row
 from mxfx.report.weight_history import History
 from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.causal_lm import as_causal_lm
+from mxfx.runtime.stepwise import Stepwise
+
+#: What ``mxfx eval --phase`` takes.
+PHASES = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -213,14 +217,18 @@ def _evaluate(program: Program, model: _Model, *, is_float: bool) -> Evaluation 
     return found
 
 
-def evaluate_saved(folder: str | Path, options: RunOptions) -> tuple[Evaluation, float]:
+def evaluate_saved(folder: str | Path, options: RunOptions, phase: str = "prefill") -> tuple[Evaluation, float]:
     """An emitted model evaluated again, from its files alone; and its bits per weight.
+
+    ``phase`` is ``prefill``, where whole windows are read, or ``decode``: one token a step, through the cache.
 
     Raises ``ConfigError``, ``NoRun``, ``ArtefactError``, ``EvaluationError``.
     """
     from mxfx.export.artefact import load
 
     options.check()
+    if phase not in PHASES:
+        raise ConfigError(Place("--phase"), f"unknown phase {phase!r}", " or ".join(PHASES))
     saved = find_model(folder)
     program = load(saved)
     tokenizer = load_tokenizer(saved, trust_remote_code=options.trust_remote_code)
@@ -228,7 +236,8 @@ def evaluate_saved(folder: str | Path, options: RunOptions) -> tuple[Evaluation,
     if wanted is None:
         raise EvaluationError("nothing to evaluate was named; expected wikitext, files, or tasks of lm-eval")
     suite = Suite(wanted, tokenizer, program.source.config.get("max_position_embeddings"))
-    return suite.run(as_causal_lm(program, torch.device(options.device))), bits_per_weight(program)
+    model = as_causal_lm(program, torch.device(options.device))
+    return suite.run(Stepwise(model) if phase == "decode" else model), bits_per_weight(program)
 
 
 def _save(program: Program, job: Job, folder: PipelineFolder) -> None:

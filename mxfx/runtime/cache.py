@@ -61,9 +61,13 @@ def cache_specs(program: Program) -> tuple[CacheSpec, ...]:
     )
 
 
-def cache_bytes(specs: tuple[CacheSpec, ...], batch: int, context: int) -> int:
-    """Bytes of the cache of ``batch`` texts of ``context`` tokens."""
-    return sum(batch * s.heads * s.places(context) * s.width * s.dtype.itemsize for s in specs)
+def cache_bytes(specs: tuple[CacheSpec, ...], batch: int, context: int, dtype: torch.dtype | None = None) -> int:
+    """Bytes of the cache of ``batch`` texts of ``context`` tokens.
+
+    ``dtype`` is that of plain tensors where the program is not lowered, and theirs nominal.
+    """
+    each = {s: (dtype if dtype is not None and s.dtype.is_floating_point else s.dtype).itemsize for s in specs}
+    return sum(batch * s.heads * s.places(context) * s.width * each[s] for s in specs)
 
 
 class CacheError(MxfxError, ValueError):

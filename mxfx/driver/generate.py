@@ -1,0 +1,142 @@
+"""Text out of a model, as it is written: what ``mxfx generate`` does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from mxfx.config import ConfigError, Pipeline, Place
+from mxfx.driver.options import check_device
+from mxfx.driver.pretrained import load_checked, load_tokenizer
+from mxfx.driver.run_directory import find_model
+from mxfx.graph.trace import trace
+from mxfx.ground.errors import MxfxError
+from mxfx.pipeline.manager import PassManager
+from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm
+
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+class GenerateError(MxfxError, ValueError):
+    """A prompt that a model cannot be given."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was generated: ``tokens`` of it in ``seconds``, the first of them after ``first``."""
+
+    text: str
+    tokens: int
+    seconds: float
+    first: float
+
+    def __str__(self) -> str:
+        said = f"{self.tokens} tokens, the first after {self.first:.2f} s"
+        if self.tokens < 2:
+            return said
+        return f"{said}, then {(self.tokens - 1) / max(self.seconds - self.first, 1e-9):.1f} tokens/s"
+
+
+def open_model(
+    name: str | Path, device: str = "cpu", *, dtype: str = "float32", trust_remote_code: bool = False
+) -> tuple[EmittedCausalLM, Any]:
+    """The emitted model of a run directory and its tokenizer; or a Hugging Face model, emitted as it is in ``dtype``.
+
+    Raises ``ConfigError``, ``NoRun``, ``ArtefactError``, ``ModelError``, ``TraceError``.
+    """
+    from mxfx.export.artefact import MANIFEST, load
+
+    check_device(device)
+    if dtype not in _DTYPES:
+        raise ConfigError(Place("--dtype"), f"unknown dtype {dtype!r}", f"one of {', '.join(_DTYPES)}")
+    saved = find_model(name)
+    if (saved / MANIFEST).is_file():
+        tokenizer = load_tokenizer(saved, trust_remote_code=trust_remote_code)
+        return as_causal_lm(load(saved), device), tokenizer
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    model = load_checked(name, dtype, trust_remote_code=trust_remote_code).model.to(device)
+    raised = PassManager().run(trace(model, name=str(name)), Pipeline([]).completed()).program
+    return as_causal_lm(raised, device), tokenizer
+
+
+def write(
+    model: EmittedCausalLM,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    chat: bool = False,
+    max_new_tokens: int = 128,
+    sample: bool | None = None,
+    say: Callable[[str], None] = lambda piece: None,
+) -> Written:
+    """Continue ``prompt``, or answer it as a user's turn of the chat template; ``say`` gets the text piece by piece.
+
+    ``sample`` chooses sampling or the most likely token; None leaves it to the model's generation config.
+
+    Raises ``GenerateError`` for an empty prompt, for one that leaves no room, and for a model without a chat template.
+    """
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise GenerateError("--chat: the tokenizer has no chat template; give the prompt without --chat")
+    asked = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) if chat else prompt
+    # The template writes its own special tokens.
+    given = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(model.device)
+    ids = given["input_ids"]
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if ids.shape[1] == 0:
+        raise GenerateError("the prompt has no tokens; give some text with --prompt")
+    if longest is not None and ids.shape[1] >= longest:
+        raise GenerateError(f"the prompt has {ids.shape[1]:,} tokens, the model reads at most {longest:,}")
+    streamer = _Timed(tokenizer, say)
+    options = {} if sample is None else {"do_sample": sample}
+    began = time.perf_counter()
+    with torch.no_grad():
+        out = model.generate(
+            ids,
+            attention_mask=given["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            pad_token_id=_padding(model, tokenizer),
+            streamer=streamer,
+            **options,
+        )
+    seconds = time.perf_counter() - began
+    new = out[0, ids.shape[1] :]
+    return Written(
+        tokenizer.decode(new, skip_special_tokens=True),
+        len(new),
+        seconds,
+        (streamer.first or time.perf_counter()) - began,
+    )
+
+
+def _padding(model: EmittedCausalLM, tokenizer: Any) -> int | None:
+    """One text is never padded; without a token for it ``generate`` would warn."""
+    ends = model.generation_config.eos_token_id
+    end = ends[0] if isinstance(ends, list) and ends else ends
+    found = (model.generation_config.pad_token_id, tokenizer.pad_token_id, end)
+    return next((one for one in found if one is not None), None)  # type: ignore[return-value]
+
+
+class _Timed(TextStreamer):
+    """Passes text on as it becomes certain, and notes when the first token came."""
+
+    def __init__(self, tokenizer: Any, say: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._say = say
+        self.first: float | None = None
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_seen and self.first is None:
+            self.first = time.perf_counter()
+        self._prompt_seen = True
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._say(text)
