@@ -37,7 +37,7 @@ class MultiplyInFp8(Pass):
 
     After::
 
-        %p  = mxfx_kernels.e4m3_rows(%x4)                 # E4M3 bytes and a power of two a row
+        %p  = mxfx_kernels.norm_quantize_e4m3(%x, …, "mxint4@32", …)      # E4M3 bytes and a power of two a row
         %gu = mxfx_kernels.mx_linear_e4m3(%p[0], %p[1], [@gate.codes, @up.codes], [@gate.scales, @up.scales], [], …)
         %g  = slice(%gu, -1, 0, 8192); %u = slice(%gu, -1, 8192, 16384)
 
@@ -63,8 +63,13 @@ class MultiplyInFp8(Pass):
             elif rw.match(node, note=str(node.args[4])):
                 x, _, _, bias, text = node.args
                 groups.setdefault((x, text, bias is None), []).append(node)
+        rows: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         for (x, _, _), linears in groups.items():
-            _together(rw, x, linears)
+            if x not in rows:
+                rows[x] = _rows_of(rw, x, linears[0])
+            _together(rw, rows[x], linears)
+        for x in rows:
+            _round_to_rows(rw, x)
 
 
 def _why_not(rw: Rewriter, node: fx.Node) -> str | None:
@@ -103,10 +108,25 @@ def _format_of(x: fx.Node) -> Format | None:
         return None
 
 
-def _together(rw: Rewriter, x: fx.Node, linears: list[fx.Node]) -> None:
+def _rows_of(rw: Rewriter, x: fx.Node, first: fx.Node) -> tuple[fx.Node, fx.Node]:
+    rows = rw.call(packed.E4M3_ROWS, x, like=x, before=first)
+    payload, factors = (rw.call(operator.getitem, rows, i, like=x, before=first) for i in (0, 1))
+    return payload, factors
+
+
+def _round_to_rows(rw: Rewriter, x: fx.Node) -> None:
+    """Let a quantizer that no one else reads give rows of E4M3 itself."""
+    readers = [user for user in x.users if user.users]
+    if len(readers) == 1 and readers[0].target is packed.E4M3_ROWS and x.target in packed.ROUNDING:
+        rows = readers[0]
+        rw.replace(
+            rows, rw.call(packed.ROUNDING[x.target], *x.args, like=x, before=rows, val=rows.meta["val"], **x.kwargs)
+        )
+
+
+def _together(rw: Rewriter, rows: tuple[fx.Node, fx.Node], linears: list[fx.Node]) -> None:
     first, val = linears[0], linears[0].meta["val"]
-    rows = rw.call(packed.E4M3_ROWS, x, like=first, before=first)
-    payload, factors = (rw.call(operator.getitem, rows, i, like=first, before=first) for i in (0, 1))
+    payload, factors = rows
     codes, scales, biases = (
         [rw.weight(str(linear.args[at].target), first, first) for linear in linears if linear.args[at] is not None]
         for at in (1, 2, 3)

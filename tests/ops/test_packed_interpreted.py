@@ -109,3 +109,21 @@ else:
                 expected = wanted if b is not None else wanted - bias.double()
                 torch.testing.assert_close(wide[:, 2 : channels + 2].double(), expected, rtol=2e-3, atol=2e-3)
         assert not wide[:, :2].any() and not wide[:, channels + 2 :].any()
+
+    def test_quantizers_give_rows_of_e4m3_a_part_at_a_time(monkeypatch):
+        from mxfx.ops.kernels import packed_cuda
+
+        monkeypatch.setattr(packed_cuda, "CACHED_BYTES", 2 * 4 * 64)
+        x, gate = torch.randn(2, 3, 64), torch.randn(2, 3, 64)
+        matrix = torch.randn(2, 32, 32) / 6
+        calls = {
+            "fake_quantize": (x, "mxint4@32/mse", -1),
+            "transform_quantize": (x, matrix, "mxint4@16"),
+            "norm_quantize": (x, torch.rand(64), matrix, "mxint4@32", 1e-5),
+            "silu_mul_quantize": (gate, x, None, "mxfp4_e2m1@32"),
+        }
+        for name, args in calls.items():
+            payload, row_scales = getattr(packed_cuda, f"{name}_e4m3")(*args)
+            wanted = getattr(torch.ops.mxfx_kernels, name)(*args)
+            assert payload.shape == x.shape and row_scales.shape == (2, 3, 1)
+            assert _same(fp8.from_rows(payload, row_scales, torch.float32), wanted), name

@@ -90,6 +90,19 @@ def test_a_weight_whose_rows_span_too_many_octaves_stays() -> None:
     assert torch.equal(logits(after), logits(before))
 
 
+def test_a_quantizer_that_only_they_read_gives_rows_itself() -> None:
+    quantized = passed(raised("llama-tiny"), config_a(parse("mxint4@16"), parse("mxint4@16"), kv=None))
+    program = emitted(quantized.twin(torch.bfloat16), "cpu", EmitConfig(device="cuda", packed=True))
+    calls = [str(n.target) for n in program.graph.nodes if "e4m3" in str(n.target) and "linear" not in str(n.target)]
+    assert calls == [
+        f"mxfx_kernels.{name}_e4m3.default"
+        for name in ("norm_quantize", "fake_quantize", "norm_quantize", "silu_mul_quantize") * 2
+    ]
+    verify(program)
+    again = read(to_text(program), program.weights)
+    assert torch.equal(logits(again), logits(program))
+
+
 def test_the_emit_stage_for_a_gpu_ends_with_it() -> None:
     quantized = passed(raised("llama-tiny"), config_a(parse("mxint4@16"), parse("mxint4@16"), kv=None))
     program = emitted(quantized.twin(torch.bfloat16), "cpu", EmitConfig(device="cuda", packed=True))

@@ -108,6 +108,27 @@ LINEAR_E4M3 = _define(
     _fake_products,
 )
 
+
+def _rounding(name: str) -> torch._ops.OpOverload:
+    """`mxfx_kernels::<name>_e4m3`: what a quantizer of that name gives, as `e4m3_rows` gives it."""
+    quantizer = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def definition(*args):
+        return fp8.to_rows(quantizer(*args))
+
+    def fake(x: Tensor, *rest):
+        return _fake_rows(x)
+
+    arguments = str(quantizer._schema).partition("(")[2].rpartition(" -> ")[0]
+    return _define(f"{name}_e4m3", f"({arguments} -> (Tensor, Tensor)", definition, fake)
+
+
+#: Quantizer → the op that gives its result as rows of E4M3.
+ROUNDING = {
+    getattr(getattr(torch.ops, NAMESPACE), name).default: _rounding(name)
+    for name in ("fake_quantize", "transform_quantize", "hadamard_quantize", "norm_quantize", "silu_mul_quantize")
+}
+
 for _device in ("cpu", "cuda"):
     provide(Provider("packed", "mx_linear", _device, LINEAR))
     provide(Provider("packed", "mx_embedding", _device, EMBEDDING))
