@@ -19,9 +19,11 @@ else:
     import torch
     import torch.nn.functional as F
 
+    from mxfx.algorithms.hadamard import hadamard_matrix
     from mxfx.formats import parse
     from mxfx.formats.stored import restore, store
     from mxfx.ops import fp8
+    from mxfx.ops.kernels import cuda, packed, packed_cuda
     from mxfx.ops.kernels.fp8_triton import rows_to_e4m3
     from mxfx.ops.kernels.packed_triton import expand, expand_to_e4m3, multiply_rows
 
@@ -94,36 +96,58 @@ else:
         assert torch.equal(payload, fp8.to_rows(x)[0])
 
     @pytest.mark.parametrize("text", FORMATS)
-    @pytest.mark.parametrize("rows", [1, 3, 17])
-    def test_few_rows_meet_the_packed_codes(text, rows):
-        fmt, width, channels = parse(text), 320, 21
+    @pytest.mark.parametrize(("rows", "dtype"), [(1, torch.float16), (2, torch.bfloat16), (2, torch.float32)])
+    def test_few_rows_meet_the_packed_codes(text, rows, dtype):
+        fmt, width, channels = parse(text), 128, 3
         codes, scales, weight = _packed(text, channels, width)
         generator = torch.Generator().manual_seed(3)
-        x = parse("mxint4@32").fake_quantize(torch.randn(rows, width, generator=generator).to(torch.float16))
-        bias = torch.randn(channels, generator=generator).to(torch.float16)
-        wide = torch.zeros(rows, channels + 5, dtype=torch.float16)
+        x = parse("mxint4@32").fake_quantize(torch.randn(rows, width, generator=generator).to(dtype))
+        bias = torch.randn(channels, generator=generator).to(dtype)
+        wide = torch.zeros(rows, channels + 5, dtype=dtype)
+        tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
         wanted = F.linear(x.double(), weight.double(), bias.double())
         for given, factors in ((x, None), fp8.to_rows(x)):
             for b in (bias, None):
                 multiply_rows(given, codes, scales, b, fmt, wide[:, 2 : channels + 2], factors)
                 expected = wanted if b is not None else wanted - bias.double()
-                torch.testing.assert_close(wide[:, 2 : channels + 2].double(), expected, rtol=2e-3, atol=2e-3)
+                torch.testing.assert_close(wide[:, 2 : channels + 2].double(), expected, rtol=tolerance, atol=tolerance)
         assert not wide[:, :2].any() and not wide[:, channels + 2 :].any()
 
-    def test_quantizers_give_rows_of_e4m3_a_part_at_a_time(monkeypatch):
-        from mxfx.ops.kernels import packed_cuda
-
-        monkeypatch.setattr(packed_cuda, "CACHED_BYTES", 2 * 4 * 64)
-        x, gate = torch.randn(2, 3, 64), torch.randn(2, 3, 64)
-        matrix = torch.randn(2, 32, 32) / 6
-        calls = {
-            "fake_quantize": (x, "mxint4@32/mse", -1),
-            "transform_quantize": (x, matrix, "mxint4@16"),
-            "norm_quantize": (x, torch.rand(64), matrix, "mxint4@32", 1e-5),
-            "silu_mul_quantize": (gate, x, None, "mxfp4_e2m1@32"),
-        }
-        for name, args in calls.items():
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_quantizers_give_rows_of_e4m3_themselves(dtype):
+        x, gate = (torch.randn(2, 5, 96, dtype=torch.float32).to(dtype) for _ in range(2))
+        x[0, 1], x[1, 2, :32] = x[0, 1] * 64, 0
+        weight, shared, own = (
+            torch.rand(96).to(dtype),
+            hadamard_matrix(32, dtype),
+            (torch.randn(3, 32, 32) / 6).to(dtype),
+        )
+        calls = [
+            ("fake_quantize", (x, "mxint4@32/mse", -1)),
+            ("fake_quantize", (x, "mxfp4_e2m1@16/even", -1)),
+            ("transform_quantize", (x, own, "mxint4@16")),
+            ("transform_quantize", (x, shared, "mxint4@32", True)),
+            ("norm_quantize", (x, weight, None, "mxint4@32", 1e-5)),
+            ("norm_quantize", (x, weight, shared, "mxint4@16", 1e-5, 1.0, True, True)),
+            ("norm_quantize", (x, weight, own, "mxint4@32/mse", 1e-5)),
+            ("silu_mul_quantize", (gate, x, None, "mxfp4_e2m1@32")),
+            ("silu_mul_quantize", (gate, x, own, "mxint4@32")),
+            ("hadamard_quantize", (torch.cat((x, gate), -1), 192, "mxint4@16")),
+        ]
+        before = int(packed.inexact_rows(x.device))
+        for name, args in calls:
+            wanted = getattr(cuda, name)(*args)
             payload, row_scales = getattr(packed_cuda, f"{name}_e4m3")(*args)
-            wanted = getattr(torch.ops.mxfx_kernels, name)(*args)
-            assert payload.shape == x.shape and row_scales.shape == (2, 3, 1)
-            assert _same(fp8.from_rows(payload, row_scales, torch.float32), wanted), name
+            assert payload.shape == wanted.shape and row_scales.shape == (2, 5, 1)
+            assert _same(fp8.from_rows(payload, row_scales, dtype), wanted), (name, args[2:])
+            expected, scales = fp8.to_rows(wanted)
+            assert torch.equal(payload, expected) and torch.equal(row_scales, scales), (name, args[2:])
+        assert int(packed.inexact_rows(x.device)) == before
+
+    def test_blocks_too_far_apart_for_one_row_are_counted():
+        x = torch.ones(4, 64)
+        x[1, 32:] = 2.0**-19
+        before = int(packed.inexact_rows(x.device))
+        payload, row_scales = packed_cuda.transform_quantize_e4m3(x, torch.eye(32).repeat(2, 1, 1), "mxint4@32")
+        assert int(packed.inexact_rows(x.device)) == before + 1
+        assert fp8.from_rows(payload, row_scales, torch.float32)[1].tolist() == [1.0] * 32 + [0.0] * 32

@@ -29,7 +29,9 @@ def _format(text: str) -> Format:
     return parse(text)
 
 
-def _if_it_fits(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def if_it_fits(kernel: Callable) -> Callable:
+    """A kernel that gives `NotImplemented`, with a warning, where the device has too little shared memory for it."""
+
     @wraps(kernel)
     def call(*args, **kwargs):
         try:
@@ -55,13 +57,13 @@ def fake_quantize(x: Tensor, format: str, axis: int = -1) -> Tensor:
 
 
 @kernel("block_transform", "cuda", takes=takes.block_transform, name="triton-block-transform")
-@_if_it_fits
+@if_it_fits
 def block_transform(x: Tensor, matrix: Tensor) -> Tensor:
     return transform_triton(x, matrix)
 
 
 @kernel("hadamard", "cuda", takes=takes.hadamard, name="triton-hadamard")
-@_if_it_fits
+@if_it_fits
 def hadamard(x: Tensor, block: int) -> Tensor:
     if block > DENSE_ORDER:
         return kronecker_triton(x, block, None)
@@ -69,19 +71,19 @@ def hadamard(x: Tensor, block: int) -> Tensor:
 
 
 @kernel("hadamard_quantize", "cuda", takes=takes.hadamard_quantize, name="triton-hadamard-quantize")
-@_if_it_fits
+@if_it_fits
 def hadamard_quantize(x: Tensor, block: int, format: str) -> Tensor:
     return kronecker_triton(x, block, _format(format))
 
 
 @kernel("transform_quantize", "cuda", takes=takes.transform_quantize, name="triton-transform-quantize")
-@_if_it_fits
+@if_it_fits
 def transform_quantize(x: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False) -> Tensor:
     return transform_triton(x, matrix, hadamard, _format(format))
 
 
 @kernel("norm_quantize", "cuda", takes=takes.norm_quantize, name="triton-norm-quantize")
-@_if_it_fits
+@if_it_fits
 def norm_quantize(
     x: Tensor,
     weight: Tensor | None,
@@ -100,19 +102,19 @@ def norm_quantize(
 
 
 @kernel("silu_mul_quantize", "cuda", takes=takes.silu_mul_quantize, name="triton-silu-mul-quantize")
-@_if_it_fits
+@if_it_fits
 def silu_mul_quantize(gate: Tensor, up: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False) -> Tensor:
     return transform_triton(up, matrix, hadamard, _format(format), gate=gate)
 
 
 @kernel("rope", "cuda", takes=takes.rope, name="triton-rope")
-@_if_it_fits
+@if_it_fits
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return transform_triton(x, None, angles=(cos, sin))
 
 
 @kernel("rope_quantize", "cuda", takes=takes.rope_quantize, name="triton-rope-quantize")
-@_if_it_fits
+@if_it_fits
 def rope_quantize(
     x: Tensor, cos: Tensor, sin: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False
 ) -> Tensor:

@@ -20,7 +20,7 @@ MAX_TRANSFORM = DENSE_ORDER
 #: A norm holds a row in registers.
 MAX_ROW = 16384
 #: Rows that meet packed codes as they are; from there on expanding the weight pays.
-FEW_ROWS = 64
+FEW_ROWS = 8
 #: Largest number of FP8 E4M3.
 E4M3_MAX = 448.0
 
@@ -100,9 +100,9 @@ def takes_packed(fmt: Format, width: int) -> bool:
     return whole and fmt.bits <= 8
 
 
-def takes_few_rows(fmt: Format, rows: int, dtype: torch.dtype) -> bool:
-    """Whether kernels multiply so few rows with packed codes; of several on tensor cores, which would round float32."""
-    return fmt.bits in (4, 8) and (rows == 1 or (rows <= FEW_ROWS and dtype != torch.float32))
+def takes_few_rows(fmt: Format, rows: int) -> bool:
+    """Whether kernels multiply so few rows with packed codes as they lie, words of 32 bits at a time."""
+    return fmt.bits in (4, 8) and rows <= FEW_ROWS and fmt.block is not None and fmt.block * fmt.bits % 32 == 0
 
 
 def takes_e4m3_rows(width: int) -> bool:

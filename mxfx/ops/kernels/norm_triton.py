@@ -18,6 +18,8 @@ from torch import Tensor
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
 from mxfx.ops.kernels.addressing import as_rows, is_walkable
+from mxfx.ops.kernels.fp8_triton import largest_bits, power_below, scale_below
+from mxfx.ops.kernels.packed_triton import e4m3_bits
 from mxfx.ops.kernels.quantize_triton import row_offset
 from mxfx.ops.kernels.rounding_triton import as_stored, grid_of
 from mxfx.ops.kernels.transform_triton import load_matrix, multiply, quantize_blocks, terms_of
@@ -37,13 +39,14 @@ def norm_triton(
     matrix: Tensor | None,
     signs: bool,
     fmt: Format | None,
+    e4m3: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`rms_norm`, then `matrix` (b, b) on each block, then `fmt`; contiguous, shape and dtype of `x`.
 
     `x` is (..., hidden), bfloat16, float16 or float32; each of `matrix` and `fmt` may be None, the block of
-    `fmt` divides b, and b divides hidden.
+    `fmt` divides b, and b divides hidden. With `e4m3`, which is what `rows_to_e4m3` writes to, the result is put there.
     """
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if e4m3 is None else e4m3[0]
     if out.numel() == 0:
         return out
     if not is_walkable(x):
@@ -52,7 +55,8 @@ def norm_triton(
     gain = "none" if weight is None else "first" if gain_first else "last"
     terms = 0 if matrix is None else terms_of(matrix.dtype, x.dtype, signs)
     launch = _launch(x.shape, x.stride(), x.dtype, x.device, block, terms, signs, gain, float(offset), eps, fmt)
-    launch(x, x if weight is None else weight.contiguous(), x if matrix is None else matrix.contiguous(), out)
+    rest = (out, out) if e4m3 is None else e4m3[1:]
+    launch(x, x if weight is None else weight.contiguous(), x if matrix is None else matrix.contiguous(), out, *rest)
     return out
 
 
@@ -150,6 +154,8 @@ def _norm_kernel(
     weight_ptr,
     matrix_ptr,
     y_ptr,
+    scales_ptr,
+    inexact_ptr,
     rows,
     length,
     eps,
@@ -199,4 +205,15 @@ def _norm_kernel(
         y = as_stored(y, narrow)
         if GRID is not None:
             y = quantize_blocks(y, FORMAT_BLOCK, GRID, narrow)
-        tl.store(y_ptr + row.to(tl.int64) * length + column, y.to(narrow), mask=here)
+        target = y_ptr + row.to(tl.int64) * length + column
+        if y_ptr.dtype.element_ty == tl.uint8:
+            y = tl.where(here, y.to(tl.float32), 0.0)
+            scale = scale_below(tl.max(largest_bits(y), axis=0))
+            payload, exact = e4m3_bits(y * power_below(scale))
+            tl.store(target, payload.to(tl.uint8), mask=here)
+            tl.store(scales_ptr + row, (scale << 23).to(tl.float32, bitcast=True), mask=row < rows)
+            # Lanes outside the row are zero, and exact.
+            if tl.min(tl.min(exact, axis=1), axis=0) == 0:
+                tl.atomic_add(inexact_ptr, tl.full([], 1, tl.int64))
+        else:
+            tl.store(target, y.to(narrow), mask=here)

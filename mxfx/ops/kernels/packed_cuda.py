@@ -13,25 +13,26 @@ from torch import Tensor
 
 from mxfx.formats import Format
 from mxfx.ops.fp8 import E4M3, from_rows
-from mxfx.ops.kernels.fp8_triton import rows_to_e4m3
+from mxfx.ops.kernels import takes
+from mxfx.ops.kernels.cuda import if_it_fits
+from mxfx.ops.kernels.fp8_triton import align_rows, rows_to_e4m3
 from mxfx.ops.kernels.limits import DTYPES, takes_e4m3_rows, takes_few_rows, takes_packed
+from mxfx.ops.kernels.norm_triton import norm_triton
+from mxfx.ops.kernels.norm_triton import row_scales as row_scales_of_norm
 from mxfx.ops.kernels.packed import inexact_rows
 from mxfx.ops.kernels.packed_triton import expand, expand_to_e4m3, multiply_rows
+from mxfx.ops.kernels.transform_triton import transform_triton
 from mxfx.ops.quantize import _format
 
-#: Up to this many products FP8 tensor cores summed MX operands exactly without the slower promotion of partial sums.
-FAST_SUMS = 8192
 #: Ada and Hopper: the first with tensor cores for FP8.
 FP8_CAPABILITY = (8, 9)
-#: What a quantizer writes at a time for `e4m3_rows` to read again: half of an H100's cache.
-CACHED_BYTES = 24 << 20
 
 
 def mx_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str) -> Tensor:
     fmt, width, channels = _format(format), x.shape[-1], codes.shape[0]
     if x.dtype not in DTYPES or not takes_packed(fmt, width) or x.numel() == 0:
         return NotImplemented
-    if takes_few_rows(fmt, x.numel() // width, x.dtype):
+    if takes_few_rows(fmt, x.numel() // width):
         out = torch.empty((*x.shape[:-1], channels), dtype=x.dtype, device=x.device)
         rows = x.reshape(-1, width).contiguous()
         multiply_rows(rows, codes, scales, bias, fmt, out.view(-1, channels))
@@ -50,44 +51,95 @@ def e4m3_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.dtype not in DTYPES or not takes_e4m3_rows(x.shape[-1]) or x.numel() == 0:
         return NotImplemented
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    payload = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    row_scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
-    rows_to_e4m3(rows, payload.view(rows.shape), row_scales.view(-1), inexact_rows(x.device))
+    payload, row_scales, inexact = _outputs(x)
+    rows_to_e4m3(rows, payload.view(rows.shape), row_scales.view(-1), inexact)
     return payload, row_scales
 
 
-def _rounded(name: str) -> Callable:
-    """A quantizer and `e4m3_rows`, a part of the rows at a time, so that what lies between them stays in the cache."""
-    quantizer, axis_of_rows = getattr(torch.ops.mxfx_kernels, name).default, 2 if name == "silu_mul_quantize" else 1
-
-    def rows_of(*args):
-        x = args[0]
-        width = x.shape[-1]
-        if x.dtype not in DTYPES or not takes_e4m3_rows(width) or x.numel() == 0:
-            return NotImplemented
-        given, rest = [tensor.reshape(-1, width) for tensor in args[:axis_of_rows]], args[axis_of_rows:]
-        count = given[0].shape[0]
-        payload = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-        row_scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
-        height = max(CACHED_BYTES // (width * x.element_size()), 1)
-        for start in range(0, count, height):
-            part = quantizer(*(tensor[start : start + height] for tensor in given), *rest)
-            rows_to_e4m3(
-                part,
-                payload.view(count, width)[start : start + height],
-                row_scales.view(count)[start : start + height],
-                inexact_rows(x.device),
-            )
-        return payload, row_scales
-
-    return rows_of
+def _outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bytes, powers of two and counter for rows like those of `x`."""
+    payload = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    row_scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    return payload, row_scales, inexact_rows(x.device)
 
 
-fake_quantize_e4m3 = _rounded("fake_quantize")
-transform_quantize_e4m3 = _rounded("transform_quantize")
-hadamard_quantize_e4m3 = _rounded("hadamard_quantize")
-norm_quantize_e4m3 = _rounded("norm_quantize")
-silu_mul_quantize_e4m3 = _rounded("silu_mul_quantize")
+def _in_two(quantizer: str, *args: object) -> tuple[Tensor, Tensor]:
+    """A quantizer, then `e4m3_rows`."""
+    return e4m3_rows(getattr(torch.ops.mxfx_kernels, quantizer)(*args))
+
+
+def _folds(x: Tensor, fmt: Format, block: int | None = None) -> bool:
+    """Whether a kernel can write rows of E4M3 as it rounds: blocks, of `block` if given, are powers of two from 16."""
+    wide = fmt.block if block is None else block
+    powers = all(b is not None and not b & (b - 1) for b in (wide, fmt.block))
+    fits = powers and wide is not None and wide >= 16 and x.shape[-1] % wide == 0 and takes_e4m3_rows(x.shape[-1])
+    return fits and x.dtype in DTYPES and x.dim() <= 3 and x.numel() > 0
+
+
+def _aligned(x: Tensor, fmt: Format, write: Callable[[tuple[Tensor, Tensor]], Tensor]) -> tuple[Tensor, Tensor]:
+    """What a kernel of transforms writes block by block, brought to one power of two a row."""
+    assert fmt.block is not None
+    payload, row_scales, inexact = _outputs(x)
+    blocks = torch.empty((row_scales.numel(), x.shape[-1] // fmt.block), dtype=torch.uint8, device=x.device)
+    write((payload, blocks))
+    align_rows(payload.view(-1, x.shape[-1]), blocks, row_scales.view(-1), inexact)
+    return payload, row_scales
+
+
+def fake_quantize_e4m3(x: Tensor, format: str, axis: int = -1) -> tuple[Tensor, Tensor]:
+    fmt = _format(format)
+    if axis not in (-1, x.dim() - 1) or takes.fake_quantize(x, format) or not _folds(x, fmt):
+        return _in_two("fake_quantize", x, format, axis)
+    payload, row_scales, inexact = _outputs(x)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows_to_e4m3(rows, payload.view(rows.shape), row_scales.view(-1), inexact, fmt)
+    return payload, row_scales
+
+
+@if_it_fits
+def transform_quantize_e4m3(
+    x: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False
+) -> tuple[Tensor, Tensor]:
+    fmt, block = _format(format), None if matrix is None else matrix.shape[-1]
+    if not _folds(x, fmt, block) or takes.transform_quantize(x, matrix, format):
+        return _in_two("transform_quantize", x, matrix, format, hadamard)
+    return _aligned(x, fmt, lambda e4m3: transform_triton(x, matrix, hadamard, fmt, e4m3=e4m3))
+
+
+def hadamard_quantize_e4m3(x: Tensor, block: int, format: str) -> tuple[Tensor, Tensor]:
+    return _in_two("hadamard_quantize", x, block, format)
+
+
+@if_it_fits
+def norm_quantize_e4m3(
+    x: Tensor,
+    weight: Tensor | None,
+    matrix: Tensor | None,
+    format: str,
+    eps: float,
+    offset: float = 0.0,
+    gain_first: bool = False,
+    hadamard: bool = False,
+) -> tuple[Tensor, Tensor]:
+    fmt, block = _format(format), None if matrix is None else matrix.shape[-1]
+    if not _folds(x, fmt, block) or takes.norm_quantize(x, weight, matrix, format, eps):
+        return _in_two("norm_quantize", x, weight, matrix, format, eps, offset, gain_first, hadamard)
+    if matrix is not None and matrix.dim() == 3:
+        gain = (row_scales_of_norm(x, eps), weight, float(offset) if gain_first else 0.0)
+        return _aligned(x, fmt, lambda e4m3: transform_triton(x, matrix, False, fmt, norm=gain, e4m3=e4m3))
+    payload, row_scales, inexact = _outputs(x)
+    norm_triton(x, weight, eps, offset, gain_first, matrix, hadamard, fmt, (payload, row_scales, inexact))
+    return payload, row_scales
+
+
+@if_it_fits
+def silu_mul_quantize_e4m3(
+    gate: Tensor, up: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False
+) -> tuple[Tensor, Tensor]:
+    fmt, block = _format(format), None if matrix is None else matrix.shape[-1]
+    if not _folds(up, fmt, block) or takes.silu_mul_quantize(gate, up, matrix, format):
+        return _in_two("silu_mul_quantize", gate, up, matrix, format, hadamard)
+    return _aligned(up, fmt, lambda e4m3: transform_triton(up, matrix, hadamard, fmt, gate=gate, e4m3=e4m3))
 
 
 def mx_linear_e4m3(
@@ -105,7 +157,7 @@ def mx_linear_e4m3(
     channels = [c.shape[0] for c in codes]
     rows, factors = payload.reshape(-1, width).contiguous(), row_scales.reshape(-1, 1).contiguous()
     out_shape = (*payload.shape[:-1], sum(channels))
-    if takes_few_rows(fmt, rows.shape[0], dtype):
+    if takes_few_rows(fmt, rows.shape[0]):
         out = torch.empty(out_shape, dtype=dtype, device=payload.device)
         given: list[Tensor | None] = [*biases] or [None] * len(codes)
         parts = out.view(rows.shape[0], -1).split(channels, -1)
@@ -141,6 +193,7 @@ def _product(
         scale_a=factors,
         scale_b=of_channels.view(1, -1),
         out_dtype=dtype,
-        use_fast_accum=width <= FAST_SUMS,
+        # Sums of all products in the tensor cores' own precision would be faster, and off by up to 2^-8 of a row.
+        use_fast_accum=False,
     )
     return out + torch.cat(biases) if biases else out

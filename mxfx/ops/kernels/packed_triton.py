@@ -24,13 +24,13 @@ from mxfx.ops.kernels.limits import E4M3_MAX
 
 _NAN = tl.constexpr(0x7FC0_0000)
 _SIGN = tl.constexpr(-(2**31))
-#: Entries that a program expands at a time; bytes of codes that one multiplies with one row at a time.
+_HIGH_HALF = tl.constexpr(-(2**16))
+#: Entries that a program expands at a time.
 EXPANDED = 4096
-ROW_BYTES = 4096
-ROW_CHANNELS = 4
-#: A tile of the product with several rows: output channels, bytes of codes of each.
-TILE_CHANNELS = 16
-TILE_BYTES = 128
+#: Words of codes that one multiplies at a time, and how many output channels, by how many there are at least.
+WORDS_AT_A_TIME = 512
+CHANNELS_TOGETHER = ((4096, 8), (2048, 4), (0, 2))
+ROW_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def e4m3_bits(x):
 
 @triton.jit
 def of_e4m3(code):
-    """float32 of E4M3 bits, uint8."""
+    """float32 of E4M3 bits, the low byte of an integer."""
     wide = code.to(tl.int32)
     magnitude = ((wide & 0x7F) << 20).to(tl.float32, bitcast=True) * (2.0**120)
     value = (magnitude.to(tl.int32, bitcast=True) | ((wide & 0x80) << 24)).to(tl.float32, bitcast=True)
@@ -154,8 +154,8 @@ def _expand_kernel(
     lowest = 0
     if kind == tl.uint8:
         every = tl.arange(0, PADDED)
-        of_row = tl.load(scales_ptr + row * per_row + every, mask=every < per_row, other=0).to(tl.int32)
-        highest = tl.max(tl.where(of_row == 255, 0, of_row), axis=0)
+        powers = tl.load(scales_ptr + row * per_row + every, mask=every < per_row, other=0).to(tl.int32)
+        highest = tl.max(tl.where(powers == 255, 0, powers), axis=0)
         # The row's scale is a normal number.
         lowest = tl.maximum(highest - CODES.value.top, 1)
         tl.store(row_scales_ptr + row, (lowest << 23).to(tl.float32, bitcast=True))
@@ -200,14 +200,22 @@ def multiply_rows(
     out: Tensor,
     row_scales: Tensor | None = None,
 ) -> None:
-    """Write `linear(x, w, bias)` of few rows to `out` (m, n), any row stride; x (m, k), contiguous.
+    """Write `linear(x, w, bias)` of few rows to `out` (m, n), any row stride; x (m, k), contiguous. Sums in float32.
 
-    Sums in float32; with several rows, products are taken on the tensor cores in `out`'s dtype, which then has 16 bits.
-    x is of that dtype, or E4M3 bytes with `row_scales`, a power of two a row.
+    x is of `out`'s dtype, or E4M3 bytes with `row_scales`, a power of two a row.
     """
     rows, width = x.shape
     launch = _launch_rows(rows, width, codes.shape[0], out.stride(0), x.dtype, x.device, bias is not None, fmt)
-    launch(x, x if row_scales is None else row_scales, codes, scales, out if bias is None else bias, out)
+    if x.dtype in (torch.bfloat16, torch.uint8):
+        x = x.view(torch.int32)
+    launch(
+        x,
+        x if row_scales is None else row_scales,
+        codes.view(torch.int32),
+        scales,
+        out if bias is None else bias,
+        out,
+    )
 
 
 @lru_cache(maxsize=KEPT_SHAPES)
@@ -222,88 +230,23 @@ def _launch_rows(
     fmt: Format,
 ) -> Launch:
     assert fmt.block is not None
-    block_bytes = fmt.block * fmt.bits // 8
-    per_row = width // fmt.block
-    shared = {"BLOCK_BYTES": block_bytes, "PER_BYTE": 8 // fmt.bits, "BIAS": bias, "CODES": codes_of(fmt)}
-    if rows == 1:
-        blocks = min(triton.next_power_of_2(per_row), max(ROW_BYTES // (ROW_CHANNELS * block_bytes), 1))
-        return Launch(
-            _one_row_kernel,
-            lambda at_a_time: triton.cdiv(channels, ROW_CHANNELS),
-            (channels, per_row),
-            {"CHANNELS": ROW_CHANNELS, "BLOCKS": blocks, **shared},
-            num_warps=4,
-        )
-    blocks = max(TILE_BYTES // block_bytes, 1)
+    per_row, words = width // fmt.block, fmt.block * fmt.bits // 32
+    together = next(count for least, count in CHANNELS_TOGETHER if channels >= least)
     return Launch(
         _few_rows_kernel,
-        lambda at_a_time: triton.cdiv(channels, TILE_CHANNELS),
+        lambda at_a_time: triton.cdiv(channels, together) * rows,
         (rows, channels, per_row, out_stride),
         {
-            "ROWS": max(triton.next_power_of_2(rows), 16),
-            "CHANNELS": TILE_CHANNELS,
-            "BLOCKS": blocks,
-            **shared,
-            "STAGES": 4,
+            "CHANNELS": together,
+            "BLOCKS": min(triton.next_power_of_2(per_row), max(WORDS_AT_A_TIME // words, 1)),
+            "WORDS": words,
+            "PER_WORD": 32 // fmt.bits,
+            "X": {torch.bfloat16: "bf16", torch.uint8: "e4m3"}.get(dtype, "plain"),
+            "BIAS": bias,
+            "CODES": codes_of(fmt),
         },
-        num_warps=4,
+        num_warps=ROW_WARPS,
     )
-
-
-@triton.jit
-def load_rows(at, mask):
-    """Entries of activations as float32, whatever they are stored as."""
-    x = tl.load(at, mask=mask, other=0)
-    return of_e4m3(x) if x.dtype == tl.uint8 else x.to(tl.float32)
-
-
-@triton.jit
-def _one_row_kernel(
-    x_ptr,
-    row_scales_ptr,
-    codes_ptr,
-    scales_ptr,
-    bias_ptr,
-    y_ptr,
-    channels,
-    per_row,
-    CHANNELS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,
-    PER_BYTE: tl.constexpr,
-    BIAS: tl.constexpr,
-    CODES: tl.constexpr,
-):
-    """One program, `CHANNELS` results: each lane keeps a sum of its own until the end."""
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    real = channel < channels
-    line = channel.to(tl.int64)[:, None] * per_row
-    block = tl.arange(0, BLOCKS)
-    lane = tl.arange(0, BLOCK_BYTES)
-    total = tl.zeros((CHANNELS, BLOCKS, BLOCK_BYTES), tl.float32)
-    for start in range(0, per_row, BLOCKS):
-        inside = (start + block) < per_row
-        mask = real[:, None] & inside[None, :]
-        scale = power(tl.load(scales_ptr + line + (start + block)[None, :], mask=mask, other=0).to(tl.int32))
-        at = (line + (start + block)[None, :])[:, :, None] * BLOCK_BYTES + lane[None, None, :]
-        code = tl.load(codes_ptr + at, mask=mask[:, :, None], other=0).to(tl.int32)
-        column = ((start + block)[:, None] * BLOCK_BYTES + lane[None, :]) * PER_BYTE
-        here = inside[:, None]
-        if PER_BYTE == 2:
-            even = load_rows(x_ptr + column, here)
-            odd = load_rows(x_ptr + column + 1, here)
-            product = element(code << 28, CODES) * even[None, :, :]
-            product += element((code >> 4) << 28, CODES) * odd[None, :, :]
-        else:
-            every = load_rows(x_ptr + column, here)
-            product = element(code << 24, CODES) * every[None, :, :]
-        total += product * scale[:, :, None]
-    y = tl.sum(tl.sum(total, axis=2), axis=1)
-    if x_ptr.dtype.element_ty == tl.uint8:
-        y *= tl.load(row_scales_ptr)
-    if BIAS:
-        y += tl.load(bias_ptr + channel, mask=real, other=0.0).to(tl.float32)
-    tl.store(y_ptr + channel, y.to(y_ptr.dtype.element_ty), mask=real)
 
 
 @triton.jit
@@ -318,54 +261,71 @@ def _few_rows_kernel(
     channels,
     per_row,
     out_stride,
-    ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,
-    PER_BYTE: tl.constexpr,
+    WORDS: tl.constexpr,
+    PER_WORD: tl.constexpr,
+    X: tl.constexpr,
     BIAS: tl.constexpr,
     CODES: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """One program, all rows of `CHANNELS` results; even and odd columns are multiplied apart, as the codes lie."""
-    narrow = y_ptr.dtype.element_ty
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    """One program, one row and `CHANNELS` results: each lane keeps a sum of its own until the end.
+
+    A word is 32 bits of codes; neighbours take the other rows of the same weights, which are in the cache by then.
+    """
+    row = tl.program_id(0) % rows
+    channel = tl.program_id(0) // rows * CHANNELS + tl.arange(0, CHANNELS)
     real = channel < channels
     line = channel.to(tl.int64)[:, None] * per_row
     block = tl.arange(0, BLOCKS)
-    byte = tl.arange(0, BLOCKS * BLOCK_BYTES)
-    row = tl.arange(0, ROWS)
-    width = per_row * BLOCK_BYTES * PER_BYTE
-    total = tl.zeros((ROWS, CHANNELS), tl.float32)
-    for start in tl.range(0, per_row, BLOCKS, num_stages=STAGES):
-        inside = start + byte // BLOCK_BYTES < per_row
+    lane = tl.arange(0, WORDS)
+    PER_LOAD: tl.constexpr = 4 if X == "e4m3" else 2 if X == "bf16" else 1
+    x_ptr += row * (per_row * WORDS * (PER_WORD // PER_LOAD))
+    total = tl.zeros((CHANNELS, BLOCKS, WORDS), tl.float32)
+    for start in range(0, per_row, BLOCKS):
+        inside = (start + block) < per_row
         mask = real[:, None] & inside[None, :]
-        there = real[:, None] & (start + block < per_row)[None, :]
-        scale = power(tl.load(scales_ptr + line + (start + block)[None, :], mask=there, other=0).to(tl.int32))
-        at = line * BLOCK_BYTES + start * BLOCK_BYTES + byte[None, :]
-        code = tl.load(codes_ptr + at, mask=mask, other=0).to(tl.int32)
-        code = tl.reshape(code, (CHANNELS, BLOCKS, BLOCK_BYTES))
-        column = row[:, None] * width + (start * BLOCK_BYTES + byte)[None, :] * PER_BYTE
-        here = (row < rows)[:, None] & inside[None, :]
-        if PER_BYTE == 2:
-            low = scaled(element(code << 28, CODES), scale, CHANNELS, BLOCKS * BLOCK_BYTES, narrow)
-            high = scaled(element((code >> 4) << 28, CODES), scale, CHANNELS, BLOCKS * BLOCK_BYTES, narrow)
-            even = load_rows(x_ptr + column, here).to(narrow)
-            odd = load_rows(x_ptr + column + 1, here).to(narrow)
-            total = tl.dot(even, tl.trans(low), total)
-            total = tl.dot(odd, tl.trans(high), total)
-        else:
-            every = scaled(element(code << 24, CODES), scale, CHANNELS, BLOCKS * BLOCK_BYTES, narrow)
-            total = tl.dot(load_rows(x_ptr + column, here).to(narrow), tl.trans(every), total)
-    if x_ptr.dtype.element_ty == tl.uint8:
-        total *= tl.load(row_scales_ptr + row, mask=row < rows, other=0.0)[:, None]
+        scale = power(tl.load(scales_ptr + line + (start + block)[None, :], mask=mask, other=0).to(tl.int32))
+        at = (line + (start + block)[None, :])[:, :, None] * WORDS + lane[None, None, :]
+        word = tl.load(codes_ptr + at, mask=mask[:, :, None], other=0)
+        x_at = x_ptr + ((start + block)[:, None] * WORDS + lane[None, :]) * (PER_WORD // PER_LOAD)
+        part = tl.zeros((CHANNELS, BLOCKS, WORDS), tl.float32)
+        for turn in tl.static_range(PER_WORD // PER_LOAD):
+            loaded = tl.load(x_at + turn, mask=inside[:, None], other=0)
+            for i in tl.static_range(PER_LOAD):
+                x = entry(loaded, i, X)
+                part += code_at(word, turn * PER_LOAD + i, CODES) * x[None, :, :]
+        total += part * scale[:, :, None]
+    y = tl.sum(tl.sum(total, axis=2), axis=1)
+    if X == "e4m3":
+        y *= tl.load(row_scales_ptr + row)
     if BIAS:
-        total += tl.load(bias_ptr + channel, mask=real, other=0.0).to(tl.float32)[None, :]
-    at = row.to(tl.int64)[:, None] * out_stride + channel[None, :]
-    tl.store(y_ptr + at, total.to(narrow), mask=(row < rows)[:, None] & real[None, :])
+        y += tl.load(bias_ptr + channel, mask=real, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row.to(tl.int64) * out_stride + channel, y.to(y_ptr.dtype.element_ty), mask=real)
 
 
 @triton.jit
-def scaled(values, scale, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, narrow: tl.constexpr):
-    """A tile (channels, blocks, bytes) of elements times their scales, (channels, width) of `narrow`."""
-    return tl.reshape(values * scale[:, :, None], (CHANNELS, WIDTH)).to(narrow)
+def entry(loaded, i: tl.constexpr, X: tl.constexpr):
+    """Entry `i` of what was loaded of an activation, float32: two bfloat16 or four E4M3 numbers of a word."""
+    if X == "bf16":
+        bits = (loaded << 16) if i == 0 else (loaded & _HIGH_HALF)
+        x = bits.to(tl.float32, bitcast=True)
+    elif X == "e4m3":
+        x = of_e4m3(loaded >> (8 * i))
+    else:
+        x = loaded.to(tl.float32)
+    return x
+
+
+@triton.jit
+def code_at(word, i: tl.constexpr, CODES: tl.constexpr):
+    """The value of code `i` of a word, float32."""
+    BITS: tl.constexpr = CODES.value.bits
+    if CODES.value.mantissa < 0:
+        # Beside 2^23 the unit in the last place is 1: the code, its sign bit turned over, as a mantissa.
+        HALF: tl.constexpr = 2 ** (BITS - 1)
+        mantissa = ((word >> (BITS * i)) & (2**BITS - 1)) ^ (0x4B00_0000 | HALF)
+        value = mantissa.to(tl.float32, bitcast=True) - (8388608.0 + HALF)
+    else:
+        value = element(word << (32 - BITS * (i + 1)), CODES)
+    return value

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
+from mxfx.ops.kernels.activation_triton import rotate, silu_times
 from mxfx.ops.kernels.addressing import Rows, as_rows, is_walkable
+from mxfx.ops.kernels.fp8_triton import blocks_to_e4m3
 from mxfx.ops.kernels.quantize_triton import row_index
 from mxfx.ops.kernels.rounding_triton import as_stored, grid_of, quantize_tile
 
@@ -72,6 +74,7 @@ def transform_triton(
     gate: Tensor | None = None,
     angles: tuple[Tensor, Tensor] | None = None,
     norm: tuple[Tensor, Tensor | None, float] | None = None,
+    e4m3: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`x_B @ matrix` per block, then `fmt`; contiguous, same shape and dtype as `x`.
 
@@ -85,8 +88,10 @@ def transform_triton(
         angles: cos and sin, (batch | 1, seq, n); x (batch, heads, seq, n) becomes `rope(x, cos, sin)`.
         norm: float32 factors of the rows, `x.shape[:-1]`; those of the channels, (n,) or None for 1; what to add to the
             latter. They meet the product in float32, without the roundings of `rms_norm`. Only with (n / b, b, b).
+        e4m3: where to put the rounded result instead, as `align_rows` takes it: E4M3 bytes like `x`, and an exponent a
+            block. Blocks are powers of two from 16, and x has three axes at most.
     """
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if e4m3 is None else e4m3[0]
     if out.numel() == 0:
         return out
     before, first, second, one_angle, offset = "none", x, x, False, 0.0
@@ -112,7 +117,7 @@ def transform_triton(
         matrix, kind = matrix.contiguous(), matrix.shape
         terms = 2 if before == "norm" else terms_of(matrix.dtype, x.dtype, signs)
     launch = _launch(x.shape, x.stride(), x.dtype, x.device, kind, terms, signs, fmt, before, one_angle, offset)
-    launch(x, first, second, x if matrix is None else matrix, out)
+    launch(x, first, second, x if matrix is None else matrix, out, out if e4m3 is None else e4m3[1])
     return out
 
 
@@ -276,6 +281,7 @@ def _transform_kernel(
     second_ptr,
     matrix_ptr,
     y_ptr,
+    blocks_ptr,
     rows,
     columns,
     head_stride,
@@ -332,7 +338,7 @@ def _transform_kernel(
     tile_size = tl.full([], TILE, tl.int64) * stride0
     for tile in tl.range(first, tiles, step, num_stages=STAGES):
         row = tile * TILE + line
-        x_tile, first_tile, y_tile = x_ptr, first_ptr, y_ptr
+        x_tile, first_tile, y_tile, blocks_tile = x_ptr, first_ptr, y_ptr, blocks_ptr
         index0, index1, index2 = row_index(row, size1, size2)
         if FLAT:
             # One address a tile; the offsets in it are the same in every turn.
@@ -341,6 +347,7 @@ def _transform_kernel(
             x_tile += tile * tile_size
             first_tile += tile * tile_size
             y_tile += tile * tile_size
+            blocks_tile += tile * (tile_size // FORMAT_BLOCK)
         else:
             start = index0.to(tl.int64) * stride0 + index1.to(tl.int64) * stride1 + index2.to(tl.int64) * stride2
             start += head.to(tl.int64) * head_stride
@@ -376,19 +383,12 @@ def _transform_kernel(
         y = as_stored(x.to(tl.float32), narrow)
         if GRID is not None:
             y = quantize_blocks(y, FORMAT_BLOCK, GRID, narrow)
-        tl.store(y_tile + (target + channel)[:, None] + lane[None, :], y.to(narrow), mask=inside)
-
-
-@triton.jit
-def silu_times(gate, up):
-    """`silu(gate) * up` in float32, silu rounded to the dtype as the two separate ops do."""
-    wide = gate.to(tl.float32)
-    return as_stored(wide / (1.0 + tl.exp(-wide)), gate.dtype) * up.to(tl.float32)
-
-
-@triton.jit
-def rotate(x, turned, cos, sin, first):
-    """RoPE of `x` and the channels that it turns with, in float32, each step rounded as the separate ops do."""
-    one = as_stored(x.to(tl.float32) * cos.to(tl.float32), x.dtype)
-    turned = turned.to(tl.float32)
-    return one + as_stored(tl.where(first, -turned, turned) * sin.to(tl.float32), x.dtype)
+        if y_ptr.dtype.element_ty == tl.uint8:
+            y, scale = blocks_to_e4m3(y.to(tl.float32), FORMAT_BLOCK)
+            part = tl.arange(0, PADDED // FORMAT_BLOCK)
+            here = (row < rows)[:, None] & (part < PADDED // FORMAT_BLOCK)[None, :]
+            block = ((target + channel) // FORMAT_BLOCK)[:, None] + part[None, :]
+            tl.store(blocks_tile + block, scale.to(tl.uint8), mask=here)
+            tl.store(y_tile + (target + channel)[:, None] + lane[None, :], y.to(tl.uint8), mask=inside)
+        else:
+            tl.store(y_tile + (target + channel)[:, None] + lane[None, :], y.to(narrow), mask=inside)
