@@ -22,11 +22,12 @@ class EmitConfig:
 
     device: whose kernels are chosen, ``cpu`` or ``cuda``; the run's device if not given. Kernels also run elsewhere, by
         their definitions.
-    packed: weights are held as packed codes and scales instead of as numbers in the model's dtype.
+    packed: rounded weights are held as packed codes and scales instead of as numbers in the model's dtype; the logits
+        are the same.
     """
 
     device: Literal["cpu", "cuda"] | None = None
-    packed: bool = False
+    packed: bool = True
 
 
 def emit_stage(settings: EmitConfig, device: str) -> list[tuple[str, Mapping[str, Any]]]:
@@ -38,7 +39,7 @@ def emit_stage(settings: EmitConfig, device: str) -> list[tuple[str, Mapping[str
     if target == "cuda":
         stage += [(name, {}) for name in FUSIONS]
     stage.append(("lower", {"device": target}))
-    if settings.packed and target == "cuda":
+    if target == "cuda":
         stage.append(("multiply-in-fp8", {}))
     return [*stage, ("fold-constants", {})]
 

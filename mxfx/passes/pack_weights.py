@@ -14,7 +14,7 @@ from mxfx.formats.stored import store
 from mxfx.graph.node import info, kind, path_of
 from mxfx.ops.catalogue import spec, weights_of
 from mxfx.rewrite import ALL, Context, Exact, Numerics, Pass, Rewriter, Selector, register
-from mxfx.rewrite.facts import LOWERED, RAISED, WEIGHTS_ROUNDED, Fact
+from mxfx.rewrite.facts import LOWERED, RAISED, Fact
 from mxfx.rewrite.operands import is_rounded, readers_of, weight_format
 
 _READERS = ("linear", "embedding")
@@ -42,7 +42,7 @@ class PackWeights(Pass):
     """
 
     name: ClassVar[str] = "pack-weights"
-    requires: ClassVar[frozenset[Fact]] = frozenset({RAISED, WEIGHTS_ROUNDED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({RAISED})
     forbids: ClassVar[frozenset[Fact]] = frozenset({LOWERED})
     numerics: ClassVar[Numerics] = Exact()
     select: Selector = ALL

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from mxfx.formats import Format
+from mxfx.formats import Format, parse
 from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
-from mxfx.ops.catalogue import spec
+from mxfx.ops.catalogue import spec, weights_of
 from mxfx.rewrite.operands import is_rounded, readers_of, weight_format
 from mxfx.rewrite.roles import role_of
 
@@ -26,9 +26,32 @@ def bits_per_weight(program: Program, *, planned: bool = False) -> float:
     bits = 0.0
     count = 0
     for name, tensor in program.weights.items():
-        count += tensor.numel()
-        bits += tensor.numel() * _bits(program, name, planned)
+        bits_a_code = packed_bits(program, name)
+        if bits_a_code is None:
+            count += tensor.numel()
+            bits += tensor.numel() * _bits(program, name, planned)
+        else:
+            count += round(tensor.nbytes * 8 / bits_a_code) if bits_a_code else 0
+            bits += tensor.nbytes * 8
     return bits / max(count, 1)
+
+
+def packed_bits(program: Program, name: str) -> int | None:
+    """Bits of a code, if a tensor holds the packed codes of a weight; 0 if it holds their scales; else None."""
+    for reader in readers_of(program, name):
+        call = spec(reader)
+        if not call.has("scales"):
+            continue
+        roles = {
+            operand
+            for operand, source in weights_of(reader).items()
+            if program.weights.canonical(str(source.target)) == name
+        }
+        if "weight" in roles:
+            return parse(str(call.get("format"))).bits
+        if "scales" in roles:
+            return 0
+    return None
 
 
 def _bits(program: Program, name: str, planned: bool) -> float:

@@ -14,6 +14,7 @@ from mxfx.graph.verify import verify
 from mxfx.passes import Annotate, FuseNorm, InsertFakeQuant, PackWeights, RoundWeights, Rule
 from mxfx.pipeline.emit import emitted
 from mxfx.rewrite import Selector, apply
+from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.causal_lm import as_causal_lm
 from tests.programs import MLP, QKVO, config_a, padded_batch, passed, raised
 
@@ -105,6 +106,12 @@ def test_the_artefact_holds_no_float_copy(tmp_path) -> None:
     with torch.no_grad():
         expected = as_causal_lm(before)(ids).logits
         assert torch.equal(as_causal_lm(load(tmp_path / "packed"))(ids).logits, expected)
+
+
+def test_packing_changes_no_count_of_bits() -> None:
+    before = rounded("llama-tiny", everything=True)
+    after = apply(PackWeights(), before).program
+    assert bits_per_weight(after) == pytest.approx(bits_per_weight(before), rel=1e-12)
 
 
 def test_half_a_run_stops_where_bisect_says() -> None:
