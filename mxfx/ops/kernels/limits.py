@@ -20,7 +20,7 @@ MAX_TRANSFORM = DENSE_ORDER
 #: A norm holds a row in registers.
 MAX_ROW = 16384
 #: Rows that meet packed codes as they are; from there on expanding the weight pays.
-FEW_ROWS = 8
+FEW_ROWS = 2
 #: Largest number of FP8 E4M3.
 E4M3_MAX = 448.0
 

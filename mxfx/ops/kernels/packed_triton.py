@@ -29,7 +29,7 @@ _HIGH_HALF = tl.constexpr(-(2**16))
 EXPANDED = 4096
 #: Words of codes that one multiplies at a time, and how many output channels, by how many there are at least.
 WORDS_AT_A_TIME = 512
-CHANNELS_TOGETHER = ((4096, 8), (2048, 4), (0, 2))
+CHANNELS_TOGETHER = ((2048, 8), (0, 4))
 ROW_WARPS = 4
 
 
