@@ -100,7 +100,7 @@ def run(
         overrides=tuple(set_),
         strict=strict,
         trust_remote_code=trust_remote_code,
-        say=lambda line: err.print(line),
+        say=lambda line: err.print(line, soft_wrap=True),
     )
     # What is wrong with the command or a file is said before transformers is imported.
     options.check()
@@ -117,7 +117,7 @@ def run(
     out.print(results_table(summary.rows, "Perplexity of the emitted models", note))
     out.print(*domain_tables(summary.domains, summary.tasks))
     for warning in summary.warnings:
-        err.print(f"warning: {warning}")
+        err.print(f"warning: {warning}", soft_wrap=True)
     if summary.out is not None:
         err.print(f"written to {summary.out}", soft_wrap=True)
     if strict and summary.warnings:

@@ -301,16 +301,21 @@ class Gptq(Pass):
         if self.asymmetric:
             cross = group.statistics.cross(group.source, rw.weights.hash)
             targets = [asymmetric_target(w, hessian, cross, self.asymmetric, _RIDGE) for w in weights]
-        return gptq_batch(
-            weights,
-            hessian,
-            info(nodes[0]).formats["weight"].format,
-            damping=self.damp,
-            order=self.order,
-            exponents=self.exponents,
-            refine=self.refine,
-            targets=targets,
-        )
+        try:
+            return gptq_batch(
+                weights,
+                hessian,
+                info(nodes[0]).formats["weight"].format,
+                damping=self.damp,
+                order=self.order,
+                exponents=self.exponents,
+                refine=self.refine,
+                targets=targets,
+            )
+        except ValueError as error:
+            names = [rw.program.weight_of(node) for node in nodes]
+            broken = [name for name, w in zip(names, weights, strict=True) if not bool(w.isfinite().all())]
+            raise ValueError(f"{', '.join(broken or names)} (read by {path_of(nodes[0])}): {error}") from error
 
     def _accept(self, rw: Rewriter, ctx: Context, node: fx.Node, rounded: Tensor, account: dict[str, object]) -> None:
         """Put a solved weight into the program and its account into the record."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -87,7 +88,9 @@ def lost(findings: Mapping[str, object]) -> tuple[str, str]:
     if not isinstance(ledger, Mapping) or "kl" not in ledger:
         return "–", "–"
     sqnr = ledger["sqnr"]
-    return f"{ledger['kl']:.3g}", "∞" if sqnr is None else f"{sqnr:.1f}"
+    # JSON has no NaN: a divergence that is none is null in a file.
+    kl = math.nan if ledger["kl"] is None else ledger["kl"]
+    return f"{kl:.3g}", "∞" if sqnr is None else f"{sqnr:.1f}"
 
 
 def account_lines(result: PipelineResult) -> Iterator[str]:

@@ -68,7 +68,7 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
         _refuse_others(others)
         cache = self._cache(past_key_values, use_cache)
         if cache is None:
-            logits = self.graph(input_ids, position_ids, attention_mask)
+            logits = self.graph(input_ids, position_ids, _checked_mask(attention_mask, *input_ids.shape))
         else:
             logits = self._with_cache(input_ids, position_ids, attention_mask, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -201,7 +201,8 @@ def _checked_mask(mask: Tensor | None, batch: int, total: int) -> Tensor | None:
     if mask is None or tuple(mask.shape) == (batch, total):
         return mask
     raise ValueError(
-        f"with a cache, attention_mask is (batch, tokens of cache and call) = {(batch, total)}, not {tuple(mask.shape)}"
+        f"attention_mask is (batch, tokens of cache and call) = {(batch, total)}, 1 for each real token, "
+        f"not {tuple(mask.shape)}"
     )
 
 

@@ -158,3 +158,11 @@ def test_matrices_for_every_head_compile_as_one_graph(device: str) -> None:
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch.no_grad():
         assert torch.equal(compiled(ids, None, mask), module(ids, None, mask))
+
+
+def test_a_mask_of_another_shape_is_refused(emitted: EmittedCausalLM) -> None:
+    ids, _, _ = padded_batch()
+    with pytest.raises(
+        ValueError, match=r"attention_mask is .* = \(3, 13\), 1 for each real token, not \(3, 1, 13, 13\)"
+    ):
+        emitted(ids, attention_mask=torch.ones(3, 1, 13, 13, dtype=torch.int64))

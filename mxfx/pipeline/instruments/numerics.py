@@ -165,8 +165,9 @@ def check_local(step: Step, tol: float) -> dict[str, object]:
         if not isinstance(old, Tensor) or old.shape != value.shape:
             return value
         if anchor.target is _fake_quantize:
-            flipped, codes = flipped + int((value != old).sum()), codes + old.numel()
-            error = float((value != old).double().mean())
+            different = (value != old) & ~(value.isnan() & old.isnan())
+            flipped, codes = flipped + int(different.sum()), codes + old.numel()
+            error = float(different.double().mean())
         else:
             error = relative_error(value, old)
         if not error <= tol:
