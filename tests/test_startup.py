@@ -37,11 +37,10 @@ def test_config_show_imports_nothing_but_torch() -> None:
     [
         ("run", "nowhere.toml"),
         ("run", CONFIG_A, "--device", "mps"),
-        ("run", CONFIG_A, "--eval", "hellaswag2"),
         ("run", CONFIG_A, CONFIG_A),
         ("config", "show", __file__),
     ],
-    ids=["no file", "device", "task", "two of one name", "no TOML"],
+    ids=["no file", "device", "two of one name", "no TOML"],
 )
 def test_a_refusal_that_needs_no_pass_does_not_import_torch(args: tuple[object, ...]) -> None:
     assert imported(*args) == ["2"]

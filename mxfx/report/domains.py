@@ -35,10 +35,10 @@ def _panel(name: str, results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _row(config: str, result: Mapping[str, Any]) -> str:
     divergence = result["divergence"]
-    cells = [f'<td class="name">{escape(config)}</td><td class="n">{result["token_perplexity"]:.3f}</td>']
+    cells = [f'<td class="name">{escape(config)}</td><td class="n">{_shown(result["token_perplexity"], ".3f")}</td>']
     for key, form in _FIGURES:
         error = None if divergence is None else divergence.get(_ERRORS.get(key, ""))
-        shown = "–" if divergence is None else format(divergence[key], form)
+        shown = "–" if divergence is None else _shown(divergence[key], form)
         cells.append(f'<td class="n">{shown}{"" if error is None else f" ± {error:{form}}"}</td>')
     cells.append(f"<td>{_histogram(divergence)}</td>")
     return f"<tr>{''.join(cells)}</tr>"
@@ -53,7 +53,7 @@ def _histogram(divergence: Mapping[str, Any] | None) -> str:
     bars = []
     for index, share in enumerate(shares):
         height = 40 * share / highest
-        says = f"{share:.1%} of tokens between {edges[index]:.2g} and {edges[index + 1]:.2g} nats"
+        says = f"{_shown(share, '.1%')} of tokens between {edges[index]:.2g} and {edges[index + 1]:.2g} nats"
         bars.append(
             f'<rect x="{12 * index}" y="{40 - height:.1f}" width="11" height="{height:.1f}" fill="var(--accent)">'
             f"<title>{says}</title></rect>"
@@ -78,10 +78,10 @@ def _worst(config: str, result: Mapping[str, Any]) -> str:
 
 def _place(place: Mapping[str, Any]) -> str:
     def likeliest(pairs: Sequence[tuple[str, float]]) -> str:
-        return "<br>".join(f"<code>{escape(repr(text))}</code> {share:.0%}" for text, share in pairs)
+        return "<br>".join(f"<code>{escape(repr(text))}</code> {_shown(share, '.0%')}" for text, share in pairs)
 
     return (
-        f'<tr><td class="n">{place["kl"]:.2f}</td><td class="path">{escape(place["text"])}</td>'
+        f'<tr><td class="n">{_shown(place["kl"], ".2f")}</td><td class="path">{escape(place["text"])}</td>'
         f"<td><code>{escape(repr(place['next']))}</code></td>"
         f"<td>{likeliest(place['expected'])}</td><td>{likeliest(place['actual'])}</td></tr>"
     )
@@ -93,7 +93,7 @@ def _tasks(configs: Sequence[Mapping[str, Any]]) -> str:
         for task, found in (config["evaluation"] or {}).get("tasks", {}).items():
             for metric, value in found["metrics"].items():
                 error = found["stderr"].get(metric)
-                shown = f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+                shown = _shown(value, ".4f") + ("" if error is None else f" ± {error:.4f}")
                 cells = "".join(f"<td>{escape(text)}</td>" for text in (task, metric, config["name"]))
                 rows.append(f'<tr>{cells}<td class="n">{shown}</td></tr>')
     if not rows:
@@ -103,3 +103,8 @@ def _tasks(configs: Sequence[Mapping[str, Any]]) -> str:
         f'<h3>Tasks of lm-eval</h3><div class="wide"><table class="tasks"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(sorted(rows))}</tbody></table></div>"
     )
+
+
+def _shown(value: float | None, form: str) -> str:
+    """JSON has no NaN: a figure that is none is null in a file."""
+    return "nan" if value is None else format(value, form)
