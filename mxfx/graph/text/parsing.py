@@ -1,259 +1,25 @@
-"""The printed form of a program, and back.
-
-    mxfx-ir 1
-    source "llama-tiny" LlamaForCausalLM
-    config {"hidden_size": 64, …}
-    dtype f32
-    symbols batch in [1, 4096], seq in [1, 256]
-    facts norms-raised
-    weights
-      @model.norm.weight : f32[64] #0123456789abcdef
-      @lm_head.weight = @model.embed_tokens.weight
-      @model.rotary_emb.inv_freq : f32[8] #fedcba9876543210 constant
-    graph
-      %input_ids = input : i64[batch, seq]
-     model.layers.0.mlp.up_proj:
-      %linear_5 = aten.linear(%x, @w) : bf16[batch, seq, 96] {input: mxint4@32 by "annotate rule 1"} <annotate>
-      return %linear_14
-
-One line a node: name, op, operands, the type of its result, then, where there are any, annotations in braces, notes as
-JSON behind ``!``, and in angle brackets the passes that made or changed it. A value that is on a format's grid says so
-behind its type (``in mxint4@32``). An operand that the node writes, a cache, is marked ``!``. A line ending in a colon
-opens the nodes of a module path. Types are nominal (bf16 for the model's dtype, f32 for compute precision) until the
-program is lowered. Weights are named by hash:
-blake2b over dtype, shape and bytes.
-"""
+"""A program from its text."""
 
 from __future__ import annotations
 
 import json
-import operator
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-import mxfx.ops
 from mxfx.formats import FormatError
 from mxfx.formats import parse as parse_format
-from mxfx.graph.fake import FakeRunner, size_text
-from mxfx.graph.mutation import written
-from mxfx.graph.node import Annotation, NodeInfo, info, path_of, set_info
+from mxfx.graph.fake import FakeRunner
+from mxfx.graph.node import Annotation, NodeInfo, set_info
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, Source, Symbol, compute_dtype
+from mxfx.graph.text.characters import Lines
+from mxfx.graph.text.printing import target_text, type_text
+from mxfx.graph.text.words import BY_NAME, MODULES, OUTSIDE, VERSION, HashMismatch
 from mxfx.graph.weights import WeightStore, tensor_hash
-from mxfx.ground.errors import MxfxError
-
-VERSION = 1
-
-_DTYPES = {
-    torch.float64: "f64",
-    torch.float32: "f32",
-    torch.float16: "f16",
-    torch.bfloat16: "bf16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.int16: "i16",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.bool: "b1",
-}
-_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
-_MODULES = {"operator": operator, "runtime": mxfx.ops}
-_OUTSIDE = ""
-
-
-class TextError(MxfxError, ValueError):
-    """A text that is no printed program, or one that does not fit the weights; the message starts with its line."""
-
-
-class HashMismatch(TextError):
-    """A weight of the store is not the one that the text names."""
-
-
-def to_text(program: Program, *, header: bool = True) -> str:
-    """The program as text that ``parse`` reads back; without ``header`` the graph alone.
-
-    Values in notes that JSON cannot say are written by their ``repr`` and come back as strings.
-    """
-    return str(Printout.of(program)) if header else "\n".join(["graph", *_sections(graph_lines(program))]) + "\n"
-
-
-@dataclass(frozen=True)
-class Printout:
-    """A program's lines, printed once for all who read them: text, differences."""
-
-    header: list[str]
-    graph: list[Line]
-
-    @classmethod
-    def of(cls, program: Program) -> Printout:
-        return cls(header_lines(program), graph_lines(program))
-
-    def __str__(self) -> str:
-        return "\n".join([*self.header, "graph", *_sections(self.graph)]) + "\n"
-
-
-@dataclass(frozen=True)
-class Line:
-    """One node, printed: ``text`` stands in the section ``path``; ``name`` is the node's."""
-
-    name: str
-    path: str
-    text: str
-
-
-def header_lines(program: Program) -> list[str]:
-    """Everything above the graph."""
-    source = program.source
-    lines = [f"mxfx-ir {VERSION}", f"source {json.dumps(source.name, ensure_ascii=False)} {source.architecture}"]
-    lines.append(f"config {_json(source.config)}")
-    lines.append(f"dtype {_dtype_name(program.dtype)}")
-    ranges = [f"{s.name} in [{s.low}, {s.high}]" for s in program.symbols]
-    lines += [f"symbols {', '.join(ranges)}"] if ranges else []
-    lines += [f"facts {', '.join(sorted(program.facts))}"] if program.facts else []
-    lines += [f"notes {_json(program.notes)}"] if program.notes else []
-    return [*lines, "weights", *weight_lines(program)]
-
-
-def weight_lines(program: Program) -> list[str]:
-    """One line a tensor, in the order of the store, then one an alias."""
-    store = program.weights
-    lines = []
-    for name, tensor in store.items():
-        constant = " constant" if name in store.constants else ""
-        shape = ", ".join(map(str, tensor.shape))
-        lines.append(f"  @{name} : {_dtype_name(tensor.dtype)}[{shape}] #{store.hash(name)}{constant}")
-    return lines + [f"  @{alias} = @{home}" for alias, home in store.aliases.items()]
-
-
-def graph_lines(program: Program) -> list[Line]:
-    """Every node but ``get_attr``, which is printed where it is read, as ``@name``."""
-    names = symbol_names(program)
-    return [Line(n.name, path_of(n), _node(n, names)) for n in program.graph.nodes if n.op != "get_attr"]
-
-
-def symbol_names(program: Program) -> dict[str, str]:
-    """Symbol of the shape environment → name in the program's header, by the dimensions of the inputs."""
-    found: dict[str, None] = {}
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor):
-            found |= {str(d): None for d in node.meta["val"].shape if str(d).isidentifier()}
-    return dict(zip(found, (s.name for s in program.symbols), strict=False))
-
-
-def type_text(val: object, names: Mapping[str, str]) -> str:
-    """``bf16[batch, seq, 64]`` for a fake tensor, ``sym(batch)`` for a symbolic number."""
-    if isinstance(val, Tensor):
-        return f"{_dtype_name(val.dtype)}[{', '.join(_dim(d, names) for d in val.shape)}]"
-    if isinstance(val, list | tuple):
-        return f"({', '.join(type_text(v, names) for v in val)})"
-    return f"sym({_dim(val, names)})" if val is not None else "?"
-
-
-def _dim(size: object, names: Mapping[str, str]) -> str:
-    text = size_text(size)
-    return text if text.isdigit() else _SYMBOL_NAME.sub(lambda m: names.get(m[0], m[0]), text)
-
-
-_SYMBOL_NAME = re.compile(r"[A-Za-z_]\w*")
-
-
-def _sections(lines: list[Line]) -> list[str]:
-    result: list[str] = []
-    path = _OUTSIDE
-    for line in lines:
-        if line.path != path:
-            path = line.path
-            result.append(f" {path}:")
-        result.append("  " + line.text)
-    return result
-
-
-def _node(node: fx.Node, names: Mapping[str, str]) -> str:
-    if node.op == "output":
-        return f"return {_literal(node.args[0])}"
-    head = f"%{node.name} = {_call(node)} : {type_text(node.meta.get('val'), names)}"
-    record = info(node)
-    tail = [f"in {fmt}" if (fmt := _grid_of(node)) else ""]
-    tail += ["{" + _formats(record) + "}" if record.formats else ""]
-    tail += [f"!{_json(record.notes)}" if record.notes else ""]
-    tail += [f"<{', '.join(record.passes)}>" if record.passes else ""]
-    return " ".join([head, *filter(None, tail)])
-
-
-def _call(node: fx.Node) -> str:
-    if node.op == "placeholder":
-        default = f"({_literal(node.args[0])})" if node.args else ""
-        renamed = f" {json.dumps(node.target)}" if node.target != node.name else ""
-        return f"input{default}{renamed}"
-    changed = written(node)
-    operands = [_literal(a) + "!" * (a in changed) for a in node.args]
-    operands += [f"{k}={_literal(v)}" for k, v in node.kwargs.items()]
-    return f"{target_text(node.target)}({', '.join(operands)})"
-
-
-def target_text(target: object) -> str:
-    """``aten.linear`` for ``aten.linear.default``, ``runtime.attend`` for a function of ``mxfx.ops``."""
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target).removesuffix(".default")
-    name = getattr(target, "__name__", "")
-    for module, members in _MODULES.items():
-        if getattr(members, name, None) is target:
-            return f"{module}.{name}"
-    return f"python.{name or target!r}"
-
-
-def _grid_of(node: fx.Node) -> str:
-    return str(node.args[1]) if target_text(node.target).endswith(".fake_quantize") and len(node.args) > 1 else ""
-
-
-def _formats(record: NodeInfo) -> str:
-    parts, last = [], None
-    for operand, annotation in record.formats.items():
-        by = "" if annotation.by == last else f" by {json.dumps(annotation.by, ensure_ascii=False)}"
-        parts.append(f"{operand}: {annotation.format}{by}")
-        last = annotation.by
-    return ", ".join(parts)
-
-
-def _literal(value: object) -> str:
-    match value:
-        case fx.Node():
-            return f"@{value.target}" if value.op == "get_attr" else f"%{value.name}"
-        case str():
-            return json.dumps(value, ensure_ascii=False)
-        case list():
-            return f"[{', '.join(map(_literal, value))}]"
-        case tuple():
-            return f"({', '.join(map(_literal, value))}{',' if len(value) == 1 else ''})"
-        case torch.dtype():
-            return f"dtype.{_dtype_name(value)}"
-        case torch.device() | torch.layout() | torch.memory_format():
-            return f"{type(value).__name__}.{str(value).removeprefix('torch.')}"
-        case slice():
-            return f"slice({_literal(value.start)}, {_literal(value.stop)}, {_literal(value.step)})"
-    return repr(value)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return _DTYPES.get(dtype) or str(dtype).removeprefix("torch.")
-
-
-def _json(value: Mapping[str, object]) -> str:
-    return json.dumps(_plain(value), ensure_ascii=False, default=repr)
-
-
-def _plain(value: object) -> object:
-    """Containers as JSON knows them: mapping proxies as objects, tuples as arrays, sets sorted."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return sorted(map(str, value)) if isinstance(value, set | frozenset) else value
 
 
 def parse(text: str, store: Mapping[str, Tensor] | None = None) -> Program:
@@ -281,13 +47,10 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?([eE][+-]?\d+)?|inf|nan)(?![\w.])")
 _JSON = json.JSONDecoder()
 
 
-class _Reader:
+class _Reader(Lines):
     def __init__(self, lines: list[str], store: Mapping[str, Tensor] | None) -> None:
-        self.lines = lines
+        super().__init__(lines)
         self.store = store
-        self.number = 0
-        self.line = ""
-        self.at = 0
         self.env: dict[str, fx.Node] = {}
         self.weight_nodes: dict[str, fx.Node] = {}
 
@@ -299,7 +62,7 @@ class _Reader:
         self.symbols = tuple(Symbol(n, int(a), int(b)) for n, a, b in _SYMBOL.findall(header.get("symbols", "")))
         name, _, architecture = self.source(header)
         facts = frozenset(filter(None, header.get("facts", "").split(", ")))
-        self.dtype = _BY_NAME.get(header.get("dtype", ""), torch.float32)
+        self.dtype = BY_NAME.get(header.get("dtype", ""), torch.float32)
         self.lowered = "lowered" in facts
         self.result = Program(
             fx.Graph(),
@@ -368,7 +131,7 @@ class _Reader:
         return tensor
 
     def graph(self) -> None:
-        path = _OUTSIDE
+        path = OUTSIDE
         while self.advance():
             if section := _SECTION.fullmatch(self.line):
                 path = section[1]
@@ -446,14 +209,14 @@ class _Reader:
     def target(self) -> Callable:
         text = self.pattern(_WORD)
         module, _, rest = text.partition(".")
-        if module in _MODULES:
-            found = getattr(_MODULES[module], rest, None)
+        if module in MODULES:
+            found = getattr(MODULES[module], rest, None)
         else:
             name, _, overload = rest.partition(".")
             packet = getattr(getattr(torch.ops, module, None), name, None)
             found = getattr(packet, overload or "default", None)
         if not callable(found):
-            raise self.error(f"unknown op {text!r}; a program is made of torch ops, mxfx.… and {', '.join(_MODULES)}.…")
+            raise self.error(f"unknown op {text!r}; a program is made of torch ops, mxfx.… and {', '.join(MODULES)}.…")
         return found
 
     def formats(self, record: NodeInfo) -> NodeInfo:
@@ -559,70 +322,6 @@ class _Reader:
     def names(self) -> dict[str, str]:
         return {str(size): name for name, size in self.sizes.items()}
 
-    def advance(self) -> bool:
-        """Go to the next line that is neither empty nor a comment (``// …``)."""
-        while self.number < len(self.lines):
-            self.line = self.lines[self.number].rstrip()
-            self.number += 1
-            self.at = 0
-            if self.line and not self.line.startswith("//"):
-                return True
-        self.line = ""
-        return False
-
-    def until_type_end(self) -> str:
-        found = re.compile(r"\w+\[[^\]]*\]|sym\((?:[^()]|\([^()]*\))*\)|\(.*?\)(?= |$)|\?").match(self.line, self.at)
-        if found is None:
-            raise self.error("expected a type such as bf16[batch, seq, 64]")
-        self.at = found.end()
-        return found[0]
-
-    def word_is(self, word: str) -> bool:
-        return re.compile(rf"{word}(?![\w.])").match(self.line, self.at) is not None
-
-    def json(self) -> dict:
-        try:
-            value, self.at = _JSON.raw_decode(self.line, self.at)
-        except ValueError as error:
-            raise self.error(f"expected JSON: {error}") from error
-        return value
-
-    def string(self) -> str:
-        value = self.json()
-        if not isinstance(value, str):
-            raise self.error("expected a string")
-        return value
-
-    def pattern(self, pattern: re.Pattern[str]) -> str:
-        found = pattern.match(self.line, self.at)
-        if found is None:
-            raise self.error(f"unexpected {self.line[self.at : self.at + 20]!r}")
-        self.at = found.end()
-        return found[0]
-
-    def take(self, text: str) -> bool:
-        if not self.line.startswith(text, self.at):
-            return False
-        self.at += len(text)
-        return True
-
-    def expect(self, text: str) -> None:
-        if not self.take(text):
-            raise self.error(f"expected {text!r}, found {self.line[self.at : self.at + 20]!r}")
-
-    def finish(self) -> None:
-        if self.at != len(self.line):
-            raise self.error(f"unexpected {self.line[self.at : self.at + 20]!r} behind the node")
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        dtype = _BY_NAME.get(name) or getattr(torch, name, None)
-        if not isinstance(dtype, torch.dtype):
-            raise self.error(f"unknown dtype {name!r}")
-        return dtype
-
-    def error(self, problem: str) -> TextError:
-        return TextError(f"line {self.number}: {problem}\n  {self.line}")
-
 
 def _environment(symbols: tuple[Symbol, ...]) -> tuple[FakeTensorMode, dict[str, torch.SymInt]]:
     """A fresh shape environment with one backed symbol for each named one, in its range."""
@@ -646,6 +345,3 @@ def _tuples(value: object) -> object:
     if isinstance(value, list):
         return tuple(_tuples(v) for v in value)
     return {k: _tuples(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-__all__ = ["HashMismatch", "Line", "TextError", "graph_lines", "parse", "to_text", "type_text"]
