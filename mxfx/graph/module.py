@@ -30,8 +30,23 @@ def build(program: Program) -> fx.GraphModule:
     return module.eval()
 
 
-def _runtime_tensor(program: Program, name: str) -> nn.Parameter | torch.Tensor:
+def _own(program: Program, name: str) -> torch.Tensor:
+    """A weight whose changes in place nobody else sees, and that sees nobody else's.
+
+    A tensor that no pass made is the user's model's; it is copied when one of the two is written, if torch can tell.
+    """
     tensor = program.weights[name]
+    if tensor.device.type == "meta" or name in {change.weight for change in program.weights.ledger}:
+        return tensor
+    try:
+        return tensor._lazy_clone()
+    except RuntimeError:
+        # Memory that torch did not allocate itself, such as a mapped file's.
+        return tensor.clone()
+
+
+def _runtime_tensor(program: Program, name: str) -> nn.Parameter | torch.Tensor:
+    tensor = _own(program, name)
     if not tensor.is_floating_point():
         return tensor
     if name in program.weights.constants:

@@ -21,7 +21,17 @@ def refusal(error: BaseException, model: nn.Module) -> str:
     said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}…"
     names = {id(module): name for name, module in model.named_modules() if name}
     running = [names[id(owner)] for frame in frames if id(owner := frame.f_locals.get("self")) in names]
-    return f"in {running[-1]}: {said}" if running else said
+    where = f"in {running[-1]}: {said}" if running else said
+    kind = rope_type(model, running[-1]) if running else None
+    return where if kind is None else f"{where} (RoPE of type {kind!r} depends on the length of its input)"
+
+
+def rope_type(model: nn.Module, path: str) -> str | None:
+    """The type of the rotary embedding that a module computes; None for another module and for the plain type."""
+    found = getattr(dict(model.named_modules()).get(path), "rope_type", None)
+    kinds = set(found.values()) if isinstance(found, dict) else {found}
+    kinds -= {None, "default"}
+    return ", ".join(sorted(map(str, kinds))) or None
 
 
 def _frames(error: BaseException | None) -> Iterator[FrameType]:

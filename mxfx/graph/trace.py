@@ -21,13 +21,14 @@ import mxfx.ops  # noqa: F401  (registers the dialect)
 from mxfx.graph.constants import KeepLiterals, store_literals
 from mxfx.graph.errors import TraceError
 from mxfx.graph.experts import experts_forward, find_weight, settle_experts
+from mxfx.graph.linears import settle_linears
 from mxfx.graph.masks import attention_forward, mask_forward, settle_masks
 from mxfx.graph.mixers import opaque_mixers
 from mxfx.graph.node import NodeInfo, kind, set_info
 from mxfx.graph.normalize import normalize, remove_dead
 from mxfx.graph.program import NOMINAL_MODEL, Program, Source, Symbol
 from mxfx.graph.prove import prove_if_possible
-from mxfx.graph.refusal import refusal
+from mxfx.graph.refusal import refusal, rope_type
 from mxfx.graph.weights import WeightStore
 
 _INTERFACE = "mxfx"
@@ -51,7 +52,7 @@ def trace(model: nn.Module, *, name: str | None = None, proven: bool = True) -> 
         raise TraceError(f"expected a transformers causal LM with a .config, got {type(model).__name__}")
     skeleton = _skeleton(model)
     longest = int(getattr(config, "max_position_embeddings", 1 << 17) or 1 << 17)
-    module = _functional(_export(skeleton, longest)).module(check_guards=False)
+    module = _functional(_export(skeleton, longest), skeleton).module(check_guards=False)
     weights, rename = _weights(model, module)
     graph = _adopt_graph(module.graph, module, rename)
     weights = weights.extended(store_literals(graph))
@@ -64,6 +65,7 @@ def trace(model: nn.Module, *, name: str | None = None, proven: bool = True) -> 
     program = Program(graph, weights, _dtype(model), source, symbols)
     normalize(program)
     settle_experts(program)
+    settle_linears(program)
     _make_optional(program)
     settle_masks(program)
     remove_dead(program.graph)
@@ -163,7 +165,7 @@ def _export(skeleton: nn.Module, longest: int) -> torch.export.ExportedProgram:
         raise TraceError(f"torch.export cannot trace {type(skeleton).__name__}: {refusal(error, skeleton)}") from error
 
 
-def _functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+def _functional(exported: torch.export.ExportedProgram, skeleton: nn.Module) -> torch.export.ExportedProgram:
     """The trace without an op that changes its operand; nothing is decomposed beyond that.
 
     Raises ``TraceError`` if the model changes one of its own tensors: a program keeps no state.
@@ -175,7 +177,10 @@ def _functional(exported: torch.export.ExportedProgram) -> torch.export.Exported
     signature = functional.graph_signature
     written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if written:
-        raise TraceError(f"the forward pass writes {written[0].removeprefix('model.')}; a program keeps no state")
+        path, _, name = written[0].removeprefix("model.").rpartition(".")
+        kind = rope_type(skeleton, path)
+        why = "" if kind is None else f" (RoPE of type {kind!r} depends on the length of its input)"
+        raise TraceError(f"the forward pass writes {name} of {path or 'the model'}{why}; a program keeps no state")
     return functional
 
 

@@ -350,5 +350,6 @@ describe(
     contracts=(Contraction("input", "weight", over="input channels"),),
 )
 describe(aten.embedding.default, "embedding", operands=(weight("weight"), plain("indices"), OUTPUT))
+describe(aten.layer_norm.default, "layer_norm", operands=(weight("weight"), activation("input"), OUTPUT, plain("bias")))
 describe(aten.silu.default, "silu", operands=(activation("input", "self"), OUTPUT))
 describe(aten.gelu.default, "gelu", operands=(plain("input", "self"),))

@@ -13,11 +13,11 @@ def positions(input_ids: Tensor, position_ids: Tensor | None, attention_mask: Te
     """The position of every token, int64 ``(batch, seq)``.
 
     Given ``position_ids`` count as they are; else real tokens are counted (left padding does not shift them), or all
-    tokens where there is no mask.
+    tokens where there is no mask, or one of queries and keys, which counts nothing.
     """
     if position_ids is not None:
         return position_ids
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dim() == 2:
         return (attention_mask.ne(0).cumsum(-1) - 1).clamp_min(0)
     return torch.ones_like(input_ids).cumsum(-1) - 1
 

@@ -148,7 +148,7 @@ def asks_for_float64(model: Toy, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("between", "reason"),
     [
-        (writes_a_buffer, "the forward pass writes seen"),
+        (writes_a_buffer, "the forward pass writes seen of the model"),
         (draws, "draws random numbers"),
         (asks_for_float64, "asks for torch.float64: neither the model's dtype nor float32"),
     ],

@@ -9,7 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from mxfx.graph.execute import execute
 from mxfx.graph.module import build
 from mxfx.graph.program import Program, compute_dtype
-from mxfx.graph.tiny import FAMILIES
+from mxfx.graph.tiny import FAMILIES, tiny
+from mxfx.graph.trace import trace
 from mxfx.pipeline.emit import emitted as lower
 from mxfx.runtime.causal_lm import emit
 from tests.programs import RAISE, config_a, model, padded_batch, passed, raised, relative, traced
@@ -129,3 +130,25 @@ def test_building_does_not_touch_the_program() -> None:
         for parameter in build(program).to(torch.float32).parameters():
             parameter.data = parameter.data * 2
     assert {name: program.weights.hash(name) for name in program.weights} == before
+
+
+def test_what_is_written_into_an_emitted_module_and_into_its_model_reaches_neither_the_other() -> None:
+    source = tiny("llama-tiny")
+    graph = emit(passed(trace(source), RAISE))
+    ids = torch.randint(3, 128, (2, 9))
+    before = graph(ids)
+    with torch.no_grad():
+        source.model.norm.weight.mul_(2)
+        source.lm_head.weight.zero_()
+    assert torch.equal(graph(ids), before)
+    kept = source.model.layers[0].mlp.up_proj.weight.clone()
+    with torch.no_grad():
+        graph.get_parameter("model.layers.0.mlp.up_proj.weight").zero_()
+    assert torch.equal(source.model.layers[0].mlp.up_proj.weight, kept)
+    assert not torch.equal(graph(ids), before)
+
+
+def test_a_mask_of_queries_and_keys_needs_no_positions() -> None:
+    ids = torch.randint(3, 128, (2, 9))
+    graph = emit(passed(traced("llama-tiny"), RAISE))
+    assert torch.allclose(graph(ids, None, torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()), graph(ids), atol=1e-5)
