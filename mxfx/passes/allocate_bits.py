@@ -1,0 +1,150 @@
+"""``allocate-bits``: more bits where rounding costs most, fewer where it costs least, within a budget."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torch import fx
+
+from mxfx.algorithms.allocation import Choice, allocate
+from mxfx.calibration.sensitivity import Operands, kl_of_rounding
+from mxfx.formats import Format, parse
+from mxfx.graph.node import Annotation, info, layer_of, path_of
+from mxfx.graph.regions import siblings
+from mxfx.ground.files import write_file
+from mxfx.rewrite import ALL, Context, Exact, Numerics, Pass, Rewriter, Selector, register
+from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, ANNOTATED, LOWERED, WEIGHTS_ROUNDED, Fact
+
+_FORMATS = tuple(parse(f"mxint{bits}@32/mse") for bits in (3, 4, 5, 6, 8))
+
+
+@register
+@dataclass(frozen=True)
+class AllocateBits(Pass):
+    """Give every annotated linear one of several formats, so that the mean bits of a weight keep a budget.
+
+    Before::
+
+        %y = linear(%x, @w)      {weight: mxint4@32/mse, input: mxint4@32/mse}
+
+    After::
+
+        %y = linear(%x, @w)      {weight: mxint5@32/mse, input: mxint5@32/mse}
+
+    What each format costs at each linear is its share of KL to the float model, from one pass over calibration tokens
+    with gradients (``mxfx.calibration.sensitivity``); the choice is a knapsack. Linears that read one tensor take one
+    format, for their input is rounded once. Weight and input of a linear get the same format, where ``annotate`` gave
+    them one. The choice stands in the report; ``freeze`` writes it as the rules of an ``annotate`` that needs no data.
+
+    bits: budget, mean bits of the chosen weights with their shared scales; linears that are not selected are outside.
+    formats: what may be chosen.
+    samples: calibration samples that costs are measured on.
+    freeze: file that the choice is written to, as TOML.
+    """
+
+    name: ClassVar[str] = "allocate-bits"
+    requires: ClassVar[frozenset[Fact]] = frozenset({ANNOTATED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, LOWERED})
+    numerics: ClassVar[Numerics] = Exact()
+    bits: float = 4.5
+    formats: tuple[Format, ...] = _FORMATS
+    samples: int = 16
+    freeze: Path | None = None
+    select: Selector = ALL
+
+    def __post_init__(self) -> None:
+        if not self.formats:
+            raise ValueError("'formats' is empty, expected two or more")
+        least = min(fmt.bits_per_element for fmt in self.formats)
+        if self.bits < least:
+            raise ValueError(f"'bits' is {self.bits}, and no format takes less than {least:g}")
+        if self.samples < 1:
+            raise ValueError(f"'samples' is {self.samples}, must be at least 1")
+
+    def run(self, rw: Rewriter, ctx: Context) -> None:
+        sites = [site for site in self._sites(rw) if rw.match(site[0], note=f"{len(site)} linears")]
+        if not sites:
+            rw.warn("nothing to choose: no selected linear has a weight format")
+            return
+        linears = [linear for site in sites for linear in site]
+        operands = [Operands(fmt, fmt) for fmt in self.formats]
+        costs = kl_of_rounding(rw.program, linears, operands, ctx.tokens()[: self.samples], ctx)
+        sizes = [sum(rw.weights[rw.program.weight_of(n)].numel() for n in site) for site in sites]
+        items = [
+            [
+                Choice(size * fmt.bits_per_element, sum(costs[n.name][index] for n in site))
+                for index, fmt in enumerate(self.formats)
+            ]
+            for site, size in zip(sites, sizes, strict=True)
+        ]
+        chosen = allocate(items, self.bits * sum(sizes))
+        for site, index in zip(sites, chosen, strict=True):
+            for linear in site:
+                _set(rw, linear, self.formats[index])
+        self._account(rw, sites, items, chosen, sizes)
+
+    def _sites(self, rw: Rewriter) -> list[list[fx.Node]]:
+        """Linears that read one tensor and carry formats, together."""
+        found = []
+        for linears in siblings(rw.program).values():
+            chosen = [n for n in linears if self.select(n) and "weight" in info(n).formats]
+            if chosen:
+                found.append(chosen)
+        return found
+
+    def _account(
+        self,
+        rw: Rewriter,
+        sites: list[list[fx.Node]],
+        items: list[list[Choice]],
+        chosen: list[int],
+        sizes: list[int],
+    ) -> None:
+        rows = [
+            {
+                "linears": [path_of(n) for n in site],
+                "layer": layer_of(site[0]),
+                "format": str(self.formats[index]),
+                "predicted_kl": {str(f): c.loss for f, c in zip(self.formats, choices, strict=True)},
+            }
+            for site, choices, index in zip(sites, items, chosen, strict=True)
+        ]
+        total = sum(sizes)
+        uniform = {
+            str(fmt): {"bits": fmt.bits_per_element, "predicted_kl": sum(choices[i].loss for choices in items)}
+            for i, fmt in enumerate(self.formats)
+        }
+        toml = _rules(rows)
+        rw.record.details |= {
+            "bits": sum(choices[i].cost for choices, i in zip(items, chosen, strict=True)) / total,
+            "predicted_kl": sum(choices[i].loss for choices, i in zip(items, chosen, strict=True)),
+            "uniform": uniform,
+            "sites": rows,
+            "sites_by_format": dict(Counter(row["format"] for row in rows)),
+            "toml": toml,
+        }
+        if self.freeze is not None:
+            write_file(self.freeze, toml.encode())
+
+
+def _set(rw: Rewriter, linear: fx.Node, fmt: Format) -> None:
+    record = info(linear)
+    for operand in ("weight", "input"):
+        if operand in record.formats:
+            record = record.with_format(operand, Annotation(fmt, "allocate-bits"))
+    rw.set_info(linear, record)
+
+
+def _rules(rows: list[dict[str, object]]) -> str:
+    """The choice as an ``annotate`` that needs no data: one rule for each site."""
+    lines = ["[[pass]]", 'name = "annotate"']
+    for row in rows:
+        linears = row["linears"]
+        assert isinstance(linears, list)
+        paths = "|".join(path.replace(".", r"\.") for path in linears)
+        lines += ["  [[pass.rule]]", f"  match = '{paths}'", f'  weight = "{row["format"]}"']
+        lines += [f'  input = "{row["format"]}"', f'  expect = "{len(linears)}"']
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,103 @@
+"""``allocate-bits``: formats by what rounding costs, within a budget, told in the report and frozen as TOML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mxfx.calibration.sensitivity import Operands, kl_of_rounding
+from mxfx.calibration.training import divergence
+from mxfx.config import Pipeline
+from mxfx.config.pipeline import loads
+from mxfx.formats import parse
+from mxfx.graph.node import info, path_of
+from mxfx.graph.program import Program
+from mxfx.graph.tiny import tiny
+from mxfx.graph.trace import trace
+from mxfx.passes import AllocateBits, Annotate, Rule
+from mxfx.pipeline.manager import PassManager
+from mxfx.rewrite import Context, Selector, apply
+from mxfx.runtime.causal_lm import emit
+
+TOKENS = torch.randint(3, 128, (24, 48), generator=torch.Generator().manual_seed(0))
+FORMATS = tuple(parse(f"mxint{bits}@32/mse") for bits in (3, 4, 6, 8))
+CTX = Context(tokens=lambda: TOKENS)
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    rule = Rule(Selector(r".*_proj"), weight=FORMATS[1], input=FORMATS[1])
+    return PassManager().run(trace(tiny("llama-tiny")), Pipeline([Annotate(rule=(rule,))]).completed()).program
+
+
+def _measured(program: Program, name: str, fmt, expected: torch.Tensor) -> float:
+    """KL when one linear's weight alone is rounded."""
+    other = program.copy()
+    weight = other.weight_of(next(n for n in other.nodes("linear") if n.name == name))
+    other.weights.set(weight, fmt.fake_quantize(other.weights[weight]), "test")
+    with torch.no_grad():
+        return float(divergence(emit(other)(TOKENS), expected))
+
+
+def test_the_predicted_divergence_is_what_rounding_one_weight_costs(program: Program) -> None:
+    linears = [n for n in program.nodes("linear") if "weight" in info(n).formats]
+    fmt = parse("mxint5@32/mse")
+    predicted = kl_of_rounding(program, linears, [Operands(fmt, None)], TOKENS, CTX)
+    expected = tiny("llama-tiny")(TOKENS).logits.detach()
+    # Of the second layer, and two of the first: q, k, v, o, gate, up, down.
+    for node in [*linears[:3:2], *linears[7:]]:
+        assert 0.4 < predicted[node.name][0] / _measured(program, node.name, fmt, expected) < 2.5
+
+
+def test_the_budget_holds_and_costlier_sites_get_more_bits(program: Program) -> None:
+    done = apply(AllocateBits(bits=4.6, formats=FORMATS, samples=8), program, CTX)
+    details = done.record.details
+    assert details["bits"] <= 4.6
+    assert details["predicted_kl"] < details["uniform"]["mxint4@32/mse"]["predicted_kl"]
+    weights = {path_of(n): info(n).formats["weight"].format for n in done.program.nodes("linear") if info(n).formats}
+    assert len(set(weights.values())) > 1
+    for row in details["sites"]:
+        assert {str(weights[path]) for path in row["linears"]} == {row["format"]}
+
+
+def test_weight_and_input_get_one_format_and_siblings_the_same(program: Program) -> None:
+    done = apply(AllocateBits(bits=4.6, formats=FORMATS, samples=8), program, CTX)
+    for node in done.program.nodes("linear"):
+        formats = info(node).formats
+        assert not formats or formats["weight"].format == formats["input"].format
+    (q, k) = (
+        next(n for n in done.program.nodes("linear") if path_of(n).endswith(f"layers.0.self_attn.{name}_proj"))
+        for name in "qk"
+    )
+    assert info(q).formats["input"].format == info(k).formats["input"].format
+
+
+def test_the_frozen_choice_is_an_annotate_that_gives_the_same_formats(program: Program, tmp_path: Path) -> None:
+    file = tmp_path / "choice.toml"
+    done = apply(AllocateBits(bits=5.0, formats=FORMATS, samples=4, freeze=file), program, CTX)
+    again = PassManager().run(trace(tiny("llama-tiny")), loads(file.read_text())).program
+    mine, theirs = (
+        {path_of(n): {o: str(a.format) for o, a in info(n).formats.items()} for n in p.nodes("linear")}
+        for p in (done.program, again)
+    )
+    assert mine == theirs
+
+
+def test_more_bits_cost_less(program: Program) -> None:
+    predicted = [
+        apply(AllocateBits(bits=bits, formats=FORMATS, samples=4), program, CTX).record.details["predicted_kl"]
+        for bits in (3.25, 4.25, 6.25)
+    ]
+    assert predicted == sorted(predicted, reverse=True)
+
+
+def test_a_budget_below_every_format_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no format takes less than 3\.25"):
+        AllocateBits(bits=3.0, formats=FORMATS)
+
+
+def test_without_annotated_linears_it_warns(program: Program) -> None:
+    done = apply(AllocateBits(select=Selector("nothing")), program, CTX)
+    assert done.record.warnings == ["nothing to choose: no selected linear has a weight format"]
