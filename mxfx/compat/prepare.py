@@ -32,6 +32,8 @@ def prepare(files: Sequence[str | Path], options: RunOptions) -> list[tuple[str,
     from mxfx.config.order import check_order
 
     found = {name: load_any(file) for name, file in zip(names, files, strict=True)}
+    if options.data is not None:
+        found = {name: _with_data(pipeline, options.data) for name, pipeline in found.items()}
     # Settings first: they decide the emit stage, whose options an assignment may set.
     given = _assignments(options)
     of_passes = [text for text in given if text.startswith("pass")]
@@ -45,6 +47,19 @@ def prepare(files: Sequence[str | Path], options: RunOptions) -> list[tuple[str,
     for pipeline in found.values():
         check_order(pipeline)
     return list(found.items())
+
+
+def _with_data(pipeline: Pipeline, data: str) -> Pipeline:
+    """With ``data`` in place of the data set that the file names; what the float model writes itself stays."""
+    from mxfx.calibration.sources import SELF
+    from mxfx.config.overrides import apply_overrides
+
+    named = [source for source in pipeline.calibration.sources if source != SELF]
+    if len(named) == 1 and SELF in pipeline.calibration.sources and data != SELF:
+        sources = [source if source == SELF else data for source in pipeline.calibration.sources]
+        return apply_overrides(pipeline, [f"calibration.dataset={json.dumps(sources)}"])
+    given = [f"calibration.dataset={json.dumps(data)}"]
+    return apply_overrides(pipeline, [*(["calibration.shares=[]"] if pipeline.calibration.shares else []), *given])
 
 
 def _override(pipelines: dict[str, Pipeline], assignment: str) -> None:
@@ -65,6 +80,4 @@ def _assignments(options: RunOptions) -> list[str]:
     given = []
     if options.model is not None:
         given.append(f"model.name={json.dumps(options.model)}")
-    if options.data is not None:
-        given.append(f"calibration.dataset={json.dumps(options.data)}")
     return [*given, *options.overrides]

@@ -53,31 +53,18 @@ class Distill(Pass):
     apart: the state with the least KL on them is taken; if none is better than the first, the weights are only rounded
     to nearest and the run is warned. The device holds both models and 16 bytes for each weight that is tuned.
 
-    Options:
-        scope: ``model`` tunes all weights together; ``layer`` each decoder layer in turn, so that its output agrees
-            with the float layer's on quantized inputs: the device holds one layer and a batch, not the model.
-        steps: number of steps of the optimizer; with ``scope = "layer"`` in each layer.
-        learning_rate: of Adam, relative to each tensor's root mean square; warm-up, then a cosine to zero.
-        batch_size: samples a step.
-        held_out: share of the samples that states are compared on.
-        tune: what is tuned beside the weights on grids: gains (of norms), biases, transforms (their matrices stay
-            invertible), embedding, head; without a format these stay in the model's own precision.
-        accumulate: parts that a batch is cut into where the device cannot hold it; their gradients are summed.
-        recompute: keep only what crosses from layer to layer, and run each layer again for its gradient.
-        checks: how often the held-out samples are looked at.
-        checkpoint_every: steps between two checkpoints in the run's cache; 0 writes none.
-        select: which linears and embeddings.
-
-    steps: optimizer steps.
-    learning_rate: step size, in units of each weight's root mean square.
-    batch_size: calibration samples a batch.
-    held_out: share of the samples that is kept apart, between 0 and 1.
-    scope: what the loss compares: the logits of the whole model, or the output of each decoder layer.
-    tune: what is tuned beside the weights on grids.
-    accumulate: batches whose gradients make one step.
-    recompute: compute each layer again in the backward pass: less memory, more time.
+    scope: ``model`` tunes all weights together; ``layer`` each decoder layer in turn, so that its output agrees with
+        the float layer's on quantized inputs: the device holds one layer and a batch, not the model.
+    steps: steps of the optimizer; with ``scope = "layer"`` in each layer.
+    learning_rate: of Adam, relative to each tensor's root mean square; warm-up, then a cosine to zero.
+    batch_size: calibration samples a step.
+    held_out: share of the samples that states are compared on, between 0 and 1.
+    tune: what is tuned beside the weights on grids: gains (of norms), biases, transforms (their matrices stay
+        invertible), embedding, head; without a format these stay in the model's own precision.
+    accumulate: parts that a batch is cut into where the device cannot hold it; their gradients are summed.
+    recompute: keep only what crosses from layer to layer, and run each layer again for its gradient.
     checks: how often the held-out samples are measured.
-    checkpoint_every: steps between checkpoints in the run's cache; 0 for none.
+    checkpoint_every: steps between two checkpoints in the run's cache; 0 writes none.
     """
 
     name: ClassVar[str] = "distill"
