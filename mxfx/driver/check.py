@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mxfx.config import Pipeline, check_order
+from mxfx.driver.matched import matched_lines, site_lines
 from mxfx.driver.pretrained import load_checked, load_meta_model
 from mxfx.graph.node import info, kind, layer_index
 from mxfx.graph.program import Program
@@ -16,11 +17,11 @@ from mxfx.graph.prove import Proof, prove
 from mxfx.graph.trace import bind, trace
 from mxfx.passes import Annotate, InsertKvCache, QuantizeKvCache
 from mxfx.pipeline.manager import PassManager
-from mxfx.rewrite import apply
+from mxfx.rewrite import PassRecord, apply
 from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.cache import cache_bytes, cache_specs
 
-_COUNTED = ("linear", "attention", "rms_norm", "rope", "embedding")
+_COUNTED = ("linear", "expert_linear", "attention", "rms_norm", "rope", "embedding")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Checked:
     annotated: Program
     trace_seconds: float
     proof: Proof | None = None
+    records: tuple[PassRecord, ...] = ()
 
     def lines(self) -> Iterator[str]:
         """The model, its graph, and what the passes will hold and do; sizes in GB, work in TFLOP."""
@@ -42,12 +44,14 @@ class Checked:
         yield f"model: {program.source.name} ({program.source.architecture}), {layers} layers, {weights:,} weights"
         yield (
             f"graph: {count} nodes, {count / max(layers, 1):.1f} per layer, traced in {self.trace_seconds:.1f} s; "
-            + ", ".join(f"{calls[name]} {name}" for name in _COUNTED)
+            + ", ".join(f"{calls[name]} {name}" for name in _COUNTED if calls[name] or name != "expert_linear")
         )
         if self.proof is not None:
             lengths = " and ".join(map(str, self.proof.lengths))
             yield f"numbers: the program is the model to {self.proof.error:.1e} on rows of {lengths} tokens"
             yield from self.proof.notes
+        yield from matched_lines(program, self.records)
+        yield from site_lines(program, self.pipeline.passes, self.records)
         yield "memory: " + "; ".join(self._held(weights))
         # One calibration token costs two passes over each weight: statistics, then the rewritten layer.
         tokens = self._tokens
@@ -105,12 +109,13 @@ def check(pipeline: Pipeline, *, trust_remote_code: bool = False, numbers: bool 
     seconds = time.perf_counter() - started
     last = max((i for i, p in enumerate(passes) if isinstance(p, Annotate)), default=-1)
     head = pipeline.replace(specs=pipeline.specs[: last + 1])
-    annotated = PassManager().run(program, head).program if last >= 0 else program
+    result = PassManager().run(program, head) if last >= 0 else None
+    annotated = program if result is None else result.program
     proof = None
     if numbers:
         loaded = load_checked(name, settings.dtype, revision=settings.revision, trust_remote_code=trust_remote_code)
         proof = prove(bind(program, loaded.model), loaded.model, limit=sys.maxsize)
-    return Checked(pipeline, program, annotated, seconds, proof)
+    return Checked(pipeline, program, annotated, seconds, proof, () if result is None else result.records)
 
 
 def _planned(program: Program) -> int:

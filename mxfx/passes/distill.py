@@ -93,6 +93,9 @@ class Distill(Pass):
         if not 0 < self.held_out < 1:
             raise ValueError(f"'held_out' is {self.held_out}, must lie between 0 and 1")
 
+    def foresee(self, rw: Rewriter) -> int | None:
+        return len(self._targets(rw))
+
     def run(self, rw: Rewriter, ctx: Context) -> None:
         if ctx.reference is None:
             raise ValueError("distill needs the float model that the pipeline began with; run it through a PassManager")

@@ -118,6 +118,9 @@ class Gptq(Pass):
             number = getattr(self, name)
             _require(number is None or number >= 1, name, number, "1 or more")
 
+    def foresee(self, rw: Rewriter) -> int | None:
+        return len(self._targets(rw))
+
     def run(self, rw: Rewriter, ctx: Context) -> None:
         targets = self._targets(rw)
         rw.record.details |= {"fallbacks": 0, "resumed_layers": 0, "linears": [], "experts": []}

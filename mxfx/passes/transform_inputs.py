@@ -92,6 +92,9 @@ class TransformInputs(Pass):
     samples: int | None = None
     select: Selector = ALL
 
+    def foresee(self, rw: Rewriter) -> int | None:
+        return sum(self._fits(rw, site) for site in sites(rw, self.select))
+
     def run(self, rw: Rewriter, ctx: Context) -> None:
         found = [site for site in sites(rw, self.select) if self._fits(rw, site)]
         moments: dict[fx.Node, Tensor] = {}

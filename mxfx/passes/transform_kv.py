@@ -71,6 +71,10 @@ class TransformKv(Pass):
     samples: int | None = None
     select: Selector = ALL
 
+    def foresee(self, rw: Rewriter) -> int | None:
+        chosen = filter(self.select, rw.program.nodes("attention"))
+        return sum(self._fits(rw, node) for node in chosen)
+
     def run(self, rw: Rewriter, ctx: Context) -> None:
         chosen = [node for node in rw.program.nodes("attention") if self.select(node) and self._fits(rw, node)]
         moments = self._moments(rw.program, chosen, ctx)

@@ -76,6 +76,13 @@ class Pass(ABC):
         select = getattr(self, "select", None)
         return select is None or select(node)
 
+    def foresee(self, rw: Rewriter) -> int | None:
+        """How many sites the pass would rewrite, as far as the graph alone says; the others are skipped with reasons.
+
+        None: it cannot be told before the passes before it ran. The program stays as it is.
+        """
+        return None
+
     @abstractmethod
     def run(self, rw: Rewriter, ctx: Context) -> None:
         """Rewrite ``rw.program`` through ``rw``; every candidate is matched or skipped with a reason."""
@@ -97,6 +104,16 @@ class NodePass(Pass):
     def note(self, node: fx.Node) -> str:
         """What the record says of a match."""
         return ""
+
+    def foresee(self, rw: Rewriter) -> int | None:
+        count = 0
+        for node in filter(self.selects, rw.program.nodes()):
+            reason = self.refuse(node)
+            if reason is None:
+                count += 1
+            else:
+                rw.skip(node, reason)
+        return count
 
     @abstractmethod
     def rewrite(self, rw: Rewriter, node: fx.Node) -> None:

@@ -1,0 +1,46 @@
+"""What ``check`` says of rules and sites: by role, with reasons, and which axes a block does not divide."""
+
+from __future__ import annotations
+
+from mxfx.driver.matched import matched_lines, site_lines
+from mxfx.formats import parse
+from mxfx.passes import Annotate, FuseNorm, Gptq, Rule, TransformInputs
+from mxfx.rewrite import apply
+from tests.mixtures import raised_mixture
+from tests.programs import raised
+
+
+def test_rules_are_told_by_role_with_what_they_leave_out() -> None:
+    rules = (
+        Rule(role="mlp", weight=parse("mxint4@32"), input=parse("mxint4@32")),
+        Rule(role="attention", kv=parse("mxint8@32")),
+    )
+    applied = apply(Annotate(rules, partial=True), raised("phi3-tiny"))
+    first, second, share = matched_lines(applied.program, [applied.record])
+    assert first == "rule 1: 2 gate_up_proj, 2 down_proj; 4 weight=mxint4@32, input=mxint4@32"
+    assert second == "rule 2: 2 attention; 2 k=mxint8@32, v=mxint8@32"
+    assert "float stay 2 qkv_proj, 2 o_proj, 1 head" in share
+
+
+def test_experts_and_routers() -> None:
+    applied = apply(Annotate((Rule(role="mlp, attention", weight=parse("mxint4@32")),)), raised_mixture("mixtral"))
+    _, share = matched_lines(applied.program, [applied.record])
+    assert "100.0% are to be in a format" in share and "2 router, 1 head" in share
+
+
+def test_an_axis_that_its_block_does_not_divide() -> None:
+    applied = apply(Annotate((Rule(role="mlp", weight=parse("mxint4@64")),), partial=True), raised("phi3-tiny"))
+    assert list(matched_lines(applied.program, [applied.record]))[-1] == (
+        "a ragged last block: 2 down_proj of 96 in blocks of 64 (blocks of 48 divide it)"
+    )
+
+
+def test_passes_say_where_they_work_and_why_not() -> None:
+    rule = Rule(role="mlp", weight=parse("mxint4@32"), input=parse("mxint4@32"))
+    fused = apply(FuseNorm(), raised("qwen3-tiny"))
+    annotated = apply(Annotate((rule,), partial=True), fused.program)
+    passes = (FuseNorm(), Annotate((rule,)), TransformInputs(block=64), Gptq())
+    norms, transforms, gptq = site_lines(annotated.program, passes, [fused.record, annotated.record])
+    assert norms.startswith("fuse-norm: 5 sites; 4 not: ") and "reads it, which is no linear" in norms
+    assert transforms == ("transform-inputs: 2 sites; 2 not: no Hadamard matrix of order 64 fits its 96 input channels")
+    assert gptq == "gptq: 6 sites"
