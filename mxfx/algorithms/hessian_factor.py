@@ -15,6 +15,8 @@ from torch import Tensor
 _ESCALATIONS = 3
 _FIRST_DAMPING = 0.01
 _SLAB = 1024
+# On CUDA the library's batched factorization is made for small matrices: wider ones go one by one.
+_LOOPED = 512
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,15 @@ def _cholesky(hessian: Tensor, order: Tensor, ridge: Tensor) -> tuple[Tensor, Te
     """Lower factor in float64 of each permuted, damped matrix, and LAPACK's info, 0 for success."""
     matrix = permute_symmetric(hessian, order).double()
     matrix.diagonal(dim1=-2, dim2=-1).add_(ridge[:, None])
-    lower, info = torch.linalg.cholesky_ex(matrix)
-    return lower, info
+    if not matrix.is_cuda or len(matrix) == 1 or matrix.shape[-1] < _LOOPED:
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        return lower, info
+    infos = []
+    for place, one in enumerate(matrix):
+        lower, info = torch.linalg.cholesky_ex(one)
+        matrix[place] = lower
+        infos.append(info)
+    return matrix, torch.stack(infos)
 
 
 def _unit_inverse(lower: Tensor, dtype: torch.dtype) -> Tensor:
