@@ -32,6 +32,7 @@ _FORMS = (
     (Op(aten.mul.Tensor, (_gain, _narrow), swap=True), False),
     (Op(_cast, (Op(aten.mul.Tensor, (_offset_gain, _normal), swap=True), "model")), True),
     (Op(_cast, (Op(aten.mul.Tensor, (_gain, _normal), swap=True), "model")), True),
+    (Op(_cast, (Op(aten.mul.Tensor, (Op(_cast, (_gain, "compute")), _normal), swap=True), "model")), True),
     (_narrow, False),
 )
 

@@ -20,6 +20,7 @@ _end = Var("end", lambda a: isinstance(a, int) and a >= 1 << 62)
 _low = Op(aten.slice.Tensor, (_x, 3, 0, Var("half", is_number)))
 _high = Op(aten.slice.Tensor, (_x, 3, Var("half", is_number), _end))
 _turned = Op(aten.cat.default, ([Op(aten.neg.default, (_high,)), _low], -1))
+_turned_back = Op(aten.cat.default, ([_high, Op(aten.neg.default, (_low,))], -1))
 _cos = Op(aten.unsqueeze.default, (Var("cos", is_node), 1))
 _sin = Op(aten.unsqueeze.default, (Var("sin", is_node), 1))
 
@@ -37,6 +38,9 @@ class RaiseRope(Pass):
     After::
 
         %y = mxfx.rope(%x, %cos, %sin)
+
+    Where the halves turn the other way round (``cat([%x[..., half:], neg(%x[..., :half])])``) the sine changes its
+    sign. Cosines that no raised embedding reads are reported: another layout (interleaved pairs) stays spelled out.
     """
 
     name: ClassVar[str] = "raise-rope"
@@ -53,6 +57,20 @@ class RaiseRope(Pass):
                 rw.skip(root, f"no rotary embedding: {found.reason}", depth=found.depth)
             elif rw.match(root):
                 _rewrite(rw, root, found)
+        for cosine in _unread(rw.program):
+            rw.skip(cosine, "no rotary embedding in the half-split layout reads these cosines: another layout?")
+
+
+def _unread(program: Program) -> list[fx.Node]:
+    """Cosines that no raised embedding depends on."""
+    pending = [node.args[1] for node in program.nodes("rope")]
+    reached: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if isinstance(node, fx.Node) and node not in reached:
+            reached.add(node)
+            pending += node.all_input_nodes
+    return [node for node in program.graph.nodes if node.target is aten.cos.default and node not in reached]
 
 
 def _is_candidate(node: fx.Node) -> bool:
@@ -69,10 +87,11 @@ def _has_cat(node: fx.Node) -> bool:
 
 def _match_rope(root: fx.Node) -> Found | Failed:
     plain = Op(aten.mul.Tensor, (_x, _cos), swap=True)
-    turned = Op(aten.mul.Tensor, (_turned, _sin), swap=True)
-    found = match(Op(aten.add.Tensor, (plain, turned), swap=True), root)
-    if isinstance(found, Failed):
-        return found
+    forms = [Op(aten.mul.Tensor, (form, _sin), swap=True) for form in (_turned, _turned_back)]
+    tried = [match(Op(aten.add.Tensor, (plain, turned), swap=True), root) for turned in forms]
+    found = next((one for one in tried if isinstance(one, Found)), None)
+    if found is None:
+        return max((one for one in tried if isinstance(one, Failed)), key=lambda one: one.depth)
     width = found.bound["x"].meta["val"].shape[-1]
     if found.bound["half"] * 2 != width:
         return Failed(6, f"the halves meet at {found.bound['half']}, not in the middle of {width}")
@@ -81,8 +100,16 @@ def _match_rope(root: fx.Node) -> Found | Failed:
 
 def _rewrite(rw: Rewriter, root: fx.Node, found: Found) -> None:
     bound = found.bound
-    new = rw.call(torch.ops.mxfx.rope.default, bound["x"], bound["cos"], bound["sin"], like=root)
+    sin = bound["sin"]
+    if not any(node.target is aten.cat.default and _negates_first(node) for node in found.nodes):
+        sin = rw.call(aten.neg.default, sin, like=root)
+    new = rw.call(torch.ops.mxfx.rope.default, bound["x"], bound["cos"], sin, like=root)
     rw.replace(root, new)
+
+
+def _negates_first(halves: fx.Node) -> bool:
+    first = halves.args[0][0]  # type: ignore[index]
+    return isinstance(first, fx.Node) and first.target is aten.neg.default
 
 
 @ROPES_RAISED.means
