@@ -17,6 +17,7 @@ from mxfx.graph.prove import Proof, prove
 from mxfx.graph.trace import bind, trace
 from mxfx.passes import Annotate, InsertKvCache, QuantizeKvCache
 from mxfx.pipeline.manager import PassManager
+from mxfx.report.memory import memory
 from mxfx.rewrite import PassRecord, apply
 from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.cache import cache_bytes, cache_specs
@@ -53,6 +54,7 @@ class Checked:
         yield from matched_lines(program, self.records)
         yield from site_lines(program, self.pipeline.passes, self.records)
         yield "memory: " + "; ".join(self._held(weights))
+        yield f"on the device, once emitted: {memory(program)}"
         # One calibration token costs two passes over each weight: statistics, then the rewritten layer.
         tokens = self._tokens
         yield f"work: {4 * weights * tokens / 1e12:.1f} TFLOP of calibration forward passes ({tokens:,} tokens)"

@@ -28,6 +28,7 @@ from mxfx.graph.program import Program
 from mxfx.ground.files import write_json
 from mxfx.pipeline.instruments import Numbers, Verify
 from mxfx.pipeline.manager import PipelineResult
+from mxfx.report.memory import memory
 from mxfx.report.results import coverage_json, pass_json
 from mxfx.report.table import DomainRow, Row
 from mxfx.report.weight_history import History
@@ -313,5 +314,6 @@ def _as_json(outcome: Outcome, row: Row) -> dict[str, object]:
         "warnings": outcome.warnings,
         "passes": [pass_json(step) for step in steps] if outcome.file else [],
         "coverage": coverage_json(outcome.result) if outcome.file else None,
+        "memory": memory(outcome.result.program).to_json(),
         "evaluation": None if outcome.evaluation is None else outcome.evaluation.to_json(),
     }
