@@ -26,6 +26,7 @@ from mxfx.evaluation.scoring import FloatLogits
 from mxfx.evaluation.suite import Evaluation, Suite
 from mxfx.graph.program import Program
 from mxfx.ground.files import write_json
+from mxfx.ops.kernels.packed import inexact_count
 from mxfx.pipeline.instruments import Numbers, Verify
 from mxfx.pipeline.manager import PipelineResult
 from mxfx.report.memory import memory
@@ -194,7 +195,12 @@ def _outcome(
         _save(result.portable, job, folder)
         check_saved(folder.model, logits, ids, job.device, named.pipeline.emit)
     del logits
+    counted = inexact_count()
     evaluation = _evaluate(program, model, is_float=not named.file)
+    if beyond := inexact_count() - counted:
+        warnings.append(
+            f"{beyond} rows of activations span more octaves than E4M3 is sure to hold: their least were rounded"
+        )
     if folder is not None and evaluation is not None:
         evaluation.write(folder.path)
     bits = bits_per_weight(result.before_emit)

@@ -44,7 +44,7 @@ class MultiplyInFp8(Pass):
     The exponents of a row's blocks fold into E4M3 numbers, of which the tensor cores take exact products. A linear
     stays as it is, with the reason, where its input is not rounded right before it, where a format has more than 4
     significant bits, where a row of the weight spans more octaves than E4M3 has, or where sizes are not multiples of
-    16. Rows of activations that span too many are counted as they come (``mxfx.ops.kernels.packed.inexact_rows``).
+    16. Rows of activations that span too many are counted as they come, and a run warns of them.
     """
 
     name: ClassVar[str] = "multiply-in-fp8"

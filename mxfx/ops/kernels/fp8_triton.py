@@ -70,7 +70,8 @@ def _launch_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
 @lru_cache(maxsize=KEPT_SHAPES)
 def _launch_align(shape: tuple[int, ...], device: torch.device, fmt: Format) -> Launch:
     assert fmt.block is not None
-    return _launch(_align_kernel, *shape, fmt.block, {"B": fmt.block, "OCTAVES": octaves_of(fmt)})
+    rows, width = shape
+    return _launch(_align_kernel, rows, width, fmt.block, {"B": fmt.block, "OCTAVES": octaves_of(fmt)})
 
 
 def _launch(kernel: triton.JITFunction, rows: int, width: int, block: int, constants: dict[str, object]) -> Launch:

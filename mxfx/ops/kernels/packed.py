@@ -44,10 +44,19 @@ def mx_linear_e4m3(
     return torch.cat(parts, -1)
 
 
-@cache
+_INEXACT: dict[torch.device, Tensor] = {}
+
+
 def inexact_rows(device: torch.device) -> Tensor:
-    """int64 (1,) on the device: rows that `e4m3_rows` had to round there, since the process began."""
-    return torch.zeros(1, dtype=torch.int64, device=device)
+    """int64 (1,) on the device: rows that had to be rounded to E4M3 there, since the process began."""
+    if device not in _INEXACT:
+        _INEXACT[device] = torch.zeros(1, dtype=torch.int64, device=device)
+    return _INEXACT[device]
+
+
+def inexact_count() -> int:
+    """The same, of all devices together; waits for them."""
+    return sum(int(count) for count in _INEXACT.values())
 
 
 def _define(name: str, schema: str, definition: Callable, fake: Callable) -> torch._ops.OpOverload:

@@ -29,8 +29,9 @@ _HIGH_HALF = tl.constexpr(-(2**16))
 EXPANDED = 4096
 #: Words of codes that one multiplies at a time, and how many output channels, by how many there are at least.
 WORDS_AT_A_TIME = 512
-CHANNELS_TOGETHER = ((2048, 8), (0, 4))
-ROW_WARPS = 4
+CHANNELS_TOGETHER = ((2048, 4), (0, 2))
+#: Of one warp, tiles of codes, scales and activations are laid out alike: nothing crosses shared memory.
+ROW_WARPS = 1
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def _launch_rows(
     return Launch(
         _few_rows_kernel,
         lambda at_a_time: triton.cdiv(channels, together) * rows,
-        (rows, channels, per_row, out_stride),
+        (rows, channels, per_row, out_stride, 1),
         {
             "CHANNELS": together,
             "BLOCKS": min(triton.next_power_of_2(per_row), max(WORDS_AT_A_TIME // words, 1)),
@@ -242,7 +243,7 @@ def _launch_rows(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["one"])
 def _few_rows_kernel(
     x_ptr,
     row_scales_ptr,
@@ -254,6 +255,7 @@ def _few_rows_kernel(
     channels,
     per_row,
     out_stride,
+    one,
     CHANNELS: tl.constexpr,
     BLOCKS: tl.constexpr,
     WORDS: tl.constexpr,
@@ -265,31 +267,32 @@ def _few_rows_kernel(
     """One program, one row and `CHANNELS` results: each lane keeps a sum of its own until the end.
 
     A word is 32 bits of codes; neighbours take the other rows of the same weights, which are in the cache by then.
+    `one` is 1, which the compiler must not know: it would read neighbouring words at once, and lay them out
+    so that activations would have to cross shared memory to meet them.
     """
     row = tl.program_id(0) % rows
     channel = tl.program_id(0) // rows * CHANNELS + tl.arange(0, CHANNELS)
     real = channel < channels
-    line = channel.to(tl.int64)[:, None] * per_row
-    block = tl.arange(0, BLOCKS)
-    lane = tl.arange(0, WORDS)
+    line = channel.to(tl.int64) * per_row
+    block = tl.arange(0, BLOCKS) * one
+    lane = tl.arange(0, WORDS) * one
     PER_LOAD: tl.constexpr = 4 if X == "e4m3" else 2 if X == "bf16" else 1
     x_ptr += row * (per_row * WORDS * (PER_WORD // PER_LOAD))
-    total = tl.zeros((CHANNELS, BLOCKS, WORDS), tl.float32)
+    total = tl.zeros((BLOCKS, WORDS, CHANNELS), tl.float32)
     for start in range(0, per_row, BLOCKS):
         inside = (start + block) < per_row
-        mask = real[:, None] & inside[None, :]
-        scale = power(tl.load(scales_ptr + line + (start + block)[None, :], mask=mask, other=0).to(tl.int32))
-        at = (line + (start + block)[None, :])[:, :, None] * WORDS + lane[None, None, :]
-        word = tl.load(codes_ptr + at, mask=mask[:, :, None], other=0)
+        mask = inside[:, None] & real[None, :]
+        there = (start + block)[:, None] + line[None, :]
+        scale = power(tl.load(scales_ptr + there, mask=mask, other=0).to(tl.int32))
+        word = tl.load(codes_ptr + there[:, None, :] * WORDS + lane[None, :, None], mask=mask[:, None, :], other=0)
         x_at = x_ptr + ((start + block)[:, None] * WORDS + lane[None, :]) * (PER_WORD // PER_LOAD)
-        part = tl.zeros((CHANNELS, BLOCKS, WORDS), tl.float32)
+        part = tl.zeros((BLOCKS, WORDS, CHANNELS), tl.float32)
         for turn in tl.static_range(PER_WORD // PER_LOAD):
             loaded = tl.load(x_at + turn, mask=inside[:, None], other=0)
             for i in tl.static_range(PER_LOAD):
-                x = entry(loaded, i, X)
-                part += code_at(word, turn * PER_LOAD + i, CODES) * x[None, :, :]
-        total += part * scale[:, :, None]
-    y = tl.sum(tl.sum(total, axis=2), axis=1)
+                part += code_at(word, turn * PER_LOAD + i, CODES) * entry(loaded, i, X)[:, :, None]
+        total += part * scale[:, None, :]
+    y = tl.sum(tl.sum(total, axis=1), axis=0)
     if X == "e4m3":
         y *= tl.load(row_scales_ptr + row)
     if BIAS:
