@@ -188,7 +188,10 @@ def config_schema() -> None:
 @app.command("opt")
 def opt_(
     source: Annotated[
-        str, typer.Argument(help="Printed graph, model folder, hub id, or a built-in model: llama-tiny …")
+        str,
+        typer.Argument(
+            help="Printed graph, model folder, hub id, built-in model (llama-tiny …), or '-': parts of graphs on stdin."
+        ),
     ],
     passes: Annotated[
         str,
@@ -213,6 +216,13 @@ def opt_(
     from mxfx import api
     from mxfx.pipeline.manager import StopPoint
 
+    if source == "-":
+        from mxfx.pipeline.opt import opt_fragments
+
+        if print_ir_before or print_ir_after or print_ir_after_change or check_numerics or timing or stop_after:
+            raise typer.BadParameter("parts of graphs take --passes alone: they are verified and printed as they end")
+        sys.stdout.write(opt_fragments(sys.stdin.read(), passes))
+        return
     _or_config_error("--stop-after", lambda: stop_after and StopPoint.parse(stop_after))
     text = api.optimize(
         source,

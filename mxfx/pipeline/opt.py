@@ -13,7 +13,7 @@ from mxfx.config.pipeline import Pipeline, load
 from mxfx.config.text import from_text
 from mxfx.graph.diff import diff
 from mxfx.graph.program import Program
-from mxfx.graph.text import parse, to_text
+from mxfx.graph.text import SEPARATOR, parse, parse_fragment, to_text
 from mxfx.graph.tiny import FAMILIES, tiny
 from mxfx.graph.trace import trace
 from mxfx.graph.verify import verify
@@ -79,6 +79,45 @@ def opt(
     if timing:
         printer.lines += [f"// {line}\n" for line in clock.table().splitlines()]
     return "".join(printer.lines)
+
+
+def opt_fragments(text: str, passes: str | Path | Pipeline, seed: int = 0) -> str:
+    """Run ``passes`` over each fragment of ``text`` (``// -----`` between two) and return what became of them.
+
+    Of each: a comment for every pass, with what it matched and why it skipped the rest, how much (‖Δ‖/‖w‖) each weight
+    changed, then the graph; or a comment
+    with the error that a pass ended with. The fragment and the result are verified, but for inputs and result.
+
+    Raises ``TextError`` for a fragment that is none, ``ConfigError`` for the passes.
+    """
+    pipeline = read_passes(passes)
+    return f"{SEPARATOR}\n".join(_fragment(case, pipeline, seed) for case in _cases(text))
+
+
+def _cases(text: str) -> list[str]:
+    """The parts of a text between separators, each behind as many empty lines as stand before it: places stay."""
+    cases, start = [], 0
+    lines = text.splitlines()
+    for end in [*(i for i, line in enumerate(lines) if line.rstrip() == SEPARATOR), len(lines)]:
+        cases.append("\n" * start + "\n".join(lines[start:end]))
+        start = end + 1
+    return cases
+
+
+def _fragment(text: str, pipeline: Pipeline, seed: int) -> str:
+    program = parse_fragment(text, seed)
+    verify(program, fragment=True)
+    try:
+        result = PassManager().run(program, pipeline)
+    except MxfxError as error:
+        return f"// error: {str(error).splitlines()[0]}\n"
+    verify(result.program, fragment=True)
+    lines = []
+    for record in result.records:
+        lines.append(f"// {record.name}: {len(record.matches)} matched, {len(record.skips)} skipped")
+        lines += [f"//   {skip.path or 'top level'}: {skip.reason}" for skip in record.skips]
+    lines += [f"//   @{c.weight} changed by {c.error or 0:.2g}" for c in result.program.weights.ledger]
+    return "\n".join([*lines, to_text(result.program, header=False)])
 
 
 def _check_names(pipeline: Pipeline, names: Collection[str]) -> None:

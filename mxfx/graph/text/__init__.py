@@ -24,8 +24,20 @@ program is lowered. Weights are named by hash:
 blake2b over dtype, shape and bytes.
 """
 
+from mxfx.graph.text.fragment import SEPARATOR, parse_fragment
 from mxfx.graph.text.parsing import parse
 from mxfx.graph.text.printing import Line, Printout, graph_lines, to_text, type_text
 from mxfx.graph.text.words import HashMismatch, TextError
 
-__all__ = ["HashMismatch", "Line", "Printout", "TextError", "graph_lines", "parse", "to_text", "type_text"]
+__all__ = [
+    "SEPARATOR",
+    "HashMismatch",
+    "Line",
+    "Printout",
+    "TextError",
+    "graph_lines",
+    "parse",
+    "parse_fragment",
+    "to_text",
+    "type_text",
+]

@@ -32,7 +32,7 @@ def parse(text: str, store: Mapping[str, Tensor] | None = None) -> Program:
     Raises ``TextError`` with the line for anything that is not as ``to_text`` writes it, and ``HashMismatch`` for a
     weight of the store that is not the one named.
     """
-    reader = _Reader(text.splitlines(), store)
+    reader = Reader(text.splitlines(), store)
     return reader.program()
 
 
@@ -47,7 +47,9 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?([eE][+-]?\d+)?|inf|nan)(?![\w.])")
 _JSON = json.JSONDecoder()
 
 
-class _Reader(Lines):
+class Reader(Lines):
+    """Reads a whole printed program."""
+
     def __init__(self, lines: list[str], store: Mapping[str, Tensor] | None) -> None:
         super().__init__(lines)
         self.store = store
@@ -58,7 +60,10 @@ class _Reader(Lines):
         if not self.advance() or self.line != f"mxfx-ir {VERSION}":
             raise self.error(f"expected 'mxfx-ir {VERSION}': is this a printed program?")
         header = self.header()
-        weights = self.weights()
+        return self.build(header, self.weights())
+
+    def build(self, header: Mapping[str, str], weights: WeightStore) -> Program:
+        """The program of a header, weights, and the graph lines that follow."""
         self.symbols = tuple(Symbol(n, int(a), int(b)) for n, a, b in _SYMBOL.findall(header.get("symbols", "")))
         name, _, architecture = self.source(header)
         facts = frozenset(filter(None, header.get("facts", "").split(", ")))

@@ -31,14 +31,22 @@ from mxfx.graph.verify.types import types
 from mxfx.graph.verify.weights import weights
 
 
-def verify(program: Program, touched: Collection[str] | None = None, runner: FakeRunner | None = None) -> int:
+def verify(
+    program: Program,
+    touched: Collection[str] | None = None,
+    runner: FakeRunner | None = None,
+    *,
+    fragment: bool = False,
+) -> int:
     """Check ``program``; only ``touched`` nodes (by name) and their readers are executed again if given.
+
+    A ``fragment`` may have any inputs and any result.
 
     A ``runner`` that is kept between calls remembers calls that it has run already: layers and passes repeat them.
 
     Returns the number of nodes that were executed on fake tensors. Raises ``VerifyError`` at the first fault.
     """
-    structure(program)
+    structure(program, fragment)
     metadata(program)
     weights(program)
     nodes = [n for n in program.graph.nodes if touched is None or _is_touched(n, touched)]
@@ -48,7 +56,7 @@ def verify(program: Program, touched: Collection[str] | None = None, runner: Fak
     unsound = unsound_write(program)
     if unsound is not None:
         raise fault(*unsound, "let one op write a cache, before all that read it (insert-kv-cache)")
-    executed = types(program, nodes, runner)
+    executed = types(program, nodes, runner, fragment)
     for node in nodes:
         formats(node, lowered)
     if lowered:

@@ -13,7 +13,7 @@ _INPUTS = ("input_ids", "position_ids", "attention_mask")
 _OPCODES = ("placeholder", "get_attr", "call_function", "output")
 
 
-def structure(program: Program) -> None:
+def structure(program: Program, fragment: bool) -> None:
     nodes = list(program.graph.nodes)
     for node in nodes:
         if node.op not in _OPCODES:
@@ -21,7 +21,8 @@ def structure(program: Program) -> None:
     _topology(nodes)
     _names(nodes)
     _ends(nodes)
-    _inputs(nodes)
+    if not fragment:
+        _inputs(nodes)
     for symbol in program.symbols:
         if not 1 <= symbol.low <= symbol.high:
             raise VerifyError(

@@ -12,7 +12,7 @@ from mxfx.graph.verify.fault import VerifyError, described, fault, first_line
 _INPUTS = ("input_ids", "position_ids", "attention_mask")
 
 
-def types(program: Program, nodes: list[fx.Node], kept: FakeRunner | None) -> int:
+def types(program: Program, nodes: list[fx.Node], kept: FakeRunner | None, fragment: bool) -> int:
     mode = fake_mode_of(program.graph)
     if mode is None:
         raise VerifyError("the graph carries no fake tensors; make programs with mxfx.trace or the IR parser")
@@ -22,7 +22,7 @@ def types(program: Program, nodes: list[fx.Node], kept: FakeRunner | None) -> in
     for node in nodes:
         if node.op == "placeholder":
             _input_type(node)
-        if node.op == "output":
+        if node.op == "output" and not fragment:
             _logits_type(node)
         if node.op != "call_function":
             continue
