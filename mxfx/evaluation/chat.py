@@ -23,7 +23,7 @@ from mxfx.evaluation.windows import answer_window
 from mxfx.ground.files import write_file
 from mxfx.ground.progress import track
 
-#: Tokens that are evaluated where no limit is given, and the longest answer.
+#: Tokens that are evaluated where no limit is given, and the longest answer: an eighth of them, at most so many.
 TOKENS = 16_384
 ANSWER = 512
 
@@ -101,7 +101,8 @@ def chat_domain(
     if prompts[0] is None:
         raise EvaluationError("--eval chat: the tokenizer has no chat template; leave chat out for a base model")
     wanted = limit_tokens or TOKENS
-    longest = min(ANSWER, max_length - max(len(prompt) for prompt in prompts if prompt))
+    # Of a small budget, several answers are read.
+    longest = min(ANSWER, max(64, wanted // 8), max_length - max(len(prompt) for prompt in prompts if prompt))
     key = _digest([model_key, prompts, wanted, longest])
     file = None if cache is None else Path(cache) / f"chat-{key[:32]}.json"
     answers = _load(file, key)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from mxfx import cli
 from mxfx.evaluation.compare import compare, compare_samples, compare_scores, mcnemar, write_scores
 from mxfx.evaluation.evaluate import evaluate
 from mxfx.evaluation.results import EvaluationError, Scores
@@ -102,6 +104,20 @@ def test_runs_are_compared_from_their_files(tmp_path: Path) -> None:
     same = compare(tmp_path / "1", tmp_path / "1")
     assert all(d.verdict == "inside the noise" and d.difference == 0 for d in same)
     assert [d.p for d in same if d.p is not None] == [1.0, 1.0]
+
+
+def test_the_command_prints_a_verdict_for_every_figure(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some text of no meaning, long enough for several windows. " * 8)
+    reference = FloatLogits(byte_model)
+    for seed in (1, 2):
+        path = tmp_path / "text.txt"
+        result = evaluate(byte_model(seed), byte_tokenizer(), eval_data=path, max_length=32, reference=reference)
+        write_scores(tmp_path / str(seed), {"text": result})
+    said = CliRunner().invoke(cli.app, ["compare", str(tmp_path / "1"), str(tmp_path / "1"), "--floor", "0"])
+    assert said.exit_code == 0, said.output
+    assert said.output.count("inside the noise") == 4 and "McNemar" in said.output
+    other = CliRunner().invoke(cli.app, ["compare", str(tmp_path / "1"), str(tmp_path / "2"), "--floor", "0"])
+    assert "KL to float" in other.output and "±" in other.output
 
 
 def test_other_text_cannot_be_compared(tmp_path: Path) -> None:
