@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mxfx.calibration.datasets import DatasetError
 
-#: Samples that grow at once, at most; on a GPU their keys and values may take a third of the free memory.
+#: Samples that grow at once, at most; on a GPU their keys and values may take half of the free memory.
 _BATCH = {"cuda": 2048, "cpu": 64}
 
 _MARK = "MXFX-CONTENT"
@@ -115,7 +115,7 @@ def batch_of(model: Any, length: int) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
     free, _ = torch.cuda.mem_get_info(model.device)
-    return max(1, min(most, free // 3 // (token * length)))
+    return max(1, min(most, free // 2 // (token * length)))
 
 
 def start_token(tokenizer: Any) -> int:

@@ -27,6 +27,9 @@ from mxfx.ground.progress import track
 TOKENS = 16_384
 ANSWER = 512
 
+#: About what an answer takes: so many are begun at once that few are left over.
+_MEAN_ANSWER = 192
+
 PROMPTS = (
     "What is the capital of Australia, and why was it chosen?",
     "Explain to a ten-year-old how a rainbow forms.",
@@ -127,7 +130,7 @@ def _answer(
     size = batch_of(model, longest + max(map(len, prompts)))
     found: list[list[int]] = []
     while sum(map(len, found)) < wanted:
-        chosen = [prompts[(len(found) + i) % len(prompts)] for i in range(min(size, -(-wanted // 64)))]
+        chosen = [prompts[(len(found) + i) % len(prompts)] for i in range(min(size, -(-wanted // _MEAN_ANSWER)))]
         rows = sample(model, chosen, longest, generator, stop=ends, progress=progress)
         found += [_until(row.tolist(), ends) for row in rows]
     total = 0

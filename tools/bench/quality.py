@@ -274,7 +274,7 @@ def _print(result: Result, warnings: list[str]) -> None:
     sys.stdout.flush()
 
 
-def _plain(items, *_):
+def _plain(items, *_, **__):
     return iter(items)
 
 
