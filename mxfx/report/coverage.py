@@ -13,6 +13,7 @@ from mxfx.graph.program import Program
 from mxfx.ops.catalogue import Contraction, Spec, spec, weights_of
 from mxfx.rewrite import PassRecord
 from mxfx.rewrite.operands import is_quantized, is_rounded
+from mxfx.rewrite.size import Multiplied, multiplied
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,21 @@ class Gemm:
 
 
 @dataclass(frozen=True)
+class RoleShare:
+    """The weights of one role that the program multiplies by: how many, their elements, and those on a grid."""
+
+    role: str
+    count: int
+    elements: int
+    rounded: int
+
+    @property
+    def share(self) -> float:
+        """The part of the elements that is on a grid."""
+        return self.rounded / max(self.elements, 1)
+
+
+@dataclass(frozen=True)
 class Coverage:
     """The whole report. ``weight_bits`` counts every stored tensor, scales and float ones too, per element."""
 
@@ -50,6 +66,7 @@ class Coverage:
     gemms: tuple[Gemm, ...]
     weight_bits: float
     parameters: int
+    roles: tuple[RoleShare, ...] = ()
 
     def table(self) -> str:
         """Markdown: one line an operand, then one a product, then the bits per weight."""
@@ -60,6 +77,10 @@ class Coverage:
         ]
         lines += ["", "| product | 4-bit executable | why |", "|---|---|---|"]
         lines += [f"| {g.path or g.node} | {'yes' if g.four_bit else 'no'} | {g.reason} |" for g in self.gemms]
+        lines += ["", "| weights multiplied by | × | elements | on a grid |", "|---|---|---|---|"]
+        lines += [
+            f"| {r.role} | {r.count} | {r.elements:,} | {r.rounded / max(r.elements, 1):.1%} |" for r in self.roles
+        ]
         return "\n".join(
             [*lines, "", f"{self.weight_bits:.3f} bits per weight over {self.parameters:,} parameters", ""]
         )
@@ -71,7 +92,23 @@ def coverage(program: Program, records: Sequence[PassRecord] = ()) -> Coverage:
     rows = tuple(row for node in program.graph.nodes for row in _rows(node, skipped))
     gemms = tuple(_gemm(spec(node), c) for node in program.graph.nodes for c in spec(node).contracts)
     bits, parameters = weight_bits(program)
-    return Coverage(rows, gemms, bits / max(parameters, 1), parameters)
+    return Coverage(rows, gemms, bits / max(parameters, 1), parameters, _roles(program))
+
+
+def _roles(program: Program) -> tuple[RoleShare, ...]:
+    """Every contraction with a weight, stacks of experts and computed weights among them, by role."""
+    found: dict[str, list[Multiplied]] = {}
+    for one in multiplied(program):
+        found.setdefault(one.role or "no role", []).append(one)
+    return tuple(
+        RoleShare(
+            role,
+            len(ones),
+            sum(one.elements for one in ones),
+            sum(one.elements for one in ones if is_rounded(one.node, "weight")),
+        )
+        for role, ones in found.items()
+    )
 
 
 def _rows(node: fx.Node, skipped: dict[str, str]) -> Iterable[Row]:
@@ -205,4 +242,4 @@ def _stored_formats(program: Program) -> dict[str, Format]:
     return {name: fmt for name, seen in found.items() if len(seen) == 1 and (fmt := next(iter(seen))) is not None}
 
 
-__all__ = ["Coverage", "Gemm", "Row", "coverage", "weight_bits"]
+__all__ = ["Coverage", "Gemm", "RoleShare", "Row", "coverage", "weight_bits"]

@@ -227,12 +227,26 @@ def _coverage(report: Mapping[str, Any] | None) -> str:
     return (
         f'<h3>Coverage</h3><p class="soft">{bits}</p>'
         + _table("products", _heads("product", "×n", "4-bit executable", "why"), map(_product, report["products"]))
+        + _table(
+            "multiplied",
+            _heads("weights multiplied by", "×n", "elements", "on a grid"),
+            map(_multiplied, report.get("multiplied", [])),
+        )
         + f"<details open><summary>Operands in a format <span class='soft'>{len(formatted)} kinds</span></summary>"
         + _table("operands", _heads("operand", "×n", "format", "state", "set by"), map(_operand, formatted))
         + f"</details><details><summary>Operands left in float <span class='soft'>{len(plain)} kinds</span></summary>"
         + _table("float-operands", _heads("operand", "×n", "why not"), map(_float_operand, plain))
         + "</details>"
     )
+
+
+def _multiplied(row: Mapping[str, Any]) -> list[str]:
+    return [
+        _cell(escape(row["role"]), "path"),
+        _cell(f"{row['count']}", "n"),
+        _cell(f"{row['elements']:,}", "n"),
+        _cell(f"{row['rounded'] / max(row['elements'], 1):.1%}", "n"),
+    ]
 
 
 def _product(row: Mapping[str, Any]) -> list[str]:

@@ -47,6 +47,7 @@ def fold(report: Coverage, program: Program) -> dict[str, object]:
         "products": [
             {"path": path, "four_bit": four, "reason": why, "count": n} for (path, four, why), n in gemms.items()
         ],
+        "multiplied": [vars(share) for share in report.roles],
         "bits_per_weight": report.weight_bits,
         "parameters": report.parameters,
         "layers": program.layers,

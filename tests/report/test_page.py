@@ -102,7 +102,7 @@ def test_the_page_fetches_nothing(run_folder: Path, page: Page) -> None:
 
 
 def test_every_table_is_filled(page: Page) -> None:
-    seen = {"results", "domain", "worst", "pipeline", "decided", "products", "operands", "float-operands"}
+    seen = {"results", "domain", "worst", "pipeline", "decided", "products", "multiplied", "operands", "float-operands"}
     assert set(page.tables) == seen
     # What serves a node needs no reason.
     full = {name: cells for name, cells in page.tables.items() if name != "decided"}
@@ -132,6 +132,11 @@ def test_coverage_names_format_rule_and_line(page: Page) -> None:
     text = " ".join(page.tables["operands"])
     assert "model.layers.*.mlp.up_proj · linear weight 2 mxint4@32 rounded annotate rule 1 (w4a4.toml:11)" in text
     assert "lm_head 1 no weight is float; input is float" in " ".join(page.tables["products"])
+
+
+def test_coverage_counts_the_weights_that_are_multiplied_by_role(page: Page) -> None:
+    text = " ".join(page.tables["multiplied"])
+    assert re.search(r"down_proj 2 [\d,]+ 100\.0%", text) and re.search(r"head 1 [\d,]+ 0\.0%", text)
 
 
 def test_regions_can_be_opened(run_folder: Path) -> None:
