@@ -181,8 +181,10 @@ def _allowed(target: str) -> bool:
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
-        # Cloned off the file's mapping: the file may be replaced, and memory is aligned as everywhere else.
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+        # Packed weights stay in the file's mapping, which outlives a file that is replaced whole, as `save` does. What
+        # is multiplied as it lies is cloned off it, so that memory is aligned as everywhere else.
+        found = load_file(path)
+        return {name: tensor.clone() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ArtefactError(f"{path}: is no safetensors file ({error})") from error
 

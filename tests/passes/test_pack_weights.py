@@ -108,6 +108,15 @@ def test_the_artefact_holds_no_float_copy(tmp_path) -> None:
         assert torch.equal(as_causal_lm(load(tmp_path / "packed"))(ids).logits, expected)
 
 
+def test_an_opened_artefact_stays_what_it_was_when_its_folder_is_written_again(tmp_path) -> None:
+    packed = apply(PackWeights(), rounded("llama-tiny")).program
+    save(packed, tmp_path)
+    opened = load(tmp_path)
+    expected = logits(opened)
+    save(apply(PackWeights(), rounded("llama-tiny", "mxint2@32")).program, tmp_path)
+    assert torch.equal(logits(opened), expected) and not torch.equal(logits(load(tmp_path)), expected)
+
+
 def test_packing_changes_no_count_of_bits() -> None:
     before = rounded("llama-tiny", everything=True)
     after = apply(PackWeights(), before).program
