@@ -18,11 +18,12 @@ contiguous clone split split_with_sizes chunk unbind getitem repeat repeat_inter
 zeros_like ones_like full_like sym_size to _to_copy embedding item scalar_tensor"""
 #: Ops with an axis ``dim`` along which they mix, cut or join.
 _ALONG = """softmax _softmax log_softmax _log_softmax cumsum cumprod sum mean amax amin max min argmax argmin topk
-sort std var norm logsumexp prod slice select narrow cat stack gather scatter index_select flip roll any all var_mean
-std_mean"""
+sort std var norm logsumexp prod slice select narrow cat stack gather scatter slice_scatter select_scatter index_select
+flip roll any all var_mean std_mean"""
 _PRODUCTS = "linear matmul mm bmm addmm baddbmm _grouped_mm"
 _NORMS = "layer_norm native_layer_norm rms_norm _fused_rms_norm"
-_POINTWISE = "where masked_fill type_as glu rsub"
+_POINTWISE = """where masked_fill type_as glu rsub multiply divide true_divide subtract polar complex view_as_complex
+view_as_real real imag softplus"""
 
 
 def mixes_tokens(node: fx.Node, length: object) -> str | None:

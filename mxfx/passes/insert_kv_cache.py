@@ -57,10 +57,6 @@ class InsertKvCache(Pass):
                 _insert(rw, node, inputs)
 
 
-#: Operands of attention that ``cached_attention`` has not.
-_NOT_CACHED = ("chunk", "softcap", "sinks", "bias")
-
-
 def _refused(rw: Rewriter, found: list[fx.Node]) -> str | None:
     """Why a program can have no cache; None if it can."""
     length = next(n for n in rw.graph.nodes if n.op == "placeholder").meta["val"].shape[1]
@@ -68,12 +64,13 @@ def _refused(rw: Rewriter, found: list[fx.Node]) -> str | None:
         reason = mixes_tokens(node, length)
         if reason is not None:
             return f"{node.name}: {reason}, and no cache holds its state"
+    mask = [n for n in rw.graph.nodes if n.op == "placeholder"][2]
     for node in found:
-        if not operands(node)["causal"]:
+        given = operands(node)
+        if not given["causal"]:
             return f"{node.name} sees later tokens"
-        more = [name for name in _NOT_CACHED if operands(node)[name] is not None]
-        if more:
-            return f"{node.name} has a {more[0]}, which cached_attention lacks"
+        if given["mask"] not in (None, mask) or given["bias"] is not None:
+            return f"{node.name} has a mask or a bias of the model's own making, which covers the tokens of one call"
     return None
 
 
