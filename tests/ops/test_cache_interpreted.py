@@ -64,7 +64,7 @@ else:
     @pytest.mark.parametrize(("key", "value"), [(f, f) for f in FORMATS] + [("mxint4@32/mse", None)])
     def test_attention_over_the_cache_is_that_of_the_definition(key, value, masked, monkeypatch):
         monkeypatch.setattr(cache_triton, "PLACES", 16)
-        monkeypatch.setattr(cache_triton, "PROGRAMS", 12)
+        monkeypatch.setattr(cache_triton, "PROGRAMS", {True: 12, False: 12})
         room, width, v_width, count = 70, 64, 96, 49
         fmts = [None if text is None else parse(text) for text in (key, value)]
         keys, key_scales = _filled(key, room, width, count, 2)
@@ -97,7 +97,7 @@ else:
         torch.testing.assert_close(got, attend(q, k, v, None, 0.3, False), rtol=1e-5, atol=1e-5)
 
     def test_soft_caps_and_sinks_are_those_of_attention(monkeypatch):
-        monkeypatch.setattr(cache_triton, "PROGRAMS", 12)
+        monkeypatch.setattr(cache_triton, "PROGRAMS", {True: 12, False: 12})
         keys, values = (_filled(None, 49, 32, 49, seed)[0] for seed in (2, 3))
         q, sinks = torch.randn(2, 6, 1, 32), torch.randn(6)
         got = attend_token(q, (keys, values, None, None), None, torch.tensor([48]), 0.3, 32, None, None, 5.0, sinks)

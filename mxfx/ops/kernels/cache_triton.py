@@ -22,10 +22,13 @@ from mxfx.formats.e8m0 import E8M0
 from mxfx.ops.kernels.packed_triton import Codes, codes_of, element, power
 from mxfx.ops.kernels.rounding_triton import _PACKS, _larger, _shared_scale, grid_of
 
-#: Places that a program meets at a time, its warps, and programs that a device should have to do.
+#: Places that a program meets at a time; by whether the cache is packed, its warps, and programs that a device should
+#: have to do. One warp decodes and multiplies without waiting for others; plain rows want several to load them.
 PLACES = 64
-WARPS = 1
-PROGRAMS = 2112
+WARPS = {True: 1, False: 4}
+PROGRAMS = {True: 1056, False: 264}
+#: Channels of a row that one program joins.
+JOINED = 16
 _TWO_TO_127 = tl.constexpr(254 << 23)
 _TWO_TO_MINUS_127 = tl.constexpr(1 << 22)
 _EXPONENT = tl.constexpr(0x7F80_0000)
@@ -134,7 +137,8 @@ def attend_token(
     batch, heads = q.shape[:2]
     kv_heads, room = keys.shape[1:3]
     group = heads // kv_heads
-    stretches = max(1, min(PROGRAMS // (batch * kv_heads), triton.cdiv(room, PLACES)))
+    packed = key_scales is not None or value_scales is not None
+    stretches = max(1, min(PROGRAMS[packed] // (batch * kv_heads), triton.cdiv(room, PLACES)))
     q = q.contiguous()
     out = torch.empty((batch, heads, 1, width), dtype=q.dtype, device=q.device)
     partial = torch.empty((batch * heads, stretches, width), dtype=torch.float32, device=q.device)
@@ -153,11 +157,11 @@ def attend_token(
         0 if bias is None else given.stride(0),
         KEY=key_row, VALUE=value_row,
         GROUP=group, GROUP_PADDED=max(8, triton.next_power_of_2(group)),
-        PLACES=PLACES, HAS_BIAS=bias is not None, HAS_CAP=softcap is not None, num_warps=WARPS,
+        PLACES=PLACES, HAS_BIAS=bias is not None, HAS_CAP=softcap is not None, num_warps=WARPS[packed],
     )  # fmt: skip
-    _join_kernel[(batch * heads,)](
+    _join_kernel[(batch * heads, triton.cdiv(width, JOINED))](
         partial, sums, sums[1], out, out if sinks is None else sinks, stretches, heads, HAS_SINKS=sinks is not None,
-        WIDTH=width, PADDED=triton.next_power_of_2(width),
+        WIDTH=width, LANES=JOINED,
         STRETCHES=triton.next_power_of_2(stretches), num_warps=4,
     )  # fmt: skip
     return out
@@ -493,13 +497,13 @@ def _join_kernel(
     heads,
     HAS_SINKS: tl.constexpr,
     WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
+    LANES: tl.constexpr,
     STRETCHES: tl.constexpr,
 ):
-    """One program a text and query head: the stretches' sums, each by its share of the softmax."""
+    """One program a text, a query head and a few channels: the stretches' sums, each by its share of the softmax."""
     row = tl.program_id(0).to(tl.int64)
     stretch = tl.arange(0, STRETCHES)
-    lane = tl.arange(0, PADDED)
+    lane = tl.program_id(1) * LANES + tl.arange(0, LANES)
     here = stretch < stretches
     largest = tl.load(largest_ptr + row * stretches + stretch, mask=here, other=float("-inf"))
     total = tl.load(total_ptr + row * stretches + stretch, mask=here, other=0.0)
