@@ -18,8 +18,8 @@ def test_a_ring_holds_the_last_slots() -> None:
 
 @pytest.mark.parametrize(
     "limits",
-    [{}, {"window": 4}, {"chunk": 4}, {"softcap": 2.0, "window": 4}, {"sinks": torch.randn(6).double()}],
-    ids=str,
+    [{}, {"window": 4}, {"chunk": 4}, {"softcap": 2.0, "window": 4}, {"sinks": torch.linspace(-3, 1, 6).double()}],
+    ids=lambda given: "-".join(given) or "causal",
 )
 @pytest.mark.parametrize("chunks", [(13,), (5, 8), (1,) * 13, (3, 1, 1, 7, 1)])
 def test_any_chunks_give_what_attention_over_everything_gives(chunks: tuple[int, ...], limits: dict) -> None:
