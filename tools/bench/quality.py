@@ -1,14 +1,15 @@
 """Quality of pipelines on a real model: several domains, configurations and seeds in one run.
 
     python -m tools.bench.quality FILE[;k=v…] … --model DIR --data DIR --domain encyclopedia=DIR [--domain code=DIR …]
-        [--chat 50000] [--seeds 0 1 2] [--jobs 3] [--tokens 105000] [--domain-tokens 52000] [--device cuda]
+        [--chat 50000] [--seeds 0 1 2] [--jobs 3] [--tokens 200000] [--domain-tokens 60000] [--device cuda]
         [--set k=v] [--minutes 9] [--scores DIR] [--hooks] [--json FILE]
 
 Prints the machine and the versions, then at once, for each configuration and seed: of each domain the ratio of token
 perplexities to the float model in the same run, mean KL to it in nats with its standard error, the KL's 99 % quantile,
 and how often both hold the same next token for the likeliest; bits a weight, seconds of the passes, peak memory. At the
-end a table with medians over seeds. The first domain may be long (``--tokens``), the others ``--domain-tokens`` each;
-``--chat`` adds the float model's own answers. ``--data`` stands for ``wikitext2`` in the pipelines' calibration; what
+end a table with medians over seeds. Of the first domain ``--tokens`` are read at most, of the others
+``--domain-tokens`` each (less where documents are short); ``--chat`` adds the float model's own answers. ``--data``
+stands for ``wikitext2`` in the pipelines' calibration; what
 ``self`` needs is sampled before the clock of the passes starts, and timed apart. No configuration is begun after
 ``--minutes``. With ``--jobs`` that many seeds run at a time, a process each; seconds are then those of a shared device.
 ``--scores`` keeps every token's score for ``mxfx compare``. With ``--hooks`` each pipeline that searched rotations gets
@@ -295,8 +296,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--domain", action="append", required=True, help="NAME=FILE or NAME=FOLDER")
     parser.add_argument("--chat", type=int, default=0, help="tokens of the float model's own answers")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=105_000)
-    parser.add_argument("--domain-tokens", type=int, default=52_000)
+    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--domain-tokens", type=int, default=60_000)
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
