@@ -85,12 +85,14 @@ class TransformKv(Pass):
                 self._values(rw, attention, moments)
 
     def _fits(self, rw: Rewriter, attention: fx.Node) -> bool:
-        width = _operand(attention, "k").meta["val"].shape[-1]
-        block = self.block or width
-        if width % block == 0 and has_hadamard(block):
-            return True
-        rw.skip(attention, f"no Hadamard matrix of order {block} fits the head dimension {width}")
-        return False
+        for name in (("k",) if self.keys else ()) + (("v",) if self.values else ()):
+            # Latent attention has values of another width than keys.
+            width = _operand(attention, name).meta["val"].shape[-1]
+            block = self.block or width
+            if width % block or not has_hadamard(block):
+                rw.skip(attention, f"no Hadamard matrix of order {block} fits the head dimension {width} of {name}")
+                return False
+        return True
 
     def _moments(self, program: Program, chosen: list[fx.Node], ctx: Context) -> dict[fx.Node, Tensor]:
         if self.kind == "hadamard":
