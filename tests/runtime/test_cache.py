@@ -159,7 +159,7 @@ def test_another_batch_another_mask_and_a_foreign_cache_are_refused() -> None:
     lm(ids, past_key_values=held)
     with pytest.raises(CacheError, match="the cache holds 6 texts, the call has 2"):
         lm(ids[:2], past_key_values=held)
-    with pytest.raises(ValueError, match=r"= \(6, 40\), not \(6, 20\)"):
+    with pytest.raises(ValueError, match=r"= \(6, 40\), .*not \(6, 20\)"):
         lm(ids, attention_mask=torch.ones_like(ids), past_key_values=held)
     with pytest.raises(CacheError, match="expected a cache of this model"):
         emitted("gemma3-tiny")(ids, past_key_values=held)
