@@ -115,6 +115,14 @@ def test_opt_prints_two_short_regions_for_two_passes(mxfx: Run) -> None:
     assert len(said.out.splitlines()) < 60
 
 
+def test_opt_prints_single_matches_and_says_so_in_its_help(mxfx: Run) -> None:
+    said = mxfx("opt", "llama-tiny", "--passes", "raise-norm,fuse-norm", "--print-ir-per-match")
+    assert said.code == 0, said.err
+    assert [said.out.count(f"// pass {number} ") for number in (1, 2)] == [5, 5]
+    assert "match 5 of 5 at model.norm" in said.out and "apart from" not in said.out
+    assert "--print-ir-per-match" in mxfx("opt", "--help").out
+
+
 def test_opt_reads_what_it_printed_comments_and_all(mxfx: Run, tmp_path: Path) -> None:
     first = mxfx("opt", "llama-tiny", "--passes", "raise-norm", "--timing", "--verify-each")
     assert first.code == 0 and "// 1 raise-norm" in first.out

@@ -202,6 +202,13 @@ def opt_(
     print_ir_after_change: Annotated[
         bool, typer.Option("--print-ir-after-change", help="Print the regions that each pass edited.")
     ] = False,
+    print_ir_per_match: Annotated[
+        bool,
+        typer.Option(
+            "--print-ir-per-match",
+            help="Print the regions that each single match edited, - before, + after. A pass runs once more for each.",
+        ),
+    ] = False,
     verify_each: Annotated[bool, typer.Option("--verify-each", help="Verify the graph after every pass.")] = False,
     check_numerics: Annotated[
         bool, typer.Option("--check-numerics", help="Hold every pass to its promise about numbers.")
@@ -219,7 +226,8 @@ def opt_(
     if source == "-":
         from mxfx.pipeline.opt import opt_fragments
 
-        if print_ir_before or print_ir_after or print_ir_after_change or check_numerics or timing or stop_after:
+        prints = print_ir_before or print_ir_after or print_ir_after_change or print_ir_per_match
+        if prints or check_numerics or timing or stop_after:
             raise typer.BadParameter("parts of graphs take --passes alone: they are verified and printed as they end")
         sys.stdout.write(opt_fragments(sys.stdin.read(), passes))
         return
@@ -231,6 +239,7 @@ def opt_(
         print_ir_before=print_ir_before,
         print_ir_after=print_ir_after,
         print_ir_after_change=print_ir_after_change,
+        print_ir_per_match=print_ir_per_match,
         verify_each=verify_each,
         check_numerics=check_numerics,
         timing=timing,

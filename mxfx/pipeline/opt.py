@@ -13,7 +13,7 @@ from mxfx.config.pipeline import Pipeline, load
 from mxfx.config.text import from_text
 from mxfx.graph.diff import diff
 from mxfx.graph.program import Program
-from mxfx.graph.text import SEPARATOR, parse, parse_fragment, to_text
+from mxfx.graph.text import SEPARATOR, Printout, parse, parse_fragment, to_text
 from mxfx.graph.tiny import FAMILIES, tiny
 from mxfx.graph.trace import trace
 from mxfx.graph.verify import verify
@@ -21,7 +21,7 @@ from mxfx.ground.errors import MxfxError
 from mxfx.ground.nearest import did_you_mean
 from mxfx.pipeline.instruments import Numbers, Timing, Verify
 from mxfx.pipeline.manager import Instrument, PassManager, Step, StopPoint
-from mxfx.rewrite import Context
+from mxfx.rewrite import Context, Match, apply
 
 
 class SourceError(MxfxError, ValueError):
@@ -39,6 +39,7 @@ def opt(
     print_ir_before: Collection[str] = (),
     print_ir_after: Collection[str] = (),
     print_ir_after_change: bool = False,
+    print_ir_per_match: bool = False,
     verify_each: bool = False,
     check_numerics: bool = False,
     timing: bool = False,
@@ -53,9 +54,10 @@ def opt(
     before.
     ``passes`` is the one-line form, a pipeline, or the path of a TOML file; the pipeline is what is written, nothing is
     added. ``print_ir_before`` and ``print_ir_after`` name passes (``"all"`` for every one) around which the whole
-    graph is
-    printed; ``print_ir_after_change`` prints the regions that each pass edited. Without any of these the result is the
-    final program, which ``opt`` reads again. ``stop_after`` is ``n`` or ``n.m``: pass ``n``, match ``m`` of it.
+    graph is printed; ``print_ir_after_change`` prints the regions that each pass edited, ``print_ir_per_match`` those
+    that each single match of it edited, for which every pass runs once more for each of its matches. Without any of
+    these the result is the final program, which ``opt`` reads again. ``stop_after`` is ``n`` or ``n.m``: pass ``n``,
+    match ``m`` of it.
     ``weights`` are the tensors behind a printed graph; ``dtype`` is for models that are built or loaded. ``timing``
     adds comment lines with the seconds of each pass.
 
@@ -65,7 +67,7 @@ def opt(
     program = load_source(source, weights=weights, dtype=dtype)
     pipeline = read_passes(passes)
     _check_names(pipeline, [*print_ir_before, *print_ir_after])
-    printer = PrintIR(frozenset(print_ir_before), frozenset(print_ir_after), print_ir_after_change)
+    printer = PrintIR(frozenset(print_ir_before), frozenset(print_ir_after), print_ir_after_change, print_ir_per_match)
     clock = Timing()
     checks: list[Instrument] = [Numbers()] if check_numerics else []
     checks += [Verify()] if verify_each else []
@@ -136,11 +138,12 @@ class PrintIR(Instrument):
     before_passes: frozenset[str] = frozenset()
     after_passes: frozenset[str] = frozenset()
     after_change: bool = False
+    per_match: bool = False
     lines: list[str] = field(default_factory=list)
 
     @property
     def active(self) -> bool:
-        return bool(self.before_passes or self.after_passes or self.after_change)
+        return bool(self.before_passes or self.after_passes or self.after_change or self.per_match)
 
     def before(self, step: Step) -> None:
         if self.before_passes & {step.pass_.name, "all"}:
@@ -153,6 +156,36 @@ class PrintIR(Instrument):
             self.lines.append(f"// after {step.title}: {counts}\n{to_text(step.after)}")
         if self.after_change and step.changed:
             self.lines.append(f"// {step.title}: {counts}\n{diff(step.before, step.after)}")
+        if self.per_match and step.changed:
+            self.lines += matches_apart(step)
+
+
+def matches_apart(step: Step) -> list[str]:
+    """What each match of a pass that has run edited, and first what the pass does without any.
+
+    The pass runs again, up to each of its matches; two such programs that follow each other differ by one match.
+    """
+    assert step.after is not None and step.record is not None
+    matches = step.record.matches
+    before = step.before.copy()
+    # They are the whole pass's: no match brings them.
+    before.facts = step.after.facts
+    last = Printout.of(before)
+    pieces = []
+    for done in range(len(matches) + 1):
+        stopped = step.after if done == len(matches) else apply(step.pass_, step.before, step.ctx, limit=done).program
+        printout = Printout.of(stopped)
+        edits = diff(last, printout)
+        if done:
+            pieces.append(f"// {step.title}: match {done} of {len(matches)}{_place(matches[done - 1])}\n{edits}")
+        elif edits:
+            pieces.append(f"// {step.title}: apart from its {len(matches)} matches\n{edits}")
+        last = printout
+    return pieces
+
+
+def _place(match: Match) -> str:
+    return f" at {match.path or match.node}" + (f" ({match.note})" if match.note else "")
 
 
 def load_source(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -134,6 +135,36 @@ def test_opt_prints_edited_regions_only():
     text = opt("llama-tiny", RAISE, print_ir_after_change=True)
     assert text.count("// pass") == 2
     assert len(text.splitlines()) < 70
+
+
+def test_opt_prints_every_match_of_every_pass_apart():
+    text = opt("llama-tiny", f"{RAISE},rotate-value", print_ir_per_match=True)
+    pieces = ["// " + piece for piece in text.split("// ")[1:]]
+    assert [re.match(r"// pass (\d) .*: match (\d) of (\d) at", piece).groups() for piece in pieces] == [
+        *(("1", str(match), "5") for match in range(1, 6)),
+        *(("2", str(match), "4") for match in range(1, 5)),
+        *(("4", str(match), "2") for match in range(1, 3)),
+    ]
+    assert all(len(re.findall(r"^\+ .*= mxfx.rms_norm", piece, re.M)) == 1 for piece in pieces[:5])
+    assert all(len(re.findall(r"^- .*= aten.rsqrt", piece, re.M)) == 1 for piece in pieces[:5])
+    assert [piece.count("aten.neg(") for piece in pieces[5:9]] == [
+        1,
+        1,
+        1,
+        1,
+    ]  # one half turned in each rotary embedding
+    for layer, piece in enumerate(pieces[9:]):
+        assert re.findall(r"^\+ @(\S+) :", piece, re.M) == [
+            f"model.layers.{layer}.self_attn.v_proj.weight",
+            f"model.layers.{layer}.self_attn.o_proj.weight",
+        ]
+
+
+def test_opt_prints_first_what_belongs_to_no_match():
+    text = opt("llama-tiny", f"{RAISE},insert-kv-cache", print_ir_per_match=True)
+    outside, first = text.split("// pass 4 ")[1:3]
+    assert "apart from its 2 matches" in outside and "+ %slots = input" in outside and "cache_0" not in outside
+    assert "match 1 of 2" in first and "+ %cache_0_keys = input" in first and "cache_1" not in first
 
 
 def test_opt_prints_whole_graphs_around_named_passes_and_times():
