@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 import mxfx.ops.fused  # noqa: F401  (registers the fused forms)
 from mxfx.algorithms.hadamard import hadamard_matrix
 from mxfx.formats import FormatError, parse
+from mxfx.formats.stored import store
 from mxfx.graph.program import compute_dtype
 from mxfx.ops import all_ops, find_op
 from mxfx.ops.dialect import define
@@ -37,7 +38,16 @@ ONE = tuple(x[:, :, :1] for x in QKV)
 CODES = tuple(torch.zeros(2, 2, 5, size, dtype=torch.uint8) for size in (4, 4, 2, 2))
 
 CONVOLUTION = "transformers.models.qwen3_next.modeling_qwen3_next:causal_conv1d_fn"
+
+
 #: Op → arguments that show every optional operand given and absent.
+def packed(rows: int, width: int, text: str) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a random matrix on a format's grid."""
+    stored = store(parse(text).fake_quantize(randn(rows, width, seed=3)), parse(text))
+    assert stored is not None
+    return stored
+
+
 SAMPLES: dict[str, list[tuple]] = {
     "arange": [(ids(2, 5), 0, 5, 1), (ids(2, 5), 3, 9, 2)],
     "attention": [
@@ -88,6 +98,11 @@ SAMPLES: dict[str, list[tuple]] = {
     "rope_quantize": [(randn(2, 3, 5, 8), randn(2, 5, 8), randn(2, 5, 8), MATRIX, "mxint4@4")],
     "silu_mul_quantize": [(randn(2, 8), randn(2, 8, seed=1), MATRIX, "mxint4@4")],
     "transform_quantize": [(randn(2, 8), MATRIX, "mxint4@4"), (randn(2, 8), None, "mxint4@4")],
+    "mx_linear": [
+        (randn(2, 5, 64), *packed(7, 64, "mxint4@32/mse"), None, "mxint4@32/mse"),
+        (randn(3, 50), *packed(4, 50, "mxfp8_e4m3@16"), randn(4, seed=5), "mxfp8_e4m3@16"),
+    ],
+    "mx_embedding": [(*packed(9, 48, "mxfp4_e2m1@32"), torch.tensor([[0, 8], [3, 3]]), "mxfp4_e2m1@32", 48)],
 }
 CASES = [(name, i) for name, samples in SAMPLES.items() for i in range(len(samples))]
 

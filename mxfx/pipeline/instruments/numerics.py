@@ -12,6 +12,7 @@ from mxfx.graph.execute import executable, execute
 from mxfx.graph.node import op_name, path_of
 from mxfx.graph.program import Program
 from mxfx.ground.errors import CheckError
+from mxfx.ops.catalogue import spec
 from mxfx.pipeline.manager import Instrument, Step
 from mxfx.pipeline.probe import relative_error
 from mxfx.rewrite import Close, Exact, Lossy, apply
@@ -204,6 +205,11 @@ def _anchors(before: Program, after: Program) -> Mapping[str, fx.Node]:
             # An operand that was rewritten under another name still ends a region if its reader stands in both graphs.
             if isinstance(mine, fx.Node) and isinstance(theirs, fx.Node) and theirs.op == "call_function":
                 pairs.setdefault(mine.name, theirs)
+    rounding = [[n for n in graph.nodes if spec(n).rounds is not None] for graph in (before.graph, after.graph)]
+    if [spec(n).rounds for n in rounding[0]] == [spec(n).rounds for n in rounding[1]]:
+        # Lowered or fused under other names, but quantizer for quantizer the same.
+        for theirs, mine in zip(*rounding, strict=True):
+            pairs.setdefault(mine.name, theirs)
     return pairs
 
 
