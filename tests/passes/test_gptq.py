@@ -71,7 +71,7 @@ def test_weights_end_on_their_grid_and_round_weights_leaves_them_alone(fmt: str)
     applied = _run(_annotated(fmt))
     rounded = apply(RoundWeights(), applied.program)
     assert len(applied.record.matches) == 14
-    assert all(is_rounded(node, "weight") for node in applied.program.nodes("linear") if _PROJECTIONS(path_of(node)))
+    assert all(is_rounded(node, "weight") for node in applied.program.nodes("linear") if _PROJECTIONS(node))
     assert _same(rounded.program, applied.program)
     element = parse(fmt).element
     for name, weight in _weights(applied.program).items():
@@ -117,7 +117,7 @@ def test_streaming_gives_what_the_whole_graph_gives() -> None:
 def _groups(program: Program) -> list[list[str]]:
     groups: dict[object, list[str]] = {}
     for node in program.nodes("linear"):
-        if _PROJECTIONS(path_of(node)):
+        if _PROJECTIONS(node):
             groups.setdefault(node.args[0], []).append(node.name)
     return list(groups.values())
 
