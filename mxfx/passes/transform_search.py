@@ -92,13 +92,15 @@ class TransformSearch(Pass):
     select: Selector = ALL
 
     def __post_init__(self) -> None:
+        if not self.candidates:
+            raise ValueError("transform-search: 'candidates' is empty, expected one or more")
         for candidate in self.candidates:
             _parse(candidate)
         if not 0.0 < self.held_out < 1.0:
             raise ValueError(f"transform-search: held_out must lie between 0 and 1, got {self.held_out}")
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
-        found = sites(rw, self.select)
+        found = self._sites(rw)
         if not found:
             return
         fit, test = self._split(ctx.tokens())
@@ -114,6 +116,17 @@ class TransformSearch(Pass):
         rw.record.details.update({name: decisions[name] for name in ("sites", "check")})
         chosen = {name: decision["chosen"] for name, decision in decisions["sites"].items()}
         self._insert_all(rw, found, chosen, moments)
+
+    def _sites(self, rw: Rewriter) -> list[Site]:
+        """Where at least one candidate fits; the others are skipped."""
+        found = []
+        for site in sites(rw, self.select):
+            misfits = [_misfit(candidate, site.width) for candidate in self.candidates]
+            if all(misfits):
+                rw.skip(site.linears[0], f"no candidate fits: {misfits[0]}")
+            else:
+                found.append(site)
+        return found
 
     def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Samples to fit on and samples to score on; a single sample is cut in two."""
@@ -197,8 +210,9 @@ class TransformSearch(Pass):
         block = block or site.width
         if kind == _NONE:
             return None
-        if site.width % block or not has_hadamard(block):
-            return f"no Hadamard matrix of order {block} fits {site.width} channels"
+        misfit = _misfit(candidate, site.width)
+        if misfit is not None:
+            return misfit
         hadamard = hadamard_matrix(block, torch.float64)
         blocks = hadamard.expand(site.width // block, block, block)
         if kind == "hadamard":
@@ -250,6 +264,15 @@ def _parse(candidate: str) -> tuple[str, int]:
         f"transform-search: unknown candidate {candidate!r}; "
         "expected none, hadamard-full, hadamard-B, wush-B or scaled-B"
     )
+
+
+def _misfit(candidate: str, width: int) -> str | None:
+    """Why a candidate cannot transform an axis of ``width`` channels; None if it can."""
+    kind, block = _parse(candidate)
+    block = block or width
+    if kind == _NONE or (width % block == 0 and has_hadamard(block)):
+        return None
+    return f"no Hadamard matrix of order {block} fits {width} channels"
 
 
 @torch.no_grad()

@@ -17,10 +17,12 @@ from mxfx.graph.text import SEPARATOR, Printout, parse, parse_fragment, to_text
 from mxfx.graph.tiny import FAMILIES, tiny
 from mxfx.graph.trace import trace
 from mxfx.graph.verify import verify
+from mxfx.graph.weights import tensor_hash
 from mxfx.ground.errors import MxfxError
 from mxfx.ground.nearest import did_you_mean
 from mxfx.pipeline.instruments import Numbers, Timing, Verify
 from mxfx.pipeline.manager import Instrument, PassManager, Step, StopPoint
+from mxfx.pipeline.probe import vocabulary
 from mxfx.rewrite import Context, Match, apply
 
 
@@ -86,9 +88,10 @@ def opt(
 def opt_fragments(text: str, passes: str | Path | Pipeline, seed: int = 0) -> str:
     """Run ``passes`` over each fragment of ``text`` (``// -----`` between two) and return what became of them.
 
-    Of each: a comment for every pass, with what it matched and why it skipped the rest, how much (‖Δ‖/‖w‖) each weight
-    changed, then the graph; or a comment
-    with the error that a pass ended with. The fragment and the result are verified, but for inputs and result.
+    Of each: a comment for every pass, with what it matched and why it skipped the rest; how much (‖Δ‖/‖w‖) each weight
+    changed and a hash of what it is now, to four decimals; then the graph; or a comment with the error that a pass
+    ended with. The fragment and the result are verified, but for inputs and result. Passes that calibrate do so on
+    random ids where the fragment begins with ``input_ids`` and reads an embedding.
 
     Raises ``TextError`` for a fragment that is none, ``ConfigError`` for the passes.
     """
@@ -110,7 +113,7 @@ def _fragment(text: str, pipeline: Pipeline, seed: int) -> str:
     program = parse_fragment(text, seed)
     verify(program, fragment=True)
     try:
-        result = PassManager().run(program, pipeline)
+        result = PassManager().run(program, pipeline, random_ids(program, seed))
     except MxfxError as error:
         return f"// error: {str(error).splitlines()[0]}\n"
     verify(result.program, fragment=True)
@@ -118,8 +121,26 @@ def _fragment(text: str, pipeline: Pipeline, seed: int) -> str:
     for record in result.records:
         lines.append(f"// {record.name}: {len(record.matches)} matched, {len(record.skips)} skipped")
         lines += [f"//   {skip.path or 'top level'}: {skip.reason}" for skip in record.skips]
-    lines += [f"//   @{c.weight} changed by {c.error or 0:.2g}" for c in result.program.weights.ledger]
+    weights = result.program.weights
+    for change in weights.ledger:
+        how = "added" if change.error is None else f"changed by {change.error:.2g}"
+        now = f", now #{_four_decimals(weights[change.weight])}" if change.weight in weights else ""
+        lines.append(f"//   @{change.weight} {how}{now}")
     return "\n".join([*lines, to_text(result.program, header=False)])
+
+
+def random_ids(program: Program, seed: int = 0) -> Context:
+    """What passes calibrate a fragment on: 4 × 16 random ids, if its first input is ``input_ids``."""
+    first = next((node.target for node in program.graph.nodes), None)
+    if first != "input_ids" or not program.nodes("embedding"):
+        return Context(seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    return Context(seed=seed, tokens=lambda: torch.randint(vocabulary(program), (4, 16), generator=generator))
+
+
+def _four_decimals(tensor: Tensor) -> str:
+    """A hash that the last bits of a float, which not every processor rounds alike, do not change."""
+    return tensor_hash((tensor.double() * 1e4).round().to(torch.int64) if tensor.is_floating_point() else tensor)[:8]
 
 
 def _check_names(pipeline: Pipeline, names: Collection[str]) -> None:
