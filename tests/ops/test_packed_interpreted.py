@@ -61,15 +61,13 @@ else:
         assert fp8.octaves_beyond(codes, scales, parse(text), 384) == 0
         assert _same(fp8.from_rows(payload, row_scales[:, None], torch.float32), weight)
 
-    def test_a_block_that_is_not_a_number_makes_its_row_none():
+    def test_a_block_that_is_not_a_number_stays_one_in_e4m3():
         codes, scales, _ = _packed("mxint4@32", 4, 96)
         scales[1, 2] = 255
         payload, row_scales = torch.empty(4, 96, dtype=torch.uint8), torch.empty(4)
         expand_to_e4m3(codes, scales, parse("mxint4@32"), payload, row_scales)
         back = fp8.from_rows(payload, row_scales[:, None], torch.float32)
-        assert back[1].isnan().all()
-        others = [0, 2, 3]
-        assert _same(back[others], restore(codes, scales, parse("mxint4@32"), 96, torch.float32)[others])
+        assert _same(back, restore(codes, scales, parse("mxint4@32"), 96, torch.float32))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("text", ["mxint4@32", "mxfp4_e2m1@16", "mxfp6_e2m3@32"])
@@ -86,8 +84,7 @@ else:
         assert torch.equal(payload[finite], wanted[finite]) and torch.equal(row_scales[finite], scales[finite, 0])
         assert inexact.item() == 0
         assert _same(fp8.from_rows(payload, row_scales[:, None], dtype)[finite], x[finite])
-        for found in (fp8.from_rows(payload, row_scales[:, None], dtype), fp8.from_rows(wanted, scales, dtype)):
-            assert found[3].isnan().all() and found.isnan().sum() == 160
+        assert fp8.from_rows(payload, row_scales[:, None], dtype)[3, 5].isnan()
 
     def test_rows_that_span_too_many_octaves_are_counted():
         x = torch.ones(9, 64)

@@ -6,7 +6,6 @@ Importable only where `triton` is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -49,18 +48,12 @@ def mx_embedding(codes: Tensor, scales: Tensor, ids: Tensor, format: str, width:
 
 
 def e4m3_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    if x.dtype not in DTYPES or not takes_e4m3_rows(x.shape[-1]) or x.numel() == 0 or not _has_e4m3(x.device):
+    if x.dtype not in DTYPES or not takes_e4m3_rows(x.shape[-1]) or x.numel() == 0:
         return NotImplemented
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     payload, row_scales, inexact = _outputs(x)
     rows_to_e4m3(rows, payload.view(rows.shape), row_scales.view(-1), inexact)
     return payload, row_scales
-
-
-@cache
-def _has_e4m3(device: torch.device) -> bool:
-    """Whether a device has E4M3; the interpreter, which runs on a CPU, has."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
 def _outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +73,7 @@ def _folds(x: Tensor, fmt: Format, block: int | None = None) -> bool:
     wide = fmt.block if block is None else block
     powers = all(b is not None and not b & (b - 1) for b in (wide, fmt.block))
     fits = powers and wide is not None and wide >= 16 and x.shape[-1] % wide == 0 and takes_e4m3_rows(x.shape[-1])
-    return fits and x.dtype in DTYPES and x.dim() <= 3 and x.numel() > 0 and _has_e4m3(x.device)
+    return fits and x.dtype in DTYPES and x.dim() <= 3 and x.numel() > 0
 
 
 def _aligned(x: Tensor, fmt: Format, write: Callable[[tuple[Tensor, Tensor]], Tensor]) -> tuple[Tensor, Tensor]:
@@ -89,7 +82,7 @@ def _aligned(x: Tensor, fmt: Format, write: Callable[[tuple[Tensor, Tensor]], Te
     payload, row_scales, inexact = _outputs(x)
     blocks = torch.empty((row_scales.numel(), x.shape[-1] // fmt.block), dtype=torch.uint8, device=x.device)
     write((payload, blocks))
-    align_rows(payload.view(-1, x.shape[-1]), blocks, row_scales.view(-1), inexact, fmt)
+    align_rows(payload.view(-1, x.shape[-1]), blocks, row_scales.view(-1), inexact)
     return payload, row_scales
 
 
@@ -185,7 +178,7 @@ def _product(
 ) -> Tensor:
     """One FP8 GEMM for all weights, expanded one below the other; before Ada, one in `dtype`."""
     width, channels = rows.shape[-1], [c.shape[0] for c in codes]
-    if not _has_e4m3(rows.device):
+    if torch.cuda.get_device_capability(rows.device) < FP8_CAPABILITY:
         wide = torch.empty((sum(channels), width), dtype=dtype, device=rows.device)
         for c, s, part in zip(codes, scales, wide.split(channels), strict=True):
             expand(c, s, fmt, part)

@@ -29,9 +29,8 @@ _HIGH_HALF = tl.constexpr(-(2**16))
 EXPANDED = 4096
 #: Words of codes that one multiplies at a time, and how many output channels, by how many there are at least.
 WORDS_AT_A_TIME = 512
-CHANNELS_TOGETHER = ((2048, 4), (0, 2))
-#: Of one warp, tiles of codes, scales and activations are laid out alike: nothing crosses shared memory.
-ROW_WARPS = 1
+CHANNELS_TOGETHER = ((2048, 8), (0, 4))
+ROW_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -112,9 +111,16 @@ def power(biased):
 
 
 @triton.jit
-def to_e4m3(x):
-    """E4M3 bytes of `x`, |x| at most 448, to nearest, ties to even; one instruction for two of them since Ada."""
-    return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+def e4m3_bits(x):
+    """E4M3 bits of float32 `x`, |x| at most 448, to nearest, ties to even, int32; and whether `x` is one, int32.
+
+    Scaled so that the biases agree, E4M3's bits are the top bits of the float, subnormals included.
+    """
+    bits = (tl.abs(x) * (2.0**-120)).to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+    broken = (bits >> 23) == 255
+    return tl.where(broken, 0x7F, rounded | sign), tl.where(broken, 1, ((bits & 0xFFFFF) == 0).to(tl.int32))
 
 
 @triton.jit
@@ -152,8 +158,7 @@ def _expand_kernel(
         highest = tl.max(tl.where(powers == 255, 0, powers), axis=0)
         # The row's scale is a normal number.
         lowest = tl.maximum(highest - CODES.value.top, 1)
-        of_row = tl.where(tl.max(powers, axis=0) == 255, _NAN, lowest << 23)
-        tl.store(row_scales_ptr + row, of_row.to(tl.float32, bitcast=True))
+        tl.store(row_scales_ptr + row, (lowest << 23).to(tl.float32, bitcast=True))
     block = tl.arange(0, BLOCKS)
     for start in range(0, per_row, BLOCKS):
         inside = (start + block) < per_row
@@ -169,7 +174,7 @@ def _expand_kernel(
         if BITS == 4:
             byte = (start + block)[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
             code = tl.load(codes_ptr + byte, mask=here, other=0).to(tl.int32)
-            values = tl.join(code_at(code, 0, CODES), code_at(code, 1, CODES))
+            values = tl.join(element(code << 28, CODES), element((code >> 4) << 28, CODES))
             values = tl.reshape(values, (BLOCKS, BLOCK))
         else:
             byte = column * BITS // 8
@@ -180,7 +185,8 @@ def _expand_kernel(
             values = element(code << (32 - BITS), CODES)
         values *= factor[:, None]
         if kind == tl.uint8:
-            tl.store(out_ptr + row * width + column, to_e4m3(values), mask=here)
+            payload, _ = e4m3_bits(values)
+            tl.store(out_ptr + row * width + column, payload.to(tl.uint8), mask=here)
         else:
             tl.store(out_ptr + row * width + column, values.to(kind), mask=here)
 
@@ -229,7 +235,7 @@ def _launch_rows(
     return Launch(
         _few_rows_kernel,
         lambda at_a_time: triton.cdiv(channels, together) * rows,
-        (rows, channels, per_row, out_stride, 1),
+        (rows, channels, per_row, out_stride),
         {
             "CHANNELS": together,
             "BLOCKS": min(triton.next_power_of_2(per_row), max(WORDS_AT_A_TIME // words, 1)),
@@ -243,7 +249,7 @@ def _launch_rows(
     )
 
 
-@triton.jit(do_not_specialize=["one"])
+@triton.jit
 def _few_rows_kernel(
     x_ptr,
     row_scales_ptr,
@@ -255,7 +261,6 @@ def _few_rows_kernel(
     channels,
     per_row,
     out_stride,
-    one,
     CHANNELS: tl.constexpr,
     BLOCKS: tl.constexpr,
     WORDS: tl.constexpr,
@@ -267,32 +272,31 @@ def _few_rows_kernel(
     """One program, one row and `CHANNELS` results: each lane keeps a sum of its own until the end.
 
     A word is 32 bits of codes; neighbours take the other rows of the same weights, which are in the cache by then.
-    `one` is 1, which the compiler must not know: it would read neighbouring words at once, and lay them out
-    so that activations would have to cross shared memory to meet them.
     """
     row = tl.program_id(0) % rows
     channel = tl.program_id(0) // rows * CHANNELS + tl.arange(0, CHANNELS)
     real = channel < channels
-    line = channel.to(tl.int64) * per_row
-    block = tl.arange(0, BLOCKS) * one
-    lane = tl.arange(0, WORDS) * one
+    line = channel.to(tl.int64)[:, None] * per_row
+    block = tl.arange(0, BLOCKS)
+    lane = tl.arange(0, WORDS)
     PER_LOAD: tl.constexpr = 4 if X == "e4m3" else 2 if X == "bf16" else 1
     x_ptr += row * (per_row * WORDS * (PER_WORD // PER_LOAD))
-    total = tl.zeros((BLOCKS, WORDS, CHANNELS), tl.float32)
+    total = tl.zeros((CHANNELS, BLOCKS, WORDS), tl.float32)
     for start in range(0, per_row, BLOCKS):
         inside = (start + block) < per_row
-        mask = inside[:, None] & real[None, :]
-        there = (start + block)[:, None] + line[None, :]
-        scale = power(tl.load(scales_ptr + there, mask=mask, other=0).to(tl.int32))
-        word = tl.load(codes_ptr + there[:, None, :] * WORDS + lane[None, :, None], mask=mask[:, None, :], other=0)
+        mask = real[:, None] & inside[None, :]
+        scale = power(tl.load(scales_ptr + line + (start + block)[None, :], mask=mask, other=0).to(tl.int32))
+        at = (line + (start + block)[None, :])[:, :, None] * WORDS + lane[None, None, :]
+        word = tl.load(codes_ptr + at, mask=mask[:, :, None], other=0)
         x_at = x_ptr + ((start + block)[:, None] * WORDS + lane[None, :]) * (PER_WORD // PER_LOAD)
-        part = tl.zeros((BLOCKS, WORDS, CHANNELS), tl.float32)
+        part = tl.zeros((CHANNELS, BLOCKS, WORDS), tl.float32)
         for turn in tl.static_range(PER_WORD // PER_LOAD):
             loaded = tl.load(x_at + turn, mask=inside[:, None], other=0)
             for i in tl.static_range(PER_LOAD):
-                part += code_at(word, turn * PER_LOAD + i, CODES) * entry(loaded, i, X)[:, :, None]
-        total += part * scale[:, None, :]
-    y = tl.sum(tl.sum(total, axis=1), axis=0)
+                x = entry(loaded, i, X)
+                part += code_at(word, turn * PER_LOAD + i, CODES) * x[None, :, :]
+        total += part * scale[:, :, None]
+    y = tl.sum(tl.sum(total, axis=2), axis=1)
     if X == "e4m3":
         y *= tl.load(row_scales_ptr + row)
     if BIAS:
