@@ -184,25 +184,30 @@ class PrintIR(Instrument):
 def matches_apart(step: Step) -> list[str]:
     """What each match of a pass that has run edited, and first what the pass does without any.
 
-    The pass runs again, up to each of its matches; two such programs that follow each other differ by one match.
+    The pass runs again, up to each of its matches; two such programs that follow each other differ by one match. A pass
+    that does all of its work however few matches it is allowed (``lower``: no graph is half lowered) is one edit.
     """
     assert step.after is not None and step.record is not None
     matches = step.record.matches
     before = step.before.copy()
     # They are the whole pass's: no match brings them.
     before.facts = step.after.facts
-    last = Printout.of(before)
-    pieces = []
-    for done in range(len(matches) + 1):
-        stopped = step.after if done == len(matches) else apply(step.pass_, step.before, step.ctx, limit=done).program
-        printout = Printout.of(stopped)
-        edits = diff(last, printout)
-        if done:
-            pieces.append(f"// {step.title}: match {done} of {len(matches)}{_place(matches[done - 1])}\n{edits}")
-        elif edits:
-            pieces.append(f"// {step.title}: apart from its {len(matches)} matches\n{edits}")
+    last, whole = _up_to(step, 0), Printout.of(step.after)
+    outside = diff(Printout.of(before), last)
+    if not diff(last, whole):
+        how = f"its {len(matches)} matches are one edit" if matches else "an edit that is no match"
+        return [f"// {step.title}: {how}\n{outside}"] if outside else []
+    pieces = [f"// {step.title}: apart from its {len(matches)} matches\n{outside}"] if outside else []
+    for done, match in enumerate(matches, start=1):
+        printout = whole if done == len(matches) else _up_to(step, done)
+        title = f"// {step.title}: match {done} of {len(matches)}{_place(match)}"
+        pieces.append(f"{title}\n{diff(last, printout)}")
         last = printout
     return pieces
+
+
+def _up_to(step: Step, matches: int) -> Printout:
+    return Printout.of(apply(step.pass_, step.before, step.ctx, limit=matches).program)
 
 
 def _place(match: Match) -> str:

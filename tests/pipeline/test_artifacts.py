@@ -167,6 +167,12 @@ def test_opt_prints_first_what_belongs_to_no_match():
     assert "match 1 of 2" in first and "+ %cache_0_keys = input" in first and "cache_1" not in first
 
 
+def test_opt_prints_once_what_is_not_done_by_halves():
+    text = opt("llama-tiny", f"{RAISE},lower", print_ir_per_match=True)
+    assert text.count("// pass 4 ") == 1 and re.search(r"// pass 4 .*: its \d+ matches are one edit\n@@", text)
+    assert "- %rms_norm_default" in text.split("// pass 4 ")[1]
+
+
 def test_opt_prints_whole_graphs_around_named_passes_and_times():
     text = opt("llama-tiny", RAISE, print_ir_before=["raise-rope"], print_ir_after=["all"], timing=True)
     assert text.count("// before pass 2 'raise-rope'") == 1 and text.count("// after pass") == 3
