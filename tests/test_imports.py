@@ -80,3 +80,8 @@ def test_lookups_by_name_are_seen(tmp_path: Path) -> None:
     file = tmp_path / "borrowed.py"
     file.write_text('find_pass("lower")()\nrewrite.find_pass("gptq")\nimport_module("mxfx.api")\nfind_pass(name)\n')
     assert sorted(imported(file)) == [(1, "mxfx.passes.lower"), (2, "mxfx.passes.gptq"), (3, "mxfx.api")]
+
+
+def test_no_file_is_longer_than_400_lines() -> None:
+    lengths = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("\n") for path in FILES}
+    assert {name: count for name, count in lengths.items() if count > 400} == {}

@@ -134,7 +134,7 @@ def cached_attend(
     before = [read_cache(c, s, x, f).clone() for c, s, x, f in caches] if limited and not one else []
     kernels = _kernels(q, k, v, *formats)
     if writes and kernels is not None and k.shape[2] <= keys.shape[2]:
-        kernels.write_tokens(tensors, k, v, slots, *formats)
+        kernels.rows.write_tokens(tensors, k, v, slots, *formats)
     elif writes:
         for cache, scales, x, fmt in caches:
             write_cache(cache, scales, x, slots, fmt)
@@ -160,7 +160,8 @@ def _kernels(
     if not q.is_cuda or not has_triton() or q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         return None
     kernels = import_module("mxfx.ops.kernels.cache_triton")
-    fits = kernels.takes(k.shape[-1], key_format) and kernels.takes(v.shape[-1], value_format)
+    takes = kernels.rows.takes
+    fits = takes(k.shape[-1], key_format) and takes(v.shape[-1], value_format)
     return kernels if fits else None
 
 

@@ -21,7 +21,8 @@ else:
     from mxfx.ops.attention import attend
     from mxfx.ops.cache import write_cache
     from mxfx.ops.kernels import cache_triton
-    from mxfx.ops.kernels.cache_triton import attend_token, takes, write_tokens
+    from mxfx.ops.kernels.cache_rows_triton import takes, write_tokens
+    from mxfx.ops.kernels.cache_triton import attend_token
 
     FORMATS = ("mxint4@32/mse", "mxint8@16", "mxfp4_e2m1@16/ceil", "mxfp8_e4m3@32", "mxfp8_e5m2@32", None)
 

@@ -64,7 +64,7 @@ def test_steps_give_the_logits_of_one_prefill(quantized: bool, dtype: torch.dtyp
 
 @pytest.mark.parametrize("text", FORMATS)
 def test_tokens_are_stored_to_the_bits_of_the_definition(text: str | None) -> None:
-    from mxfx.ops.kernels.cache_triton import write_tokens
+    from mxfx.ops.kernels.cache_rows_triton import write_tokens
 
     fmt = None if text is None else parse(text)
     for dtype in (torch.bfloat16, torch.float32):
