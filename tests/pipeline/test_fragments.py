@@ -34,13 +34,6 @@ FILES = sorted(FOLDER.glob("*.mxir"))
 PASSES, AFTER = "// PASSES: ", "// AFTER\n"
 
 
-#: Passes without a file, and why.
-EXCEPTIONS = {
-    "distill": "trained weights depend on the last bits of gradients, which differ between processors: "
-    "tests/passes/test_distill.py holds what training reaches",
-}
-
-
 @dataclass(frozen=True)
 class Case:
     """One graph, what is run over it, and what is then printed."""
@@ -98,11 +91,10 @@ def without(passes: str, name: str) -> str:
     return re.split(rf"(?:^|,){name}(?:\{{|,|$)", passes)[0]
 
 
-def test_every_pass_has_a_file_or_a_reason_why_not() -> None:
+def test_every_pass_has_a_file() -> None:
     register_passes()
-    mine = {name for name, pass_ in all_passes().items() if pass_.__module__.startswith("mxfx.passes.")}
-    files = {path.stem for path in FILES}
-    assert files | EXCEPTIONS.keys() == mine and not files & EXCEPTIONS.keys()
+    passes = {name for name, pass_ in all_passes().items() if pass_.__module__.startswith("mxfx.passes.")}
+    assert {path.stem for path in FILES} == passes
 
 
 def weights_of(case: Case) -> tuple[WeightStore, WeightStore]:
