@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,9 +98,12 @@ def collected_ids(path: Path, samples: int, length: int) -> torch.Tensor:
         raise DatasetError(f"{path}: no such file")
     try:
         rows = [torch.as_tensor(entry[0]).reshape(-1) for entry in torch.load(path, weights_only=True)["loader"]]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, IndexError) as error:
-        raise DatasetError(f"{path}: expected a dictionary with 'loader', a list of (ids, target): {error}") from error
-    if any(row.is_floating_point() for row in rows):
+    except Exception as error:
+        # The reader of a damaged file raises whatever its bytes happen to run into.
+        raise DatasetError(
+            f"{path}: expected a dictionary with 'loader', a list of (ids, target): {type(error).__name__}: {error}"
+        ) from error
+    if any(row.is_floating_point() or row.is_complex() or row.dtype == torch.bool for row in rows):
         raise DatasetError(f"{path}: token ids are whole numbers, and these are not")
     fitting = [row for row in rows if row.numel() >= length]
     if len(fitting) < samples:
@@ -208,9 +210,15 @@ def _jsonl(path: Path) -> Iterator[str]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DatasetError(f"{path}:{number}:{error.colno}: is not JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            raise DatasetError(f"{path}:{number}: holds JSON that is too deep or too long to read: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get(_TEXT_KEY), str):
             has = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
             raise DatasetError(f'{path}:{number}: expected an object with a string "{_TEXT_KEY}", found {has}')
+        try:
+            row[_TEXT_KEY].encode()
+        except UnicodeEncodeError as error:
+            raise DatasetError(f"{path}:{number}: the text is no Unicode (half a pair at {error.start})") from error
         yield row[_TEXT_KEY]
 
 
@@ -220,13 +228,21 @@ def _parquet(path: Path) -> Iterator[str]:
 
     try:
         table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowException as error:
-        raise DatasetError(f"{path}: is not a parquet file: {error}") from error
-    columns = table.schema_arrow.names
-    if _TEXT_KEY not in columns:
-        raise DatasetError(f'{path}: expected a column "{_TEXT_KEY}", found {", ".join(columns)}')
-    for batch in table.iter_batches(columns=[_TEXT_KEY]):
-        yield from (text or "" for text in batch.column(0).to_pylist())
+        columns = {field.name: field.type for field in table.schema_arrow}
+        if _TEXT_KEY not in columns:
+            raise DatasetError(f'{path}: expected a column "{_TEXT_KEY}", found {", ".join(columns)}')
+        kind = columns[_TEXT_KEY]
+        if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()) and not (
+            pyarrow.types.is_dictionary(kind) and kind.value_type in (pyarrow.string(), pyarrow.large_string())
+        ):
+            raise DatasetError(f'{path}: expected strings in the column "{_TEXT_KEY}", found {kind}')
+        for batch in table.iter_batches(columns=[_TEXT_KEY]):
+            yield from (text or "" for text in batch.column(0).to_pylist())
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
+        # Damage shows in the footer or in a page, as an error of Arrow's, of reading or of decoding.
+        if isinstance(error, DatasetError):
+            raise
+        raise DatasetError(f"{path}: is not a parquet file, or a damaged one: {error}") from error
 
 
 @dataclass(frozen=True)
