@@ -13,7 +13,7 @@ FUSIONS = ("fuse-hadamard-quant", "fuse-norm-quant", "fuse-activation-quant", "f
 PORTABLE = frozenset({"insert-kv-cache", "pack-weights"})
 
 #: Every pass that the stage may hold. A new one stands here and in ``emit_stage``.
-EMIT_PASSES = frozenset({*PORTABLE, *FUSIONS, "lower", "multiply-in-fp8", "fold-constants"})
+EMIT_PASSES = frozenset({*PORTABLE, "unpack-weights", *FUSIONS, "lower", "multiply-in-fp8", "fold-constants"})
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ def emit_stage(settings: EmitConfig, device: str) -> list[tuple[str, Mapping[str
     stage: list[tuple[str, Mapping[str, Any]]] = [("insert-kv-cache", {})]
     if settings.packed:
         stage.append(("pack-weights", {}))
+        if target == "cpu":
+            # Saved packed; a CPU multiplies faster than it decodes.
+            stage.append(("unpack-weights", {}))
     if target == "cuda":
         stage += [(name, {}) for name in FUSIONS]
     stage.append(("lower", {"device": target}))

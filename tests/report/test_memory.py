@@ -23,7 +23,7 @@ def test_stored_bytes_are_those_of_the_module_that_is_built() -> None:
 
 def test_packed_weights_take_four_bits_and_a_quarter() -> None:
     program = passed(raised("llama-tiny"), config_a()).twin(torch.bfloat16)
-    plain, packed = (memory(emitted(program, "cpu", EmitConfig(packed=yes))) for yes in (False, True))
+    plain, packed = (memory(emitted(program, "cuda", EmitConfig(packed=yes))) for yes in (False, True))
     moved = plain.weights - packed.weights
     assert packed.codes + packed.scales == moved * 4.25 / 16 and plain.codes == plain.scales == 0
     # The largest decoder weight, decoded to bfloat16.
