@@ -20,7 +20,8 @@ ROOMS = (
 
 
 def room(parts: tuple[str, ...]) -> str:
-    return parts[0].removesuffix(".py")
+    """The room of a file; ``python -m mxfx`` is the command line by another name."""
+    return "cli" if parts == ("__main__.py",) else parts[0].removesuffix(".py")
 
 
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path.relative_to(ROOT).parts != ("__init__.py",)]

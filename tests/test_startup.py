@@ -44,3 +44,10 @@ def test_config_show_imports_nothing_but_torch() -> None:
 )
 def test_a_refusal_that_needs_no_pass_does_not_import_torch(args: tuple[object, ...]) -> None:
     assert imported(*args) == ["2"]
+
+
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "mxfx", "run", "nowhere.toml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "nowhere.toml" in done.stderr
