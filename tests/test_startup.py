@@ -51,3 +51,10 @@ def test_the_package_runs_as_a_module() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "nowhere.toml" in done.stderr
+
+
+def test_the_version_is_said_and_shells_can_complete() -> None:
+    said = subprocess.run([sys.executable, "-m", "mxfx", "--version"], capture_output=True, text=True, check=True)
+    assert said.stdout.startswith("mxfx ")
+    offered = subprocess.run([sys.executable, "-m", "mxfx", "--help"], capture_output=True, text=True, check=True)
+    assert "--install-completion" in offered.stdout

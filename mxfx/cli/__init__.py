@@ -32,7 +32,7 @@ from mxfx.ground.errors import MxfxError, exit_code
 if TYPE_CHECKING:
     from mxfx.api import Outcome
 
-app = typer.Typer(name="mxfx", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(name="mxfx", no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 config_app = typer.Typer(no_args_is_help=True, help="Look at pipeline files.")
 app.add_typer(config_app, name="config")
 for name, command in (evaluate.COMMANDS | generate.COMMANDS | models.COMMANDS).items():
@@ -51,6 +51,23 @@ Set = Annotated[
     list[str],
     typer.Option("--set", help="Override: calibration.samples=8, pass.gptq.damp=0.05, 'pass[3].block=64'."),
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        out.print(f"mxfx {version('mxfx')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options_of_all(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options before a command."""
 
 
 @app.command()
