@@ -120,7 +120,7 @@ def _padding(model: EmittedCausalLM, tokenizer: Any) -> int | None:
     ends = model.generation_config.eos_token_id
     end = ends[0] if isinstance(ends, list) and ends else ends
     found = (model.generation_config.pad_token_id, tokenizer.pad_token_id, end)
-    return next((one for one in found if one is not None), None)  # type: ignore[return-value]
+    return next((one for one in found if one is not None), None)
 
 
 class _Timed(TextStreamer):

@@ -67,10 +67,10 @@ def settle_experts(program: Program) -> None:
             continue
         source = node.args[1]
         if isinstance(source, fx.Node) and source.target in _TRANSPOSES and _is_stack(source.args[0]):
-            node.update_arg(1, _store_transposed(program, source.args[0], node))  # type: ignore[arg-type]
+            node.update_arg(1, _store_transposed(program, source.args[0], node))
             for stale in (source, source.args[0]):
-                if not stale.users:  # type: ignore[union-attr]
-                    program.graph.erase_node(stale)  # type: ignore[arg-type]
+                if not stale.users:
+                    program.graph.erase_node(stale)
         if isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr":
             set_info(node, replace(info(node), path=str(node.args[1].target).removesuffix(TRANSPOSED)))
 

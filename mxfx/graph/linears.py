@@ -51,15 +51,15 @@ def _stored(program: Program, matrix: object) -> fx.Node | None:
         return _transposed(program, matrix)
     source = matrix.args[0] if matrix.args else None
     turned = matrix.target in _TURNS and isinstance(source, fx.Node) and source.op == "get_attr"
-    if turned and source.meta["val"].dim() == 2 and _swaps(matrix):  # type: ignore[union-attr]
-        return source  # type: ignore[return-value]
+    if turned and source.meta["val"].dim() == 2 and _swaps(matrix):
+        return source
     return None
 
 
 def _swaps(turn: fx.Node) -> bool:
     if turn.target is aten.permute.default:
-        return [int(axis) % 2 for axis in turn.args[1]] == [1, 0]  # type: ignore[union-attr, arg-type]
-    return len(turn.args) == 1 or sorted(int(axis) % 2 for axis in turn.args[1:3]) == [0, 1]  # type: ignore[call-overload]
+        return [int(axis) % 2 for axis in turn.args[1]] == [1, 0]
+    return len(turn.args) == 1 or sorted(int(axis) % 2 for axis in turn.args[1:3]) == [0, 1]
 
 
 def _transposed(program: Program, weight: fx.Node) -> fx.Node:

@@ -108,7 +108,7 @@ def _rewrite(rw: Rewriter, root: fx.Node, found: Found) -> None:
 
 
 def _negates_first(halves: fx.Node) -> bool:
-    first = halves.args[0][0]  # type: ignore[index]
+    first = halves.args[0][0]
     return isinstance(first, fx.Node) and first.target is aten.neg.default
 
 

@@ -107,15 +107,15 @@ class _Sizes:
             return 0
         in_e4m3 = name == "mx_linear_e4m3"
         codes = node.args[2] if in_e4m3 else [node.args[1]]
-        width = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
-        rows = sum(part.meta["val"].shape[0] for part in codes)  # type: ignore[union-attr]
+        width = node.args[0].meta["val"].shape[-1]
+        rows = sum(part.meta["val"].shape[0] for part in codes)
         val = node.meta["val"]
         return rows * width * (1 if in_e4m3 else self._dtypes.get(val.dtype, val.dtype).itemsize)
 
     def _size(self, dim: object) -> int:
         if isinstance(dim, int):
             return dim
-        expression = dim.node.expr  # type: ignore[attr-defined]
+        expression = dim.node.expr
         # Dimensions of an empty cache.
         known = {symbol: self._dims.get(str(symbol), 0) for symbol in expression.free_symbols}
         return int(expression.subs(known))
