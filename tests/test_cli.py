@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tomli
 
 from mxfx import cli
 from tests.local_model import save_model, save_texts
@@ -67,6 +68,12 @@ def pipeline(tmp_path: Path, model: Path) -> Path:
     file = tmp_path / "p.toml"
     file.write_text(PIPELINE.replace("MODEL", str(model)))
     return file
+
+
+def test_the_version_is_that_of_the_package(mxfx: Run) -> None:
+    with (Path(__file__).parents[1] / "pyproject.toml").open("rb") as file:
+        version = tomli.load(file)["project"]["version"]
+    assert mxfx("--version") == Said(0, f"mxfx {version}\n", "")
 
 
 def test_run_prints_one_table_for_all_files_and_writes_the_results(

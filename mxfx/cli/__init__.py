@@ -358,7 +358,8 @@ def main() -> None:
     """
     _quiet_imports()
     try:
-        app(standalone_mode=True)
+        # `python -m mxfx` too: what completion prints calls the command by this name.
+        app(standalone_mode=True, prog_name="mxfx")
     except (MxfxError, OSError) as error:
         _say("error:", str(error), error)
         raise SystemExit(exit_code(error)) from None
