@@ -171,7 +171,7 @@ def _run_one(named: Named, model: _Model, directory: RunDirectory | None, option
     result = job.run(pipeline, instruments, cache=cache, strict=options.strict)
     seconds = time.perf_counter() - started
     if folder is not None:
-        write_json(folder.weights, History.of(job.program, result.program).to_json(), indent=1)
+        write_json(folder.weights, History.of(job.program, result.before_emit).to_json(), indent=1)
     options.say(f"evaluating {named.name}") if options.eval else None
     return _outcome(named, model, result, seconds, options, folder)
 
