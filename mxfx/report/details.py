@@ -6,30 +6,24 @@ A pass leaves JSON values under names of its own choice; tables are found in the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
+from markupsafe import Markup
 
-def decisions(passes: Sequence[Mapping[str, Any]]) -> str:
+from mxfx.report.render import render
+
+
+def decisions(passes: Sequence[Mapping[str, Any]]) -> Markup:
     """One folded block for each pass that left details; nothing if none did."""
-    told = [step for step in passes if step.get("details")]
-    if not told:
-        return ""
-    blocks = "".join(
-        f"<details><summary>{escape(step['pass'])}</summary>{_details(step['details'])}</details>" for step in told
-    )
-    return f"<h3>What passes decided</h3>{blocks}"
+    return render("decisions.html", told=[_told(step["pass"], step["details"]) for step in passes if step["details"]])
 
 
-def _details(details: Mapping[str, Any]) -> str:
+def _told(name: str, details: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]], list[tuple]]:
+    """The pass, what it says in words, and its tables; details that are a table themselves need no name."""
     if _is_table(details):
-        return _rows(details)
-    plain = {key: value for key, value in details.items() if not _is_table(value)}
-    text = "".join(f"<li>{escape(_said(key))}: {escape(_text(value))}</li>" for key, value in plain.items())
-    tables = "".join(
-        f"<p class='soft'>{escape(_said(key))}</p>{_rows(value)}" for key, value in details.items() if _is_table(value)
-    )
-    return (f"<ul>{text}</ul>" if text else "") + tables
+        return name, [], [("", *_rows(details))]
+    plain = [(key, _text(value)) for key, value in details.items() if not _is_table(value)]
+    return name, plain, [(key, *_rows(value)) for key, value in details.items() if _is_table(value)]
 
 
 def _is_table(value: Any) -> bool:
@@ -37,23 +31,11 @@ def _is_table(value: Any) -> bool:
     return len(rows) > 0 and all(isinstance(row, Mapping) and row for row in rows)
 
 
-def _rows(table: Mapping[str, Mapping] | Sequence[Mapping]) -> str:
+def _rows(table: Mapping[str, Mapping] | Sequence[Mapping]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Columns, and the cells of each row by its name."""
     named = table if isinstance(table, Mapping) else {str(i): row for i, row in enumerate(table, start=1)}
     columns = list(dict.fromkeys(key for row in named.values() for key in row))
-    heads = "".join(f"<th>{escape(_said(name))}</th>" for name in ("", *columns))
-    body = "".join(
-        f"<tr><td class='path'>{escape(name)}</td>"
-        + "".join(f"<td>{escape(_text(row.get(column, '–')))}</td>" for column in columns)
-        + "</tr>"
-        for name, row in named.items()
-    )
-    return (
-        f'<div class="wide"><table class="decided"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
-
-
-def _said(name: str) -> str:
-    return name.replace("_", " ")
+    return columns, [(name, [_text(row.get(key, "–")) for key in columns]) for name, row in named.items()]
 
 
 def _text(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mxfx import cli
+from mxfx.report.html import page as page_of
 from tests.local_model import save_model, save_texts
 
 PIPELINE = r"""
@@ -156,6 +158,17 @@ def test_report_makes_the_same_page_again(run_folder: Path) -> None:
     (run_folder / "report.html").unlink()
     said = CliRunner().invoke(cli.app, ["report", str(run_folder)])
     assert said.exit_code == 0 and (run_folder / "report.html").read_bytes() == before
+
+
+def test_no_value_of_a_run_becomes_markup(run_folder: Path, tmp_path: Path) -> None:
+    document = json.loads((run_folder / "results.json").read_text())
+    config = document["configs"][1]
+    config["model_note"] = config["name"] = hostile = "<script>alert('1')</script>"
+    config["passes"][0]["warnings"] = [hostile]
+    config["passes"][0]["reasons"] = [{"count": 1, "reason": '"><script>'}]
+    (tmp_path / "results.json").write_text(json.dumps(document))
+    text = page_of(tmp_path)
+    assert "<script" not in text and text.count("&lt;script&gt;") >= 5
 
 
 def chromium() -> str:
