@@ -97,6 +97,32 @@ def test_run_prints_one_table_for_all_files_and_writes_the_results(
     assert matched["lower"] > 10
 
 
+def test_the_card_of_a_saved_model_has_the_figures_of_its_run(mxfx: Run, pipeline: Path, tmp_path: Path) -> None:
+    save_texts(tmp_path / "b|c")
+    save_texts(tmp_path / "more", documents=2)
+    texts = [str(tmp_path / name) for name in ("b|c", "more")]
+    said = mxfx("run", pipeline, "--eval", ",".join(texts), "--out", tmp_path / "out")
+    assert said.code == 0, said.err
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["configs"]
+    domains, float_domains = (config["evaluation"]["domains"] for config in reversed(found))
+    card = (tmp_path / "out" / "p" / "model" / "README.md").read_text(encoding="utf-8")
+    bits = f"{found[1]['figures']['bits_per_weight']:.2f}"
+    assert f"{bits} bits a weight" in card and card.count(f"| {bits} |") == len(domains) == 2
+    for name, domain in domains.items():
+        (line,) = [line for line in card.splitlines() if line.startswith("| " + name.replace("|", "\\|"))]
+        ratio = domain["token_perplexity"] / float_domains[name]["token_perplexity"]
+        kl, agreement = domain["divergence"]["mean"], domain["divergence"]["agreement"]
+        for figure in (f"{domain['tokens']:,} |", f"| {ratio:.4f} ±", f"| {kl:.4f} ±", f"| {agreement:.4f} ±"):
+            assert figure in line
+    assert not list((tmp_path / "out" / "p" / "model").glob("*.part"))
+
+
+def test_the_card_of_a_model_that_was_not_evaluated_has_no_table(mxfx: Run, pipeline: Path, tmp_path: Path) -> None:
+    assert mxfx("run", pipeline, "--out", tmp_path / "out").code == 0
+    card = (tmp_path / "out" / "p" / "model" / "README.md").read_text(encoding="utf-8")
+    assert "bits a weight" in card and "| " not in card
+
+
 def test_a_run_is_evaluated_again_from_its_files_alone(
     mxfx: Run, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ from mxfx.pipeline.instruments import Numbers, Verify
 from mxfx.pipeline.manager import PipelineResult
 from mxfx.report.memory import memory
 from mxfx.report.results import coverage_json, pass_json
-from mxfx.report.table import DomainRow, Row
+from mxfx.report.table import DomainRow, Row, card_table
 from mxfx.report.weight_history import History
 from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.causal_lm import as_causal_lm
@@ -109,6 +109,8 @@ def run(pipelines: Sequence[Named], options: RunOptions) -> RunSummary:
             model = _model_of(named.pipeline, models, outcomes, options)
             outcomes.append(_run_one(named, model, directory, options))
             if directory is not None:
+                if options.save:
+                    _write_card(outcomes, directory.pipeline(named.name))
                 directory.write_results(document(outcomes, options))
     warnings = tuple(f"{o.name}: {warning}" for o in outcomes for warning in o.warnings)
     tasks = tuple(
@@ -251,6 +253,15 @@ def _save(program: Program, job: Job, folder: PipelineFolder) -> None:
     from mxfx.export.folder import save_folder
 
     save_folder(program, folder.model, tokenizer=job.tokenizer)
+
+
+def _write_card(outcomes: Sequence[Outcome], folder: PipelineFolder) -> None:
+    """The saved model's card again, with the figures that the last outcome found after it was saved."""
+    from mxfx.export.folder import write_card
+
+    outcome = outcomes[-1]
+    if found := [row for row in domain_rows(outcomes) if row.name == outcome.name]:
+        write_card(outcome.result.portable, folder.model, card_table(found, outcome.bits_per_weight))
 
 
 def rows(outcomes: Sequence[Outcome]) -> list[Row]:

@@ -33,6 +33,7 @@ import mxfx.export.folder as mxfx_folder
 MxfxConfig = mxfx_folder.MxfxConfig
 MxfxForCausalLM = mxfx_folder.MxfxForCausalLM
 '''
+_CARD_FILE = "README.md"
 _CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -65,6 +66,8 @@ class MxfxForCausalLM(EmittedCausalLM):
     def __init__(self, program: Program, device: torch.device | str = "cpu") -> None:
         super().__init__(emitted(program, device))
         self.program = program
+        #: The model card of the folder that it was opened from, which has a run's figures.
+        self.card: bytes | None = None
         self.config = config_of(program)
         self.config.use_cache = bool(getattr(self.generation_config, "use_cache", False))
         self.to(device)
@@ -80,11 +83,15 @@ class MxfxForCausalLM(EmittedCausalLM):
         if wanted not in (None, "auto"):
             model.to(getattr(torch, wanted) if isinstance(wanted, str) else wanted)
         model.name_or_path = str(folder)
+        card = Path(folder) / _CARD_FILE
+        model.card = card.read_bytes() if card.is_file() else None
         return (model, _NOTHING_ODD) if options.get("output_loading_info") else model
 
     def save_pretrained(self, folder: str | Path, *args: Any, **options: Any) -> None:  # type: ignore[override]
         """Write the folder; what was opened from one and is saved again has the same bytes."""
         save_folder(self.program, folder, generation=self.generation_config)
+        if self.card is not None:
+            write_file(Path(folder) / _CARD_FILE, self.card)
 
 
 #: What ``output_loading_info`` reports: an artefact that lacks a weight or has one too many does not open.
@@ -115,6 +122,12 @@ def save_folder(
     stored = generation if generation is not None else configs_of(program)[1]
     _write_json(folder / "generation_config.json", stored.to_diff_dict())
     write_file(folder / "modeling_mxfx.py", _CODE.encode())
+    write_card(program, folder, table)
+    _write_json(folder / "config.json", config_of(program).to_dict())
+
+
+def write_card(program: Program, folder: Path, table: str = "") -> None:
+    """Write, or write again, the model card; ``table`` is the run's, in Markdown. Raises ``WriteError``."""
     card = _CARD.format(
         name=Path(program.source.name).name or program.source.architecture,
         source=program.source.name,
@@ -123,8 +136,7 @@ def save_folder(
         folder="DIR",
         table=f"\n{table}\n" if table else "",
     )
-    write_file(folder / "README.md", card.encode())
-    _write_json(folder / "config.json", config_of(program).to_dict())
+    write_file(folder / _CARD_FILE, card.encode())
 
 
 def config_of(program: Program) -> MxfxConfig:

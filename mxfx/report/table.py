@@ -124,6 +124,26 @@ def domains_table(rows: Sequence[DomainRow]) -> Table:
     return table
 
 
+def card_table(rows: Sequence[DomainRow], bits_per_weight: float) -> str:
+    """A model's domains in Markdown, for its card."""
+    heads = ("domain", "tokens", "token ppl", "× float", "KL nats", "agreement", "bits/weight")
+    lines = [heads, ("---", *["---:"] * (len(heads) - 1))]
+    for row in rows:
+        lines.append(
+            (
+                row.domain.replace("|", "\\|"),
+                f"{row.tokens:,}",
+                _number(row.token_perplexity, ".3f"),
+                _with_error(row.ratio, row.ratio_stderr, ".4f"),
+                _with_error(row.kl, row.kl_stderr, ".4f"),
+                _with_error(row.agreement, row.agreement_stderr, ".4f"),
+                _number(bits_per_weight, ".2f"),
+            )
+        )
+    note = "Against the float model, on the next token; ± is a standard error over windows."
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", note])
+
+
 def tasks_table(rows: Sequence[tuple[str, str, str, float, float | None]]) -> Table:
     """Tasks of lm-eval: configuration, task, metric, value, standard error."""
     table = Table(title="Tasks", title_justify="left")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,14 @@ def test_what_is_opened_and_saved_again_has_the_same_bytes(folder: Path, tmp_pat
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
     for file in (tmp_path / "again").iterdir():
         assert file.read_bytes() == (folder / file.name).read_bytes(), file.name
+
+
+def test_a_card_with_the_figures_of_a_run_is_kept(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    with (copy / "README.md").open("a") as card:
+        card.write("| domain | KL |")
+    AutoModelForCausalLM.from_pretrained(copy).save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_bytes() == (copy / "README.md").read_bytes()
 
 
 def test_weights_are_stored_packed_and_nothing_is_pickled(folder: Path) -> None:
