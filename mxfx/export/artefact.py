@@ -2,7 +2,7 @@
 
 manifest.json          schema, version, size and hash of the other files; written last
 program.mxir           the printed program (``mxfx.graph.text``): graph, facts, annotations, hash of every weight
-weights.safetensors    the weight store, one tensor a canonical name
+weights.safetensors    the weight store, one tensor a canonical name; above 4 GB weights-00001-of-0000N.safetensors …
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from mxfx.ops import RUNTIME_FUNCTIONS
 SCHEMA = 1
 MANIFEST, PROGRAM, WEIGHTS = "manifest.json", "program.mxir", "weights.safetensors"
 
+#: A file of weights is as large at most, unless a single tensor is larger.
+SHARD_BYTES = 4 * 10**9
+
 _CALL = re.compile(r"  %\w+ = ([\w.+-]+)")
 _RUNTIME = frozenset(function.__name__ for function in RUNTIME_FUNCTIONS)
 #: Namespaces of ops that only compute on tensors.
@@ -44,8 +47,10 @@ class ArtefactError(MxfxError, ValueError):
     """A folder holds no artefact, or a damaged one; the message names the file, what is wrong and what to do."""
 
 
-def save(program: Program, folder: Path | str) -> None:
+def save(program: Program, folder: Path | str, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a program into ``folder`` (created; an artefact that is there is replaced).
+
+    Weights of more than ``shard_bytes`` bytes are split over several files, in the store's order, no tensor cut.
 
     Every file is written whole or not at all, the manifest last, so a killed save leaves no folder that loads.
 
@@ -60,15 +65,21 @@ def save(program: Program, folder: Path | str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     remove_partial_files(folder)
     (folder / MANIFEST).unlink(missing_ok=True)
-    tensors = to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in program.weights.items()})
-    write_file(folder / WEIGHTS, tensors)
+    shards = _shards(program.weights, shard_bytes)
+    sizes = {}
+    for name, members in shards.items():
+        data = to_bytes({member: program.weights[member].detach().cpu().contiguous() for member in members})
+        sizes[name] = {"bytes": len(data)}
+        write_file(folder / name, data)
+    for stale in _stored(folder) - set(shards):
+        (folder / stale).unlink()
     write_file(folder / PROGRAM, text)
     manifest = {
         "schema": SCHEMA,
         "mxfx": metadata.version("mxfx"),
         "files": {
             PROGRAM: {"bytes": len(text), "blake2b": _hash(text)},
-            WEIGHTS: {"bytes": len(tensors)},
+            **sizes,
         },
     }
     write_file(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
@@ -84,10 +95,15 @@ def load(folder: Path | str) -> Program:
     folder = Path(folder)
     if not folder.is_dir():
         raise ArtefactError(f"{folder} is no folder; give one that a run wrote its model to")
-    _check_files(folder, _read_manifest(folder / MANIFEST))
+    shards = _check_files(folder, _read_manifest(folder / MANIFEST))
     text = _read_text(folder / PROGRAM)
     _check_ops(folder / PROGRAM, text)
-    weights = _read_weights(folder / WEIGHTS)
+    weights: dict[str, Tensor] = {}
+    for name in shards:
+        found = _read_weights(folder / name)
+        if twice := sorted(found.keys() & weights):
+            raise ArtefactError(f"{folder / name}: holds {twice[0]!r}, which another file of weights holds too")
+        weights |= found
     try:
         program = parse(text, weights)
     except TextError as error:
@@ -97,9 +113,32 @@ def load(folder: Path | str) -> Program:
         raise ArtefactError(f"{folder / PROGRAM}: is no printed program ({type(error).__name__}: {error})") from error
     strangers = sorted(set(weights) - set(program.weights))
     if strangers:
-        raise ArtefactError(f"{folder / WEIGHTS}: holds {strangers[0]!r}, which the program does not name")
+        raise ArtefactError(f"{folder}: its weights hold {strangers[0]!r}, which the program does not name")
     _check_weights(program)
     return program
+
+
+def _shards(weights: Mapping[str, Tensor], limit: int) -> dict[str, list[str]]:
+    """The weights of each file, by its name: as many, in their order, as the limit holds."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in weights.items():
+        if groups[-1] and size + tensor.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += tensor.nbytes
+    return dict(zip(_shard_names(len(groups)), groups, strict=True))
+
+
+def _shard_names(count: int) -> list[str]:
+    stem, suffix = WEIGHTS.split(".")
+    return [WEIGHTS] if count == 1 else [f"{stem}-{i:05d}-of-{count:05d}.{suffix}" for i in range(1, count + 1)]
+
+
+def _stored(folder: Path) -> set[str]:
+    """The files in a folder that are called as files of weights are."""
+    return {path.name for pattern in (WEIGHTS, "weights-*-of-*.safetensors") for path in folder.glob(pattern)}
 
 
 def _check_weights(program: Program) -> None:
@@ -129,10 +168,14 @@ def _read_manifest(path: Path) -> Mapping[str, object]:
     return manifest
 
 
-def _check_files(folder: Path, manifest: Mapping[str, object]) -> None:
+def _check_files(folder: Path, manifest: Mapping[str, object]) -> list[str]:
+    """The names of the files of weights; every file is there and as large as the manifest says."""
     files = manifest.get("files")
-    if not isinstance(files, dict) or set(files) != {PROGRAM, WEIGHTS}:
-        raise ArtefactError(f"{folder / MANIFEST}: 'files' must name {PROGRAM} and {WEIGHTS}")
+    shards = _shard_names(max(len(files) - 1, 1)) if isinstance(files, dict) else []
+    if not isinstance(files, dict) or set(files) != {PROGRAM, *shards}:
+        raise ArtefactError(
+            f"{folder / MANIFEST}: 'files' must name {PROGRAM} and {WEIGHTS}, or all of {_shard_names(2)[0]} …"
+        )
     for name, facts in files.items():
         path = folder / name
         if not isinstance(facts, dict) or type(facts.get("bytes")) is not int:
@@ -146,6 +189,9 @@ def _check_files(folder: Path, manifest: Mapping[str, object]) -> None:
     # The weights need no hash of the file: the program names the hash of each tensor.
     if _hash((folder / PROGRAM).read_bytes()) != files[PROGRAM].get("blake2b"):
         raise ArtefactError(f"{folder / PROGRAM}: does not have the hash that the manifest names: it was changed")
+    if extra := sorted(_stored(folder) - set(shards)):
+        raise ArtefactError(f"{folder / extra[0]}: the manifest does not name it: remove it, or save the model again")
+    return shards
 
 
 def _read_text(path: Path) -> str:

@@ -29,6 +29,7 @@ from mxfx.passes import (
     FuseHadamardQuant,
     InsertFakeQuant,
     Lower,
+    PackWeights,
     RaiseAttention,
     RaiseNorm,
     RaiseRope,
@@ -310,3 +311,106 @@ def test_a_full_disk_leaves_no_artefact(saved: Path, monkeypatch: pytest.MonkeyP
 def test_the_artefact_can_be_moved(saved: Path, tmp_path: Path) -> None:
     shutil.move(saved, tmp_path / "elsewhere")
     assert torch.equal(_logits(load(tmp_path / "elsewhere")), _logits(_program()))
+
+
+_SHARD = "weights-{:05d}-of-{:05d}.safetensors"
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """An artefact whose weights are in files of at most 40 kB."""
+    save(_program(), tmp_path / "sharded", shard_bytes=40_000)
+    return tmp_path / "sharded"
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("weights*"))
+
+
+def test_weights_beyond_the_limit_are_in_several_files(sharded: Path, saved: Path) -> None:
+    names = _names(sharded)
+    assert names == [_SHARD.format(i, len(names)) for i in range(1, len(names) + 1)] and len(names) > 3
+    files = json.loads((sharded / MANIFEST).read_text())["files"]
+    assert files.keys() == {PROGRAM, *names}
+    parts = [load_file(sharded / name) for name in names]
+    assert all(len(part) == 1 or sum(t.nbytes for t in part.values()) <= 40_000 for part in parts)
+    assert sum(map(len, parts)) == len(load_file(saved / WEIGHTS))
+    back = load(sharded)
+    assert to_text(back) == to_text(_program())
+    assert torch.equal(_logits(back), _logits(_program()))
+
+
+def test_a_tensor_larger_than_the_limit_has_a_file_of_its_own(tmp_path: Path) -> None:
+    save(_program(), tmp_path, shard_bytes=1)
+    assert [len(load_file(tmp_path / name)) for name in _names(tmp_path)] == [1] * len(_program().weights)
+    assert torch.equal(_logits(load(tmp_path)), _logits(_program()))
+
+
+def test_saving_again_leaves_no_file_of_the_other_number(sharded: Path) -> None:
+    save(_program(), sharded)
+    assert _names(sharded) == [WEIGHTS] and load(sharded)
+    save(_program(), sharded, shard_bytes=60_000)
+    assert WEIGHTS not in _names(sharded) and load(sharded)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what a process has mapped")
+def test_packed_weights_of_every_file_stay_mapped(tmp_path: Path) -> None:
+    packed = apply(Lower(), apply(PackWeights(), _program()).program).program
+    save(packed, tmp_path, shard_bytes=3_000)
+    back = load(tmp_path)
+    mapped = Path("/proc/self/maps").read_text()
+    codes = {
+        name for name in _names(tmp_path) if any(not t.is_floating_point() for t in load_file(tmp_path / name).values())
+    }
+    assert len(codes) > 3 and [name for name in codes if str(tmp_path / name) not in mapped] == []
+    assert torch.equal(build(back)(_IDS), build(packed)(_IDS))
+
+
+def _only(change: Callable[[list[str]], list[str]]) -> Callable[[Path], None]:
+    """Change which files of weights the manifest names."""
+
+    def damage(folder: Path) -> None:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        kept = [PROGRAM, *change([name for name in manifest["files"] if name != PROGRAM])]
+        manifest["files"] = {name: manifest["files"].get(name, {"bytes": 1}) for name in kept}
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+    return damage
+
+
+def _twice(folder: Path) -> None:
+    """The second file becomes the first one, and the manifest says so."""
+    first, second = _names(folder)[:2]
+    shutil.copy(folder / first, folder / second)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"][second] = manifest["files"][first]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+_SHARD_DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a file missing": (lambda folder: (folder / _names(folder)[1]).unlink(), "00002-of-.*: is missing"),
+    "a file cut": (lambda folder: _cut(_names(folder)[-1], 0.5)(folder), "truncated or changed"),
+    "a file too many": (
+        lambda folder: (folder / _SHARD.format(9, 99)).write_bytes(b""),
+        "00009-of-00099.*the manifest does not name it",
+    ),
+    "a whole file beside them": (
+        lambda folder: (folder / WEIGHTS).write_bytes(b""),
+        "weights.safetensors: the manifest does not name it",
+    ),
+    "a name missing": (_only(lambda names: names[1:]), "'files' must name"),
+    "a name too many": (_only(lambda names: [*names, WEIGHTS]), "'files' must name"),
+    "no name": (_only(lambda names: []), "'files' must name"),
+    "a name from elsewhere": (_only(lambda names: [*names[1:], "../" + names[0]]), "'files' must name"),
+    "one file twice": (_twice, "another file of weights holds too"),
+}
+
+
+@pytest.mark.parametrize(("damage", "says"), _SHARD_DAMAGE.values(), ids=_SHARD_DAMAGE)
+def test_damage_of_files_of_weights_gives_one_clear_error(
+    damage: Callable[[Path], None], says: str, sharded: Path
+) -> None:
+    damage(sharded)
+    with pytest.raises(ArtefactError, match=says) as caught:
+        load(sharded)
+    assert str(sharded) in str(caught.value)
