@@ -62,7 +62,7 @@ def _quantize_output(rw: Rewriter, node: fx.Node) -> None:
         return
     readers = [user for user in node.users if not is_quantized(user, annotation.format)]
     if not readers:
-        rw.skip(node, f"its output is in {annotation.format} already")
+        rw.skip(node, f"its output is in {annotation.format} already", done=True)
     elif rw.match(node, note=f"output {annotation.format}"):
         new = quantized(rw, node, annotation.format)
         for user in readers:

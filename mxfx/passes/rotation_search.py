@@ -83,9 +83,12 @@ class RotationSearch(Pass):
             found = self._search(rw.program, members, ctx, tokens)
             store_decisions(file, key, found)
         rw.record.details.update(found)
-        for site in found["winners"]:
-            for node in members.get(site, ()):
-                rotate_operands(rw, node, self.block, _place(site))
+        for site, nodes in members.items():
+            for node in nodes:
+                if site in found["winners"]:
+                    rotate_operands(rw, node, self.block, _place(site))
+                else:
+                    rw.skip(node, f"{site}: rotating it lowered the perplexity too little", done=True)
 
     def _search(
         self, program: Program, members: dict[str, list[fx.Node]], ctx: Context, tokens: Tensor

@@ -58,7 +58,7 @@ class RoundWeights(Pass):
         fmt = info(node).formats[operand].format
         source = weights_of(node).get(operand)
         if is_rounded(node, operand):
-            rw.skip(node, f"{operand} is on the grid of {fmt} already")
+            rw.skip(node, f"{operand} is on the grid of {fmt} already", done=True)
             return
         if source is None:
             rw.skip(node, f"{operand} is computed, not stored")

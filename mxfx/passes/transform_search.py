@@ -234,7 +234,7 @@ class TransformSearch(Pass):
             candidate = chosen[site.name]
             made = self._make(candidate, rw.program, site, moments[site.source])
             if made is None:
-                rw.skip(site.linears[0], "no transform is best here")
+                rw.skip(site.linears[0], "no transform is best here", done=True)
             elif isinstance(made, str):
                 raise ValueError(f"transform-search: {site.name}: {candidate} was decided, but {made}")
             elif rw.match(site.linears[0], note=f"{candidate}; {len(site.linears)} linears"):

@@ -280,9 +280,13 @@ def _apply(step: Step) -> None:
 
 
 def _is_idle(pass_: Pass, record: PassRecord) -> bool:
-    """Whether a pass that somebody asked for did nothing; every pipeline begins and ends with passes that may."""
+    """Whether a pass that somebody asked for did nothing, and there was something to do.
+
+    Every pipeline begins and ends with passes that may be idle; so may one whose work a pass before it did.
+    """
     asked_for = pass_.name not in RAISE_PASSES and pass_.name not in EMIT_PASSES
-    return asked_for and not record.matches and not record.changed and not record.limited
+    done_before = any(skip.done for skip in record.skips)
+    return asked_for and not record.matches and not record.changed and not record.limited and not done_before
 
 
 def _idle(record: PassRecord) -> str:

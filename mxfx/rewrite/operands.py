@@ -37,7 +37,7 @@ def quantize_operand(rw: Rewriter, node: fx.Node, operand: str) -> None:
     source = spec(node).node_of(operand)
     assert source is not None and axis is not None
     if is_quantized(source, fmt, axis):
-        rw.skip(node, f"its {operand} is in {fmt} already")
+        rw.skip(node, f"its {operand} is in {fmt} already", done=True)
     elif rw.match(node, note=f"{operand} {fmt}"):
         spec(node).set(rw, operand, quantized(rw, source, fmt, axis))
 

@@ -31,13 +31,17 @@ class Match:
 
 @dataclass(frozen=True)
 class Skip:
-    """One candidate that a pass left alone, and why. ``depth`` ranks near misses: how much of a pattern fitted."""
+    """One candidate that a pass left alone, and why. ``depth`` ranks near misses: how much of a pattern fitted.
+
+    ``done``: it is as the pass would leave it, so that skipping it is no sign of a pass that does not fit the model.
+    """
 
     node: str
     path: str
     reason: str
     rule: str = ""
     depth: int = 0
+    done: bool = False
 
 
 @dataclass

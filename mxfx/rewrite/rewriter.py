@@ -39,9 +39,9 @@ class Rewriter:
         self.record.matches.append(Match(index, node.name, path_of(node), note, rule))
         return True
 
-    def skip(self, node: fx.Node, reason: str, rule: str = "", depth: int = 0) -> None:
-        """Record that a candidate stays as it is, and why."""
-        self.record.skips.append(Skip(node.name, path_of(node), reason, rule, depth))
+    def skip(self, node: fx.Node, reason: str, rule: str = "", depth: int = 0, *, done: bool = False) -> None:
+        """Record that a candidate stays as it is, and why; ``done`` where nothing is left to do for it."""
+        self.record.skips.append(Skip(node.name, path_of(node), reason, rule, depth, done))
 
     def warn(self, message: str) -> None:
         self.record.warnings.append(message)

@@ -8,12 +8,16 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+import torch
 
 from mxfx.compat import from_pass_args, load_any, load_quant_config
 from mxfx.compat.table import DialectWarning
 from mxfx.compat.tutorial import from_tutorial
 from mxfx.config import ConfigError, Pipeline, loads, to_toml
 from mxfx.config.locate import parse_toml
+from mxfx.pipeline.manager import PassManager
+from mxfx.rewrite import Context
+from tests.programs import traced
 
 CONFIGS = Path(__file__).parents[2] / "passes_configs"
 #: SHA-256 of the TOML literals of tutorial 7, without the indentation of the page.
@@ -394,3 +398,12 @@ def test_a_pipeline_file_is_told_from_the_dialect(tmp_path: Path) -> None:
     file.write_text('[modle]\nname = "a/b"\n[[pass]]\nname = "raise-norm"\n')
     with pytest.raises(ConfigError, match="did you mean 'model'"):
         load_any(file)
+
+
+@pytest.mark.parametrize("file", TUTORIAL)
+def test_no_pass_of_the_tutorial_is_warned_of(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--strict`` takes them: what GPTQ put on the grid leaves nothing to round, and no rotation may be best."""
+    monkeypatch.chdir(tmp_path)
+    tokens = torch.randint(128, (32, 32), generator=torch.Generator().manual_seed(0))
+    result = PassManager().run(traced("llama-tiny"), load_any(CONFIGS / file), Context(tokens=lambda: tokens))
+    assert [record.warnings for record in result.records if record.warnings] == []

@@ -50,6 +50,7 @@ def test_no_gain_no_rotation(annotated, preserved):
     program, record = preserved(RotationSearch(sites=SITES, improvement_eps=1e9), annotated)
     assert record.details["winners"] == []
     assert not record.matches
+    assert record.skips and all(skip.done for skip in record.skips)
     assert all("input" in info(n).formats for n in program.nodes("linear") if path_of(n) != "lm_head")
 
 

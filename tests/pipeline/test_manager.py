@@ -123,3 +123,17 @@ def test_the_result_computes_what_the_source_computes(program):
     result = PassManager().run(source, from_text(RAISE))
     ids = torch.arange(20).reshape(2, 10)
     assert torch.equal(execute(result.program, ids), execute(source, ids))
+
+
+def test_a_pass_whose_work_was_done_before_it_is_no_warning(program):
+    """The tutorial's B and C end with passes for what GPTQ left; ``--strict`` must take them."""
+    rounded = "annotate{rule=[{match='.*_proj',weight=mxint4@32}]},round-weights,round-weights"
+    twice = PassManager().run(program("llama-tiny", "raised"), from_text(rounded)).records[-1]
+    assert (len(twice.matches), twice.warnings) == (0, [])
+    assert all(skip.done for skip in twice.skips)
+
+
+def test_a_pass_that_found_nothing_to_work_on_is_a_warning(program):
+    unfit = "annotate{rule=[{match='.*_proj',weight=mxint4@32}]},quantize-kv-cache"
+    record = PassManager().run(program("llama-tiny", "raised"), from_text(unfit)).records[-1]
+    assert [warning.partition(" (")[0] for warning in record.warnings] == ["did nothing: 0 matched, 4 skipped"]
