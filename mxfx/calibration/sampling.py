@@ -18,6 +18,9 @@ from mxfx.calibration.datasets import DatasetError
 #: Samples that grow at once, at most; on a GPU their keys and values may take half of the free memory.
 _BATCH = {"cuda": 2048, "cpu": 64}
 
+#: Steps on a GPU between two looks at whether all rows have ended: a look waits for the device.
+_LOOK_EVERY = 16
+
 _MARK = "MXFX-CONTENT"
 
 Progress = Callable[..., Iterator]
@@ -35,7 +38,9 @@ def sample(
     """Continue each prompt by ``length`` tokens drawn at temperature 1; int64 ``(prompts, length)`` on CPU.
 
     Prompts of different lengths are padded on the left and masked. A row that drew a token of ``stop`` repeats it to
-    the end; when all have, the rest is not computed. The model keeps its keys and values between steps.
+    the end; when all have, the rest is not computed. The model keeps its keys and values between steps: an emitted one
+    in a cache that is made for the whole length at once. On a GPU nothing is read back before the end, but now and then
+    whether all rows have ended.
     """
     device = model.device
     width = max(len(prompt) for prompt in prompts)
@@ -45,23 +50,33 @@ def sample(
     ends = torch.tensor(sorted(stop), dtype=torch.int64, device=device)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     found = torch.empty(len(prompts), length, dtype=torch.int64, device=device)
-    cache = None
-    with torch.inference_mode():
+    cache = model.new_cache(width + length) if hasattr(model, "new_cache") else None
+    seldom = _LOOK_EVERY if device.type == "cuda" else 1
+    with torch.no_grad():
         for step in progress(range(length), "sampling the float model", length):
             options = {"attention_mask": mask, "position_ids": _positions(mask, ids.shape[1])} if padded else {}
             out = model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
             cache = out.past_key_values
-            shares = out.logits[:, -1].float().softmax(-1)
-            ids = torch.multinomial(shares, 1, generator=generator)
+            ids = drawn(out.logits[:, -1], generator)
             if len(ends):
                 ids = torch.where(done[:, None], found[:, max(step - 1, 0), None], ids) if step else ids
                 done |= torch.isin(ids[:, 0], ends)
             found[:, step] = ids[:, 0]
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1) if padded else mask
-            if len(ends) and bool(done.all()):
+            if len(ends) and (step + 1) % seldom == 0 and bool(done.all()):
                 found[:, step:] = ids
                 break
     return found.cpu()
+
+
+def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One token for each row of ``logits`` ``(rows, vocabulary)`` by its softmax; int64 ``(rows, 1)``.
+
+    The least of exponential times, each over its share: ``torch.multinomial`` draws so too, and gives the same tokens,
+    but looks at the shares first, for which the host waits.
+    """
+    shares = logits.float().softmax(-1)
+    return shares.div_(torch.empty_like(shares).exponential_(generator=generator)).argmax(-1, keepdim=True)
 
 
 def _positions(mask: Tensor, count: int) -> Tensor:

@@ -61,7 +61,7 @@ class Job:
         loaded = load_checked(name, settings.dtype, **of_hub)
         job.program, proof = _bound(meta, loaded.model.to(job.device), str(name))
         job.warnings = (*loaded.warnings, *(() if proof is None else proof.notes))
-        job.texts = FloatTexts(loaded.model, job.tokenizer, job.device)
+        job.texts = FloatTexts(loaded.model, job.tokenizer, job.device, program=lambda: job.program)
         return job
 
     @classmethod

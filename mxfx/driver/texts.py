@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,16 @@ from torch import Tensor, nn
 
 from mxfx.calibration.keys import digest
 from mxfx.calibration.sampling import rendered, self_samples, start_token
+from mxfx.config import Pipeline
 from mxfx.evaluation.chat import chat_domain
 from mxfx.evaluation.evaluate import Domain
+from mxfx.graph.program import Program
+from mxfx.graph.trace import trace
 from mxfx.graph.weights import tensor_hash
 from mxfx.ground.files import cache_home, write_file
 from mxfx.ground.progress import track
+from mxfx.pipeline.manager import PassManager
+from mxfx.runtime.causal_lm import as_causal_lm
 
 _log = logging.getLogger(__name__)
 
@@ -27,15 +33,24 @@ _log = logging.getLogger(__name__)
 class FloatTexts:
     """Texts of one float model of transformers, which keeps its keys and values between tokens.
 
-    ``device`` is where it writes.
+    ``device`` is where it writes: on a GPU as the emitted graph of ``program`` (None: traced here), whose steps are
+    replayed, where it has a cache.
     ``cache`` (None: the user's) keeps what it wrote under a hash of its weights: a later run reads it.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, device: torch.device | str, cache: Path | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        device: torch.device | str,
+        cache: Path | None = None,
+        program: Callable[[], Program] | None = None,
+    ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._device = torch.device(device)
         self._cache = cache or cache_home()
+        self._program = program or (lambda: trace(model))
         self._key = ""
 
     def samples(self, samples: int, length: int, seed: int) -> Tensor:
@@ -76,6 +91,18 @@ class FloatTexts:
     def _there(self) -> nn.Module:
         if self._device.type == "cpu" and not _multiplies_short_floats():
             return copy.deepcopy(self._model).float()
+        return self.emitted() if self._device.type == "cuda" else self._model.to(self._device)
+
+    def emitted(self) -> nn.Module:
+        """The float model as a graph whose steps are replayed on a GPU; itself, with a warning, where it has no cache.
+
+        Transformers' cache is copied with each token and its heads with each layer: several times slower.
+        """
+        program = PassManager().run(self._program(), Pipeline([]).completed()).program
+        model = as_causal_lm(program, self._device)
+        if model.specs:
+            return model
+        _log.warning("the float model's graph has no cache of keys and values: it writes its texts slowly")
         return self._model.to(self._device)
 
 

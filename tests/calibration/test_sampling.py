@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from mxfx.calibration.datasets import DatasetError, load_tokens
-from mxfx.calibration.sampling import sample, self_samples, start_token, user_turn
+from mxfx.calibration.sampling import drawn, sample, self_samples, start_token, user_turn
 from mxfx.calibration.sources import calibration_tokens, split_by_share
 from mxfx.driver.texts import FloatTexts
+from mxfx.runtime.causal_lm import EmittedCausalLM
 from tests.evaluation.chatty import byte_model, byte_tokenizer
 
 
@@ -58,6 +59,34 @@ def test_a_row_that_ended_stays_at_its_end(model) -> None:
     for row in sample(model, [[5]] * 16, 12, _generator(), stop=stop).tolist():
         end = next((i for i, token in enumerate(row) if token in stop), len(row) - 1)
         assert set(row[end:]) == {row[end]}
+
+
+def test_drawn_as_torch_draws() -> None:
+    logits = torch.randn(64, 999, generator=_generator(1))
+    wanted = torch.multinomial(logits.softmax(-1), 1, generator=_generator(2))
+    assert torch.equal(drawn(logits, _generator(2)), wanted)
+
+
+@pytest.mark.parametrize("prompts", [[[5, 6, 7]] * 3, [[5, 6, 7], [9], list(range(20, 40))]])
+def test_the_emitted_graph_writes_what_the_model_writes(model, tmp_path: Path, prompts: list[list[int]]) -> None:
+    emitted = FloatTexts(model, byte_tokenizer(), "cpu", tmp_path).emitted()
+    assert isinstance(emitted, EmittedCausalLM)
+    stop = frozenset({11, 12})
+    one, two = (sample(lm, prompts, 40, _generator(4), stop=stop) for lm in (model, emitted))
+    assert torch.equal(one, two)
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_a_text_is_that_of_the_whole_prefix_each_time(tmp_path: Path) -> None:
+    device = torch.device("cuda")
+    emitted = FloatTexts(byte_model().to(device), byte_tokenizer(), device, tmp_path).emitted()
+    prompts = [[5, 6, 7], [9, 5, 6]]
+    found = sample(emitted, prompts, 24, torch.Generator(device).manual_seed(3))
+    generator, ids = torch.Generator(device).manual_seed(3), torch.tensor(prompts, device=device)
+    for step in range(24):
+        token = drawn(emitted(ids).logits[:, -1], generator)
+        assert token[:, 0].tolist() == found[:, step].tolist()
+        ids = torch.cat([ids, token], dim=1)
 
 
 def test_half_begin_as_texts_and_half_as_chats(model) -> None:
