@@ -27,6 +27,7 @@ from mxfx.cli.evaluate import (
     Trust,
     out,
 )
+from mxfx.cli.start import prepare_imports
 from mxfx.ground.errors import MxfxError, exit_code
 
 if TYPE_CHECKING:
@@ -342,21 +343,13 @@ def _dtype(name: str) -> str:
     return name
 
 
-def _quiet_imports() -> None:
-    """transformers imports torchao where it is installed, and torchao reports kernels that nobody asked for."""
-    import logging
-
-    logging.getLogger("torchao").setLevel(logging.ERROR)
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-
-
 def main() -> None:
     """Entry point: an error is one message, never a traceback.
 
     Exit code 2: what the user gave is wrong. Exit code 1: a check stopped the run (numerics, verifier, budget,
     --strict). Exit code 3: a fault of mxfx itself; the environment variable ``MXFX_TRACEBACK`` shows its traceback.
     """
-    _quiet_imports()
+    prepare_imports()
     try:
         # `python -m mxfx` too: what completion prints calls the command by this name.
         app(standalone_mode=True, prog_name="mxfx")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -17,10 +18,10 @@ class FloatLayout:
     exponent_mask: int
 
 
-FLOAT32 = FloatLayout(torch.int32, 23, 127, 0x7F80_0000)
-FLOAT64 = FloatLayout(torch.int64, 52, 1023, 0x7FF0_0000_0000_0000)
-
-
+@cache
 def layout_of(dtype: torch.dtype) -> FloatLayout:
     """Layout of float32 or float64; `KeyError` for every other dtype."""
-    return {torch.float32: FLOAT32, torch.float64: FLOAT64}[dtype]
+    return {
+        torch.float32: FloatLayout(torch.int32, 23, 127, 0x7F80_0000),
+        torch.float64: FloatLayout(torch.int64, 52, 1023, 0x7FF0_0000_0000_0000),
+    }[dtype]

@@ -24,7 +24,7 @@ NVFP4_ELEMENT = FloatElement(2, 1)
 NVFP4_BLOCK = 16
 _SCALE = FloatElement(4, 3, reserved_codes=1)
 _SMALLEST = 2.0**_SCALE.min_exponent
-_SMALLEST_FLOAT32 = torch.finfo(torch.float32).tiny
+_SMALLEST_FLOAT32 = 2.0**-126
 
 
 class BlockRule(StrEnum):

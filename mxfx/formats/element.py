@@ -19,7 +19,6 @@ from mxfx.formats.bits import layout_of
 from mxfx.formats.errors import FormatError
 
 Rounding = Literal["rn", "rd", "ru", "rz"]
-_DIRECTED = {"rd": torch.floor, "ru": torch.ceil, "rz": torch.trunc}
 
 
 class Element(Protocol):
@@ -175,7 +174,8 @@ class FloatElement:
         if self.rounding != "rn":
             # A power of two: dividing by it is exact.
             step = binade * 2.0**-self.mantissa_bits
-            return (_DIRECTED[self.rounding](clamped / step) * step).copysign(clamped)
+            directed = {"rd": torch.floor, "ru": torch.ceil, "rz": torch.trunc}[self.rounding]
+            return (directed(clamped / step) * step).copysign(clamped)
         # Beside 1.5 * 2^(p + digits) the unit in the last place is that of the element in binade p.
         magic = binade * (1.5 * 2.0 ** (layout.mantissa_bits - self.mantissa_bits))
         return ((clamped + magic) - magic).copysign(clamped)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,11 +17,13 @@ from mxfx.formats.known import known_true
 from mxfx.formats.packing import pack_codes, packed_length, unpack_codes
 from mxfx.formats.scale import Scale
 
-#: Significant bits of the dtypes that can be quantized.
-PRECISION = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
-FLOAT_DTYPES = tuple(PRECISION)
-
 OCP_SCALE = E8M0()
+
+
+@cache
+def precisions() -> dict[torch.dtype, int]:
+    """Significant bits of each dtype that formats encode and decode."""
+    return {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
 
 @dataclass(frozen=True)
@@ -148,16 +151,17 @@ class Format:
             rounded = self.element.round(x.to(self._compute_dtype(x.dtype)))
             return Encoded(self.element.to_codes(rounded), None, axis, x.dtype)
         blocks, common = self._to_blocks(x, axis), self.common(x)
-        chosen = self.scale.choose(blocks, self.element, common, PRECISION[x.dtype])
+        chosen = self.scale.choose(blocks, self.element, common, precisions()[x.dtype])
         step, inverse = self.scale.steps(chosen, common, blocks.dtype)
         rounded = self.element.round(blocks * inverse.unsqueeze(-1))
         rounded = rounded.masked_fill(step.isnan().unsqueeze(-1), 0.0)
         codes = self._from_blocks(self.element.to_codes(rounded), x, axis)
         return Encoded(codes, self.scale.store(chosen).movedim(-1, axis), axis, x.dtype, common)
 
-    def decode(self, encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values of `encoded` as `dtype`: saturating, NaN where the scale is NaN."""
-        if dtype not in FLOAT_DTYPES:
+    def decode(self, encoded: Encoded, dtype: torch.dtype | None = None) -> Tensor:
+        """The values of `encoded` as `dtype` (float32 if not given): saturating, NaN where the scale is NaN."""
+        dtype = dtype or torch.float32
+        if dtype not in precisions():
             raise FormatError(f"{self} decodes to float64, float32, float16 or bfloat16, not {dtype}")
         compute = self._compute_dtype(dtype)
         values = self.element.from_codes(encoded.codes, compute)
@@ -210,7 +214,7 @@ class Format:
         if self.block is None:
             return self._to_dtype(self.element.round(x.to(self._compute_dtype(x.dtype))), x.dtype)
         blocks = self._to_blocks(x, axis)
-        values = self.scale.round(blocks, self.element, common, PRECISION[x.dtype])
+        values = self.scale.round(blocks, self.element, common, precisions()[x.dtype])
         return self._from_blocks(self._to_dtype(values, x.dtype), x, axis)
 
     def _compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -244,7 +248,7 @@ class Format:
         return values.clamp(-largest, largest).to(dtype)
 
     def _check(self, x: Tensor, axis: int) -> None:
-        if x.dtype not in FLOAT_DTYPES:
+        if x.dtype not in precisions():
             raise FormatError(f"{self} takes float64, float32, float16 or bfloat16, not {x.dtype}")
         if not -x.dim() <= axis < x.dim():
             raise FormatError(f"{self} along axis {axis} needs a tensor that has it, not shape {tuple(x.shape)}")

@@ -6,8 +6,8 @@ A 4-bit type takes two codes a byte, the first in the low nibble (as OCP-style M
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def packed_length(count: int, bits: int) -> int:

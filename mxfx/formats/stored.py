@@ -9,8 +9,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as F
 
 from mxfx.formats.e8m0 import (
     E8M0,
@@ -26,7 +26,6 @@ from mxfx.formats.format import Format
 from mxfx.formats.packing import packed_length
 
 #: Dtypes of which one element has the width of several of another: a byte's codes are looked up all at once.
-_WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 def store(values: Tensor, fmt: Format) -> tuple[Tensor, Tensor] | None:
@@ -115,7 +114,8 @@ def _least_exponent(blocks: Tensor, fmt: Format) -> Tensor:
 def _look_up(codes: Tensor, fmt: Format, dtype: torch.dtype, length: int) -> Tensor:
     """Elements of the codes, (..., length), fresh memory."""
     per_byte = 8 // fmt.bits
-    wide = _WIDE.get(per_byte * dtype.itemsize)
+    widths = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+    wide = widths.get(per_byte * dtype.itemsize)
     if 8 % fmt.bits or wide is None:
         return fmt.element.from_codes(fmt.unpack(codes, length), torch.promote_types(dtype, torch.float32)).to(dtype)
     table = _table(fmt, dtype, codes.device).view(wide).view(-1)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import fx
+from torch.ops import aten
 
 from mxfx.graph.node import Annotation, info, operands, path_of
 from mxfx.graph.program import Program
@@ -22,9 +23,6 @@ from mxfx.rewrite.facts import (
     Fact,
     Selected,
 )
-
-aten = torch.ops.aten
-_cast = torch.ops.mxfx.cast.default
 
 _INNER = ("q", "probs", "softmax")
 #: Wider than any sequence: with a window the mask is always a tensor, which an explicit softmax needs.
@@ -92,8 +90,10 @@ def _expand(rw: Rewriter, attention: fx.Node, hidden: dict[tuple, fx.Node]) -> N
     seen = rw.call(aten.masked_fill.Scalar, scores, hide, 0.0, like=attention)
     _put(rw, seen, formats.get("softmax"))
     masked = rw.call(aten.masked_fill.Scalar, seen, hide, float("-inf"), like=attention)
-    wide = rw.call(_cast, masked, "compute", like=attention)
-    probs = rw.call(_cast, rw.call(aten.softmax.int, wide, -1, like=attention), "model", like=attention)
+    wide = rw.call(torch.ops.mxfx.cast.default, masked, "compute", like=attention)
+    probs = rw.call(
+        torch.ops.mxfx.cast.default, rw.call(aten.softmax.int, wide, -1, like=attention), "model", like=attention
+    )
     _put(rw, probs, formats.get("probs"))
     result = rw.call(aten.matmul.default, probs, v, like=attention)
     attention.replace_all_uses_with(result)
@@ -105,7 +105,7 @@ def _carrying(rw: Rewriter, source: object, annotation: Annotation | None, atten
     assert isinstance(source, fx.Node)
     if annotation is None:
         return source
-    own = rw.call(_cast, source, "model", like=attention)
+    own = rw.call(torch.ops.mxfx.cast.default, source, "model", like=attention)
     _put(rw, own, annotation)
     return own
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar
 
-import torch
 from torch import Tensor, fx
 
 from mxfx.graph.node import info, kind, op_name, operands, path_of
@@ -26,7 +25,7 @@ from mxfx.rewrite.facts import (
 from mxfx.rewrite.operands import readers_of
 
 #: Views; those that keep the last axis keep its channels.
-_VIEWS = (torch.ops.aten.reshape.default, torch.ops.aten.unsqueeze.default, torch.ops.aten.squeeze.dim)
+_VIEWS = ("aten.reshape.default", "aten.unsqueeze.default", "aten.squeeze.dim")
 
 
 @register
@@ -89,7 +88,7 @@ def _readers(source: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     found = []
     for user in source.users:
         val, seen = user.meta.get("val"), source.meta["val"]
-        view = user.target in _VIEWS and isinstance(val, Tensor) and val.shape[-1] == seen.shape[-1]
+        view = op_name(user) in _VIEWS and isinstance(val, Tensor) and val.shape[-1] == seen.shape[-1]
         found += _readers(user) if view or kind(user) == "cast" else [(user, source)]
     return found
 

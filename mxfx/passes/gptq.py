@@ -15,7 +15,6 @@ from torch import Tensor, fx
 from mxfx.algorithms.gptq import GptqResult, asymmetric_target, gptq_batch
 from mxfx.algorithms.gptq_experts import ExpertResult, gptq_experts
 from mxfx.calibration.accounts import expert_account, fallback, linear_account
-from mxfx.calibration.activations import Placement
 from mxfx.calibration.checkpoints import LayerCheckpoints, open_checkpoints
 from mxfx.calibration.keys import Keys, digest, environment, token_key
 from mxfx.calibration.stream import (
@@ -105,7 +104,7 @@ class Gptq(Pass):
     length: int | None = None
     batch_size: int = 8
     max_layers: int | None = None
-    activations: Placement = "device"
+    activations: Literal["device", "cpu", "disk"] = "device"
     precision: Literal["auto", "model", "float32"] = "auto"
     checkpoint_dir: Path | None = None
 

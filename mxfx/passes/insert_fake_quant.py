@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from mxfx.graph.node import info, path_of
@@ -17,8 +16,6 @@ from mxfx.rewrite.operands import is_quantized, quantize_operand, quantized
 
 #: Computed operands that are rounded here; those of attention belong to other passes.
 _OPERANDS = ("input", "cos", "sin")
-
-_fake_quantize = torch.ops.mxfx.fake_quantize.default
 
 
 @register

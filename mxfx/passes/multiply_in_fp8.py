@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx
+from torch.ops import aten
 
 from mxfx.formats import Format, FormatError, parse
 from mxfx.ops import fp8
@@ -20,8 +20,6 @@ from mxfx.rewrite.facts import LOWERED, Fact
 
 #: What a row-wise FP8 GEMM asks of the sizes of its operands.
 ALIGNED = 16
-
-aten, kernels = torch.ops.aten, torch.ops.mxfx_kernels
 
 
 @register

@@ -16,8 +16,6 @@ from mxfx.ops.catalogue import spec
 from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, ANNOTATED, KV_QUANTIZED, LOWERED, ROTATED_ONLINE, Fact, Selected
 
-_hadamard = torch.ops.mxfx.hadamard.default
-
 
 @register
 @dataclass(frozen=True)
@@ -100,17 +98,17 @@ def _rotated_back(rw: Rewriter, source: fx.Node, order: int, annotation: Annotat
     for user in source.users:
         rotated = info(user).formats.get("output")
         if (
-            user.target is _hadamard
+            user.target is torch.ops.mxfx.hadamard.default
             and spec(user).get("block") == order
             and rotated is not None
             and rotated.format == annotation.format
         ):
             return next(iter(user.users))
-    forward = rw.call(_hadamard, source, order, like=reader, after=source)
+    forward = rw.call(torch.ops.mxfx.hadamard.default, source, order, like=reader, after=source)
     rw.set_info(forward, info(forward).with_format("output", annotation))
     if order & (order - 1) == 0:
         # Sylvester's matrices are symmetric: each is its own inverse.
-        return rw.call(_hadamard, forward, order, like=reader, after=forward)
+        return rw.call(torch.ops.mxfx.hadamard.default, forward, order, like=reader, after=forward)
     name = f"hadamard_inverse.{order}"
     if name not in rw.weights:
         rw.weights.add(name, hadamard_matrix(order, torch.float64).mT.contiguous(), rw.pass_name, constant=True)
@@ -130,4 +128,4 @@ def rotated_online(program: Program, selected: Selected) -> str | None:
 
 def _is_return(node: fx.Node) -> bool:
     before = spec(node).node_of("input")
-    return before is not None and before.target is _hadamard and "output" in info(before).formats
+    return before is not None and before.target is torch.ops.mxfx.hadamard.default and "output" in info(before).formats

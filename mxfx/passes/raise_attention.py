@@ -7,14 +7,12 @@ from typing import ClassVar
 
 import torch
 from torch import fx
+from torch.ops import aten
 
 from mxfx.graph.node import kind, operands
 from mxfx.graph.program import Program
 from mxfx.rewrite import Context, Exact, Numerics, Pass, Rewriter, register
 from mxfx.rewrite.facts import ATTENTION_RAISED, NORMS_RAISED, RAISED, ROPES_RAISED, Fact, Selected
-
-aten = torch.ops.aten
-_sdpa = aten.scaled_dot_product_attention.default
 
 
 @register
@@ -45,7 +43,7 @@ class RaiseAttention(Pass):
         for node in rw.program.nodes():
             if kind(node) == "attention":
                 rw.match(node, note="traced through the attention interface")
-            elif node.target is _sdpa:
+            elif node.target is aten.scaled_dot_product_attention.default:
                 self._raise(rw, node)
 
     def _raise(self, rw: Rewriter, node: fx.Node) -> None:
@@ -76,7 +74,7 @@ def _unrepeated(node: fx.Node) -> fx.Node:
 @ATTENTION_RAISED.means
 def attention_raised(program: Program, selected: Selected) -> str | None:
     for node in program.graph.nodes:
-        if node.target is _sdpa and _refused(node) is None:
+        if node.target is aten.scaled_dot_product_attention.default and _refused(node) is None:
             return f"{node.name} still is a scaled_dot_product_attention"
     return None
 

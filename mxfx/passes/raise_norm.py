@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
 from torch import fx
+from torch.ops import aten
 
 from mxfx.graph.node import op_name
 from mxfx.graph.program import Program
 from mxfx.rewrite import Context, Exact, Numerics, Pass, Rewriter, register
 from mxfx.rewrite.facts import NORMS_RAISED, Fact, Selected
 from mxfx.rewrite.pattern import Failed, Found, Op, Var, is_node, is_number, is_weight, match
-
-aten = torch.ops.aten
-_cast = torch.ops.mxfx.cast.default
-
-_x = Var("x", is_node)
-_gain = Var("gain", is_weight)
-_wide = Op(_cast, (_x, "compute"))
-_mean = Op(aten.mean.dim, (Op(aten.pow.Tensor_Scalar, (_wide, 2)), [-1], True))
-_normal = Op(
-    aten.mul.Tensor, (_wide, Op(aten.rsqrt.default, (Op(aten.add.Tensor, (_mean, Var("eps", is_number))),))), swap=True
-)
-_narrow = Op(_cast, (_normal, "model"))
-_offset_gain = Op(aten.add.Tensor, (Op(_cast, (_gain, "compute")), Var("offset", is_number)), swap=True)
-
-#: The forms in use, most specific first; ``gain_first`` tells on which side of the cast the gain is applied.
-_FORMS = (
-    (Op(aten.mul.Tensor, (_gain, _narrow), swap=True), False),
-    (Op(_cast, (Op(aten.mul.Tensor, (_offset_gain, _normal), swap=True), "model")), True),
-    (Op(_cast, (Op(aten.mul.Tensor, (_gain, _normal), swap=True), "model")), True),
-    (Op(_cast, (Op(aten.mul.Tensor, (Op(_cast, (_gain, "compute")), _normal), swap=True), "model")), True),
-    (_narrow, False),
-)
 
 
 @register
@@ -73,6 +53,30 @@ class RaiseNorm(Pass):
                 _rewrite(rw, end, bound, gain_first)
 
 
+@cache
+def _forms() -> tuple[tuple[Op, bool], ...]:
+    """The forms in use, most specific first, each with whether the gain is applied before the cast."""
+    x, gain = Var("x", is_node), Var("gain", is_weight)
+    wide, wide_gain = _cast(x, "compute"), _cast(gain, "compute")
+    mean = Op(aten.mean.dim, (Op(aten.pow.Tensor_Scalar, (wide, 2)), [-1], True))
+    normal = _times(wide, Op(aten.rsqrt.default, (Op(aten.add.Tensor, (mean, Var("eps", is_number))),)))
+    narrow = _cast(normal, "model")
+    offset_gain = Op(aten.add.Tensor, (wide_gain, Var("offset", is_number)), swap=True)
+    return (
+        (_times(gain, narrow), False),
+        *((_cast(_times(first, normal), "model"), True) for first in (offset_gain, gain, wide_gain)),
+        (narrow, False),
+    )
+
+
+def _cast(x: Op | Var, role: str) -> Op:
+    return Op(torch.ops.mxfx.cast.default, (x, role))
+
+
+def _times(a: Op | Var, b: Op) -> Op:
+    return Op(aten.mul.Tensor, (a, b), swap=True)
+
+
 def _is_rsqrt(node: fx.Node) -> bool:
     return node.target is aten.rsqrt.default
 
@@ -81,7 +85,7 @@ def _best(root: fx.Node) -> tuple[fx.Node, Found, bool] | Failed:
     """The largest form that ends downstream of ``root``; the deepest failure if none fits."""
     deepest = Failed(-1, "nothing reads the reciprocal root")
     ends = _downstream(root, steps=4)
-    for pattern, gain_first in _FORMS:
+    for pattern, gain_first in _forms():
         for end in ends:
             outcome = match(pattern, end)
             if isinstance(outcome, Found) and root in outcome.nodes:

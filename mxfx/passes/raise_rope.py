@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
 from torch import fx
+from torch.ops import aten
 
 from mxfx.graph.program import Program
 from mxfx.rewrite import Context, Exact, Numerics, Pass, Rewriter, register
 from mxfx.rewrite.facts import ROPES_RAISED, Fact, Selected
 from mxfx.rewrite.pattern import Failed, Found, Op, Var, is_node, is_number, match
-
-aten = torch.ops.aten
-
-_x = Var("x", is_node)
-_end = Var("end", lambda a: isinstance(a, int) and a >= 1 << 62)
-_low = Op(aten.slice.Tensor, (_x, 3, 0, Var("half", is_number)))
-_high = Op(aten.slice.Tensor, (_x, 3, Var("half", is_number), _end))
-_turned = Op(aten.cat.default, ([Op(aten.neg.default, (_high,)), _low], -1))
-_turned_back = Op(aten.cat.default, ([_high, Op(aten.neg.default, (_low,))], -1))
-_cos = Op(aten.unsqueeze.default, (Var("cos", is_node), 1))
-_sin = Op(aten.unsqueeze.default, (Var("sin", is_node), 1))
 
 
 @register
@@ -85,10 +76,21 @@ def _has_cat(node: fx.Node) -> bool:
     return any(isinstance(a, fx.Node) and a.target is aten.cat.default for a in node.args)
 
 
+@cache
+def _forms() -> tuple[Op, Op]:
+    """The halves turned one way, and the other."""
+    x, half = Var("x", is_node), Var("half", is_number)
+    cos, sin = (Op(aten.unsqueeze.default, (Var(name, is_node), 1)) for name in ("cos", "sin"))
+    low = Op(aten.slice.Tensor, (x, 3, 0, half))
+    high = Op(aten.slice.Tensor, (x, 3, half, Var("end", lambda a: isinstance(a, int) and a >= 1 << 62)))
+    turned = [Op(aten.neg.default, (high,)), low], [high, Op(aten.neg.default, (low,))]
+    plain = Op(aten.mul.Tensor, (x, cos), swap=True)
+    there, back = (Op(aten.mul.Tensor, (Op(aten.cat.default, (halves, -1)), sin), swap=True) for halves in turned)
+    return Op(aten.add.Tensor, (plain, there), swap=True), Op(aten.add.Tensor, (plain, back), swap=True)
+
+
 def _match_rope(root: fx.Node) -> Found | Failed:
-    plain = Op(aten.mul.Tensor, (_x, _cos), swap=True)
-    forms = [Op(aten.mul.Tensor, (form, _sin), swap=True) for form in (_turned, _turned_back)]
-    tried = [match(Op(aten.add.Tensor, (plain, turned), swap=True), root) for turned in forms]
+    tried = [match(form, root) for form in _forms()]
     found = next((one for one in tried if isinstance(one, Found)), None)
     if found is None:
         return max((one for one in tried if isinstance(one, Failed)), key=lambda one: one.depth)

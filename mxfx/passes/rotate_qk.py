@@ -14,8 +14,6 @@ from mxfx.graph.program import Program
 from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.facts import KV_QUANTIZED, LOWERED, QK_ROTATED, QUANTIZERS_FUSED, RAISED, Fact, Selected
 
-_hadamard = torch.ops.mxfx.hadamard.default
-
 
 @register
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class RotateQk(Pass):
 
 def _rotate(rw: Rewriter, attention: fx.Node, position: int, block: int) -> None:
     source = attention.args[position]
-    rw.set_operand(attention, position, rw.call(_hadamard, source, block, like=attention))
+    rw.set_operand(attention, position, rw.call(torch.ops.mxfx.hadamard.default, source, block, like=attention))
 
 
 @QK_ROTATED.means

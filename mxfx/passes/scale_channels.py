@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -26,7 +26,7 @@ from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector
 from mxfx.rewrite.basis import bias_of, change_input, why_shared
 from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, KV_QUANTIZED, LOWERED, RAISED, WEIGHTS_ROUNDED, Fact
 
-Region = GatedRegion | ValueRegion | RotaryRegion | fx.Node
+Region: TypeAlias = "GatedRegion | ValueRegion | RotaryRegion | fx.Node"
 
 
 @register

@@ -275,10 +275,10 @@ def _misfit(candidate: str, width: int) -> str | None:
     return f"no Hadamard matrix of order {block} fits {width} channels"
 
 
-@torch.no_grad()
 def _logits(program: Program, ids: Tensor, ctx: Context) -> Tensor:
     module = build(lowered_copy(program, ctx.device)).to(ctx.device)
-    return torch.cat([module(one.to(ctx.device)) for one in ids.split(1)])
+    with torch.no_grad():
+        return torch.cat([module(one.to(ctx.device)) for one in ids.split(1)])
 
 
 def _narrow(moments: Tensor, block: int) -> Tensor:

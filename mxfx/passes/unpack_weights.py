@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch.ops import aten
 
 from mxfx.formats import parse
 from mxfx.formats.stored import restore
@@ -14,7 +15,6 @@ from mxfx.graph.node import info, operands
 from mxfx.rewrite import ALL, Context, Exact, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.facts import LOWERED, Fact
 
-aten = torch.ops.aten
 _CODES, _SCALES = ".codes", ".scales"
 
 

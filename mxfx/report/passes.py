@@ -7,15 +7,17 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from mxfx.config.options import field_notes
-from mxfx.pipeline.manager import PipelineResult
 from mxfx.rewrite import Pass, Skip
+
+if TYPE_CHECKING:
+    from mxfx.pipeline.manager import PipelineResult
 
 
 def summary(passes: Mapping[str, type[Pass]]) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 from torch import Tensor, fx
 
@@ -13,7 +14,7 @@ from mxfx.rewrite.operands import readers_of
 from mxfx.rewrite.rewriter import Rewriter
 
 #: A linear map of the last axis, ``x -> x M``, on float64 tensors.
-Change = Callable[[Tensor], Tensor]
+Change: TypeAlias = "Callable[[Tensor], Tensor]"
 
 
 def change_input(rw: Rewriter, node: fx.Node, change: Change) -> None:

@@ -11,6 +11,7 @@ that knows what it is about. A pass that brings a fact of its own declares it in
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 from torch import fx
 
@@ -19,8 +20,8 @@ from mxfx.ground.errors import MxfxError
 from mxfx.ground.nearest import did_you_mean
 
 #: Which nodes a pass answers for: those that its options select and that it did not skip with a reason.
-Selected = Callable[[fx.Node], bool]
-Predicate = Callable[[Program, Selected], str | None]
+Selected: TypeAlias = "Callable[[fx.Node], bool]"
+Predicate: TypeAlias = "Callable[[Program, Selected], str | None]"
 
 
 class FactError(MxfxError, ValueError):

@@ -29,13 +29,6 @@ from torch import fx
 
 from mxfx.ops.catalogue import spec
 
-#: Role → the roles that it stands for in a selector.
-GROUPS = {
-    "attention": ("q_proj", "k_proj", "v_proj", "qk_proj", "kv_proj", "qkv_proj", "o_proj", "latent"),
-    "mlp": ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
-}
-ROLES = ("embed", "head", "attention", *GROUPS["attention"], *GROUPS["mlp"], "router")
-
 aten = torch.ops.aten
 _SUMS = (aten.add.Tensor, aten.sub.Tensor, aten.add_.Tensor)
 _PRODUCTS = (aten.mul.Tensor,)

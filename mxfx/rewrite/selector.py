@@ -11,7 +11,14 @@ from torch import fx
 
 from mxfx.graph.node import kind, layer_of, path_of
 from mxfx.ground.nearest import did_you_mean
-from mxfx.rewrite.roles import GROUPS, ROLES, role_of
+from mxfx.rewrite.roles import role_of
+
+#: Role → the roles that it stands for.
+GROUPS = {
+    "attention": ("q_proj", "k_proj", "v_proj", "qk_proj", "kv_proj", "qkv_proj", "o_proj", "latent"),
+    "mlp": ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
+}
+ROLES = ("embed", "head", "attention", *GROUPS["attention"], *GROUPS["mlp"], "router")
 
 _CLAUSES = ("name", "role", "layers", "except", "type")
 _STRUCTURED = re.compile(rf"\s*({'|'.join(_CLAUSES)})\s*:")

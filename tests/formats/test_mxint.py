@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mxfx.formats import parse
-from mxfx.formats.format import PRECISION
+from mxfx.formats.format import precisions
 from tests.formats.reference import same_bits
 
 
@@ -91,5 +91,5 @@ def test_errors_of_few_significant_bits_are_compared_faster_and_alike(text, dtyp
     ties = torch.randint(-16, 17, (2000, 32), generator=generator) / 2
     for x in (patterns, (torch.randn(2000, 32, generator=generator) * binades).to(dtype), (ties * binades).to(dtype)):
         blocks = x.float()
-        few = fmt.scale.choose(blocks, fmt.element, None, PRECISION[dtype])
+        few = fmt.scale.choose(blocks, fmt.element, None, precisions()[dtype])
         assert torch.equal(few, fmt.choose(blocks))

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from mxfx.formats import FloatElement, Format, IntElement, ScaleRule
 from mxfx.formats.e8m0 import error_bits
-from mxfx.formats.format import PRECISION
+from mxfx.formats.format import precisions
 
 _FLOAT32_MANTISSA = 23
 
@@ -120,7 +120,7 @@ def _sum_of_errors(fmt: Format, dtype: torch.dtype) -> tuple[int, float]:
     """How to sum differences of squared errors so that no rounding can change the sign of the sum."""
     if fmt.rule is not ScaleRule.MSE or fmt.block is None:
         return 0, 1.0
-    precision = PRECISION[dtype]
+    precision = precisions()[dtype]
     bits, smallest = error_bits(fmt.element, fmt.block, precision)
     if precision < 24 and bits <= 24:
         return 0, 1.0
