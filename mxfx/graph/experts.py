@@ -39,7 +39,7 @@ def experts_forward(
     inner = _linear(module, entrance, hidden_states, top_k_index)
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
     outer = _linear(module, "down_proj", inner, top_k_index)
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # not in transformers 5.17
         outer = module.post_expert_norm(outer)
     weighted: Tensor = outer * top_k_weights.unsqueeze(-1)
     return weighted.sum(dim=-2).to(hidden_states.dtype)

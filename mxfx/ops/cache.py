@@ -8,8 +8,7 @@ than the number of slots.
 
 from __future__ import annotations
 
-from importlib import import_module
-from types import ModuleType
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -134,7 +133,8 @@ def cached_attend(
     before = [read_cache(c, s, x, f).clone() for c, s, x, f in caches] if limited and not one else []
     kernels = _kernels(q, k, v, *formats)
     if writes and kernels is not None and k.shape[2] <= keys.shape[2]:
-        kernels.rows.write_tokens(tensors, k, v, slots, *formats)
+        write_tokens, _ = kernels
+        write_tokens(tensors, k, v, slots, *formats)
     elif writes:
         for cache, scales, x, fmt in caches:
             write_cache(cache, scales, x, slots, fmt)
@@ -144,7 +144,8 @@ def cached_attend(
     if known_true(q.shape[2] == keys.shape[2]) and not limited:
         return attend(q, k, v, allowed, scale, causal, softcap, sinks, bias)
     if one and kernels is not None and bias is None:
-        return kernels.attend_token(q, tensors, allowed, slots, scale, v.shape[-1], *formats, softcap, sinks)
+        _, attend_token = kernels
+        return attend_token(q, tensors, allowed, slots, scale, v.shape[-1], *formats, softcap, sinks)
     k, v = (read_cache(c, s, x, f) for c, s, x, f in caches)
     if not one or sinks is not None or bias is not None:
         return attend(q, k, v, allowed, scale, False, softcap, sinks, bias)
@@ -155,14 +156,16 @@ def cached_attend(
 
 def _kernels(
     q: Tensor, k: Tensor, v: Tensor, key_format: Format | None, value_format: Format | None
-) -> ModuleType | None:
-    """The kernels, where they take such tokens; None where the definition runs."""
+) -> tuple[Callable[..., None], Callable[..., Tensor]] | None:
+    """The kernels that write tokens and attend, where they take such ones; None where the definition runs."""
     if not q.is_cuda or not has_triton() or q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         return None
-    kernels = import_module("mxfx.ops.kernels.cache_triton")
-    takes = kernels.rows.takes
+    # Importable only where `triton` is.
+    from mxfx.ops.kernels.cache_rows_triton import takes, write_tokens
+    from mxfx.ops.kernels.cache_triton import attend_token
+
     fits = takes(k.shape[-1], key_format) and takes(v.shape[-1], value_format)
-    return kernels if fits else None
+    return (write_tokens, attend_token) if fits else None
 
 
 #: Operands that ``cached_attend`` and ``mxfx::cached_attention`` write.

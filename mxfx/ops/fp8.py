@@ -21,14 +21,14 @@ def to_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """`x` (..., k) as E4M3 bytes, uint8 (..., k), and the power of two of each row, float32 (..., 1).
 
     The largest entry of a row comes to lie in [128, 256). Entries that E4M3 does not hold are rounded to nearest, ties
-    to even; a row with NaN or Inf keeps them as NaN.
+    to even. The power of a row with NaN or Inf is NaN: every sum over it is.
     """
     wide = x.to(torch.float32)
     largest = wide.abs().amax(-1, keepdim=True)
     exponent = (largest.view(torch.int32) >> 23) - 7
     scale = (exponent.clamp(1, 253) << 23).view(torch.float32)
-    payload = torch.where(wide.isfinite(), wide / scale, float("nan")).to(E4M3)
-    return payload.view(torch.uint8), scale
+    scale = torch.where(largest.isfinite(), scale, float("nan"))
+    return (wide / scale).to(E4M3).view(torch.uint8), scale
 
 
 def from_rows(payload: Tensor, row_scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -42,3 +42,15 @@ def test_any_chunks_give_what_attention_over_everything_gives(chunks: tuple[int,
         start = new.stop
     real = mask.bool()[:, None, :, None].expand_as(expected)
     torch.testing.assert_close(torch.cat(parts, 2)[real], expected[real], rtol=1e-12, atol=1e-12)
+
+
+def test_on_a_device_the_kernels_are_found() -> None:
+    """No CI has a device, and a name that was moved would be missed there first."""
+    from types import SimpleNamespace
+
+    from mxfx.ops.cache import _kernels
+
+    x = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 2, 1, 64))
+    found = _kernels(x, x, x, parse("mxint4@32"), None)  # type: ignore[arg-type]
+    assert found is not None and [one.__name__ for one in found] == ["write_tokens", "attend_token"]
+    assert _kernels(x, x, x, parse("mxint3@32"), None) is None  # type: ignore[arg-type]

@@ -18,6 +18,8 @@ if not IN_INTERPRETER:
 else:
     import torch
     import torch.nn.functional as F
+    import triton
+    import triton.language as tl
 
     from mxfx.algorithms.hadamard import hadamard_matrix
     from mxfx.formats import parse
@@ -25,7 +27,13 @@ else:
     from mxfx.ops import fp8
     from mxfx.ops.kernels import cuda, packed, packed_cuda
     from mxfx.ops.kernels.fp8_triton import rows_to_e4m3
-    from mxfx.ops.kernels.packed_triton import expand, expand_to_e4m3, multiply_rows
+    from mxfx.ops.kernels.packed_triton import expand, expand_to_e4m3, multiply_rows, nibbles
+    from mxfx.ops.kernels.skinny_triton import multiply_some_rows
+
+    @triton.jit
+    def _nibbles_kernel(halfwords_ptr, scale_ptr, out_ptr, PART: tl.constexpr):
+        at = tl.program_id(0) * 4096 + tl.arange(0, 4096)
+        tl.store(out_ptr + at, nibbles(tl.load(halfwords_ptr + at), tl.load(scale_ptr + at), PART))
 
     def _packed(text: str, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Codes, scales, and the float32 weight behind them; a zero block, blocks of many sizes."""
@@ -61,13 +69,15 @@ else:
         assert fp8.octaves_beyond(codes, scales, parse(text), 384) == 0
         assert _same(fp8.from_rows(payload, row_scales[:, None], torch.float32), weight)
 
-    def test_a_block_that_is_not_a_number_stays_one_in_e4m3():
+    def test_a_block_that_is_not_a_number_makes_its_row_none():
         codes, scales, _ = _packed("mxint4@32", 4, 96)
         scales[1, 2] = 255
         payload, row_scales = torch.empty(4, 96, dtype=torch.uint8), torch.empty(4)
         expand_to_e4m3(codes, scales, parse("mxint4@32"), payload, row_scales)
         back = fp8.from_rows(payload, row_scales[:, None], torch.float32)
-        assert _same(back, restore(codes, scales, parse("mxint4@32"), 96, torch.float32))
+        assert back[1].isnan().all()
+        others = [0, 2, 3]
+        assert _same(back[others], restore(codes, scales, parse("mxint4@32"), 96, torch.float32)[others])
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("text", ["mxint4@32", "mxfp4_e2m1@16", "mxfp6_e2m3@32"])
@@ -84,7 +94,8 @@ else:
         assert torch.equal(payload[finite], wanted[finite]) and torch.equal(row_scales[finite], scales[finite, 0])
         assert inexact.item() == 0
         assert _same(fp8.from_rows(payload, row_scales[:, None], dtype)[finite], x[finite])
-        assert fp8.from_rows(payload, row_scales[:, None], dtype)[3, 5].isnan()
+        for found in (fp8.from_rows(payload, row_scales[:, None], dtype), fp8.from_rows(wanted, scales, dtype)):
+            assert found[3].isnan().all() and found.isnan().sum() == 160
 
     def test_rows_that_span_too_many_octaves_are_counted():
         x = torch.ones(9, 64)
@@ -112,6 +123,33 @@ else:
                 expected = wanted if b is not None else wanted - bias.double()
                 torch.testing.assert_close(wide[:, 2 : channels + 2].double(), expected, rtol=tolerance, atol=tolerance)
         assert not wide[:, :2].any() and not wide[:, channels + 2 :].any()
+
+    # The interpreter multiplies tiles of bfloat16 as integers: `tools/bench/packed_gemm.py` has them on a device.
+    @pytest.mark.parametrize("text", FORMATS)
+    @pytest.mark.parametrize(("rows", "width", "channels"), [(3, 576, 40), (16, 128, 33)])
+    def test_some_rows_meet_codes_that_are_decoded_as_they_arrive(text, rows, width, channels):
+        fmt, dtype = parse(text), torch.float16
+        codes, scales, weight = _packed(text, channels, width)
+        weight = weight.half().float()
+        generator = torch.Generator().manual_seed(3)
+        x = parse("mxint4@32").fake_quantize(torch.randn(rows, width, generator=generator).to(dtype))
+        bias = torch.randn(channels, generator=generator).to(dtype)
+        wide = torch.zeros(rows, channels + 5, dtype=dtype)
+        wanted = F.linear(x.double(), weight.double(), bias.double())
+        for given, factors in ((x, None), fp8.to_rows(x)):
+            for b in (bias, None):
+                multiply_some_rows(given, codes, scales, b, fmt, wide[:, 2 : channels + 2], factors)
+                expected = wanted if b is not None else wanted - bias.double()
+                torch.testing.assert_close(wide[:, 2 : channels + 2].double(), expected, rtol=2e-3, atol=2e-3)
+        assert not wide[:, :2].any() and not wide[:, channels + 2 :].any()
+
+    @pytest.mark.parametrize("part", range(4))
+    def test_four_codes_of_a_halfword_are_those_of_the_format(part):
+        halfwords = torch.arange(-(2**15), 2**15).to(torch.int16)
+        scale, out = torch.full_like(halfwords, 0.25, dtype=torch.bfloat16), torch.empty(2**16, dtype=torch.bfloat16)
+        _nibbles_kernel[(16,)](halfwords, scale, out, part)
+        codes = halfwords.view(torch.uint8)[part // 2 :: 2] >> (4 * (part % 2)) & 0xF
+        assert torch.equal(out.float(), ((codes.int() ^ 8) - 8).float() / 4)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     def test_quantizers_give_rows_of_e4m3_themselves(dtype):

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from mxfx.formats import Format
 from mxfx.ops.kernels.cache_rows_triton import Caches, Row, row_of
-from mxfx.ops.kernels.packed_triton import element, power
-from mxfx.ops.kernels.rounding_triton import _PACKS
+from mxfx.ops.kernels.packed_triton import element, narrowed, nibbles, power
 
 #: Places that a program meets at a time; by whether the cache is packed, its warps, and programs that a device should
 #: have to do. One warp decodes and multiplies without waiting for others; plain rows want several to load them.
@@ -90,16 +89,6 @@ def attend_token(
     return out
 
 
-@triton.jit
-def _narrowed(x, dtype: tl.constexpr):
-    """float32 that `dtype` holds exactly, or nearly, as `dtype`; a bfloat16 is the upper half of its bits."""
-    if dtype == tl.bfloat16:
-        narrow = (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        narrow = x.to(dtype)
-    return narrow
-
-
 @triton.constexpr_function
 def _parts(row):
     """Channels whose codes are loaded together."""
@@ -111,16 +100,6 @@ def _padded(row):
     """Channels of a row with those that fill up a power of two."""
     row = row.value
     return triton.next_power_of_2(row.width) if row.blocks == 0 else triton.next_power_of_2(row.blocks) * row.block
-
-
-@triton.constexpr_function
-def _four_bits(part):
-    """Two codes, nibble `part` of two halfwords, as bfloat16: 128 + (code + 8) by its bits, less 136; then scaled."""
-    return (
-        "{.reg .b32 x, c; mov.b32 c, 0x43084308; shr.b32 x, $1, "
-        + str(4 * part)
-        + "; lop3.b32 x, x, 0x000f000f, c, 0x6a; sub.rn.bf16x2 x, x, c; mul.rn.bf16x2 $0, x, $2;}"
-    )
 
 
 @triton.jit
@@ -143,7 +122,7 @@ def _scales_tile(scales_ptr, place, inside, ROW: tl.constexpr):
     mask = inside[:, None, None] & (block < ROW.value.blocks)
     at = place[:, None, None] * ROW.value.blocks + block
     scale = power(tl.load(scales_ptr + at, mask=mask, other=127).to(tl.int32))
-    return _narrowed(scale, tl.bfloat16) if ROW.value.halfwords else scale
+    return narrowed(scale, tl.bfloat16) if ROW.value.halfwords else scale
 
 
 @triton.jit
@@ -154,18 +133,11 @@ def _element_tile(units, scale, part: tl.constexpr, ROW: tl.constexpr, PLACES: t
     CODES: tl.constexpr = ROW.value.codes
     if ROW.value.halfwords:
         scale = tl.broadcast_to(scale, (PLACES, BLOCKS_PADDED, UNITS))
-        if _PACKS:
-            values = tl.inline_asm_elementwise(
-                _four_bits(part), "=r,r,r", [units, scale], dtype=tl.bfloat16, is_pure=True, pack=2
-            )
-        else:
-            # Beside 128 the last bits of a bfloat16 are units: 128 + (code + 8).
-            shifted = (((units.to(tl.int32) >> (4 * part)) & 0xF) ^ 0x4308).to(tl.int16).to(tl.bfloat16, bitcast=True)
-            values = ((shifted.to(tl.float32) - 136.0) * scale.to(tl.float32)).to(dtype)
+        values = nibbles(units, scale, part)
         tile = tl.reshape(values, (PLACES, BLOCKS_PADDED * UNITS))
     else:
         shift: tl.constexpr = 32 - ROW.value.bits * (part + 1)
-        tile = _narrowed(tl.reshape(element(units << shift, CODES) * scale, (PLACES, BLOCKS_PADDED * UNITS)), dtype)
+        tile = narrowed(tl.reshape(element(units << shift, CODES) * scale, (PLACES, BLOCKS_PADDED * UNITS)), dtype)
     return tile
 
 

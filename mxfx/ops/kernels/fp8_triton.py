@@ -16,13 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
-from mxfx.formats import Format
-from mxfx.ops.kernels.packed_triton import e4m3_bits, of_e4m3
+from mxfx.formats import FloatElement, Format
+from mxfx.ops.kernels.packed_triton import to_e4m3
 from mxfx.ops.kernels.rounding_triton import grid_of, quantize_tile
 
 #: Elements of one program, where a row has fewer; a thread's share of them.
 TILE_ELEMENTS = 4096
 PER_THREAD = 32
+_BROKEN = tl.constexpr(254)
+_NAN = tl.constexpr(0x7FC0_0000)
 #: Where nothing is rounded, blocks are only how a program walks a row.
 PLAIN_BLOCK = 32
 
@@ -31,31 +33,45 @@ def rows_to_e4m3(x: Tensor, payload: Tensor, row_scales: Tensor, inexact: Tensor
     """Write rows of `x` (m, k), contiguous, as E4M3 bytes, uint8 (m, k), and their powers of two, float32 (m,).
 
     With `fmt`, whose blocks are powers of two that divide k, `x` is first rounded onto its grid. `inexact`, int64 (1,),
-    grows by the rows of which E4M3 does not hold every entry; those are rounded to nearest.
+    grows by the rows of which E4M3 does not hold every entry, or, with `fmt`, whose blocks span more octaves than it is
+    sure to hold (`octaves_of`); they are rounded to nearest.
     """
     _launch_rows(x.shape, x.dtype, x.device, fmt)(x, payload, row_scales, inexact)
 
 
-def align_rows(payload: Tensor, block_scales: Tensor, row_scales: Tensor, inexact: Tensor) -> None:
+def align_rows(payload: Tensor, block_scales: Tensor, row_scales: Tensor, inexact: Tensor, fmt: Format) -> None:
     """Bring the blocks of `payload`, uint8 (m, k), from their own powers of two to one a row, in place.
 
-    `block_scales`, uint8 (m, blocks), holds exponents + 127; `row_scales` and `inexact` are as for `rows_to_e4m3`.
+    `block_scales`, uint8 (m, blocks), holds exponents + 127; the rest is as for `rows_to_e4m3`.
     """
-    _launch_align(payload.shape, block_scales.shape[1], payload.device)(payload, block_scales, row_scales, inexact)
+    _launch_align(payload.shape, payload.device, fmt)(payload, block_scales, row_scales, inexact)
+
+
+@lru_cache(maxsize=256)
+def octaves_of(fmt: Format) -> int:
+    """By how many octaves the largest entry of a block may lie below its row's, so that E4M3 holds the block's least.
+
+    The row's comes to lie in [128, 256), and 2^-9 is the least of E4M3.
+    """
+    element = fmt.element
+    if isinstance(element, FloatElement):
+        return 16 - (element.max_exponent - element.min_exponent + element.mantissa_bits)
+    return 16 - (fmt.bits - 1)
 
 
 @lru_cache(maxsize=KEPT_SHAPES)
 def _launch_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, fmt: Format | None) -> Launch:
     rows, width = shape
     block = PLAIN_BLOCK if fmt is None or fmt.block is None else fmt.block
-    constants = {"B": block, "GRID": fmt and grid_of(fmt, dtype)}
+    constants = {"B": block, "OCTAVES": fmt and octaves_of(fmt), "GRID": fmt and grid_of(fmt, dtype)}
     return _launch(_rows_kernel, rows, width, block, constants)
 
 
 @lru_cache(maxsize=KEPT_SHAPES)
-def _launch_align(shape: tuple[int, ...], blocks: int, device: torch.device) -> Launch:
+def _launch_align(shape: tuple[int, ...], device: torch.device, fmt: Format) -> Launch:
+    assert fmt.block is not None
     rows, width = shape
-    return _launch(_align_kernel, rows, width, width // blocks, {"B": width // blocks})
+    return _launch(_align_kernel, rows, width, fmt.block, {"B": fmt.block, "OCTAVES": octaves_of(fmt)})
 
 
 def _launch(kernel: triton.JITFunction, rows: int, width: int, block: int, constants: dict[str, object]) -> Launch:
@@ -81,6 +97,7 @@ def _rows_kernel(
     TILE: tl.constexpr,
     BLOCKS: tl.constexpr,
     B: tl.constexpr,
+    OCTAVES: tl.constexpr,
     GRID: tl.constexpr,
 ):
     """One program, `TILE` rows of `BLOCKS` blocks, one below the other."""
@@ -92,13 +109,19 @@ def _rows_kernel(
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if GRID is not None:
         x = quantize_tile(x, GRID, x_ptr.dtype.element_ty).to(tl.float32)
-    scale = tl.reshape(scale_below(largest_bits(x)), (TILE, BLOCKS))
+    scale = scale_below(largest_bits(x))
     # A scale grows with the largest entry: the row's is the largest of its blocks'.
-    of_row = tl.max(scale, axis=1)
+    of_row = tl.max(tl.reshape(scale, (TILE, BLOCKS)), axis=1)
     each = tl.reshape(tl.broadcast_to(of_row[:, None], (TILE, BLOCKS)), (TILE * BLOCKS,))
-    payload, exact = e4m3_bits(x * power_below(each)[:, None])
-    tl.store(payload_ptr + at, payload.to(tl.uint8), mask=inside)
-    store_rows(scales_ptr, inexact_ptr, rows, of_row, tl.reshape(tl.min(exact, axis=1), (TILE, BLOCKS)), TILE)
+    x *= power_below(each)[:, None]
+    tl.store(payload_ptr + at, to_e4m3(x), mask=inside)
+    if GRID is not None:
+        beyond = too_far(scale, each, OCTAVES)
+    else:
+        # Scaled so that the biases agree, E4M3's bits are the top 12 of a float, subnormals included.
+        rest = (tl.abs(x) * (2.0**-120)).to(tl.int32, bitcast=True) & 0xFFFFF
+        beyond = ((tl.max(rest, axis=1) != 0) & (each != _BROKEN)).to(tl.int32)
+    store_rows(scales_ptr, inexact_ptr, rows, of_row, tl.reshape(beyond, (TILE, BLOCKS)), TILE)
 
 
 @triton.jit
@@ -112,6 +135,7 @@ def _align_kernel(
     TILE: tl.constexpr,
     BLOCKS: tl.constexpr,
     B: tl.constexpr,
+    OCTAVES: tl.constexpr,
 ):
     """One program, `TILE` rows of `BLOCKS` blocks, one below the other."""
     line = tl.arange(0, TILE * BLOCKS)
@@ -124,11 +148,12 @@ def _align_kernel(
     scale = tl.load(blocks_ptr + row.to(tl.int64) * (width // B) + block, mask=there, other=1).to(tl.int32)
     of_row = tl.max(tl.reshape(scale, (TILE, BLOCKS)), axis=1)
     each = tl.reshape(tl.broadcast_to(of_row[:, None], (TILE, BLOCKS)), (TILE * BLOCKS,))
-    factor = (tl.maximum(127 + scale - each, 1) << 23).to(tl.float32, bitcast=True)
-    x = of_e4m3(tl.load(payload_ptr + at, mask=inside, other=0)) * factor[:, None]
-    payload, exact = e4m3_bits(x)
-    tl.store(payload_ptr + at, payload.to(tl.uint8), mask=inside)
-    store_rows(scales_ptr, inexact_ptr, rows, of_row, tl.reshape(tl.min(exact, axis=1), (TILE, BLOCKS)), TILE)
+    # float16 holds every E4M3 number, and as many octaves below them as matter.
+    factor = (tl.maximum(127 + scale - each, 1) << 23).to(tl.float32, bitcast=True).to(tl.float16)
+    x = tl.load(payload_ptr + at, mask=inside, other=0).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    tl.store(payload_ptr + at, to_e4m3(x * factor[:, None]), mask=inside)
+    beyond = tl.reshape(too_far(scale, each, OCTAVES), (TILE, BLOCKS))
+    store_rows(scales_ptr, inexact_ptr, rows, of_row, beyond, TILE)
 
 
 @triton.jit
@@ -139,8 +164,17 @@ def largest_bits(x):
 
 @triton.jit
 def scale_below(largest):
-    """Exponent + 127 of the scale under which a magnitude, given by its bits, comes to lie in [128, 256)."""
-    return tl.minimum(tl.maximum((largest >> 23) - 7, 1), 253)
+    """Exponent + 127 of the scale under which a magnitude, given by its bits, comes to lie in [128, 256).
+
+    `_BROKEN`, which is larger than all others, for NaN and infinity.
+    """
+    return tl.where(largest >> 23 == 255, _BROKEN, tl.maximum((largest >> 23) - 7, 1))
+
+
+@triton.jit
+def as_power(scale):
+    """The scale that `scale_below` gives, as float32; NaN where it is broken, and with it every sum over the row."""
+    return tl.where(scale == _BROKEN, _NAN, scale << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -150,21 +184,27 @@ def power_below(scale):
 
 
 @triton.jit
+def too_far(scale, of_row, OCTAVES: tl.constexpr):
+    """Whether a block's scale, if the block is not zero, lies too far below its row's, int32."""
+    return ((scale > 1) & (of_row - scale > OCTAVES) & (of_row != _BROKEN)).to(tl.int32)
+
+
+@triton.jit
 def blocks_to_e4m3(x, FORMAT_BLOCK: tl.constexpr):
-    """A tile (rows, width) as E4M3 bits in units of each block's own power of two, and their exponents + 127."""
+    """A tile (rows, width) as E4M3 bytes in units of each block's own power of two, and their exponents + 127."""
     rows: tl.constexpr = x.shape[0]
     width: tl.constexpr = x.shape[1]
     x = tl.reshape(x, (rows * (width // FORMAT_BLOCK), FORMAT_BLOCK))
     scale = scale_below(largest_bits(x))
-    payload, _ = e4m3_bits(x * power_below(scale)[:, None])
+    payload = to_e4m3(x * power_below(scale)[:, None])
     return tl.reshape(payload, (rows, width)), tl.reshape(scale, (rows, width // FORMAT_BLOCK))
 
 
 @triton.jit
-def store_rows(scales_ptr, inexact_ptr, rows, scale, exact, TILE: tl.constexpr):
-    """Write the powers of two of `TILE` rows, and count those of which a part, (TILE, parts), is not exact."""
+def store_rows(scales_ptr, inexact_ptr, rows, scale, beyond, TILE: tl.constexpr):
+    """Write the powers of two of `TILE` rows, and count those of which a part, (TILE, parts), is beyond E4M3."""
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    tl.store(scales_ptr + row, (scale << 23).to(tl.float32, bitcast=True), mask=row < rows)
-    beyond = tl.sum(1 - tl.min(exact, axis=1), axis=0)
-    if beyond > 0:
-        tl.atomic_add(inexact_ptr, beyond.to(tl.int64))
+    tl.store(scales_ptr + row, as_power(scale), mask=row < rows)
+    count = tl.sum(tl.max(beyond, axis=1), axis=0)
+    if count > 0:
+        tl.atomic_add(inexact_ptr, count.to(tl.int64))

@@ -19,8 +19,9 @@ MAX_BLOCK = 4096
 MAX_TRANSFORM = DENSE_ORDER
 #: A norm holds a row in registers.
 MAX_ROW = 16384
-#: Rows that meet packed codes as they are; from there on expanding the weight pays.
+#: Rows that meet packed codes in ordinary arithmetic, and on tensor cores; from there on expanding the weight pays.
 FEW_ROWS = 2
+SOME_ROWS = 16
 #: Largest number of FP8 E4M3.
 E4M3_MAX = 448.0
 
@@ -103,6 +104,11 @@ def takes_packed(fmt: Format, width: int) -> bool:
 def takes_few_rows(fmt: Format, rows: int) -> bool:
     """Whether kernels multiply so few rows with packed codes as they lie, words of 32 bits at a time."""
     return fmt.bits in (4, 8) and rows <= FEW_ROWS and fmt.block is not None and fmt.block * fmt.bits % 32 == 0
+
+
+def takes_some_rows(fmt: Format, rows: int, dtype: torch.dtype) -> bool:
+    """Whether tensor cores multiply so many rows with codes that are decoded as they arrive."""
+    return fmt.bits in (4, 8) and rows <= SOME_ROWS and dtype != torch.float32
 
 
 def takes_e4m3_rows(width: int) -> bool:

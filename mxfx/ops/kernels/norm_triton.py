@@ -18,8 +18,8 @@ from torch import Tensor
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
 from mxfx.ops.kernels.addressing import as_rows, is_walkable
-from mxfx.ops.kernels.fp8_triton import largest_bits, power_below, scale_below
-from mxfx.ops.kernels.packed_triton import e4m3_bits
+from mxfx.ops.kernels.fp8_triton import as_power, largest_bits, octaves_of, power_below, scale_below, too_far
+from mxfx.ops.kernels.packed_triton import to_e4m3
 from mxfx.ops.kernels.quantize_triton import row_offset
 from mxfx.ops.kernels.rounding_triton import as_stored, grid_of
 from mxfx.ops.kernels.transform_triton import load_matrix, multiply, quantize_blocks, terms_of
@@ -141,6 +141,7 @@ def _launch(
             "SIGNS": signs,
             "TERMS": terms,
             "STAGES": STAGES,
+            "OCTAVES": fmt and fmt.block and octaves_of(fmt),
             "GRID": fmt and grid_of(fmt, dtype),
         },
         tasks=rows.count,
@@ -176,6 +177,7 @@ def _norm_kernel(
     SIGNS: tl.constexpr,
     TERMS: tl.constexpr,
     STAGES: tl.constexpr,
+    OCTAVES: tl.constexpr,
     GRID: tl.constexpr,
 ):
     """A program takes one row at a time as (blocks, block); weight and matrix stay in registers."""
@@ -208,12 +210,12 @@ def _norm_kernel(
         target = y_ptr + row.to(tl.int64) * length + column
         if y_ptr.dtype.element_ty == tl.uint8:
             y = tl.where(here, y.to(tl.float32), 0.0)
-            scale = scale_below(tl.max(largest_bits(y), axis=0))
-            payload, exact = e4m3_bits(y * power_below(scale))
-            tl.store(target, payload.to(tl.uint8), mask=here)
-            tl.store(scales_ptr + row, (scale << 23).to(tl.float32, bitcast=True), mask=row < rows)
-            # Lanes outside the row are zero, and exact.
-            if tl.min(tl.min(exact, axis=1), axis=0) == 0:
+            blocks = tl.reshape(y, (TILE * PADDED // FORMAT_BLOCK, FORMAT_BLOCK))
+            scales = scale_below(largest_bits(blocks))
+            scale = tl.max(scales, axis=0)
+            tl.store(target, to_e4m3(y * power_below(scale)), mask=here)
+            tl.store(scales_ptr + row, as_power(scale), mask=row < rows)
+            if tl.max(too_far(scales, scale, OCTAVES), axis=0) > 0:
                 tl.atomic_add(inexact_ptr, tl.full([], 1, tl.int64))
         else:
             tl.store(target, y.to(narrow), mask=here)

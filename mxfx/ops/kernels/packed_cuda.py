@@ -6,6 +6,7 @@ Importable only where `triton` is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,12 @@ from mxfx.ops.fp8 import E4M3, from_rows
 from mxfx.ops.kernels import takes
 from mxfx.ops.kernels.cuda import if_it_fits
 from mxfx.ops.kernels.fp8_triton import align_rows, rows_to_e4m3
-from mxfx.ops.kernels.limits import DTYPES, takes_e4m3_rows, takes_few_rows, takes_packed
+from mxfx.ops.kernels.limits import DTYPES, takes_e4m3_rows, takes_few_rows, takes_packed, takes_some_rows
 from mxfx.ops.kernels.norm_triton import norm_triton
 from mxfx.ops.kernels.norm_triton import row_scales as row_scales_of_norm
 from mxfx.ops.kernels.packed import inexact_rows
 from mxfx.ops.kernels.packed_triton import expand, expand_to_e4m3, multiply_rows
+from mxfx.ops.kernels.skinny_triton import multiply_some_rows
 from mxfx.ops.kernels.transform_triton import transform_triton
 from mxfx.ops.quantize import _format
 
@@ -32,14 +34,22 @@ def mx_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, for
     fmt, width, channels = _format(format), x.shape[-1], codes.shape[0]
     if x.dtype not in DTYPES or not takes_packed(fmt, width) or x.numel() == 0:
         return NotImplemented
-    if takes_few_rows(fmt, x.numel() // width):
+    multiply = _multiplier(fmt, x.numel() // width, x.dtype)
+    if multiply is not None:
         out = torch.empty((*x.shape[:-1], channels), dtype=x.dtype, device=x.device)
         rows = x.reshape(-1, width).contiguous()
-        multiply_rows(rows, codes, scales, bias, fmt, out.view(-1, channels))
+        multiply(rows, codes, scales, bias, fmt, out.view(-1, channels))
         return out
     weight = torch.empty((channels, width), dtype=x.dtype, device=x.device)
     expand(codes, scales, fmt, weight)
     return F.linear(x, weight, bias)
+
+
+def _multiplier(fmt: Format, rows: int, dtype: torch.dtype) -> Callable[..., None] | None:
+    """What multiplies so many rows with packed codes; None where the weight is better expanded."""
+    if takes_few_rows(fmt, rows):
+        return multiply_rows
+    return multiply_some_rows if takes_some_rows(fmt, rows, dtype) else None
 
 
 def mx_embedding(codes: Tensor, scales: Tensor, ids: Tensor, format: str, width: int) -> Tensor:
@@ -48,12 +58,18 @@ def mx_embedding(codes: Tensor, scales: Tensor, ids: Tensor, format: str, width:
 
 
 def e4m3_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    if x.dtype not in DTYPES or not takes_e4m3_rows(x.shape[-1]) or x.numel() == 0:
+    if x.dtype not in DTYPES or not takes_e4m3_rows(x.shape[-1]) or x.numel() == 0 or not _has_e4m3(x.device):
         return NotImplemented
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     payload, row_scales, inexact = _outputs(x)
     rows_to_e4m3(rows, payload.view(rows.shape), row_scales.view(-1), inexact)
     return payload, row_scales
+
+
+@cache
+def _has_e4m3(device: torch.device) -> bool:
+    """Whether a device has E4M3; the interpreter, which runs on a CPU, has."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
 def _outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +89,7 @@ def _folds(x: Tensor, fmt: Format, block: int | None = None) -> bool:
     wide = fmt.block if block is None else block
     powers = all(b is not None and not b & (b - 1) for b in (wide, fmt.block))
     fits = powers and wide is not None and wide >= 16 and x.shape[-1] % wide == 0 and takes_e4m3_rows(x.shape[-1])
-    return fits and x.dtype in DTYPES and x.dim() <= 3 and x.numel() > 0
+    return fits and x.dtype in DTYPES and x.dim() <= 3 and x.numel() > 0 and _has_e4m3(x.device)
 
 
 def _aligned(x: Tensor, fmt: Format, write: Callable[[tuple[Tensor, Tensor]], Tensor]) -> tuple[Tensor, Tensor]:
@@ -82,7 +98,7 @@ def _aligned(x: Tensor, fmt: Format, write: Callable[[tuple[Tensor, Tensor]], Te
     payload, row_scales, inexact = _outputs(x)
     blocks = torch.empty((row_scales.numel(), x.shape[-1] // fmt.block), dtype=torch.uint8, device=x.device)
     write((payload, blocks))
-    align_rows(payload.view(-1, x.shape[-1]), blocks, row_scales.view(-1), inexact)
+    align_rows(payload.view(-1, x.shape[-1]), blocks, row_scales.view(-1), inexact, fmt)
     return payload, row_scales
 
 
@@ -157,12 +173,13 @@ def mx_linear_e4m3(
     channels = [c.shape[0] for c in codes]
     rows, factors = payload.reshape(-1, width).contiguous(), row_scales.reshape(-1, 1).contiguous()
     out_shape = (*payload.shape[:-1], sum(channels))
-    if takes_few_rows(fmt, rows.shape[0]):
+    multiply = _multiplier(fmt, rows.shape[0], dtype)
+    if multiply is not None:
         out = torch.empty(out_shape, dtype=dtype, device=payload.device)
         given: list[Tensor | None] = [*biases] or [None] * len(codes)
         parts = out.view(rows.shape[0], -1).split(channels, -1)
         for c, s, bias, part in zip(codes, scales, given, parts, strict=True):
-            multiply_rows(rows, c, s, bias, fmt, part, factors)
+            multiply(rows, c, s, bias, fmt, part, factors)
         return out
     return _product(rows, factors, codes, scales, biases, fmt, dtype).view(out_shape)
 
@@ -178,7 +195,7 @@ def _product(
 ) -> Tensor:
     """One FP8 GEMM for all weights, expanded one below the other; before Ada, one in `dtype`."""
     width, channels = rows.shape[-1], [c.shape[0] for c in codes]
-    if torch.cuda.get_device_capability(rows.device) < FP8_CAPABILITY:
+    if not _has_e4m3(rows.device):
         wide = torch.empty((sum(channels), width), dtype=dtype, device=rows.device)
         for c, s, part in zip(codes, scales, wide.split(channels), strict=True):
             expand(c, s, fmt, part)

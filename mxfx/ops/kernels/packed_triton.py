@@ -21,16 +21,16 @@ from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import FloatElement, Format
 from mxfx.formats.stored import codes_length
 from mxfx.ops.kernels.limits import E4M3_MAX
+from mxfx.ops.kernels.rounding_triton import _PACKS
 
 _NAN = tl.constexpr(0x7FC0_0000)
 _SIGN = tl.constexpr(-(2**31))
 _HIGH_HALF = tl.constexpr(-(2**16))
 #: Entries that a program expands at a time.
 EXPANDED = 4096
-#: Words of codes that one multiplies at a time, and how many output channels, by how many there are at least.
-WORDS_AT_A_TIME = 512
-CHANNELS_TOGETHER = ((2048, 8), (0, 4))
-ROW_WARPS = 4
+#: By how many output channels there are at least: how many one multiplies at a time, and words of codes. Of an H200.
+CHANNELS_TOGETHER = ((8192, 8, 256), (2048, 4, 256), (0, 2, 512))
+ROW_WARPS = 2
 
 
 @dataclass(frozen=True)
@@ -111,16 +111,9 @@ def power(biased):
 
 
 @triton.jit
-def e4m3_bits(x):
-    """E4M3 bits of float32 `x`, |x| at most 448, to nearest, ties to even, int32; and whether `x` is one, int32.
-
-    Scaled so that the biases agree, E4M3's bits are the top bits of the float, subnormals included.
-    """
-    bits = (tl.abs(x) * (2.0**-120)).to(tl.int32, bitcast=True)
-    rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
-    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
-    broken = (bits >> 23) == 255
-    return tl.where(broken, 0x7F, rounded | sign), tl.where(broken, 1, ((bits & 0xFFFFF) == 0).to(tl.int32))
+def to_e4m3(x):
+    """E4M3 bytes of `x`, |x| at most 448, to nearest, ties to even; one instruction for two of them since Ada."""
+    return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
 
 
 @triton.jit
@@ -130,6 +123,40 @@ def of_e4m3(code):
     magnitude = ((wide & 0x7F) << 20).to(tl.float32, bitcast=True) * (2.0**120)
     value = (magnitude.to(tl.int32, bitcast=True) | ((wide & 0x80) << 24)).to(tl.float32, bitcast=True)
     return tl.where((wide & 0x7F) == 0x7F, float("nan"), value)
+
+
+@triton.jit
+def narrowed(x, dtype: tl.constexpr):
+    """float32 that `dtype` holds exactly, or nearly, as `dtype`; a bfloat16 is the upper half of its bits."""
+    if dtype == tl.bfloat16:
+        narrow = (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        narrow = x.to(dtype)
+    return narrow
+
+
+@triton.constexpr_function
+def _four_bits(part):
+    """Two codes, nibble `part` of two halfwords, as bfloat16: 128 + (code + 8) by its bits, less 136; then scaled."""
+    return (
+        "{.reg .b32 x, c; mov.b32 c, 0x43084308; shr.b32 x, $1, "
+        + str(4 * part)
+        + "; lop3.b32 x, x, 0x000f000f, c, 0x6a; sub.rn.bf16x2 x, x, c; mul.rn.bf16x2 $0, x, $2;}"
+    )
+
+
+@triton.jit
+def nibbles(halfwords, scale, part: tl.constexpr):
+    """Integers number `part` of int16 halfwords, four to each, times bfloat16 scales of the same shape: bfloat16."""
+    if _PACKS:
+        values = tl.inline_asm_elementwise(
+            _four_bits(part), "=r,r,r", [halfwords, scale], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        # Beside 128 the last bits of a bfloat16 are units: 128 + (code + 8).
+        shifted = (((halfwords.to(tl.int32) >> (4 * part)) & 0xF) ^ 0x4308).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        values = ((shifted.to(tl.float32) - 136.0) * scale.to(tl.float32)).to(tl.bfloat16)
+    return values
 
 
 @triton.jit
@@ -158,7 +185,8 @@ def _expand_kernel(
         highest = tl.max(tl.where(powers == 255, 0, powers), axis=0)
         # The row's scale is a normal number.
         lowest = tl.maximum(highest - CODES.value.top, 1)
-        tl.store(row_scales_ptr + row, (lowest << 23).to(tl.float32, bitcast=True))
+        of_row = tl.where(tl.max(powers, axis=0) == 255, _NAN, lowest << 23)
+        tl.store(row_scales_ptr + row, of_row.to(tl.float32, bitcast=True))
     block = tl.arange(0, BLOCKS)
     for start in range(0, per_row, BLOCKS):
         inside = (start + block) < per_row
@@ -174,7 +202,7 @@ def _expand_kernel(
         if BITS == 4:
             byte = (start + block)[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
             code = tl.load(codes_ptr + byte, mask=here, other=0).to(tl.int32)
-            values = tl.join(element(code << 28, CODES), element((code >> 4) << 28, CODES))
+            values = tl.join(code_at(code, 0, CODES), code_at(code, 1, CODES))
             values = tl.reshape(values, (BLOCKS, BLOCK))
         else:
             byte = column * BITS // 8
@@ -185,8 +213,7 @@ def _expand_kernel(
             values = element(code << (32 - BITS), CODES)
         values *= factor[:, None]
         if kind == tl.uint8:
-            payload, _ = e4m3_bits(values)
-            tl.store(out_ptr + row * width + column, payload.to(tl.uint8), mask=here)
+            tl.store(out_ptr + row * width + column, to_e4m3(values), mask=here)
         else:
             tl.store(out_ptr + row * width + column, values.to(kind), mask=here)
 
@@ -231,14 +258,14 @@ def _launch_rows(
 ) -> Launch:
     assert fmt.block is not None
     per_row, words = width // fmt.block, fmt.block * fmt.bits // 32
-    together = next(count for least, count in CHANNELS_TOGETHER if channels >= least)
+    together, at_a_time = next(found for least, *found in CHANNELS_TOGETHER if channels >= least)
     return Launch(
         _few_rows_kernel,
-        lambda at_a_time: triton.cdiv(channels, together) * rows,
-        (rows, channels, per_row, out_stride),
+        lambda _: triton.cdiv(channels, together) * rows,
+        (rows, channels, per_row, out_stride, 1),
         {
             "CHANNELS": together,
-            "BLOCKS": min(triton.next_power_of_2(per_row), max(WORDS_AT_A_TIME // words, 1)),
+            "BLOCKS": min(triton.next_power_of_2(per_row), max(at_a_time // words, 1)),
             "WORDS": words,
             "PER_WORD": 32 // fmt.bits,
             "X": {torch.bfloat16: "bf16", torch.uint8: "e4m3"}.get(dtype, "plain"),
@@ -249,7 +276,7 @@ def _launch_rows(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["one"])
 def _few_rows_kernel(
     x_ptr,
     row_scales_ptr,
@@ -261,6 +288,7 @@ def _few_rows_kernel(
     channels,
     per_row,
     out_stride,
+    one,
     CHANNELS: tl.constexpr,
     BLOCKS: tl.constexpr,
     WORDS: tl.constexpr,
@@ -272,31 +300,32 @@ def _few_rows_kernel(
     """One program, one row and `CHANNELS` results: each lane keeps a sum of its own until the end.
 
     A word is 32 bits of codes; neighbours take the other rows of the same weights, which are in the cache by then.
+    `one` is 1, which the compiler must not know: it would read neighbouring words at once, and lay them out
+    so that activations would have to cross shared memory to meet them.
     """
     row = tl.program_id(0) % rows
     channel = tl.program_id(0) // rows * CHANNELS + tl.arange(0, CHANNELS)
     real = channel < channels
-    line = channel.to(tl.int64)[:, None] * per_row
-    block = tl.arange(0, BLOCKS)
-    lane = tl.arange(0, WORDS)
+    line = channel.to(tl.int64) * per_row
+    block = tl.arange(0, BLOCKS) * one
+    lane = tl.arange(0, WORDS) * one
     PER_LOAD: tl.constexpr = 4 if X == "e4m3" else 2 if X == "bf16" else 1
     x_ptr += row * (per_row * WORDS * (PER_WORD // PER_LOAD))
-    total = tl.zeros((CHANNELS, BLOCKS, WORDS), tl.float32)
+    total = tl.zeros((BLOCKS, WORDS, CHANNELS), tl.float32)
     for start in range(0, per_row, BLOCKS):
         inside = (start + block) < per_row
-        mask = real[:, None] & inside[None, :]
-        scale = power(tl.load(scales_ptr + line + (start + block)[None, :], mask=mask, other=0).to(tl.int32))
-        at = (line + (start + block)[None, :])[:, :, None] * WORDS + lane[None, None, :]
-        word = tl.load(codes_ptr + at, mask=mask[:, :, None], other=0)
+        mask = inside[:, None] & real[None, :]
+        there = (start + block)[:, None] + line[None, :]
+        scale = power(tl.load(scales_ptr + there, mask=mask, other=0).to(tl.int32))
+        word = tl.load(codes_ptr + there[:, None, :] * WORDS + lane[None, :, None], mask=mask[:, None, :], other=0)
         x_at = x_ptr + ((start + block)[:, None] * WORDS + lane[None, :]) * (PER_WORD // PER_LOAD)
-        part = tl.zeros((CHANNELS, BLOCKS, WORDS), tl.float32)
+        part = tl.zeros((BLOCKS, WORDS, CHANNELS), tl.float32)
         for turn in tl.static_range(PER_WORD // PER_LOAD):
             loaded = tl.load(x_at + turn, mask=inside[:, None], other=0)
             for i in tl.static_range(PER_LOAD):
-                x = entry(loaded, i, X)
-                part += code_at(word, turn * PER_LOAD + i, CODES) * x[None, :, :]
-        total += part * scale[:, :, None]
-    y = tl.sum(tl.sum(total, axis=2), axis=1)
+                part += code_at(word, turn * PER_LOAD + i, CODES) * entry(loaded, i, X)[:, :, None]
+        total += part * scale[:, None, :]
+    y = tl.sum(tl.sum(total, axis=1), axis=0)
     if X == "e4m3":
         y *= tl.load(row_scales_ptr + row)
     if BIAS:

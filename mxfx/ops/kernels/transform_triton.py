@@ -389,6 +389,6 @@ def _transform_kernel(
             here = (row < rows)[:, None] & (part < PADDED // FORMAT_BLOCK)[None, :]
             block = ((target + channel) // FORMAT_BLOCK)[:, None] + part[None, :]
             tl.store(blocks_tile + block, scale.to(tl.uint8), mask=here)
-            tl.store(y_tile + (target + channel)[:, None] + lane[None, :], y.to(tl.uint8), mask=inside)
+            tl.store(y_tile + (target + channel)[:, None] + lane[None, :], y, mask=inside)
         else:
             tl.store(y_tile + (target + channel)[:, None] + lane[None, :], y.to(narrow), mask=inside)
