@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mxfx.formats import parse
 from mxfx.ops import attention, cached_attention
 from mxfx.ops.cache import slots_held
 
