@@ -122,7 +122,6 @@ def _some_rows_kernel(
     STAGES: tl.constexpr,
 ):
     """One program, all rows and `CHANNELS` results. Warps share a turn's input channels, and sum at the end."""
-    BITS: tl.constexpr = CODES.value.bits
     WIDTH: tl.constexpr = BLOCKS * BLOCK
     UNITS: tl.constexpr = BLOCK // PARTS
     kind = y_ptr.dtype.element_ty
