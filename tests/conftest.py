@@ -15,6 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
+from tests.commands import mxfx as mxfx  # a fixture
+
 _DESELECTED = pytest.StashKey[dict[str, int]]()
 
 #: Marker: what its tests need, and how to have them run.

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from mxfx.cli import evaluate, generate, models
+from mxfx.cli import calibrate, evaluate, generate, models
 from mxfx.cli.evaluate import (
     EVAL,
     ChatTemplate,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 app = typer.Typer(name="mxfx", no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 config_app = typer.Typer(no_args_is_help=True, help="Look at pipeline files.")
 app.add_typer(config_app, name="config")
-for name, command in (evaluate.COMMANDS | generate.COMMANDS | models.COMMANDS).items():
+for name, command in (calibrate.COMMANDS | evaluate.COMMANDS | generate.COMMANDS | models.COMMANDS).items():
     app.command(name)(command)  # type: ignore[type-var]
 
 # A pipe has no width of its own: the tables fit in 120 columns.

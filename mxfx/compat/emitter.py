@@ -16,7 +16,8 @@ from mxfx.config.pipeline import CalibrationConfig, ModelConfig, Pipeline
 from mxfx.config.spec import PassSpec
 from mxfx.ground.nearest import did_you_mean
 
-_SITES = (
+#: Types of matmul that a search may name.
+SITES = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"),
     *("qk_matmul", "av_matmul", "kv_cache"),
 )
@@ -294,9 +295,9 @@ def _take_machine(table: Table) -> None:
 
 def _check_sites(table: Table, sites: tuple[str, ...]) -> list[str]:
     for index, site in enumerate(sites):
-        if site not in _SITES:
+        if site not in SITES:
             at = table.at / "matmul_types" / index
-            raise at.error(f"unknown matmul type {site!r}", f"one of {listed(_SITES)}", did_you_mean(site, _SITES))
+            raise at.error(f"unknown matmul type {site!r}", f"one of {listed(SITES)}", did_you_mean(site, SITES))
     if "av_matmul" in sites:
         table.warn("matmul_types", "av_matmul is not rotated: its axis is as long as the text")
     return [site for site in sites if site != "av_matmul"]

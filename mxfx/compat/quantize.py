@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mxfx.calibration.collector import collector_of
 from mxfx.compat.tutorial import from_pass_args, unwrapped
-from mxfx.config.pipeline import CalibrationConfig
+from mxfx.config.pipeline import Pipeline
 from mxfx.driver.job import Job, default_instruments
 from mxfx.driver.pretrained import load_tokenizer
 from mxfx.pipeline.manager import Instrument
+from mxfx.rewrite import PassRecord
 from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm
 
 
@@ -26,35 +28,57 @@ def quantize_module_transform_pass(
     in the tutorial the model given is not changed. Calibration data come from the hub, or from the local file that
     ``[gptq] dataset`` names. Every pass is held to its promise and the graph is verified; ``instruments=()`` leaves
     that out. Passes run on the ``device`` of ``[gptq]`` or ``[rotation_search]``, else on the first CUDA device there
-    is; the result comes back to where the model given lies.
+    is; the result comes back to where the model given lies. A collector that listens to the model goes over to it.
 
     What a pass warns of is warned of in Python. Raises ``ConfigError`` for arguments that cannot be honoured, before
     any weight is touched.
     """
     pipeline = from_pass_args(pass_args)
     home = next(model.parameters()).device
-    device = _device(pass_args) or (torch.device("cuda", 0) if torch.cuda.is_available() else home)
+    device = device_of(pass_args, home)
     if device.type == home.type:
         # Elsewhere the graph is emitted once it is back: kernels are those of the device that it stays on.
         pipeline = pipeline.emitted(home.type)
-    job = Job.of_model(model, device)
-    job.given = lambda: _tokens(job, pipeline.model.name or job.program.source.name, pipeline.calibration)
-    done = job.run(pipeline, default_instruments(pipeline) if instruments is None else instruments)
-    for record in done.records:
-        for warning in record.warnings:
-            warnings.warn(f"{record.name}: {warning}", stacklevel=2)
-    return as_causal_lm(done.program, home), {}
+    collector = collector_of(model)
+    if collector is not None:
+        # What is traced and calibrated is nothing that the model was asked.
+        collector.listen(None)
+    done = job_of(model, pipeline, device).run(
+        pipeline, default_instruments(pipeline) if instruments is None else instruments
+    )
+    say_warnings(done.records)
+    emitted = as_causal_lm(done.program, home)
+    if collector is not None:
+        collector.listen(emitted)
+    return emitted, {}
 
 
-def _device(pass_args: Mapping[str, Any]) -> torch.device | None:
-    """The device that a block names: ``cuda:0``, a number, a ``torch.device``."""
+def device_of(pass_args: Mapping[str, Any], home: torch.device) -> torch.device:
+    """The device that a block names (``cuda:0``, a number, a ``torch.device``), else the first CUDA device, else
+    ``home``.
+    """
     for block in ("gptq", "rotation_search"):
         named = unwrapped(pass_args.get(block, {})).get("device")
         if named is not None:
             return torch.device(named)
-    return None
+    return torch.device("cuda", 0) if torch.cuda.is_available() else home
 
 
-def _tokens(job: Job, name: str, calibration: CalibrationConfig) -> Tensor:
-    job.tokenizer = job.tokenizer or load_tokenizer(name)
-    return job.tokens(calibration)
+def job_of(model: nn.Module, pipeline: Pipeline, device: torch.device) -> Job:
+    """The job of a model in memory; the tokenizer of the model that is named reads calibration data when asked."""
+    job = Job.of_model(model, device)
+
+    def tokens() -> Tensor:
+        if job.tokenizer is None and not str(pipeline.calibration.dataset).endswith(".pt"):
+            job.tokenizer = load_tokenizer(pipeline.model.name or job.program.source.name)
+        return job.tokens(pipeline.calibration)
+
+    job.given = tokens
+    return job
+
+
+def say_warnings(records: Sequence[PassRecord]) -> None:
+    """What passes warned of, as warnings of Python at the caller's caller."""
+    for record in records:
+        for warning in record.warnings:
+            warnings.warn(f"{record.name}: {warning}", stacklevel=3)

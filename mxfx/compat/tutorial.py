@@ -14,6 +14,7 @@ name.
 | ``clip_search = true`` | scale rule ``/mse`` of the weight |
 | ``[rotation_search]`` | ``rotation-search`` |
 | ``name = "mxint_rotate"`` | ``online-rotation`` |
+| ``[token_collector]`` | nothing: ``attach_token_collector_pass`` and ``mxfx collect`` read it |
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from mxfx.compat.collector import BLOCK as COLLECTOR
+from mxfx.compat.collector import read_collector
 from mxfx.compat.emitter import Emitter
 from mxfx.compat.selectors import read_selector
 from mxfx.compat.table import Table
@@ -31,11 +34,8 @@ from mxfx.config.options import listed
 from mxfx.config.pipeline import SETTINGS, Pipeline, from_document, register_passes
 from mxfx.ground.nearest import did_you_mean
 
-_BLOCKS = ("gptq", "rotation_search")
-_REFUSED_BLOCKS = {
-    "token_collector": "it records prompts of a server; give text by [gptq] dataset = 'file:PATH'",
-    "rotation": "no version of Mase reads it; use [rotation_search]",
-}
+_BLOCKS = ("gptq", "rotation_search", COLLECTOR)
+_REFUSED_BLOCKS = {"rotation": "no version of Mase reads it; use [rotation_search]"}
 
 
 class PassArgs(dict):
@@ -50,11 +50,15 @@ def load_quant_config(path: str | Path) -> PassArgs:
     Everything is checked here: raises ``ConfigError`` with ``FILE:LINE:COLUMN``.
     """
     document = read_toml(path)
-    from_tutorial(document.value, document.root)
+    rest = {key: value for key, value in document.value.items() if key != COLLECTOR}
+    if COLLECTOR in document.value:
+        read_collector(Table(f"[{COLLECTOR}]", document.value[COLLECTOR], document.root / COLLECTOR))
+    if rest.keys() - {"by"} or COLLECTOR not in document.value:
+        from_tutorial(rest, document.root)
     raw = dict(document.value)
     args = PassArgs(by=raw.pop("by", "regex_name"))
-    if "gptq" in raw:
-        args["gptq"] = deepcopy(raw.pop("gptq"))
+    # Callers write into these blocks (`device`, `model_name`); selectors are wrapped, as Mase's passes take them.
+    args.update({key: deepcopy(raw.pop(key)) for key in _BLOCKS if key in raw})
     args.update({key: {"config": deepcopy(value)} for key, value in raw.items()})
     args.at = document.root
     return args
@@ -86,8 +90,10 @@ def from_pass_args(pass_args: Mapping[str, Any]) -> Pipeline:
 
 
 def unwrapped(value: Any) -> Any:
-    """What ``{"config": …}`` holds; anything else as it is."""
-    return value["config"] if isinstance(value, Mapping) and value.keys() == {"config"} else value
+    """What ``{"config": …}`` holds, with what a caller wrote beside it; anything else as it is."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("config"), Mapping):
+        return value
+    return {**value["config"], **{key: given for key, given in value.items() if key != "config"}}
 
 
 def from_tutorial(raw: Mapping[str, Any], at: Cursor) -> Pipeline:
@@ -98,6 +104,7 @@ def from_tutorial(raw: Mapping[str, Any], at: Cursor) -> Pipeline:
     top.refuse(_REFUSED_BLOCKS)
     gptq = _block(top, "gptq")
     search = _block(top, "rotation_search")
+    _check_collector(top)
     keys = [key for key in raw if key not in ("by", *_BLOCKS)]
     for key in keys:
         if not isinstance(raw[key], Mapping):
@@ -106,6 +113,19 @@ def from_tutorial(raw: Mapping[str, Any], at: Cursor) -> Pipeline:
     tables = [(key, Table(f"the selector {key!r}", raw[key], at / key)) for key in keys]
     chosen = [one for key, table in tables for one in read_selector(key, table, by)]
     return Emitter(chosen, gptq, search, at).pipeline()
+
+
+def _check_collector(top: Table) -> None:
+    """A collector is no pass: it is checked, and whoever reads the file is told who runs it."""
+    table = _block(top, COLLECTOR)
+    if table is None:
+        return
+    read_collector(table)
+    does = f"[{COLLECTOR}] records what a model is called with"
+    how = "`mxfx collect SOURCE --model M --config FILE`, or attach_token_collector_pass in Python"
+    if top.raw.keys() <= {"by", COLLECTOR}:
+        top.fail(COLLECTOR, f"{does}, and the file says nothing else: there is nothing to compile", how)
+    top.warn(COLLECTOR, f"{does}: no pass does; {how}")
 
 
 def _by(top: Table) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class Job:
 
     ``program`` is the float reference: traced, with weights, no pass run. ``given`` are calibration ids that the
     caller brings (None: a tokenizer reads the data set that a pipeline names). ``warnings`` are about the model itself;
-    ``texts`` are what it writes.
+    ``texts`` are what it writes; ``progress`` shows long steps.
     """
 
     program: Program
@@ -43,6 +43,7 @@ class Job:
     given: Callable[[], Tensor] | None = None
     warnings: tuple[str, ...] = ()
     texts: FloatTexts | None = None
+    progress: Callable[..., Iterator] = track
     _token_sets: dict[CalibrationConfig, TokenSet] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -100,7 +101,7 @@ class Job:
             device=self.device,
             cache=cache,
             strict=strict,
-            progress=track,
+            progress=self.progress,
             reference=self.program,
         )
         if self.given is not None:

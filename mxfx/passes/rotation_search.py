@@ -79,7 +79,9 @@ class RotationSearch(Pass):
         found, unusable = load_decisions(file, key)
         if unusable is not None:
             rw.warn(unusable)
-        if found is None:
+        if found is not None:
+            rw.record.details["from_file"] = str(file)
+        else:
             found = self._search(rw.program, members, ctx, tokens)
             store_decisions(file, key, found)
         rw.record.details.update(found)
@@ -108,7 +110,14 @@ class RotationSearch(Pass):
                 break
             winners.append(winner)
             best = tried[winner]
-        return {"winners": winners, "baseline": baseline, "perplexity": best, "tokens": tokens.numel(), "steps": steps}
+        return {
+            "winners": winners,
+            "baseline": baseline,
+            "perplexity": best,
+            "tokens": tokens.numel(),
+            "nodes": {site: len(nodes) for site, nodes in members.items()},
+            "steps": steps,
+        }
 
     def _key(self, program: Program, ctx: Context, tokens: Tensor) -> str:
         output = next(n for n in program.graph.nodes if n.op == "output")

@@ -37,6 +37,7 @@ RULES = [
 ]
 RAISE = ["raise-norm", "raise-rope", "raise-attention"]
 
+COLLECTOR = "by = 'regex_name'\n[token_collector]\ntarget_nsamples = 4\nseqlen = 16\nsave_path = 'c.pt'\n"
 LINEAR = "name = 'mxint'\nweight_width = 4\nweight_block_size = 32\n"
 FLOAT_WEIGHT = "weight_exponent_width = 3\nweight_frac_width = 4\n"
 FLOAT_INPUT = "data_in_exponent_width = 3\ndata_in_frac_width = 4\n"
@@ -148,9 +149,13 @@ def tutorial_loader(path: Path) -> dict:
 
 
 @pytest.mark.parametrize("name", TUTORIAL)
-def test_the_loader_gives_what_the_tutorial_s_loader_gives(name: str) -> None:
+def test_the_loader_gives_what_plena_s_loader_gives(name: str) -> None:
+    """The tutorial's, but for a ``rotation_search`` that callers write ``device`` and ``model_name`` into."""
     args = load_quant_config(CONFIGS / name)
-    assert args == tutorial_loader(CONFIGS / name)
+    expected = tutorial_loader(CONFIGS / name)
+    if "rotation_search" in expected:
+        expected["rotation_search"] = expected["rotation_search"]["config"]
+    assert args == expected
     assert ("rotation_search" in args) == ("c_rot" in name)
 
 
@@ -277,6 +282,17 @@ def test_what_callers_of_mase_set_is_taken() -> None:
         pipeline_of(with_gptq("hf_token = 'secret'\n"))
 
 
+def test_a_collector_beside_selectors_is_named_and_leaves_the_pipeline_alone(tmp_path: Path) -> None:
+    with pytest.warns(DialectWarning, match=r"t\.toml:6:1: .token_collector. records .*no pass does; `mxfx collect"):
+        found = pipeline_of(selector(LINEAR) + COLLECTOR.partition("\n")[2])
+    assert names_of(found) == names_of(pipeline_of(selector(LINEAR)))
+    (tmp_path / "c.toml").write_text(COLLECTOR)
+    assert load_quant_config(tmp_path / "c.toml") == {
+        "by": "regex_name",
+        "token_collector": {"target_nsamples": 4, "seqlen": 16, "save_path": "c.pt"},
+    }
+
+
 def test_norms_of_queries_and_keys_become_a_rule_of_their_own() -> None:
     text = attention(kv_cache=INPUT) + f"['a'.qk_norm]\n{FLOAT_INPUT}{FLOAT_WEIGHT}"
     assert options_of(pipeline_of(text), "annotate")["rule"] == [
@@ -342,7 +358,10 @@ def test_a_rotation_search_alone_brings_its_calibration() -> None:
     [
         ("by = 'type'", "1:1", "mxfx matches by module path"),
         ("by = 'regex_name'\nbypas = true", "2:1", "unknown key 'bypas'"),
-        ("by = 'regex_name'\n[token_collector]\nseqlen = 1", "2:1", "'token_collector'"),
+        ("by = 'regex_name'\n[token_collector]\nseqlen = 1", "2:1", "lacks the key 'target_nsamples'"),
+        (COLLECTOR.replace("seqlen = 16", "seqlen = 0"), "4:1", "1 or more"),
+        (COLLECTOR + "nsamples = 1", "6:1", "did you mean 'target_nsamples'?"),
+        (COLLECTOR, "2:1", "nothing to compile"),
         ("by = 'regex_name'\n[rotation]\nonline_rotate = true", "2:1", "'rotation'"),
         (selector(LINEAR, "(m"), "2:1", "no regular expression"),
         (selector("weight_width = 4"), "2:1", "lacks the key 'name'"),
