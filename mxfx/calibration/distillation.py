@@ -51,7 +51,8 @@ class History:
 
 
 class Distillation:
-    """Tunes ``parameters`` so that ``loss`` of a batch falls; ``take`` gives the batch of those of ``count`` samples.
+    """Tunes ``parameters`` so that ``loss`` of a batch falls; ``take`` gives its operands for chosen ones of
+    ``count`` samples.
 
     ``check`` gives the held-out loss of the parameters as they are. Samples are drawn without one coming twice before
     all have come once. With a ``file`` the state is kept there and found again: a run that was killed ends, on a CPU,
@@ -62,9 +63,9 @@ class Distillation:
         self,
         plan: Plan,
         parameters: Mapping[str, nn.Parameter],
-        loss: Callable[[Tensor], Tensor],
+        loss: Callable[..., Tensor],
         check: Callable[[], float],
-        take: Callable[[Tensor], Tensor],
+        take: Callable[[Tensor], tuple[Tensor, ...]],
         count: int,
         ctx: Context,
         *,
@@ -133,7 +134,7 @@ class Distillation:
         parts = batch.tensor_split(self._plan.accumulate) if self._plan.accumulate > 1 else [batch]
         sums: list[Tensor] = []
         for part in parts:
-            self._step(self._take(part))
+            self._step(*self._take(part))
             if len(parts) == 1:
                 return
             grads = [p.grad for p in self._parameters.values() if p.grad is not None]

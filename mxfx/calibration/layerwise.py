@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from mxfx.calibration.distillation import Distillation, History, Plan
+from mxfx.calibration.staged import attribute, run_stage
 from mxfx.calibration.stages import Stage, cut
-from mxfx.calibration.training import attribute, looked_up, run_stage
+from mxfx.calibration.training import looked_up
 from mxfx.rewrite import Context
 
 _LOOKUPS = (looked_up, torch.ops.aten.embedding.default)
@@ -186,7 +187,7 @@ def tune_layers(
                 mine,
                 loss,
                 check,
-                hidden.__getitem__,
+                lambda chosen, states=hidden: (states[chosen],),  # type: ignore[misc]
                 len(hidden) - kept,
                 ctx,
                 purpose=f"distill layer {index}",

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.checkpoint import checkpoint
 
 import mxfx.ops.kernels  # noqa: F401  (registers the kernels that have derivatives)
-from mxfx.calibration.stages import Stage, cut
 from mxfx.formats import Format
 from mxfx.graph.module import build
 from mxfx.graph.node import operands
 from mxfx.graph.program import Program, compute_dtype
+from mxfx.ops.kernels.limits import has_triton
 from mxfx.rewrite import Rewriter
 from mxfx.rewrite.lowering import lower_calls
 
 #: Rows of logits that are in float32 at one time.
 _ROWS = 2048
+
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 _fake_quantize = torch.ops.mxfx.fake_quantize.default
 
@@ -106,50 +109,22 @@ def _parameter(module: fx.GraphModule, program: Program, name: str, device: torc
     return parameter
 
 
-def checkpointed(module: fx.GraphModule) -> Callable[[Tensor], Tensor]:
-    """The module as a function of ``input_ids`` that keeps, for the gradient, only what crosses from layer to layer.
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Only kernels that give the same bits each time; a block for the whole process.
 
-    Each decoder layer runs a second time when its gradient is asked for (arXiv 1604.06174): memory of one layer and one
-    value a layer, for a third more work.
+    Raises ``ValueError`` for a GPU where cuBLAS was not told to.
     """
-    stages = cut(module.graph, frozenset(), within_layer=False)
-    result = next(node for node in module.graph.nodes if node.op == "output").args[0]
-    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-
-    def call(ids: Tensor) -> Tensor:
-        env: dict[fx.Node, Any] = {node: ids if node.target == "input_ids" else None for node in inputs}
-        for stage in stages:
-            wanted = [*stage.outputs, *([result] if result in stage.nodes else [])]
-
-            def run(*values: Any, stage: Stage = stage, wanted: list[fx.Node] = wanted) -> tuple:
-                return run_stage(module, stage, dict(zip(stage.inputs, values, strict=True)), wanted)
-
-            given = [env[node] for node in stage.inputs]
-            if stage.layer is None:
-                found = run(*given)
-            else:
-                found = checkpoint(run, *given, use_reentrant=False, preserve_rng_state=False)
-            env.update(zip(wanted, found, strict=True))
-            for node in stage.last_use:
-                env.pop(node, None)
-        return env[result]
-
-    return call
-
-
-def run_stage(module: fx.GraphModule, stage: Stage, env: dict[fx.Node, Any], wanted: Sequence[fx.Node]) -> tuple:
-    """The values of ``wanted`` nodes of a stage of the module's graph; ``env`` holds the stage's inputs."""
-    env.update({node: attribute(module, str(node.target)) for node in stage.weights})
-    for node in stage.nodes:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
-        env[node] = node.target(*args, **kwargs)
-    return tuple(env[node] for node in wanted)
-
-
-def attribute(module: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer by its dotted name."""
-    path, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(path), leaf)
+    if device.type == "cuda" and os.environ.get(_CUBLAS) not in (":4096:8", ":16:8"):
+        raise ValueError(f"deterministic: cuBLAS gives the same bits only where the run starts with {_CUBLAS}=:4096:8")
+    before, fills = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 class _Divergence(torch.autograd.Function):
@@ -158,6 +133,12 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, actual: Tensor, expected: Tensor) -> Tensor:
         rows = actual.numel() // actual.shape[-1]
+        if actual.is_cuda and has_triton() and actual.is_contiguous() and expected.is_contiguous():
+            from mxfx.ops.kernels.divergence_triton import divergence_triton
+
+            found, gradient = divergence_triton(actual.flatten(0, -2), expected.flatten(0, -2))
+            ctx.save_for_backward(gradient.view_as(actual))
+            return found.mean()
         total = actual.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(actual)
         parts = (t.flatten(0, -2).split(_ROWS) for t in (actual, expected, gradient))
@@ -185,48 +166,47 @@ def divergence(actual: Tensor, expected: Tensor) -> Tensor:
 
 
 class GradientStep:
-    """Gradients of a loss of token ids ``(batch, seq)``, anew at each call, in ``parameters``' ``grad``.
+    """Gradients of a loss of tensors ``(batch, …)``, anew at each call, in ``parameters``' ``grad``.
 
     On CUDA the first call records one graph of kernels and every call replays it: the host takes longer to launch
     thousands of small kernels than the device to run them. So all batches have one shape there.
     """
 
-    def __init__(
-        self, loss: Callable[[Tensor], Tensor], parameters: Sequence[nn.Parameter], device: torch.device
-    ) -> None:
+    def __init__(self, loss: Callable[..., Tensor], parameters: Sequence[nn.Parameter], device: torch.device) -> None:
         self._loss = loss
         self._parameters = parameters
         self._device = device
-        self._recorded: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
+        self._recorded: tuple[torch.cuda.CUDAGraph, list[Tensor]] | None = None
 
-    def __call__(self, ids: Tensor) -> None:
+    def __call__(self, *given: Tensor) -> None:
         if self._device.type != "cuda":
             self._clear()
-            self._loss(ids.to(self._device)).backward()
+            self._loss(*(tensor.to(self._device) for tensor in given)).backward()
             return
         if self._recorded is None:
-            self._recorded = self._record(ids.to(self._device, copy=True))
-        graph, place = self._recorded
-        place.copy_(ids)
+            self._recorded = self._record([tensor.to(self._device, copy=True) for tensor in given])
+        graph, places = self._recorded
+        for place, tensor in zip(places, given, strict=True):
+            place.copy_(tensor)
         graph.replay()
 
     def _clear(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def _record(self, ids: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """The graph, and where it reads its ids. Warms up on a stream of its own, as recording demands."""
+    def _record(self, given: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+        """The graph, and where it reads what it is given. Warms up on a stream of its own, as recording demands."""
         current, aside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
             for _ in range(2):
                 self._clear()
-                self._loss(ids).backward()
+                self._loss(*given).backward()
         current.wait_stream(aside)
         # Gradients must be born inside the graph, where each replay writes them again.
         self._clear()
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._loss(ids).backward()
-        return graph, ids
+            self._loss(*given).backward()
+        return graph, given

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -13,7 +14,9 @@ from torch import Tensor, fx, nn
 from mxfx.calibration.distillation import Distillation, History, Plan
 from mxfx.calibration.keys import Keys, environment, token_key
 from mxfx.calibration.layerwise import LayeredModel, tune_layers
-from mxfx.calibration.training import checkpointed, divergence, trainable
+from mxfx.calibration.staged import Staged
+from mxfx.calibration.teacher import Samples, Teacher
+from mxfx.calibration.training import deterministic, divergence, trainable
 from mxfx.formats import Format
 from mxfx.graph.node import info, kind
 from mxfx.graph.program import Program
@@ -28,6 +31,8 @@ Free = Literal["gains", "biases", "transforms", "embedding", "head"]
 
 #: Samples that are enough to tell states apart.
 _MOST_HELD_OUT = 64
+#: Of which so many run together.
+_AT_ONCE = 8
 
 
 @register
@@ -51,7 +56,8 @@ class Distill(Pass):
     square. Weights that no pass has rounded yet begin where they are and end on their grids, which works better than to
     begin with GPTQ's. No sample comes twice before all have come. ``held_out`` of the samples, at most 64, are kept
     apart: the state with the least KL on them is taken; if none is better than the first, the weights are only rounded
-    to nearest and the run is warned. The device holds both models and 16 bytes for each weight that is tuned.
+    to nearest and the run is warned. The device holds both models and 16 bytes for each weight that is tuned; where they
+    fit a quarter of its free memory, also the float model's last states of all samples, each computed once.
 
     scope: ``model`` tunes all weights together; ``layer`` each decoder layer in turn, so that its output agrees with
         the float layer's on quantized inputs: the device holds one layer and a batch, not the model.
@@ -63,6 +69,10 @@ class Distill(Pass):
         invertible), embedding, head; without a format these stay in the model's own precision.
     accumulate: parts that a batch is cut into where the device cannot hold it; their gradients are summed.
     recompute: keep only what crosses from layer to layer, and run each layer again for its gradient.
+    compile: run decoder layers through ``torch.compile`` while tuning, not while states are compared: faster on a GPU
+        after half a minute, with other last bits; where it fails the run is warned and goes on without.
+    deterministic: take only kernels that give the same bits each time, so that a run on a GPU can be repeated and
+        resumed byte for byte; slower, not with ``compile``, and ``CUBLAS_WORKSPACE_CONFIG=:4096:8`` has to be set.
     checks: how often the held-out samples are measured.
     checkpoint_every: steps between two checkpoints in the run's cache; 0 writes none.
     """
@@ -81,6 +91,8 @@ class Distill(Pass):
     tune: tuple[Free, ...] = ()
     accumulate: int = 1
     recompute: bool = False
+    compile: bool = False
+    deterministic: bool = False
     checks: int = 8
     checkpoint_every: int = 0
 
@@ -88,6 +100,12 @@ class Distill(Pass):
         for name, low in (("steps", 1), ("batch_size", 1), ("accumulate", 1), ("checks", 1), ("checkpoint_every", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name!r} is {getattr(self, name)}, must be at least {low}")
+        if self.compile and self.deterministic:
+            raise ValueError(
+                "'compile' and 'deterministic' exclude each other: compiled kernels are tuned anew each run"
+            )
+        if self.compile and self.scope == "layer":
+            raise ValueError("'compile' goes with scope = 'model' alone")
         if not self.learning_rate > 0:
             raise ValueError(f"'learning_rate' is {self.learning_rate}, must be positive")
         if not 0 < self.held_out < 1:
@@ -108,7 +126,8 @@ class Distill(Pass):
             return
         free = free_weights(rw.program, self.tune, self.select) - set(grids)
         tune = self._end_to_end if self.scope == "model" else self._by_layer
-        tuned = tune(rw, ctx, grids, free)
+        with deterministic(ctx.device) if self.deterministic else nullcontext():
+            tuned = tune(rw, ctx, grids, free)
         for weight, nodes in targets.items():
             _round(rw, weight, nodes, formats[weight], tuned.get(weight))
         for weight in sorted(free & set(tuned)):
@@ -118,24 +137,33 @@ class Distill(Pass):
         """Weights by name, tuned so that the logits agree; none where that made nothing better."""
         assert ctx.reference is not None
         student, parameters = trainable(rw.program, grids, ctx.device, free=free)
-        teacher, _ = trainable(ctx.reference, {}, ctx.device)
-        run = checkpointed(student) if self.recompute else student
-        train, kept = _split(ctx.tokens(), self.held_out)
+        teacher = Teacher(Staged(trainable(ctx.reference, {}, ctx.device)[0]), ctx)
+        tokens, last = _split(ctx.tokens(), self.held_out)
+        often = self.steps * self.batch_size > len(tokens)
+        train = teacher.samples(tokens, self.batch_size, often=often)
+        kept = teacher.samples(last, self.batch_size, often=self.checks > 1)
         matrices = [parameters[name] for name in sorted(free & free_weights(rw.program, ("transforms",), ALL))]
+        run = Staged(student, recompute=self.recompute, compiled=self.compile)
+
+        def loss(*given: Tensor) -> Tensor:
+            return divergence(run(given[0]), teacher.logits(*given))
 
         def check() -> float:
             # A matrix that lost its inverse would be no change of basis any more.
-            return _mean_kl(student, teacher, kept, ctx) if _invertible(matrices) else float("inf")
+            return _mean_kl(student, teacher, kept) if _invertible(matrices) else float("inf")
 
+        if self.compile and (reason := _fails(loss, train.take(slice(self.batch_size)), parameters)):
+            rw.warn(f"torch.compile does not take the layers, which run as they are: {reason}")
+            run = Staged(student, recompute=self.recompute)
         loop = Distillation(
             self._plan(),
             parameters,
-            lambda ids: _kl(run, teacher, ids),
+            loss,
             check,
-            train.__getitem__,
+            train.take,
             len(train),
             ctx,
-            file=self._file(rw.program, ctx, train),
+            file=self._file(rw.program, ctx, tokens),
         )
         history = loop.run()
         self._account(rw, history, len(kept), sorted(free))
@@ -268,14 +296,24 @@ def _split(tokens: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
     return tokens[:-kept], tokens[-kept:]
 
 
-def _kl(student: nn.Module, teacher: nn.Module, ids: Tensor) -> Tensor:
+def _mean_kl(student: nn.Module, teacher: Teacher, kept: Samples) -> float:
     """Mean KL(teacher ‖ student) of the next token, nats."""
+    parts = []
     with torch.no_grad():
-        expected = teacher(ids)
-    return divergence(student(ids), expected)
+        for start in range(0, len(kept), _AT_ONCE):
+            given = kept.take(slice(start, start + _AT_ONCE))
+            parts.append(divergence(student(given[0]), teacher.logits(*given)) * len(given[0]))
+    return float(torch.stack(parts).sum()) / len(kept)
 
 
-def _mean_kl(student: nn.Module, teacher: nn.Module, tokens: Tensor, ctx: Context) -> float:
-    with torch.no_grad():
-        parts = [_kl(student, teacher, ids.to(ctx.device)) * len(ids) for ids in tokens.split(8)]
-    return float(torch.stack(parts).sum()) / len(tokens)
+def _fails(loss: Callable[..., Tensor], given: tuple[Tensor, ...], parameters: Mapping[str, nn.Parameter]) -> str:
+    """Why the loss and its gradient cannot be computed; empty where they can."""
+    try:
+        loss(*given).backward()
+    except Exception as error:
+        # A compiler raises whatever it runs into.
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    finally:
+        for parameter in parameters.values():
+            parameter.grad = None
+    return ""

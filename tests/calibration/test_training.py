@@ -45,6 +45,18 @@ def test_of_equal_logits_it_is_nothing() -> None:
     assert abs(float(divergence(logits, logits))) < 1e-6
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("columns", [11, 5000, 49152])
+def test_the_kernel_s_divergence_and_gradient(columns: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    actual = torch.randn(2, 3, columns, device="cuda", generator=generator, requires_grad=True)
+    expected = torch.randn(2, 3, columns, device="cuda", generator=generator)
+    found, wanted = divergence(actual, expected), _reference(actual, expected)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-7)
+    (of_found,), (of_wanted,) = torch.autograd.grad(found, actual), torch.autograd.grad(wanted, actual)
+    torch.testing.assert_close(of_found, of_wanted, rtol=1e-4, atol=1e-8)
+
+
 def _gradients(device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Gradients of the second of two batches by `GradientStep`, and by autograd alone."""
     program = _program()

@@ -25,6 +25,7 @@ else:
     from mxfx.formats import parse
     from mxfx.ops import block_transform, fused, hadamard, rope
     from mxfx.ops.kernels import cuda, limits
+    from mxfx.ops.kernels.divergence_triton import divergence_triton
     from mxfx.ops.kernels.quantize_triton import fake_quantize_triton
     from mxfx.ops.kernels.transform_triton import transform_triton
 
@@ -55,6 +56,18 @@ else:
         for rule, block in itertools.product(RULES, (32, 20)):
             fmt = parse(f"{element}@{block}/{rule}")
             assert _equal(fake_quantize_triton(x, fmt), fmt.fake_quantize(x)), str(fmt)
+
+    @pytest.mark.parametrize("columns", [11, 4096, 5000])
+    def test_divergence_of_rows_and_its_gradient(columns):
+        actual, expected = 8 * torch.randn(3, columns), 8 * torch.randn(3, columns)
+        expected[:, 5] = -float("inf")
+        found, gradient = divergence_triton(actual, expected)
+        wide = actual.double().requires_grad_()
+        log_a, log_e = wide.log_softmax(-1), expected.double().log_softmax(-1)
+        wanted = torch.where(log_e.exp() > 0, log_e.exp() * (log_e - log_a), 0.0).sum(-1)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+        (of_mean,) = torch.autograd.grad(wanted.mean(), wide)
+        torch.testing.assert_close(gradient.double(), of_mean, rtol=1e-4, atol=1e-7)
 
     def test_any_strides_give_the_reference_contiguous():
         fmt, base = parse("mxint4@32/mse"), torch.randn(3, 5, 4, 64)
