@@ -28,7 +28,7 @@ class Samples:
     def take(self, chosen: Tensor | slice) -> tuple[Tensor, ...]:
         """The chosen samples: their ids and what is kept of them."""
         if isinstance(chosen, Tensor):
-            chosen = chosen.to(self.ids.device)
+            chosen = chosen.to(self.ids.device, non_blocking=True)
         return tuple(tensor[chosen] for tensor in (self.ids, self.states) if tensor is not None)
 
 

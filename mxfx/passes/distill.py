@@ -56,8 +56,8 @@ class Distill(Pass):
     square. Weights that no pass has rounded yet begin where they are and end on their grids, which works better than to
     begin with GPTQ's. No sample comes twice before all have come. ``held_out`` of the samples, at most 64, are kept
     apart: the state with the least KL on them is taken; if none is better than the first, the weights are only rounded
-    to nearest and the run is warned. The device holds both models and 16 bytes for each weight that is tuned; where they
-    fit a quarter of its free memory, also the float model's last states of all samples, each computed once.
+    to nearest and the run is warned. The device holds both models and 16 bytes for each weight that is tuned; where
+    they fit a quarter of its free memory, also the float model's last states of all samples, each computed once.
 
     scope: ``model`` tunes all weights together; ``layer`` each decoder layer in turn, so that its output agrees with
         the float layer's on quantized inputs: the device holds one layer and a batch, not the model.
