@@ -141,7 +141,7 @@ def test_check_needs_no_weights(mxfx: Run, pipeline: Path, model: Path, tmp_path
     (bare / "config.json").write_bytes((model / "config.json").read_bytes())
     said = mxfx("check", pipeline, "--model", bare)
     assert said.code == 0, said.err
-    assert "in order: raise-norm, raise-rope, raise-attention, annotate, round-weights" in said.out
+    assert "in order: raise-norm, raise-rope, raise-attention, split-fused, annotate, round-weights" in said.out
     assert "lower, fold-constants" in " ".join(said.out.split())
     assert "LlamaForCausalLM" in said.out and "2 layers" in said.out
     assert "15 linear, 2 attention, 5 rms_norm, 4 rope, 1 embedding" in said.out
@@ -168,9 +168,9 @@ def test_config_show_ends_with_the_emit_stage_of_the_device(mxfx: Run, pipeline:
         device: re.findall(r'name += "([a-z-]+)"', mxfx("config", "show", pipeline, "--device", device).out)
         for device in ("cpu", "cuda")
     }
-    given = ["raise-norm", "raise-rope", "raise-attention", "annotate", "round-weights"]
+    given = ["raise-norm", "raise-rope", "raise-attention", "split-fused", "annotate", "round-weights"]
     fusions = ["fuse-hadamard-quant", "fuse-norm-quant", "fuse-activation-quant", "fuse-rope-quant"]
-    assert names["cpu"][:5] == names["cuda"][:5] == given
+    assert names["cpu"][:6] == names["cuda"][:6] == given
     assert names["cpu"][-2:] == names["cuda"][-2:] == ["lower", "fold-constants"]
     assert [name for name in names["cuda"] if name not in names["cpu"]] == fusions
 

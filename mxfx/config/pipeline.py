@@ -18,7 +18,7 @@ from mxfx.ground.nearest import did_you_mean
 from mxfx.rewrite import Pass
 
 #: Every pipeline starts with these, visibly; one that the pipeline lists itself is not added.
-RAISE_PASSES = ("raise-norm", "raise-rope", "raise-attention")
+RAISE_PASSES = ("raise-norm", "raise-rope", "raise-attention", "split-fused")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from mxfx.graph.trace import trace
 from mxfx.ground.errors import reason_of
 from mxfx.ops.catalogue import spec
 from mxfx.pipeline.manager import PassManager
+from mxfx.rewrite.parts import whole
 
 #: ``(type, bits, group size)`` of compressed-tensors → format, and whether its values find their codes again.
 _FORMATS = {
@@ -52,7 +53,7 @@ def import_checkpoint(folder: Path, out: Path) -> Iterator[str]:
     if "input =" in rules:
         text += "[[pass]]\nname = 'insert-fake-quant'\n"
     result = PassManager().run(program, loads(text, str(folder)).completed())
-    moved = [name for name in program.weights if not torch.equal(program.weights[name], result.program.weights[name])]
+    moved = [name for name in program.weights if not torch.equal(program.weights[name], whole(result.program, name))]
     if moved:
         raise ModelError(f"{folder}: {moved[0]} does not lie on the grid that config.json names")
     yield from lines

@@ -25,6 +25,8 @@ def refuse(given: Plain) -> str | None:
         return given.lost[0]
     if not given.formats:
         return "no weight is rounded; --to hf writes a plain model"
+    if given.mixed:
+        return f"the parts of {given.mixed[0]} are in several formats: it stores one for the whole"
     kinds = {scheme_of(fmt) for fmt in _linear(given).values()}
     if None in kinds:
         odd = next(f"{name} in {fmt}" for name, fmt in _linear(given).items() if scheme_of(fmt) is None)

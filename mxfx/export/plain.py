@@ -20,10 +20,11 @@ from mxfx.export.errors import ExportError
 from mxfx.export.unpack import unpacked
 from mxfx.formats import E8M0, Encoded, Format, ScaleRule
 from mxfx.graph.execute import execute
-from mxfx.graph.node import info, kind, op_name, path_of
+from mxfx.graph.node import info, kind, op_name, paths_of
 from mxfx.graph.program import Program
 from mxfx.graph.weights import WeightStore
 from mxfx.rewrite.operands import is_rounded
+from mxfx.rewrite.parts import parts, whole
 
 _TRANSFORMS = ("hadamard", "block_transform", "transform_quantize", "hadamard_quantize", "norm_quantize")
 _PROBE = (2, 12)
@@ -38,6 +39,7 @@ class Plain:
     formats: parameter → the format whose grid it lies on, blocks along its last axis.
     inputs: module path → format of its quantized input.
     lost: what the source model does not do and the program does, one sentence each.
+    mixed: parameters whose parts lie on grids of several formats: none of them is the whole parameter's.
     """
 
     program: Program
@@ -46,6 +48,7 @@ class Plain:
     formats: Mapping[str, Format]
     inputs: Mapping[str, Format]
     lost: tuple[str, ...]
+    mixed: tuple[str, ...] = ()
 
     def model(self) -> nn.Module:
         """The source model with this state, without its computed buffers: to be saved, not run.
@@ -99,8 +102,10 @@ def plain(program: Program) -> Plain:
         config.tie_word_embeddings = False
         skeleton = _skeleton(config)
     state = _state(program, skeleton)
-    formats = {name: fmt for name, fmt in _rounded(program).items() if name in state}
-    return Plain(program, config, state, formats, _inputs(program), tuple(_lost(program)))
+    rounded = _rounded(program)
+    formats = {name: fmt for name, fmt in rounded.items() if name in state and fmt is not None}
+    mixed = tuple(name for name, fmt in rounded.items() if fmt is None)
+    return Plain(program, config, state, formats, _inputs(program), tuple(_lost(program)), mixed)
 
 
 def on_grid(weight: Tensor, fmt: Format) -> Encoded:
@@ -141,6 +146,8 @@ def _state(program: Program, skeleton: nn.Module) -> dict[str, Tensor]:
         twin = next((n for n, p in names.items() if p is parameter and n in program.weights), None)
         if name in program.weights or twin is not None:
             tensor = program.weights[name if name in program.weights else twin]
+        elif name in parts(program):
+            tensor = whole(program, name)
         elif (neutral := _neutral(skeleton, name, parameter)) is not None:
             tensor = neutral
         else:
@@ -163,15 +170,19 @@ def _neutral(skeleton: nn.Module, name: str, parameter: nn.Parameter) -> Tensor 
     return fresh.get_parameter(name.rpartition(".")[2]).detach().float()
 
 
-def _rounded(program: Program) -> dict[str, Format]:
-    """Weight → format, for weights that lie on a grid along their last axis."""
-    found: dict[str, Format] = {}
+def _rounded(program: Program) -> dict[str, Format | None]:
+    """Weight → format, for weights that lie on a grid along their last axis; None where their parts lie on several."""
+    found: dict[str, Format | None] = {}
     for node in program.graph.nodes:
         annotation = info(node).formats.get("weight")
         if annotation is not None and is_rounded(node, "weight"):
             name = program.weight_of(node)
             for alias in (name, *program.weights.tied_to(name)):
                 found[alias] = annotation.format
+    for source, held in parts(program).items():
+        of_parts = {found.pop(part, None) for part in held}
+        if of_parts != {None}:
+            found[source] = of_parts.pop() if len(of_parts) == 1 else None
     return found
 
 
@@ -190,7 +201,7 @@ def _agree(program: Program, skeleton: nn.Module) -> bool:
 
 def _inputs(program: Program) -> dict[str, Format]:
     return {
-        path_of(node): info(node).formats["input"].format
+        paths_of(node)[-1]: info(node).formats["input"].format
         for node in program.graph.nodes
         if "input" in info(node).formats and kind(node) == "linear"
     }

@@ -17,6 +17,8 @@ from mxfx.formats import Format
 from mxfx.ops.catalogue import spec
 
 META_KEY = "mxfx"
+#: Note of a product that a pass cut out of a wider one: the module path of that one, which still names it.
+PART_OF = "part-of"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,12 @@ def set_info(node: Node, record: NodeInfo) -> None:
 def path_of(node: Node) -> str:
     """Module path that the node came from, ``""`` for inputs and model-level glue."""
     return info(node).path
+
+
+def paths_of(node: Node) -> tuple[str, ...]:
+    """Every module path by which a node may be called: its own, and that of the product that it is a part of."""
+    record = info(node)
+    return (record.path, str(record.notes[PART_OF])) if PART_OF in record.notes else (record.path,)
 
 
 def layer_index(path: str) -> int | None:

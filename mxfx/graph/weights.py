@@ -173,6 +173,15 @@ class WeightStore(Mapping[str, Tensor]):
         """Let ``view`` name the transposed tensor of a weight, last two axes swapped; both share their memory."""
         self._tensors[view] = self[name].mT
 
+    def add_rows(self, name: str, source: str, rows: Tensor, by: str) -> None:
+        """Let ``name`` hold the ``rows``, int64 ``(n,)``, of a weight's first axis, in its dtype; a run of them shares
+        its memory.
+        """
+        whole, first, count = self[source], int(rows[0]), len(rows)
+        run = torch.equal(rows, torch.arange(first, first + count))
+        self._tensors[name] = whole[first : first + count] if run else whole[rows.to(whole.device)]
+        self.ledger.append(WeightChange(by, name, "", self.hash(name), None))
+
     def untie(self, alias: str, by: str) -> None:
         """Give an alias a tensor of its own, equal to the one that it shared until now."""
         tensor = self[alias]

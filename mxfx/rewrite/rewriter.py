@@ -190,6 +190,10 @@ class Rewriter:
         self.weights.add(name, tensor, self.pass_name, constant=constant)
         return self.weight(name, like)
 
+    def add_rows(self, name: str, source: str, rows: Tensor) -> None:
+        """Add a new weight that is the ``rows`` of another one, in its dtype."""
+        self.weights.add_rows(name, source, rows, self.pass_name)
+
     def _touch_readers(self, name: str) -> None:
         home = self.weights.canonical(name)
         for node in self.graph.nodes:

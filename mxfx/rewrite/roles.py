@@ -8,6 +8,7 @@ role            the product with a weight that …
 ``q_proj``      makes the queries of an attention; ``k_proj``, ``v_proj`` likewise; ``qkv_proj``, ``kv_proj`` make more
 ``o_proj``      reads what an attention, or another mixer of tokens, made
 ``latent``      makes the narrow tensor that a query, key or value projection reads (latent attention)
+``output_gate`` makes what the result of an attention, or another mixer of tokens, is multiplied by
 ``gate_proj``   enters an MLP through its activation; ``up_proj`` beside it, or alone where there is no gate
 ``gate_up_proj``  makes both
 ``down_proj``   closes an MLP
@@ -66,15 +67,36 @@ def role_of(node: fx.Node) -> str:
         return "head"
     if _reads_attention(node):
         return "o_proj"
+    found = _before_mixer(reach)
+    if found:
+        return found
+    return "down_proj" if _closes(node) else _entrance(reach)
+
+
+def role_made(value: fx.Node, product: fx.Node) -> str:
+    """The role that a ``product`` would have if this value, a part of its result, were all of it; ``""`` for none."""
+    reach = _Reach(value, product)
+    return "head" if reach.output else _before_mixer(reach) or _entrance(reach)
+
+
+def _before_mixer(reach: _Reach) -> str:
+    """The role of what a mixer of tokens reads or is weighed by, or of a router."""
     if any(_Reach(reader).attention for reader in reach.readers):
         return "latent"
     if reach.attention:
         return _projection(reach.attention)
     if reach.routes:
         return "router"
-    if _closes(node):
-        return "down_proj"
-    return reach.entrance() if any(_closes(reader) for reader in reach.readers) else ""
+    return "output_gate" if reach.paired and any(map(_reads_attention, reach.readers)) else ""
+
+
+def _entrance(reach: _Reach) -> str:
+    """The role of what an MLP begins with."""
+    if not any(map(_closes, reach.readers)):
+        return ""
+    if reach.paired:
+        return "gate_proj" if reach.activated else "up_proj"
+    return "gate_up_proj" if reach.cut else "up_proj"
 
 
 def _is_token(node: fx.Node | None) -> bool:
@@ -101,22 +123,17 @@ class _Reach:
     """How far a product's result goes before another product, an attention or the residual stream takes it.
 
     ``attention`` names the operands that it becomes; ``readers`` are the products that read it as their input;
-    ``routes`` says that it decides which experts are chosen; ``output`` that it becomes the logits.
+    ``routes`` says that it decides which experts are chosen; ``output`` that it becomes the logits; ``paired`` that
+    another computed value is multiplied by it, ``activated`` after an activation; ``cut`` that only parts of it go on.
     """
 
-    def __init__(self, start: fx.Node) -> None:
+    def __init__(self, start: fx.Node, product: fx.Node | None = None) -> None:
         self.attention: set[str] = set()
         self.readers: list[fx.Node] = []
-        self.routes = self.output = self._paired = self._activated = self._cut = False
-        self._stacked = spec(start).has("experts")
+        self.routes = self.output = self.paired = self.activated = self.cut = False
+        self._stacked = spec(product or start).has("experts")
         self._inside: dict[fx.Node, bool] = {start: False}
         self._walk(start)
-
-    def entrance(self) -> str:
-        """The role of a product that an MLP begins with."""
-        if self._paired:
-            return "gate_proj" if self._activated else "up_proj"
-        return "gate_up_proj" if self._cut else "up_proj"
 
     def _walk(self, start: fx.Node) -> None:
         queue = list(start.users)
@@ -149,9 +166,9 @@ class _Reach:
         if node.target in _SUMS and others:
             return False
         activated = any(self._inside[source] for source in inside)
-        if node.target in _PRODUCTS and others and not self._paired:
-            self._paired, self._activated = True, activated
-        self._cut |= node.target in _CUTS
+        if node.target in _PRODUCTS and others and not self.paired:
+            self.paired, self.activated = True, activated
+        self.cut |= node.target in _CUTS
         self._inside[node] = activated or node.target in _ACTIVATIONS
         return True
 
@@ -160,7 +177,7 @@ class _Reach:
         read = {name for source in inside for name in call.names(source)}
         stacked = call.has("experts")
         # A router picks experts, or weighs what all of them read.
-        self.routes |= "experts" in read or (stacked and not self._stacked and self._paired)
+        self.routes |= "experts" in read or (stacked and not self._stacked and self.paired)
         if call.product is not None and call.product.left in read:
             self.readers.append(reader)
 
@@ -200,7 +217,7 @@ def _above(node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
     seen: set[tuple[fx.Node, bool]] = set()
     while queue:
         source, bent = queue.pop()
-        if (source, bent) in seen or source.op == "get_attr":
+        if (source, bent) in seen or source.op == "get_attr" or source.target in _SHAPES:
             continue
         seen.add((source, bent))
         if (

@@ -9,13 +9,13 @@ from weakref import WeakKeyDictionary
 
 from torch import fx
 
-from mxfx.graph.node import kind, layer_of, path_of
+from mxfx.graph.node import kind, layer_of, paths_of
 from mxfx.ground.nearest import did_you_mean
 from mxfx.rewrite.roles import role_of
 
 #: Role → the roles that it stands for.
 GROUPS = {
-    "attention": ("q_proj", "k_proj", "v_proj", "qk_proj", "kv_proj", "qkv_proj", "o_proj", "latent"),
+    "attention": ("q_proj", "k_proj", "v_proj", "qk_proj", "kv_proj", "qkv_proj", "o_proj", "latent", "output_gate"),
     "mlp": ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
 }
 ROLES = ("embed", "head", "attention", *GROUPS["attention"], *GROUPS["mlp"], "router")
@@ -101,7 +101,7 @@ class Selector:
 
     def __call__(self, node: fx.Node) -> bool:
         """Whether this selector speaks of ``node``."""
-        if not self.names(path_of(node)):
+        if not self.names(*paths_of(node)):
             return False
         if self.type and kind(node) not in _listed(self.type):
             return False
@@ -109,11 +109,11 @@ class Selector:
             return False
         return not self.role or role_of(node) in self._roles
 
-    def names(self, path: str) -> bool:
-        """Whether a module path fits, by the two expressions alone."""
-        if self._pattern.fullmatch(path) is None:
+    def names(self, *paths: str) -> bool:
+        """Whether one of the module paths of a node fits, and none is excluded, by the two expressions alone."""
+        if not any(map(self._pattern.fullmatch, paths)):
             return False
-        return not self.excluded or self._excluded.fullmatch(path) is None
+        return not self.excluded or not any(map(self._excluded.fullmatch, paths))
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:

@@ -35,7 +35,7 @@ RULES = [
     {"match": MATCH_QKVO, "weight": "mxint4@32/ceil", "input": "mxint4@32/ceil"},
     {"match": MATCH_MLP, "weight": "mxint4@32/ceil", "input": "mxint4@32/ceil"},
 ]
-RAISE = ["raise-norm", "raise-rope", "raise-attention"]
+RAISE = ["raise-norm", "raise-rope", "raise-attention", "split-fused"]
 
 COLLECTOR = "by = 'regex_name'\n[token_collector]\ntarget_nsamples = 4\nseqlen = 16\nsave_path = 'c.pt'\n"
 LINEAR = "name = 'mxint'\nweight_width = 4\nweight_block_size = 32\n"

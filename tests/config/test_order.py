@@ -54,9 +54,9 @@ def test_a_pass_after_what_it_forbids_cites_its_line_and_an_order_that_works() -
         check_order(pipeline)
     message = str(caught.value)
     assert message.startswith("p.toml:7:8: pass 'stub-mark' must come before 'stub-rounded'")
-    assert "[4] stub-solve (line 4) makes it true" in message
-    assert "✗ [5] stub-mark (line 6) → [4] stub-solve (line 4)" in message
-    assert "possible: raise-norm, raise-rope, raise-attention, stub-mark, stub-mark, stub-solve" in message
+    assert "[5] stub-solve (line 4) makes it true" in message
+    assert "✗ [6] stub-mark (line 6) → [5] stub-solve (line 4)" in message
+    assert "possible: raise-norm, raise-rope, raise-attention, split-fused, stub-mark, stub-mark, stub-solve" in message
 
 
 def test_a_missing_fact_names_the_pass_that_provides_it() -> None:
