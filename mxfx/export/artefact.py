@@ -1,6 +1,6 @@
 """A program in a folder: printed graph, safetensors, and a manifest that holds both to account. Nothing is pickled.
 
-manifest.json          schema, version, size and hash of the other files; written last
+manifest.json          schema, version, size and hash of the other files, odd layouts of weights; written last
 program.mxir           the printed program (``mxfx.graph.text``): graph, facts, annotations, hash of every weight
 weights.safetensors    the weight store, one tensor a canonical name; above 4 GB weights-00001-of-0000N.safetensors …
 """
@@ -81,6 +81,7 @@ def save(program: Program, folder: Path | str, *, shard_bytes: int = SHARD_BYTES
             PROGRAM: {"bytes": len(text), "blake2b": _hash(text)},
             **sizes,
         },
+        "layouts": {name: axes for name, tensor in program.weights.items() if (axes := _layout(tensor)) is not None},
     }
     write_file(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 
@@ -95,7 +96,8 @@ def load(folder: Path | str) -> Program:
     folder = Path(folder)
     if not folder.is_dir():
         raise ArtefactError(f"{folder} is no folder; give one that a run wrote its model to")
-    shards = _check_files(folder, _read_manifest(folder / MANIFEST))
+    manifest = _read_manifest(folder / MANIFEST)
+    shards = _check_files(folder, manifest)
     text = _read_text(folder / PROGRAM)
     _check_ops(folder / PROGRAM, text)
     weights: dict[str, Tensor] = {}
@@ -104,6 +106,7 @@ def load(folder: Path | str) -> Program:
         if twice := sorted(found.keys() & weights):
             raise ArtefactError(f"{folder / name}: holds {twice[0]!r}, which another file of weights holds too")
         weights |= found
+    _lay_out(weights, manifest.get("layouts", {}), folder / MANIFEST)
     try:
         program = parse(text, weights)
     except TextError as error:
@@ -116,6 +119,23 @@ def load(folder: Path | str) -> Program:
         raise ArtefactError(f"{folder}: its weights hold {strangers[0]!r}, which the program does not name")
     _check_weights(program)
     return program
+
+
+def _layout(tensor: Tensor) -> list[int] | None:
+    """The axes of a tensor from the widest stride to the narrowest; None if they are in order, or overlap."""
+    axes = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
+    return axes if not tensor.is_contiguous() and tensor.permute(axes).is_contiguous() else None
+
+
+def _lay_out(weights: dict[str, Tensor], layouts: object, path: Path) -> None:
+    """Lay weights in memory as they lay when they were saved: the last bits of a product depend on it."""
+    for name, axes in layouts.items() if isinstance(layouts, dict) else [("", layouts)]:
+        tensor = weights.get(name)
+        whole = isinstance(axes, list) and all(type(axis) is int for axis in axes)
+        if tensor is None or not whole or sorted(axes) != list(range(tensor.dim())):
+            raise ArtefactError(f"{path}: 'layouts' must name weights, and all axes of each; it has {name!r}: {axes!r}")
+        inverse = sorted(range(len(axes)), key=axes.__getitem__)
+        weights[name] = tensor.permute(axes).contiguous().permute(inverse)
 
 
 def _shards(weights: Mapping[str, Tensor], limit: int) -> dict[str, list[str]]:

@@ -150,7 +150,7 @@ class WeightStore(Mapping[str, Tensor]):
         """
         home = self.canonical(name)
         before = self._tensors[home]
-        after = tensor.detach().to(self.working) if tensor.is_floating_point() else tensor.detach()
+        after = self._kept(tensor)
         if after.data_ptr() == before.data_ptr() and after.device.type != "meta":
             after = after.clone()
         old_hash = self.hash(home)
@@ -164,10 +164,14 @@ class WeightStore(Mapping[str, Tensor]):
         """
         if name in self:
             raise ValueError(f"weight {name!r} exists; a new weight needs a new name")
-        self._tensors[name] = tensor.detach().to(self.working) if tensor.is_floating_point() else tensor.detach()
+        self._tensors[name] = self._kept(tensor)
         if constant:
             self.constants |= {name}
         self.ledger.append(WeightChange(by, name, "", self.hash(name), None))
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        """As stored: the order of its axes in memory does not tell by which arithmetic a pass came to it."""
+        return (tensor.to(self.working) if tensor.is_floating_point() else tensor).detach().contiguous()
 
     def add_transposed(self, name: str, view: str) -> None:
         """Let ``view`` name the transposed tensor of a weight, last two axes swapped; both share their memory."""

@@ -39,6 +39,8 @@ from mxfx.passes import (
 )
 from mxfx.rewrite import Context, Rewriter, Selector, apply
 from mxfx.rewrite.rewriter import clean
+from tests.mixtures import traced_mixture
+from tests.programs import passed
 
 _IDS = torch.arange(3, 25).view(2, 11)
 _MXINT4 = parse("mxint4@32")
@@ -119,6 +121,15 @@ def test_a_program_with_kernels_comes_back_too(tmp_path: Path) -> None:
     assert "mxfx_kernels.fake_quantize" in (tmp_path / PROGRAM).read_text()
     with torch.no_grad():
         assert torch.equal(build(load(tmp_path))(_IDS), build(program)(_IDS))
+
+
+def test_weights_lie_in_memory_as_they_did_and_products_keep_their_last_bits(tmp_path: Path) -> None:
+    program = passed(traced_mixture("gpt_oss"), (RaiseNorm(), RaiseRope(), RaiseAttention()))
+    save(program, tmp_path)
+    again = load(tmp_path)
+    odd = {name: t.stride() for name, t in program.weights.items() if not t.is_contiguous()}
+    assert odd and odd == {name: t.stride() for name, t in again.weights.items() if not t.is_contiguous()}
+    assert torch.equal(_logits(again), _logits(program))
 
 
 def test_saving_again_replaces_what_was_there(saved: Path) -> None:
@@ -228,6 +239,10 @@ _DAMAGE: dict[str, Callable[[Path], None]] = {
     "manifest without files": _manifest(files=None),
     "manifest names another file": _manifest(files={"../evil": {"bytes": 1}}),
     "manifest without sizes": _manifest(files={PROGRAM: {}, WEIGHTS: {}}),
+    "layouts are a number": _manifest(layouts=7),
+    "layout of a stranger": _manifest(layouts={"strange": [1, 0]}),
+    "layout of another axis": _manifest(layouts={"model.norm.weight": [1]}),
+    "layout in words": _manifest(layouts={"model.norm.weight": ["0"]}),
     "manifest with a size in words": _manifest(files={PROGRAM: {"bytes": "1"}, WEIGHTS: {"bytes": True}}),
     "program empty": _cut(PROGRAM, 0),
     "program cut": _cut(PROGRAM, 0.7),

@@ -122,6 +122,13 @@ def test_close_is_held_on_the_float64_twin_to_its_tolerance(program):
         manager.run(program("llama-tiny", "raised"), [NudgeClose(by=1e-7)])
 
 
+def test_a_scale_of_the_whole_tensor_that_moves_by_a_hair_flips_no_code(program):
+    """NVFP4's: every rounded number then moves with it, and the lowered Hadamard matrix rounds otherwise."""
+    rotated = "annotate{rule=[{match='.*_proj',input=nvfp4}]},transform-inputs,insert-fake-quant,lower"
+    result = PassManager([Numbers()]).run(program("llama-tiny", "raised"), from_text(rotated))
+    assert result.steps[-1].findings["numerics"]["flipped"] <= 20
+
+
 def test_local_compares_region_by_region(program):
     manager = PassManager([Numbers()])
     result = manager.run(program("llama-tiny", "quantized"), [NudgeLocal(by=1e-3)])
