@@ -39,7 +39,9 @@ def _annotate(random: Random) -> str:
     if random.random() < 0.15:
         rules.append(_rule(random, random.choice(("embed", "head", "embed, head")), ("weight", "input"), 0.5))
     if random.random() < 0.2:
-        rules.insert(0, _rule(random, "attention, mlp", ("weight", "input"), 0.7, random.choice(("layers='0'", "layers='-1'"))))
+        rules.insert(
+            0, _rule(random, "attention, mlp", ("weight", "input"), 0.7, random.choice(("layers='0'", "layers='-1'")))
+        )
     if random.random() < 0.1:
         rules.append("{match='.*',rope=" + random.choice(FORMATS) + "}")
     rules = rules or [_rule(random, "mlp", ("weight",), 1)]
