@@ -22,7 +22,7 @@ from mxfx.rewrite import PassRecord, apply
 from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.cache import cache_bytes, cache_specs
 
-_COUNTED = ("linear", "expert_linear", "attention", "rms_norm", "rope", "embedding")
+_COUNTED = ("linear", "expert_linear", "attention", "rms_norm", "layer_norm", "rope", "embedding")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,11 @@ class Checked:
         yield f"model: {program.source.name} ({program.source.architecture}), {layers} layers, {weights:,} weights"
         yield (
             f"graph: {count} nodes, {count / max(layers, 1):.1f} per layer, traced in {self.trace_seconds:.1f} s; "
-            + ", ".join(f"{calls[name]} {name}" for name in _COUNTED if calls[name] or name != "expert_linear")
+            + ", ".join(
+                f"{calls[name]} {name}"
+                for name in _COUNTED
+                if calls[name] or name not in ("expert_linear", "layer_norm")
+            )
         )
         if self.proof is not None:
             lengths = " and ".join(map(str, self.proof.lengths))

@@ -20,9 +20,10 @@ from mxfx.export.errors import ExportError
 from mxfx.export.unpack import unpacked
 from mxfx.formats import E8M0, Encoded, Format, ScaleRule
 from mxfx.graph.execute import execute
-from mxfx.graph.node import info, kind, op_name, paths_of
+from mxfx.graph.node import info, kind, op_name, path_of, paths_of
 from mxfx.graph.program import Program
 from mxfx.graph.weights import WeightStore
+from mxfx.rewrite.basis import bias_of
 from mxfx.rewrite.operands import is_rounded
 from mxfx.rewrite.parts import parts, whole
 
@@ -155,6 +156,14 @@ def _state(program: Program, skeleton: nn.Module) -> dict[str, Tensor]:
         if tensor.shape != parameter.shape:
             raise ExportError(f"{name} is {tuple(tensor.shape)} in the program, {tuple(parameter.shape)} in the model")
         state[name] = tensor.detach().cpu().to(program.dtype).contiguous()
+    known = {*names, *(part for held in parts(program).values() for part in held)}
+    for node in program.products():
+        bias = bias_of(node)
+        if bias is not None and bias not in known:
+            raise ExportError(
+                f"{path_of(node)} adds {bias}, for which the source model has no place: fuse-norm put the bias of a "
+                "norm there; leave that norm out of its select"
+            )
     return state
 
 

@@ -8,7 +8,7 @@ from mxfx.ops.cast import cast
 from mxfx.ops.dialect import all_ops, define, find_op
 from mxfx.ops.experts import expert_linear
 from mxfx.ops.mixer import mixer
-from mxfx.ops.norm import rms_norm
+from mxfx.ops.norm import layer_norm, rms_norm
 from mxfx.ops.packed import mx_embedding, mx_linear
 from mxfx.ops.plugins import load_ops
 from mxfx.ops.positions import positions, real_tokens
@@ -51,6 +51,7 @@ __all__ = [
     "fake_quantize",
     "find_op",
     "hadamard",
+    "layer_norm",
     "mixer",
     "mx_embedding",
     "mx_linear",

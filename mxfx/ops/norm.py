@@ -1,4 +1,4 @@
-"""``mxfx::rms_norm``."""
+"""``mxfx::rms_norm`` and ``mxfx::layer_norm``."""
 
 from __future__ import annotations
 
@@ -25,3 +25,23 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, 
         return weight * normal.to(x.dtype)
     gain = offset + compute(weight) if offset else weight
     return (normal * gain).to(x.dtype)
+
+
+@define("layer_norm", operands=(weight("weight"), activation("input", "x"), OUTPUT, weight("bias", axis=None)))
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float = 0.0, spelled: bool = False
+) -> Tensor:
+    """Layer norm over the last axis (arXiv 1607.06450, eq. 4), computed in max(float32, input).
+
+    ``x`` is ``(..., hidden)``; ``weight`` and ``bias`` are ``(hidden,)`` or None. The gain is ``offset + weight``.
+    ATen's kernel computes it, or, where a model is ``spelled`` so, the mean, what is left of it and its mean square,
+    one after the other: equal as real functions, not in bits.
+    """
+    gain = weight if weight is None or not offset else weight + offset
+    if not spelled:
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], gain, bias, eps)
+    wide = compute(x)
+    centred = wide - wide.mean(-1, keepdim=True)
+    normal = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
+    normal = normal if gain is None else compute(gain) * normal
+    return (normal if bias is None else normal + compute(bias)).to(x.dtype)

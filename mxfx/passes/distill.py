@@ -251,7 +251,7 @@ def free_weights(program: Program, kinds: tuple[Free, ...], select: Selector) ->
         if not select(node):
             continue
         names = {
-            "gains": _stored(node, 1) if kind(node) == "rms_norm" else None,
+            "gains": _stored(node, 1) if kind(node) in ("rms_norm", "layer_norm") else None,
             "biases": bias_of(node),
             "transforms": _stored(node, 1) if kind(node) == "block_transform" else None,
             "embedding": _stored(node, 0) if kind(node) == "embedding" else None,

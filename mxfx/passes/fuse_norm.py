@@ -1,4 +1,4 @@
-"""``fuse-norm``: the gain of each RMSNorm into the linears that read it."""
+"""``fuse-norm``: the gain and bias of each norm into the linears that read it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mxfx.graph.node import info, kind, op_name, operands, path_of
 from mxfx.graph.program import Program
 from mxfx.ops.catalogue import multiplies, spec, weights_of
 from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
-from mxfx.rewrite.basis import untie
+from mxfx.rewrite.basis import bias_of, free_name, untie
 from mxfx.rewrite.facts import (
     ACTIVATIONS_QUANTIZED,
     KV_QUANTIZED,
@@ -24,6 +24,7 @@ from mxfx.rewrite.facts import (
 )
 from mxfx.rewrite.operands import readers_of
 
+_NORMS = ("rms_norm", "layer_norm")
 #: Views; those that keep the last axis keep its channels.
 _VIEWS = ("aten.reshape.default", "aten.unsqueeze.default", "aten.squeeze.dim")
 
@@ -31,7 +32,7 @@ _VIEWS = ("aten.reshape.default", "aten.unsqueeze.default", "aten.squeeze.dim")
 @register
 @dataclass(frozen=True)
 class FuseNorm(Pass):
-    """Fold the gain of each RMSNorm into the linears that read it; tied embeddings are untied first.
+    """Fold gain and bias of each norm into the linears that read it; tied embeddings are untied first.
 
     Before::
 
@@ -41,11 +42,13 @@ class FuseNorm(Pass):
 
         %y = linear(rms_norm(%x, None, eps), @W * g)
 
-    Gains with an offset (Gemma's ``1 + g``) fold as they act. A norm that anything but a linear reads (q/k norms,
-    norms before a residual sum) keeps its gain. Source: arXiv 2401.15024, §3.1 (RMSNorm commutes with rotations).
+    The bias of a LayerNorm goes the same way: ``linear(layer_norm(%x, @g, @b, eps), @W, @c)`` becomes
+    ``linear(layer_norm(%x, None, None, eps), @W * g, @W b + c)``; a linear without a bias gains one. Gains with an
+    offset (Gemma's ``1 + g``) fold as they act. A norm that anything but a linear reads (q/k norms, norms before a
+    residual sum) keeps its gain. Source: arXiv 2401.15024, §3.1 (RMSNorm commutes with rotations).
 
     Options:
-        keep_tied: a norm whose linear shares its weight with an embedding keeps its gain, so that one tensor stays one.
+        keep_tied: a norm whose linear shares its weight with an embedding stays as it is, so that one tensor stays one.
         select: which norms.
 
     keep_tied: leave a norm alone whose linear shares its weight under another name.
@@ -60,26 +63,51 @@ class FuseNorm(Pass):
     select: Selector = ALL
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
-        for norm in rw.program.nodes("rms_norm"):
+        for norm in rw.program.nodes(*_NORMS):
             if not self.select(norm):
                 continue
-            reason = _refusal(norm)
+            reason = _refusal(rw.program, norm)
             if reason is None and self.keep_tied:
                 reason = _tied(rw.program, norm)
             if reason is not None:
-                rw.skip(norm, reason)
-            elif rw.match(norm, note=f"into {', '.join(path_of(reader) for reader, _ in _readers(norm))}"):
+                rw.skip(norm, reason, done=not _vectors(norm))
+            elif rw.match(norm, note=_note(norm)):
                 _fuse(rw, norm)
 
 
-def _refusal(norm: fx.Node) -> str | None:
-    if norm.args[1] is None:
-        return "it has no gain"
+def _note(norm: fx.Node) -> str:
+    linears = [linear for linear, _ in _readers(norm)]
+    biased = "bias" in _vectors(norm)
+    new = [path_of(linear) for linear in linears if biased and spec(linear).get("bias") is None]
+    return f"into {', '.join(map(path_of, linears))}" + (f"; a bias is new in {', '.join(new)}" if new else "")
+
+
+def _vectors(norm: fx.Node) -> list[str]:
+    """The operands, of gain and bias, that a norm has."""
+    return [name for name in ("weight", "bias") if spec(norm).has(name) and spec(norm).get(name) is not None]
+
+
+def _refusal(program: Program, norm: fx.Node) -> str | None:
+    vectors = _vectors(norm)
+    if not vectors:
+        return "it has no gain" + (" and no bias" if kind(norm) == "layer_norm" else "")
+    for vector in vectors:
+        if vector not in weights_of(norm):
+            return f"its {vector} is computed, not stored"
     for reader, source in _readers(norm):
+        place = path_of(reader) or reader.name
         if not multiplies(reader, source):
             return f"{op_name(reader)} at {path_of(reader) or 'top level'} reads it, which is no linear"
-        if _stored(reader) is None:
-            return f"the weight of {path_of(reader) or reader.name}, which reads it, is computed"
+        for operand in ("weight", "bias") if "bias" in vectors else ("weight",):
+            if not spec(reader).has(operand):
+                return f"{op_name(reader)} at {place}, which reads it, takes no {operand}"
+            given, stored = spec(reader).get(operand), _stored(reader, operand)
+            if given is not None and stored is None:
+                return f"the {operand} of {place}, which reads it, is computed"
+            if stored is not None and not program.weights.tied_to(stored):
+                others = [n for n in _through_casts(readers_of(program, stored)) if n is not reader]
+                if others:
+                    return f"{stored}, which {place} reads, is read by {path_of(others[0]) or others[0].name} too"
     return None
 
 
@@ -93,12 +121,12 @@ def _readers(source: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     return found
 
 
-def _stored(linear: fx.Node) -> str | None:
-    """Name of the weight that a linear multiplies by, as it is or cast; None for one that is computed."""
-    weight = spec(linear).node_of("weight")
-    while weight is not None and kind(weight) == "cast":
-        weight = spec(weight).node_of("x")
-    return str(weight.target) if weight is not None and weight.op == "get_attr" else None
+def _stored(node: fx.Node, operand: str = "weight") -> str | None:
+    """Name of the tensor that a node reads as that operand, as it is or cast; None for none, and for a computed one."""
+    source = spec(node).node_of(operand)
+    while source is not None and kind(source) == "cast":
+        source = spec(source).node_of("x")
+    return str(source.target) if source is not None and source.op == "get_attr" else None
 
 
 def _tied(program: Program, norm: fx.Node) -> str | None:
@@ -112,23 +140,36 @@ def _tied(program: Program, norm: fx.Node) -> str | None:
 
 
 def _fuse(rw: Rewriter, norm: fx.Node) -> None:
-    gain = _gain(rw.program, norm)
+    gain, bias = _gain(rw.program, norm), _bias(rw.program, norm)
     for linear in dict.fromkeys(linear for linear, _ in _readers(norm)):
         if "weight" in weights_of(linear):
             untie(rw, linear)
         name = str(_stored(linear))
-        shared = [reader for reader in _through_casts(readers_of(rw.program, name)) if reader is not linear]
-        if shared:
-            raise ValueError(
-                f"fuse-norm: cannot fold {path_of(norm)} into {path_of(linear)}: {name} is read by "
-                f"{path_of(shared[0]) or shared[0].name} too"
-            )
-        rw.set_weight(name, rw.weights[name].double() * gain)
-    norm.update_arg(1, None)
-    norm.args = norm.args[:3]
+        weight = rw.weights[name].double()
+        if bias is not None:
+            _add_bias(rw, linear, weight @ bias)
+        if gain is not None:
+            rw.set_weight(name, weight * gain)
+    for operand in _vectors(norm):
+        spec(norm).set(rw, operand, None)
+    call = spec(norm)
+    norm.args = (*(call.get(name) for name in list(call.arguments())[: list(call.arguments()).index("eps") + 1]),)
     record = info(norm)
     bare = {o: a for o, a in record.formats.items() if o != "weight"}
     rw.set_info(norm, replace(record, formats=MappingProxyType(bare)))
+
+
+def _add_bias(rw: Rewriter, linear: fx.Node, vector: Tensor) -> None:
+    """Add ``(..., out)`` to what a linear adds already."""
+    name = _stored(linear, "bias")
+    if name is not None:
+        rw.set_weight(name, rw.weights[name].double() + vector)
+        return
+    added = rw.add_weight(free_name(rw, f"{path_of(linear) or linear.name}.bias"), vector, linear)
+    weight = spec(linear).node_of("weight")
+    if weight is not None and kind(weight) == "cast":
+        added = rw.call(weight.target, added, *weight.args[1:], like=linear)
+    spec(linear).set(rw, "bias", added)
 
 
 def _through_casts(readers: list[fx.Node]) -> list[fx.Node]:
@@ -138,16 +179,23 @@ def _through_casts(readers: list[fx.Node]) -> list[fx.Node]:
     return found
 
 
-def _gain(program: Program, norm: fx.Node) -> Tensor:
-    """What the norm multiplies by, float64 ``(hidden,)``."""
-    gain = program.weights[program.weight_of(norm)].double()
-    return gain + float(operands(norm)["offset"])
+def _gain(program: Program, norm: fx.Node) -> Tensor | None:
+    """What the norm multiplies by, float64 ``(hidden,)``; None for a norm without a gain."""
+    if spec(norm).get("weight") is None:
+        return None
+    return program.weights[program.weight_of(norm)].double() + float(operands(norm)["offset"])
+
+
+def _bias(program: Program, norm: fx.Node) -> Tensor | None:
+    """What the norm adds, float64 ``(hidden,)``; None for a norm that adds nothing."""
+    name = bias_of(norm)
+    return None if name is None else program.weights[name].double()
 
 
 @NORMS_FUSED.means
 def norms_fused(program: Program, selected: Selected) -> str | None:
     """Of the whole program: a rotation of the residual axis meets every norm."""
-    for norm in program.nodes("rms_norm"):
-        if _refusal(norm) is None and _tied(program, norm) is None:
-            return f"{norm.name} ({path_of(norm)}) still has a gain"
+    for norm in program.nodes(*_NORMS):
+        if _refusal(program, norm) is None and _tied(program, norm) is None:
+            return f"{norm.name} ({path_of(norm)}) still has a gain or a bias"
     return None

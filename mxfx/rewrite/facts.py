@@ -81,7 +81,7 @@ def all_facts() -> dict[str, Fact]:
     return dict(_FACTS)
 
 
-NORMS_RAISED = Fact("norms-raised", "every RMSNorm is one node")
+NORMS_RAISED = Fact("norms-raised", "every RMSNorm and LayerNorm is one node")
 ROPES_RAISED = Fact("ropes-raised", "every rotary embedding is one node")
 ATTENTION_RAISED = Fact("attention-raised", "every attention is one node")
 RAISED = Fact("raised", "norms, rotary embeddings and attention are single nodes")

@@ -80,6 +80,12 @@ SAMPLES: dict[str, list[tuple]] = {
     "fake_quantize": [(randn(2, 40), "mxint4@32", -1), (randn(40, 2), "mxfp4_e2m1@32/mse", 0)],
     "hadamard": [(randn(2, 8), 4), (randn(2, 24), 12)],
     "hadamard_quantize": [(randn(2, 8), 4, "mxint4@4"), (randn(2, 48), 24, "mxint8@8/mse")],
+    "layer_norm": [
+        (randn(2, 8), randn(8), randn(8, seed=1), 1e-5),
+        (randn(2, 8), None, None, 1e-5),
+        (randn(2, 8), randn(8), None, 1e-5, 1.0),
+        (randn(2, 8), randn(8), randn(8, seed=1), 1e-5, 1.0, True),
+    ],
     "mixer": [([randn(2, 6, 5), randn(6, 4, seed=1), None], CONVOLUTION, '[[{"tensor": 0}, {"tensor": 1}, null], {}]')],
     "norm_quantize": [
         (randn(2, 8), randn(8), MATRIX, "mxint4@4", 1e-6, 1.0, True),
@@ -152,7 +158,7 @@ def test_the_result_shares_no_memory_with_an_operand(name: str, index: int) -> N
     assert all(a.untyped_storage().data_ptr() != result for a in args if isinstance(a, Tensor))
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "rope", "attention", "hadamard", "block_transform"])
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "rope", "attention", "hadamard", "block_transform"])
 def test_the_derivative_is_that_of_the_definition(name: str) -> None:
     for sample in SAMPLES[name]:
         args = [a.double().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in sample]
@@ -196,6 +202,14 @@ def test_rms_norm_is_the_paper_s_in_float64() -> None:
     assert torch.allclose(ops.rms_norm(x, gain, 1e-5), gain * x / root, rtol=1e-14)
     assert torch.allclose(ops.rms_norm(x, gain, 1e-5, 1.0, True), (1 + gain) * x / root, rtol=1e-14)
     assert torch.allclose(ops.rms_norm(x, None, 1e-5), x / root, rtol=1e-14)
+
+
+def test_layer_norm_is_the_paper_s_in_float64_however_it_is_spelled() -> None:
+    x, gain, bias = (randn(*shape, dtype=torch.float64, seed=i) for i, shape in enumerate([(3, 8), (8,), (8,)]))
+    normal = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    for spelled in (False, True):
+        assert torch.allclose(ops.layer_norm(x, gain, bias, 1e-5, 1.0, spelled), (1 + gain) * normal + bias, rtol=1e-13)
+        assert torch.allclose(ops.layer_norm(x, None, None, 1e-5, 0.0, spelled), normal, rtol=1e-13)
 
 
 def test_rms_norm_squares_in_float32_where_half_precision_overflows() -> None:

@@ -12,7 +12,7 @@ from mxfx.rewrite import Pass, apply
 from tests.architectures import build
 
 #: Gains that are cast before they are applied; halves that turn the other way round; pairs that lie side by side.
-CAST_GAIN, TURNED_BACK, INTERLEAVED = "helium", "nanochat", "ernie4_5"
+CAST_GAIN, TURNED_BACK, INTERLEAVED, CENTRED = "helium", "nanochat", "ernie4_5", "cohere"
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,18 @@ FORMULAS: dict[tuple[str, int], dict[str, Callable[[WeightStore], Tensor]]] = {
     ("round-weights", 0): {"w": lambda w: on_grid(w["w"])},
     ("fuse-norm", 0): {"w": lambda w: w["w"].double() * w["g"].double()},
     ("fuse-norm", 1): {n: lambda w, n=n: w[n].double() * w["g"].double() for n in "qk"},
+    ("fuse-norm", 3): {
+        "q": lambda w: w["q"].double() * (w["g"].double() + 1),
+        "c": lambda w: w["c"].double() + w["q"].double() @ w["b"].double(),
+        "k": lambda w: w["k"].double() * (w["g"].double() + 1),
+        "b.bias": lambda w: w["k"].double() @ w["b"].double(),
+    },
+    ("center-residual", 0): {
+        "e": lambda w: w["e"].double() - w["e"].double().mean(1, keepdim=True),
+        "a": lambda w: w["a"].double(),
+        "o": lambda w: w["o"].double() - w["o"].double().mean(0, keepdim=True),
+        "c": lambda w: w["c"].double() - w["c"].double().mean(),
+    },
     ("rotate-value", 1): {
         "v": lambda w: rotation(16, 32).T @ w["v"].double(),
         "b": lambda w: w["b"].double() @ rotation(16, 32),

@@ -9,7 +9,7 @@ from mxfx.graph.regions.features import Features, features
 from mxfx.graph.regions.gated import GatedRegion, Writer, gated_regions
 from mxfx.graph.regions.inputs import siblings
 from mxfx.graph.regions.ops import Refusal
-from mxfx.graph.regions.residual import AxisRegion, residual_regions
+from mxfx.graph.regions.residual import AxisRegion, Stream, residual_regions, residual_streams
 
 __all__ = [
     "AxisRegion",
@@ -17,11 +17,13 @@ __all__ = [
     "GatedRegion",
     "Refusal",
     "RotaryRegion",
+    "Stream",
     "ValueRegion",
     "Writer",
     "features",
     "gated_regions",
     "residual_regions",
+    "residual_streams",
     "rotary_region",
     "siblings",
     "value_region",
