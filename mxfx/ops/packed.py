@@ -1,4 +1,4 @@
-"""``mxfx::mx_linear`` and ``mxfx::mx_embedding``: weights as packed codes and shared scales."""
+"""``mx_linear``, ``mx_expert_linear`` and ``mx_embedding``: weights as packed codes and shared scales."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from mxfx.formats.stored import restore
 from mxfx.ops.catalogue import OUTPUT, Contraction, activation, plain, weight
 from mxfx.ops.dialect import define
+from mxfx.ops.experts import expert_linear
 from mxfx.ops.quantize import _format
 
 
@@ -20,18 +21,23 @@ def _gathered(codes: Tensor, scales: Tensor, ids: Tensor, format: str, width: in
     return codes.new_empty((*ids.shape, width), dtype=torch.float32)
 
 
-@define(
-    "mx_linear",
-    operands=(
-        weight("weight", "codes", features=-2),
-        weight("scales", axis=None),
-        activation("input", "x"),
-        OUTPUT,
-        weight("bias"),
-    ),
-    contracts=(Contraction("input", "weight", over="input channels"),),
-    fake=_projected,
+def _through_experts(
+    x: Tensor, codes: Tensor, scales: Tensor, experts: Tensor, bias: Tensor | None, format: str
+) -> Tensor:
+    return x.new_empty((*experts.shape, codes.shape[1]))
+
+
+_OPERANDS = (
+    weight("weight", "codes", features=-2),
+    weight("scales", axis=None),
+    activation("input", "x"),
+    OUTPUT,
+    weight("bias"),
 )
+_CONTRACTS = (Contraction("input", "weight", over="input channels"),)
+
+
+@define("mx_linear", operands=_OPERANDS, contracts=_CONTRACTS, fake=_projected)
 def mx_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str) -> Tensor:
     """``linear(x, w, bias)`` with ``w`` ``(out, in)`` decoded from what ``mxfx.formats.stored.store`` gave.
 
@@ -40,6 +46,18 @@ def mx_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, for
     whose weight was decoded first.
     """
     return F.linear(x, restore(codes, scales, _format(format), x.shape[-1], x.dtype), bias)
+
+
+@define("mx_expert_linear", operands=(*_OPERANDS, plain("experts")), contracts=_CONTRACTS, fake=_through_experts)
+def mx_expert_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, experts: Tensor, bias: Tensor | None, format: str
+) -> Tensor:
+    """``mxfx::expert_linear`` with weights ``(experts, out, in)`` decoded from packed codes and scales.
+
+    ``codes`` is uint8 ``(experts, out, ceil(in · bits / 8))``, ``scales`` uint8 ``(experts, out, ceil(in / block))``;
+    the rest is as there. The bits are those of an expert linear whose weights were decoded first.
+    """
+    return expert_linear(x, restore(codes, scales, _format(format), x.shape[-1], x.dtype), experts, bias)
 
 
 @define(

@@ -17,7 +17,7 @@ from mxfx.rewrite import ALL, Context, Exact, Numerics, Pass, Rewriter, Selector
 from mxfx.rewrite.facts import LOWERED, RAISED, Fact
 from mxfx.rewrite.operands import is_rounded, readers_of, weight_format
 
-_READERS = ("linear", "embedding")
+_READERS = ("linear", "expert_linear", "embedding")
 _PARTS = ("codes", "scales")
 
 
@@ -36,7 +36,7 @@ class PackWeights(Pass):
         %x4 = mxfx.fake_quantize(%x, "mxint4@32", -1)
         %y  = mxfx.mx_linear(%x4, @up.weight.codes, @up.weight.scales, None, "mxint4@32")
 
-    An embedding becomes ``mx_embedding``; a tied weight is packed once for all who read it. What is decoded has the
+    Experts become ``mx_expert_linear``, an embedding ``mx_embedding``; a tied weight is packed once for all who read it. What is decoded has the
     bits of the weight that was packed, so the logits keep theirs. A weight that lies off its grid, or that someone
     reads unpacked, stays as it is, and the record says why.
     """
@@ -98,9 +98,14 @@ def _unpack_at(rw: Rewriter, reader: fx.Node, name: str, fmt: Format) -> None:
     call = spec(reader)
     codes, scales = (rw.weight(f"{name}.{part}", reader) for part in _PARTS)
     val = reader.meta["val"]
-    if call.concept == "linear":
-        op = torch.ops.mxfx.mx_linear.default
-        new = rw.call(op, call.get("input"), codes, scales, call.get("bias"), str(fmt), like=reader, val=val)
+    if call.concept != "embedding":
+        given = (call.get("input"), codes, scales)
+        if call.concept == "linear":
+            op, rest = torch.ops.mxfx.mx_linear.default, (call.get("bias"), str(fmt))
+        else:
+            op = torch.ops.mxfx.mx_expert_linear.default
+            rest = (call.get("experts"), call.get("bias"), str(fmt))
+        new = rw.call(op, *given, *rest, like=reader, val=val)
         rw.set_info(new, replace(info(new), notes=info(reader).notes))
         rw.replace(reader, new)
         return
@@ -112,5 +117,5 @@ def _unpack_at(rw: Rewriter, reader: fx.Node, name: str, fmt: Format) -> None:
         rows, replace(info(rows), notes=info(reader).notes, formats=MappingProxyType({"weight": formats["weight"]}))
     )
     rw.replace(reader, new)
-    rest = {operand: annotation for operand, annotation in formats.items() if operand != "weight"}
-    rw.set_info(new, replace(info(new), formats=MappingProxyType(rest)))
+    others = {operand: annotation for operand, annotation in formats.items() if operand != "weight"}
+    rw.set_info(new, replace(info(new), formats=MappingProxyType(others)))

@@ -11,10 +11,12 @@ from torch.ops import aten
 
 from mxfx.formats import parse
 from mxfx.formats.stored import restore
-from mxfx.graph.node import info, operands
+from mxfx.graph.node import info, kind, operands
 from mxfx.rewrite import ALL, Context, Exact, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.facts import LOWERED, Fact
 
+#: Ops that read packed weights.
+PACKED = ("mx_linear", "mx_expert_linear", "mx_embedding")
 _CODES, _SCALES = ".codes", ".scales"
 
 
@@ -58,8 +60,7 @@ class UnpackWeights(Pass):
 
 def packed_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The nodes that read packed weights."""
-    ops = (torch.ops.mxfx.mx_linear.default, torch.ops.mxfx.mx_embedding.default)
-    return [node for node in graph.nodes if node.target in ops]
+    return [node for node in graph.nodes if kind(node) in PACKED]
 
 
 def _unpack(rw: Rewriter, node: fx.Node, name: str) -> None:
@@ -69,6 +70,9 @@ def _unpack(rw: Rewriter, node: fx.Node, name: str) -> None:
     weight = rw.weight(name, node)
     if "ids" in given:
         new = rw.call(aten.embedding.default, weight, given["ids"], like=node)
+    elif "experts" in given:
+        op = torch.ops.mxfx.expert_linear.default
+        new = rw.call(op, given["x"], weight, given["experts"], given["bias"], like=node, val=node.meta["val"])
     else:
         new = rw.call(aten.linear.default, given["x"], weight, given["bias"], like=node, val=node.meta["val"])
     rw.set_info(new, replace(info(new), notes=info(node).notes))

@@ -25,7 +25,7 @@ def emitted(
     """
     if "lowered" in program.facts:
         return program
-    settings = settings or EmitConfig(packed=any(program.nodes("mx_linear", "mx_embedding")))
+    settings = settings or EmitConfig(packed=any(program.nodes("mx_linear", "mx_expert_linear", "mx_embedding")))
     place = torch.device(device)
     stage = Pipeline(emit=settings).emitted(place.type)
     return PassManager(instruments).run(program, stage, Context(device=place)).program

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from mxfx.rewrite.operands import readers_of, weight_format
 from mxfx.rewrite.size import packed_bits
 
 #: Ops that decode a packed weight while they run, by what they call its codes and their own input.
-_DECODING = ("mx_linear", "mx_linear_e4m3")
+_DECODING = ("mx_linear", "mx_expert_linear", "mx_linear_e4m3")
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class _Sizes:
         in_e4m3 = name == "mx_linear_e4m3"
         codes = node.args[2] if in_e4m3 else [node.args[1]]
         width = node.args[0].meta["val"].shape[-1]
-        rows = sum(part.meta["val"].shape[0] for part in codes)
+        rows = sum(math.prod(part.meta["val"].shape[:-1]) for part in codes)
         val = node.meta["val"]
         return rows * width * (1 if in_e4m3 else self._dtypes.get(val.dtype, val.dtype).itemsize)
 

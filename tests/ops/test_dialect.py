@@ -48,6 +48,7 @@ def packed(rows: int, width: int, text: str) -> tuple[Tensor, Tensor]:
     return stored
 
 
+STACKED = tuple(part.unflatten(0, (3, 7)) for part in packed(21, 64, "mxint4@32"))
 SAMPLES: dict[str, list[tuple]] = {
     "arange": [(ids(2, 5), 0, 5, 1), (ids(2, 5), 3, 9, 2)],
     "attention": [
@@ -107,6 +108,10 @@ SAMPLES: dict[str, list[tuple]] = {
     "mx_linear": [
         (randn(2, 5, 64), *packed(7, 64, "mxint4@32/mse"), None, "mxint4@32/mse"),
         (randn(3, 50), *packed(4, 50, "mxfp8_e4m3@16"), randn(4, seed=5), "mxfp8_e4m3@16"),
+    ],
+    "mx_expert_linear": [
+        (randn(5, 64), *STACKED, EXPERTS, randn(3, 7, seed=5), "mxint4@32"),
+        (randn(5, 2, 64), *STACKED, EXPERTS, None, "mxint4@32"),
     ],
     "mx_embedding": [(*packed(9, 48, "mxfp4_e2m1@32"), torch.tensor([[0, 8], [3, 3]]), "mxfp4_e2m1@32", 48)],
 }

@@ -143,6 +143,19 @@ else:
                 torch.testing.assert_close(wide[:, 2 : channels + 2].double(), expected, rtol=2e-3, atol=2e-3)
         assert not wide[:, :2].any() and not wide[:, channels + 2 :].any()
 
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize(("tokens", "per_choice"), [(1, False), (1, True), (5, False), (5, True)])
+    def test_experts_meet_their_packed_codes(tokens, per_choice, bias):
+        """Two choices of six experts: fewer than there are, or more."""
+        codes, scales, _ = _packed("mxint4@32", 6 * 7, 64)
+        codes, scales = codes.unflatten(0, (6, 7)), scales.unflatten(0, (6, 7))
+        generator = torch.Generator().manual_seed(1)
+        experts = torch.randint(0, 6, (tokens, 2), generator=generator)
+        x = torch.randn(*((tokens, 2, 64) if per_choice else (tokens, 64)), generator=generator)
+        given = (x, codes, scales, experts, torch.randn(6, 7, generator=generator) if bias else None, "mxint4@32")
+        wanted = torch.ops.mxfx.mx_expert_linear(*given)
+        torch.testing.assert_close(packed_cuda.mx_expert_linear(*given), wanted, rtol=1e-5, atol=1e-5)
+
     @pytest.mark.parametrize("part", range(4))
     def test_four_codes_of_a_halfword_are_those_of_the_format(part):
         halfwords = torch.arange(-(2**15), 2**15).to(torch.int16)

@@ -11,11 +11,13 @@ from mxfx.graph.execute import execute
 from mxfx.graph.node import kind
 from mxfx.graph.program import Program
 from mxfx.graph.verify import verify
-from mxfx.passes import Annotate, FuseNorm, InsertFakeQuant, PackWeights, RoundWeights, Rule
+from mxfx.passes import Annotate, FuseNorm, InsertFakeQuant, Lower, PackWeights, RoundWeights, Rule, UnpackWeights
+from mxfx.passes.unpack_weights import PACKED
 from mxfx.pipeline.emit import emitted
 from mxfx.rewrite import Selector, apply
 from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.causal_lm import as_causal_lm
+from tests.mixtures import raised_mixture
 from tests.programs import MLP, QKVO, config_a, padded_batch, passed, raised
 
 FORMATS = ("mxint2@32", "mxint3@32", "mxint4@16/mse", "mxint8@32", "mxfp4_e2m1@32", "mxfp6_e3m2@20", "mxfp8_e4m3@32")
@@ -126,3 +128,31 @@ def test_packing_changes_no_count_of_bits() -> None:
 def test_half_a_run_stops_where_bisect_says() -> None:
     applied = apply(PackWeights(), rounded("llama-tiny"), limit=1)
     assert sum(1 for n in applied.program.graph.nodes if kind(n) == "mx_linear") == 1
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4_text", "deepseek_v3"])
+def test_experts_are_packed_and_keep_their_bits(name: str) -> None:
+    fmt = parse("mxint4@32")
+    rule = Rule(Selector(type="linear, expert_linear"), weight=fmt)
+    before = passed(raised_mixture(name), (Annotate(rule=(rule,)), RoundWeights()))
+    applied = apply(PackWeights(), before)
+    verify(applied.program)
+    experts = list(applied.program.nodes("mx_expert_linear"))
+    assert len(experts) == sum(1 for _ in before.nodes("expert_linear")) > 0
+    ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
+    wanted = execute(before, ids)
+    assert torch.equal(execute(applied.program, ids), wanted)
+    back = apply(UnpackWeights(), applied.program).program
+    assert not any(back.nodes(*PACKED)) and torch.equal(execute(back, ids), wanted)
+    # Packed and lowered, as a GPU has it: the kernels' definitions here.
+    lowered = apply(Lower(device="cuda"), applied.program).program
+    assert torch.equal(execute(lowered, ids), execute(apply(Lower(), back).program, ids))
+
+
+def test_packed_experts_take_four_bits_and_a_quarter() -> None:
+    rule = Rule(Selector(type="expert_linear"), weight=parse("mxint4@32"))
+    before = passed(raised_mixture("qwen3_moe"), (Annotate(rule=(rule,)), RoundWeights()))
+    after = apply(PackWeights(), before).program
+    stacks = {str(node.args[1].target): node for node in before.nodes("expert_linear")}
+    held = sum(after.weights[f"{name}.{part}"].numel() for name in stacks for part in ("codes", "scales"))
+    assert held * 8 == 4.25 * sum(before.weights[name].numel() for name in stacks)

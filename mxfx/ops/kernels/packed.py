@@ -102,6 +102,12 @@ LINEAR = _define(
     packed.mx_linear,
     packed._projected,
 )
+EXPERT_LINEAR = _define(
+    "mx_expert_linear",
+    "(Tensor x, Tensor codes, Tensor scales, Tensor experts, Tensor? bias, str format) -> Tensor",
+    packed.mx_expert_linear,
+    packed._through_experts,
+)
 EMBEDDING = _define(
     "mx_embedding",
     "(Tensor codes, Tensor scales, Tensor ids, str format, SymInt width) -> Tensor",
@@ -140,4 +146,5 @@ ROUNDING = {
 
 for _device in ("cpu", "cuda"):
     provide(Provider("packed", "mx_linear", _device, LINEAR))
+    provide(Provider("packed", "mx_expert_linear", _device, EXPERT_LINEAR))
     provide(Provider("packed", "mx_embedding", _device, EMBEDDING))

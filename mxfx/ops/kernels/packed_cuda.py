@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mxfx.formats import Format
+from mxfx.ops.experts import expert_linear
 from mxfx.ops.fp8 import E4M3, from_rows
 from mxfx.ops.kernels import takes
 from mxfx.ops.kernels.cuda import if_it_fits
@@ -50,6 +51,25 @@ def _multiplier(fmt: Format, rows: int, dtype: torch.dtype) -> Callable[..., Non
     if takes_few_rows(fmt, rows):
         return multiply_rows
     return multiply_some_rows if takes_some_rows(fmt, rows, dtype) else None
+
+
+def mx_expert_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, experts: Tensor, bias: Tensor | None, format: str
+) -> Tensor:
+    """Of few tokens the experts that they chose are decoded, one for each choice; else all experts of the layer."""
+    fmt, width, (count, channels) = _format(format), x.shape[-1], codes.shape[:2]
+    if x.dtype not in DTYPES or not takes_packed(fmt, width) or x.numel() == 0:
+        return NotImplemented
+    chosen = experts.reshape(-1)
+    if len(chosen) >= count:
+        weight = torch.empty((count, channels, width), dtype=x.dtype, device=x.device)
+        expand(codes.flatten(0, 1), scales.flatten(0, 1), fmt, weight.view(-1, width))
+        return expert_linear(x, weight, experts, bias)
+    weight = torch.empty((len(chosen), channels, width), dtype=x.dtype, device=x.device)
+    expand(codes[chosen].flatten(0, 1), scales[chosen].flatten(0, 1), fmt, weight.view(-1, width))
+    rows = x.unsqueeze(1).expand(*experts.shape, width) if x.dim() == 2 else x
+    y = torch.bmm(rows.reshape(-1, 1, width), weight.mT).squeeze(1)
+    return (y if bias is None else y + bias[chosen]).view(*experts.shape, channels)
 
 
 def mx_embedding(codes: Tensor, scales: Tensor, ids: Tensor, format: str, width: int) -> Tensor:
