@@ -150,8 +150,7 @@ class WeightStore(Mapping[str, Tensor]):
         """
         home = self.canonical(name)
         before = self._tensors[home]
-        # The bits of a product depend on how its weight lies in memory; packed or saved, it comes back in this order.
-        after = self._kept(tensor).contiguous()
+        after = self._kept(tensor)
         if after.data_ptr() == before.data_ptr() and after.device.type != "meta":
             after = after.clone()
         old_hash = self.hash(home)

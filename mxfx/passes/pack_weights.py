@@ -36,9 +36,9 @@ class PackWeights(Pass):
         %x4 = mxfx.fake_quantize(%x, "mxint4@32", -1)
         %y  = mxfx.mx_linear(%x4, @up.weight.codes, @up.weight.scales, None, "mxint4@32")
 
-    Experts become ``mx_expert_linear``, an embedding ``mx_embedding``; a tied weight is packed once for all who read it. What is decoded has the
-    bits of the weight that was packed, so the logits keep theirs. A weight that lies off its grid, or that someone
-    reads unpacked, stays as it is, and the record says why.
+    Experts become ``mx_expert_linear``, an embedding ``mx_embedding``; a tied weight is packed once for all who read
+    it. What is decoded has the bits of the weight that was packed, so the logits keep theirs. A weight that lies off
+    its grid, or that someone reads unpacked, stays as it is, and the record says why.
     """
 
     name: ClassVar[str] = "pack-weights"
