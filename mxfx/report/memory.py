@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -109,7 +108,7 @@ class _Sizes:
         in_e4m3 = name == "mx_linear_e4m3"
         codes = node.args[2] if in_e4m3 else [node.args[1]]
         width = node.args[0].meta["val"].shape[-1]
-        rows = sum(math.prod(part.meta["val"].shape[:-1]) for part in codes)
+        rows: int = sum(part.meta["val"].shape[:-1].numel() for part in codes)
         val = node.meta["val"]
         return rows * width * (1 if in_e4m3 else self._dtypes.get(val.dtype, val.dtype).itemsize)
 
