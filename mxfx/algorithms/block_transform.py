@@ -122,15 +122,6 @@ def apply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
     return torch.bmm(columns.transpose(0, 1), matrices).transpose(0, 1).reshape(x.shape).to(x.dtype)
 
 
-def block_second_moments(gram: Tensor, block: int) -> Tensor:
-    """The diagonal blocks `(n // block, block, block)` of a Gram matrix `(n, n)`."""
-    n = gram.shape[-1]
-    if n % block:
-        raise ValueError(f"block_second_moments: block {block} does not divide width {n}")
-    tiles = gram.reshape(n // block, block, n // block, block)
-    return tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-
-
 def smoothing_scales(magnitude_x: Tensor, magnitude_w: Tensor, alpha: float = 0.5, max_ratio: float = 1e4) -> Tensor:
     """Scales s of input channels: x / s and W * s share the burden (SmoothQuant, arXiv 2211.10438, eq. 4).
 

@@ -56,29 +56,6 @@ class GptqResult:
     rtn_rows: int
 
 
-def gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    fmt: Format,
-    *,
-    damping: float = 0.01,
-    order: Order = "block",
-    exponents: Exponents = "sweep",
-    refine: int = 0,
-    target: Tensor | None = None,
-) -> GptqResult:
-    """Rounds one weight; see `gptq_batch`.
-
-    Args:
-        weight: `(rows, cols)`, blocks along the columns.
-        hessian: `(cols, cols)`.
-        target: `(rows, cols)`; see `gptq_batch`.
-    """
-    targets = None if target is None else [target]
-    options = {"damping": damping, "order": order, "exponents": exponents, "refine": refine}
-    return gptq_batch([weight], hessian, fmt, targets=targets, **options)[0]  # type: ignore[arg-type]
-
-
 def gptq_batch(
     weights: Sequence[Tensor],
     hessian: Tensor,

@@ -135,7 +135,7 @@ def measure_experts(
     twins: tuple[fx.Node, fx.Node] | None,
     experts: int,
     fewest: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[ExpertMoments]:
     """The moments of all experts, range by range, each range from a run over all batches.
 

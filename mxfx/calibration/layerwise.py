@@ -44,7 +44,7 @@ class LayeredModel:
     def __init__(self, module: fx.GraphModule, device: torch.device) -> None:
         self._module = module
         self._device = device
-        stages = cut(module.graph, frozenset(), within_layer=False)
+        stages = cut(module.graph)
         first = next(index for index, stage in enumerate(stages) if stage.layer is not None)
         self._before = stages[:first]
         inner = [stage for stage in stages if stage.layer is not None]

@@ -26,7 +26,7 @@ class Staged:
     def __init__(self, module: fx.GraphModule, *, recompute: bool = False, compiled: bool = False) -> None:
         self._module = module
         self._recompute = recompute
-        self._stages = cut(module.graph, frozenset(), within_layer=False)
+        self._stages = cut(module.graph)
         self._result = next(node for node in module.graph.nodes if node.op == "output").args[0]
         self._calls = {stage.layer: self._call(stage) for stage in self._stages if stage.layer is not None}
         if compiled:

@@ -34,10 +34,10 @@ class Stage:
         return sorted(read)
 
 
-def cut(graph: fx.Graph, targets: Collection[str], *, within_layer: bool) -> list[Stage]:
+def cut(graph: fx.Graph, targets: Collection[str] = ()) -> list[Stage]:
     """Stages of ``graph`` in execution order; together they hold every node that computes.
 
-    A stage ends with a decoder layer and, ``within_layer``, before each group of ``targets`` (names of linears) that
+    A stage ends with a decoder layer, and before each group of ``targets`` (names of linears) that
     reads a value of the same layer: q/k/v, then o, then gate/up, then down. A target's input is then always there
     before the target's stage runs, so one run of each stage is enough.
     """
@@ -52,7 +52,7 @@ def cut(graph: fx.Graph, targets: Collection[str], *, within_layer: bool) -> lis
         local = [position[s][1] for s in sources if position[s][0] == segment]
         is_target = node.name in targets
         # Its input lies in this segment: the target opens a new stage behind it.
-        step = 1 if within_layer and is_target and position.get(input_of(node), (-1,))[0] == segment else 0
+        step = 1 if is_target and position.get(input_of(node), (-1,))[0] == segment else 0
         position[node] = (segment, max(local, default=0) + step)
         layer = segment - 1 if 0 < segment < epilogue else None
         stage = stages.setdefault(position[node], Stage(layer))

@@ -53,8 +53,8 @@ class Gram:
 class CrossMoment:
     """Σ xᵀ y over rows, ``(columns, columns)``: row = channel of ``x``, column = channel of ``y``."""
 
-    def __init__(self, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        self._sum = torch.zeros(columns, columns, dtype=dtype, device=device)
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         self._sum += product_of_rows(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), self._sum.dtype)

@@ -32,17 +32,13 @@ class StreamOptions:
     """How a stream runs.
 
     ``batch_size`` samples go through a stage at once. ``dtype`` is the precision of the run; None means float32 on CPU
-    and the model's own elsewhere. ``activations`` says where values wait between stages. ``within_layer`` measures a
-    linear's input after the linears before it in the same layer were rewritten; without it each layer runs twice: once
-    to measure, once rewritten. ``accumulate`` is the dtype of sums. ``reference`` runs a second stream with the weights
-    and without the quantizers that the program had at first, for cross moments.
+    and the model's own elsewhere. ``activations`` says where values wait between stages. ``reference`` runs a second
+    stream with the weights and without the quantizers that the program had at first, for cross moments.
     """
 
     batch_size: int = 8
     dtype: torch.dtype | None = None
     activations: Placement = "device"
-    within_layer: bool = True
-    accumulate: torch.dtype = torch.float32
     reference: bool = False
     fewest: int = 0
 
@@ -55,8 +51,6 @@ class StreamOptions:
         return {
             "batch_size": self.batch_size,
             "dtype": str(self.dtype),
-            "within_layer": self.within_layer,
-            "accumulate": str(self.accumulate),
             "reference": self.reference,
         }
 
@@ -224,9 +218,9 @@ class _Stream:
             for source in sources:
                 x = values[source]
                 columns = x.shape[-1]
-                grams.setdefault(source, Gram(columns, x.device, self._options.accumulate)).add(x)
+                grams.setdefault(source, Gram(columns, x.device)).add(x)
                 if source in twins:
-                    cross = crosses.setdefault(source, CrossMoment(columns, x.device, self._options.accumulate))
+                    cross = crosses.setdefault(source, CrossMoment(columns, x.device))
                     cross.add(x, other[twins[source]])
         return [self._group(linears, grams[source], crosses.get(source)) for source, linears in measured.items()]
 
@@ -249,7 +243,6 @@ class _Stream:
                 twins,
                 experts,
                 self._options.fewest,
-                self._options.accumulate,
             ):
                 key = self._key(sources)
                 yield ExpertGroup((sources[0], sources[1]), targets, part.locked(key, self._data, self._keys))
@@ -280,7 +273,7 @@ class _Runner:
         options: StreamOptions,
         weight: Callable[[str], Tensor],
     ) -> None:
-        self.stages = cut(program.graph, frozenset(targets), within_layer=options.within_layer)
+        self.stages = cut(program.graph, frozenset(targets))
         self.done = 0
         self._program = program
         self._batches = len(batches)

@@ -1,6 +1,6 @@
 """Is the order of the passes possible? Facts checked over a whole pipeline before anything runs.
 
-Each pass requires, provides, forbids and removes facts (``mxfx.rewrite.facts``). Walking the pipeline with a
+Each pass requires, provides and forbids facts (``mxfx.rewrite.facts``). Walking the pipeline with a
 set of fact names finds the first pass that could not start. The error cites its line and draws the
 constraints that the passes of this pipeline put on each other, with an order that satisfies them if there is
 one.
@@ -130,7 +130,7 @@ def _provider(passes: tuple[Pass, ...], problem: OrderProblem) -> int | None:
 def _who_provides(fact: str, passes: tuple[Pass, ...], pipeline: Pipeline) -> str:
     inside = [_label(pipeline, i) for i, pass_ in enumerate(passes) if fact in pass_.provided()]
     if inside:
-        return f"{' or '.join(inside)} before it, and nothing between that removes the fact"
+        return f"{' or '.join(inside)} before it"
     outside = sorted(name for name, cls in all_passes().items() if fact in cls.provides)
     return f"{' or '.join(outside)} before it" if outside else f"a program in which {fact!r} holds: no pass provides it"
 

@@ -103,7 +103,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What one domain measured; `to_json` and `from_json` are inverse but for `scores`.
+    """What one domain measured; `to_json` leaves out `scores`.
 
     Attributes:
         task: name of the domain: `wikitext`, the stem of a local path, or `chat`.
@@ -144,21 +144,6 @@ class EvalResult:
         data = dataclasses.asdict(dataclasses.replace(self, scores=None))
         del data["scores"]
         return data
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> EvalResult:
-        """The result that `to_json` gave."""
-        pieces = {key: [Piece(**piece) for piece in data[key]] for key in ("documents", "windows")}
-        found = data.get("divergence")
-        return cls(**{**data, **pieces, "divergence": None if found is None else _divergence(found)})
-
-
-def _divergence(data: dict[str, Any]) -> Divergence:
-    def pairs(of: list) -> list[tuple[str, float]]:
-        return [(text, share) for text, share in of]
-
-    worst = [Context(**{**c, "expected": pairs(c["expected"]), "actual": pairs(c["actual"])}) for c in data["worst"]]
-    return Divergence(**{**data, "worst": worst})
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mxfx.graph.program import Program
-from mxfx.graph.text import Line, Printout, graph_lines
+from mxfx.graph.text import Line, Printout
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,6 @@ def diff(before: Program | Printout, after: Program | Printout, context: int = 3
     for alike in _grouped(regions) if collapse else [[r] for r in regions]:
         parts.append(_shown(alike))
     return "".join(parts)
-
-
-def region(program: Program, nodes: Collection[str], context: int = 0) -> str:
-    """The lines of some nodes (by name) and ``context`` lines around each, under their module paths."""
-    lines = graph_lines(program)
-    wanted = {i + d for i, line in enumerate(lines) if line.name in nodes for d in range(-context, context + 1)}
-    shown: list[str] = []
-    path = None
-    for index in sorted(wanted & set(range(len(lines)))):
-        if lines[index].path != path:
-            path = lines[index].path
-            shown.append(f" {path}:")
-        shown.append("  " + lines[index].text)
-    return "".join(line + "\n" for line in shown)
 
 
 def regions_between(old: list[Line], new: list[Line], context: int = 3) -> list[Region]:

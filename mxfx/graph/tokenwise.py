@@ -7,8 +7,6 @@ from torch import Tensor, fx
 
 from mxfx.graph.node import kind, op_name, operands
 
-aten = torch.ops.aten
-
 #: Ops of the dialect that look at more than one token, or at where a token stands.
 _ACROSS = frozenset({"arange", "mixer", "places", "position_mask", "real_tokens"})
 _ATTENTION = frozenset({"attention", "cached_attention"})

@@ -21,10 +21,6 @@ class CheckError(MxfxError):
     exit_code: ClassVar[int] = 1
 
 
-class DeviceError(MxfxError, ValueError):
-    """A device that does not exist here, or that mxfx has no kernels for."""
-
-
 def exit_code(error: BaseException) -> int:
     """The exit code of the innermost error of the family that ``error`` was raised from, or its own."""
     code = error.exit_code if isinstance(error, MxfxError) else 2

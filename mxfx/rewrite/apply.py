@@ -50,7 +50,7 @@ def check_facts_before(pass_: Pass, facts: frozenset[str]) -> None:
 
 def facts_after(pass_: Pass, facts: frozenset[str]) -> frozenset[str]:
     """The names of the facts that hold after a pass, from those that held before it."""
-    return frozenset(map(str, (facts - pass_.removes) | pass_.provided()))
+    return frozenset(map(str, facts | pass_.provided()))
 
 
 def _verify_provided(pass_: Pass, rw: Rewriter) -> None:

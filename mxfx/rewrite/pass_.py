@@ -40,7 +40,6 @@ class Pass(ABC):
         name: kebab-case; the same in TOML, on the command line, in dumps and as the test's file name.
         requires: facts that must hold before. provides: facts that hold after.
         forbids: facts that must not hold before.
-        removes: facts that no longer hold after (a pass that adds unlowered nodes removes ``lowered``).
         numerics: the promise, checked by the manager.
         required: the pass may not be skipped by ``bisect``: later passes could not run without it.
 
@@ -53,14 +52,13 @@ class Pass(ABC):
     requires: ClassVar[frozenset[Fact]] = frozenset()
     provides: ClassVar[frozenset[Fact]] = frozenset()
     forbids: ClassVar[frozenset[Fact]] = frozenset()
-    removes: ClassVar[frozenset[Fact]] = frozenset()
     numerics: ClassVar[Numerics] = Lossy()
     required: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Raises ``FactError`` for a fact that is no ``Fact``: a misspelt one cannot be imported."""
         super().__init_subclass__(**kwargs)
-        for fact in (*cls.requires, *cls.provides, *cls.forbids, *cls.removes):
+        for fact in (*cls.requires, *cls.provides, *cls.forbids):
             if not isinstance(fact, Fact):
                 raise FactError(
                     f"{cls.__qualname__}: the fact {fact!r} is text; import its object "

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from mxfx.algorithms.block_transform import (
     apply_blocks,
-    block_second_moments,
     smoothing_scales,
     wush,
     zigzag_permutation,
@@ -24,7 +23,10 @@ def operands() -> tuple[Tensor, Tensor]:
 
 
 def moments(x: Tensor, w: Tensor, block: int = 32) -> tuple[Tensor, Tensor]:
-    return block_second_moments(x.mT @ x / len(x), block), block_second_moments(w.mT @ w / len(w), block)
+    """Second moments of each block of columns, `(columns / block, block, block)`."""
+    blocks = (rows.unflatten(-1, (-1, block)).transpose(0, 1) for rows in (x, w))
+    of_x, of_w = (columns.mT @ columns / columns.shape[1] for columns in blocks)
+    return of_x, of_w
 
 
 def relative(error: Tensor, reference: Tensor) -> float:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from mxfx.algorithms import gptq_experts as module
-from mxfx.algorithms.gptq import asymmetric_target, gptq
+from mxfx.algorithms.gptq import asymmetric_target
 from mxfx.algorithms.gptq_experts import gptq_experts
 from mxfx.formats import parse
+from tests.algorithms.one_weight import gptq
 
 FORMAT = parse("mxint4@32")
 HITS = (400, 3, 250, 0)

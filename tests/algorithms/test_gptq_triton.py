@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from mxfx.algorithms.block_solver import solve_block
-from mxfx.algorithms.gptq import candidate_scales, gptq
+from mxfx.algorithms.gptq import candidate_scales
 from mxfx.formats import parse
+from tests.algorithms.one_weight import gptq
 from tests.algorithms.synthetic_layer import correlated_layer
 
 pytestmark = pytest.mark.cuda

@@ -82,10 +82,10 @@ def _measure(rw: Rewriter, options: StreamOptions | None = None, tokens: Tensor 
 _STREAMED = ["llama-tiny", "gemma3-tiny", "phi3-tiny", "olmo2-tiny"]
 
 
-@pytest.mark.parametrize(("family", "within_layer"), [*((family, True) for family in _STREAMED), ("llama-tiny", False)])
-def test_statistics_are_those_of_the_whole_program(family: str, within_layer: bool) -> None:
+@pytest.mark.parametrize("family", _STREAMED)
+def test_statistics_are_those_of_the_whole_program(family: str) -> None:
     rw = _rewriter(_raised(family))
-    measured = _measure(rw, StreamOptions(batch_size=2, within_layer=within_layer))
+    measured = _measure(rw, StreamOptions(batch_size=2))
     expected = _inputs(rw.program)
     assert measured.keys() == expected.keys()
     assert all(_close(measured[name], _gram(expected[name])) for name in expected)
@@ -280,7 +280,7 @@ def test_tokens_of_another_shape_are_refused(tokens: Tensor) -> None:
 @pytest.mark.parametrize("family", _STREAMED)
 def test_no_stage_holds_weights_of_two_layers(family: str) -> None:
     program = apply(Lower(), _raised(family)).program
-    for stage in cut(program.graph, frozenset(), within_layer=False):
+    for stage in cut(program.graph):
         layers = {layer_of(node) for node in stage.nodes if any(s.op == "get_attr" for s in node.all_input_nodes)}
         assert len(layers) <= 1, f"{layers} in one stage"
 

@@ -11,7 +11,7 @@ import pytest
 from mxfx.evaluation import tasks
 from mxfx.evaluation.compare import compare, compare_samples
 from mxfx.evaluation.evaluate import evaluate, text_domain
-from mxfx.evaluation.results import EvalResult, EvaluationError
+from mxfx.evaluation.results import EvaluationError
 from mxfx.evaluation.scoring import FloatLogits
 from mxfx.evaluation.suite import Suite
 from mxfx.evaluation.tasks import TaskOptions
@@ -71,8 +71,9 @@ def test_every_text_is_a_domain_of_its_own(model, texts: Path) -> None:
 def test_an_evaluation_survives_json_but_for_its_tokens(model, texts: Path) -> None:
     suite = Suite(Wanted.parse(str(texts / "news.txt"), max_length=64), byte_tokenizer(), 512)
     found = suite.run(byte_model(1), FloatLogits(lambda: model))
-    data = json.loads(json.dumps(found.to_json()))
-    assert EvalResult.from_json(data["domains"]["news"]) == found.first
+    data = json.loads(json.dumps(found.to_json(), allow_nan=False))["domains"]["news"]
+    assert "scores" not in data and data["token_perplexity"] == found.first.token_perplexity
+    assert data["divergence"]["mean"] == found.first.divergence.mean
 
 
 def test_runs_that_were_written_are_compared(model, texts: Path, tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mxfx.algorithms.gptq import gptq, gptq_batch
+from mxfx.algorithms.gptq import gptq_batch
 from mxfx.formats import E4M3, BlockRule, FloatElement, Format, FormatError, IntElement, parse
 from mxfx.formats.chunks import fits_in_cache
 from mxfx.ops.kernels.limits import takes_format
+from tests.algorithms.one_weight import gptq
 from tests.algorithms.synthetic_layer import correlated_layer
 from tests.formats.reference import same_bits
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mxfx.graph.diff import diff, region
+from mxfx.graph.diff import diff
 from mxfx.passes import RaiseNorm
 from mxfx.rewrite import apply
 
@@ -29,8 +29,3 @@ def test_changed_facts_and_weights_are_part_of_a_diff(program):
     text = diff(program("llama-tiny", "raised"), program("llama-tiny", "quantized"))
     assert "+ facts " in text and "weights-rounded" in text
     assert "@@ weights: 14 before, 14 after @@" in text
-
-
-def test_a_region_names_its_module_path(program):
-    text = region(program("llama-tiny", "raised"), {"linear_3"})
-    assert text.startswith(" model.layers.0.self_attn.o_proj:\n  %linear_3 = aten.linear(")

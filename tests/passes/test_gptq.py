@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxfx.algorithms.gptq import gptq as solve
 from mxfx.calibration.checkpoints import CheckpointError
 from mxfx.formats import parse
 from mxfx.graph.execute import execute
@@ -28,6 +27,7 @@ from mxfx.passes.gptq import Gptq
 from mxfx.rewrite import Applied, Context, ExpectationError, MissingCalibration, Selector, apply
 from mxfx.rewrite.context import StrictError
 from mxfx.rewrite.operands import is_rounded
+from tests.algorithms.one_weight import gptq as solve
 
 _TOKENS = torch.randint(3, 128, (6, 24), generator=torch.Generator().manual_seed(3))
 _PROJECTIONS = Selector(r".*proj")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mxfx.algorithms.gptq import gptq as solve
 from mxfx.calibration import expert_statistics
 from mxfx.formats import parse
 from mxfx.graph.execute import execute
@@ -19,6 +18,7 @@ from mxfx.passes import Annotate, Gptq, RoundWeights, Rule
 from mxfx.rewrite import Applied, Context, Selector, apply
 from mxfx.rewrite.context import StrictError
 from mxfx.rewrite.operands import is_rounded
+from tests.algorithms.one_weight import gptq as solve
 from tests.mixtures import raised_mixture
 
 _TOKENS = torch.randint(3, 128, (8, 48), generator=torch.Generator().manual_seed(3))

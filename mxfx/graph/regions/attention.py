@@ -14,8 +14,6 @@ from mxfx.graph.regions.ops import MOVES, SAME, Refusal, place_of
 from mxfx.graph.regions.residual import is_idle_dropout
 from mxfx.ops.catalogue import spec
 
-aten = torch.ops.aten
-
 
 @dataclass(frozen=True)
 class ValueRegion:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 import mxfx.ops  # noqa: F401  (registers the dialect)
 from mxfx.graph.program import Program
 from mxfx.ops.catalogue import spec
-
-aten = torch.ops.aten
 
 
 def siblings(program: Program) -> dict[fx.Node, list[fx.Node]]:

@@ -10,7 +10,6 @@ from mxfx.graph.program import Program
 from mxfx.graph.text import Printout
 from mxfx.ground.files import write_json, write_text
 from mxfx.pipeline.manager import Instrument, Run, Step
-from mxfx.rewrite import ALL, Selector
 
 
 @dataclass
@@ -18,13 +17,10 @@ class Dump(Instrument):
     """Write ``folder/000_trace``, ``folder/001_raise-norm`` … and ``folder/index.md``. Stands first: it sees all
     findings.
 
-    ``graph.txt`` and ``diff.txt`` are there only for passes that changed the program. ``passes`` selects passes by
-    name, ``paths`` limits matches and regions to module paths.
+    ``graph.txt`` and ``diff.txt`` are there only for passes that changed the program.
     """
 
     folder: Path
-    passes: Selector = ALL
-    paths: Selector = ALL
     _rows: list[str] = field(default_factory=list, repr=False)
 
     _printed: tuple[Program, Printout] | None = field(default=None, repr=False)
@@ -51,13 +47,11 @@ class Dump(Instrument):
         self._dump(step, f"failed: {error}".splitlines()[0].replace("|", "\\|"))
 
     def _dump(self, step: Step, note: str) -> None:
-        if not self.passes.names(step.pass_.name):
-            return
         name = f"{step.index:03d}_{step.pass_.name}"
         folder = self.folder / name
         links = []
         if step.record is not None:
-            write_json(folder / "matches.json", self._matches(step), indent=1)
+            write_json(folder / "matches.json", step.record.to_json(), indent=1)
             links.append(f"[matches]({name}/matches.json)")
         if step.changed and step.after is not None:
             before, after = self._print(step.before), self._print(step.after)
@@ -68,13 +62,6 @@ class Dump(Instrument):
             write_json(folder / "numerics.json", step.findings, indent=1)
             links.append(f"[numbers]({name}/numerics.json)")
         self._index(_row(step, links, note))
-
-    def _matches(self, step: Step) -> dict[str, object]:
-        assert step.record is not None
-        account = step.record.to_json()
-        for key in ("matched", "skipped"):
-            account[key] = [entry for entry in account[key] if self.paths.names(entry["path"])]
-        return account
 
     def _index(self, row: str) -> None:
         self._rows.append(row)
