@@ -134,4 +134,4 @@ def _on_device(program: Program, device: torch.device) -> Program:
     store = program.weights
     moved = {name: runtime_weight(program, name).to(device) for name in store}
     weights = WeightStore(moved, store.aliases, store.working, store.constants)
-    return Program(program.graph, weights, program.dtype, program.source, program.symbols, program.facts)
+    return Program(program.graph, weights, program.dtype, program.source, program.symbols, program.facts, program.notes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -56,6 +56,7 @@ class Program:
     source: Source
     symbols: tuple[Symbol, ...] = ()
     facts: frozenset[str] = frozenset()
+    notes: dict[str, object] = field(default_factory=dict)
 
     def copy(self) -> Program:
         """A program that shares weight tensors with this one and nothing else."""
@@ -66,6 +67,7 @@ class Program:
             self.source,
             self.symbols,
             self.facts,
+            copy.copy(self.notes),
         )
 
     def twin(self, dtype: torch.dtype) -> Program:

@@ -36,7 +36,7 @@ def parse(text: str, store: Mapping[str, Tensor] | None = None) -> Program:
     return reader.program()
 
 
-_HEADER = ("source", "config", "dtype", "symbols", "facts")
+_HEADER = ("source", "config", "dtype", "symbols", "facts", "notes")
 _WEIGHT = re.compile(r"  @(\S+) : (\w+)\[([\d, ]*)\] #(\w+)( constant)?")
 _ALIAS = re.compile(r"  @(\S+) = @(\S+)")
 _SYMBOL = re.compile(r"(\w+) in \[(\d+), (\d+)\]")
@@ -76,6 +76,7 @@ class Reader(Lines):
             Source(name, architecture, json.loads(header.get("config", "{}"))),
             self.symbols,
             facts,
+            _tuples(json.loads(header.get("notes", "{}"))),
         )
         self.mode, self.sizes = _environment(self.symbols)
         self.fake = FakeRunner(self.mode)

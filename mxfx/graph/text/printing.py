@@ -58,6 +58,7 @@ def header_lines(program: Program) -> list[str]:
     ranges = [f"{s.name} in [{s.low}, {s.high}]" for s in program.symbols]
     lines += [f"symbols {', '.join(ranges)}"] if ranges else []
     lines += [f"facts {', '.join(sorted(program.facts))}"] if program.facts else []
+    lines += [f"notes {_json(program.notes)}"] if program.notes else []
     return [*lines, "weights", *weight_lines(program)]
 
 
