@@ -62,4 +62,6 @@ class Teacher:
     def _room(self) -> float:
         if self._ctx.device.type != "cuda":
             return _CPU_BYTES
-        return _SHARE * torch.cuda.mem_get_info(self._ctx.device)[0]
+        device = self._ctx.device
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return _SHARE * (torch.cuda.mem_get_info(device)[0] + unused)

@@ -33,6 +33,8 @@ Free = Literal["gains", "biases", "transforms", "embedding", "head"]
 _MOST_HELD_OUT = 64
 #: Of which so many run together.
 _AT_ONCE = 8
+#: Where compiled layers pay: a CPU takes minutes to compile what it then runs no faster.
+_COMPILED = {"cuda"}
 
 
 @register
@@ -69,7 +71,7 @@ class Distill(Pass):
         invertible), embedding, head; without a format these stay in the model's own precision.
     accumulate: parts that a batch is cut into where the device cannot hold it; their gradients are summed.
     recompute: keep only what crosses from layer to layer, and run each layer again for its gradient.
-    compile: run decoder layers through ``torch.compile`` while tuning, not while states are compared: faster on a GPU
+    compile: on a GPU, run decoder layers through ``torch.compile`` while tuning, not while states are compared: faster
         after half a minute, with other last bits; where it fails the run is warned and goes on without.
     deterministic: take only kernels that give the same bits each time, so that a run on a GPU can be repeated and
         resumed byte for byte; slower, not with ``compile``, and ``CUBLAS_WORKSPACE_CONFIG=:4096:8`` has to be set.
@@ -143,7 +145,8 @@ class Distill(Pass):
         train = teacher.samples(tokens, self.batch_size, often=often)
         kept = teacher.samples(last, self.batch_size, often=self.checks > 1)
         matrices = [parameters[name] for name in sorted(free & free_weights(rw.program, ("transforms",), ALL))]
-        run = Staged(student, recompute=self.recompute, compiled=self.compile)
+        compiled = self.compile and ctx.device.type in _COMPILED
+        run = Staged(student, recompute=self.recompute, compiled=compiled)
 
         def loss(*given: Tensor) -> Tensor:
             return divergence(run(given[0]), teacher.logits(*given))
@@ -152,7 +155,7 @@ class Distill(Pass):
             # A matrix that lost its inverse would be no change of basis any more.
             return _mean_kl(student, teacher, kept) if _invertible(matrices) else float("inf")
 
-        if self.compile and (reason := _fails(loss, train.take(slice(self.batch_size)), parameters)):
+        if compiled and (reason := _fails(loss, train.take(slice(self.batch_size)), parameters)):
             rw.warn(f"torch.compile does not take the layers, which run as they are: {reason}")
             run = Staged(student, recompute=self.recompute)
         loop = Distillation(

@@ -16,7 +16,7 @@ from mxfx.graph.node import info
 from mxfx.graph.program import Program
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
-from mxfx.passes import Annotate, Distill, FuseNorm, InsertFakeQuant, RoundWeights, Rule, TransformInputs
+from mxfx.passes import Annotate, Distill, FuseNorm, InsertFakeQuant, RoundWeights, Rule, TransformInputs, distill
 from mxfx.passes.distill import free_weights
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import ALL, Context, Selector, apply
@@ -212,6 +212,7 @@ def test_compiled_layers_share_one_compilation_and_have_the_same_gradients(
 ) -> None:
     asked: list[object] = []
     compile_ = torch.compile
+    monkeypatch.setattr(distill, "_COMPILED", {"cpu"})
     monkeypatch.setattr(staged, "_BACKEND", "aot_eager")
     monkeypatch.setattr(torch, "compile", lambda module, **given: asked.append(module) or compile_(module, **given))
     options = {"steps": 24, "batch_size": 8, "learning_rate": 1e-2}
@@ -222,6 +223,7 @@ def test_compiled_layers_share_one_compilation_and_have_the_same_gradients(
 
 
 def test_a_compiler_that_fails_is_told_of_and_not_used(unrounded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill, "_COMPILED", {"cpu"})
     monkeypatch.setattr(staged, "_BACKEND", lambda *_: (_ for _ in ()).throw(OSError("no compiler here")))
     done = _distill(unrounded, steps=24, batch_size=8, learning_rate=1e-2, compile=True)
     assert any("torch.compile" in warning and "no compiler here" in warning for warning in done.record.warnings)

@@ -1,8 +1,10 @@
 """Quality of pipelines on a real model: several domains, configurations and seeds in one run.
 
-    python -m tools.bench.quality FILE[;k=v…] … --model DIR --data DIR --domain encyclopedia=DIR [--domain code=DIR …]
-        [--chat 50000] [--seeds 0 1 2] [--jobs 3] [--tokens 200000] [--domain-tokens 60000] [--device cuda]
-        [--set k=v] [--minutes 9] [--scores DIR] [--hooks] [--json FILE]
+    python -m tools.bench.quality FILE-or-ARM[;k=v…] … --model DIR --data DIR --domain encyclopedia=DIR
+        [--domain code=DIR …] [--chat 50000] [--seeds 0 1 2] [--jobs 3] [--tokens 200000] [--domain-tokens 60000]
+        [--device cuda] [--set k=v] [--minutes 9] [--scores DIR] [--hooks] [--json FILE]
+
+An arm is a line of ``arms.toml`` beside this: a pipeline with what is changed in it, under a short name.
 
 Prints the machine and the versions, then at once, for each configuration and seed: of each domain the ratio of token
 perplexities to the float model in the same run, mean KL to it in nats with its standard error, the KL's 99 % quantile,
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import math
 import platform
@@ -29,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -52,6 +56,9 @@ from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.causal_lm import as_causal_lm
 from tests.reference.mase_hooks import quantize_activations
 from tools.bench.mase_gptq import mase_gptq
+
+#: Name → file and overrides.
+ARMS: dict[str, list[str]] = tomllib.loads((Path(__file__).parent / "arms.toml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,17 @@ class Result:
     @property
     def mean_kl(self) -> float:
         return statistics.fmean(found.kl for found in self.domains.values())
+
+    @property
+    def line(self) -> str:
+        """What the bars are about, in one line: the first domain's ratio and the worst, the last one's agreement."""
+        first, *_, last = self.domains
+        worst = max(found.ratio for found in self.domains.values())
+        return (
+            f"{self.config} seed {self.seed}: mean KL {self.mean_kl:.4f}, x {self.domains[first].ratio:.4f} {first}, "
+            f"x {worst:.4f} worst, agree {self.domains[last].agreement:.4f} {last}, {self.bits_per_weight:.3f} bits/w, "
+            f"{self.seconds:.1f} s (+ {self.sampling_seconds:.1f} s of tokens), peak {self.peak_gb:.1f} GB"
+        )
 
 
 def main() -> int:
@@ -150,9 +168,9 @@ class Bench:
         self._started = time.perf_counter()
         self._tokenizer = load_tokenizer(args.model)
         self._model = load_model(args.model, args.dtype).to(args.device)
-        self._texts = FloatTexts(self._model, self._tokenizer, args.device, args.cache)
-        self._domains = self._read_domains()
         traced = api.trace(self._model, name=args.model)
+        self._texts = FloatTexts(self._model, self._tokenizer, args.device, args.cache, lambda: traced)
+        self._domains = self._read_domains()
         self._program = PassManager().run(traced, Pipeline([]).completed()).program
         self._float = as_causal_lm(self._program, args.device)
         self._reference = FloatLogits(lambda: self._float)
@@ -191,10 +209,12 @@ class Bench:
         return found
 
     def _configuration(self, entry: str, seed: int) -> list[Result]:
-        """An entry is ``FILE`` or ``FILE;k=v;k=v`` with overrides of its own."""
-        file, *own = entry.split(";")
+        """An entry is ``FILE`` or an arm, or ``…;k=v;k=v`` with overrides of its own."""
         args = self._args
-        name = Path(file).stem + "".join(f" {o}" for o in own)
+        name, *own = entry.split(";")
+        file, *given = ARMS.get(name, [name])
+        name = Path(name).stem + "".join(f" {o}" for o in own)
+        own = [*given, *own]
         overrides = [f"model.name={json.dumps(args.model)}", *args.set, *own, f"calibration.seed={seed}"]
         pipeline = apply_overrides(api.load_pipeline(file), overrides)
         began = time.perf_counter()
@@ -205,6 +225,7 @@ class Bench:
         )
         on_gpu = args.device.startswith("cuda")
         if on_gpu:
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
@@ -246,7 +267,7 @@ class Bench:
     def _on_domains(self, label: str, model: torch.nn.Module) -> dict[str, OnDomain]:
         results = {domain.name: self._measure(model, domain, self._reference) for domain in self._domains}
         if self._args.scores and label:
-            write_scores(Path(self._args.scores) / label, results)
+            write_scores(Path(self._args.scores) / label.replace("/", "_"), results)
         found = {}
         for name, result in results.items():
             assert result.divergence is not None
@@ -260,10 +281,7 @@ class Bench:
 
 
 def _print(result: Result, warnings: list[str]) -> None:
-    print(
-        f"  {result.config} seed {result.seed}: mean KL {result.mean_kl:.4f}, {result.bits_per_weight:.2f} bits/w, "
-        f"{result.seconds:.1f} s (+ {result.sampling_seconds:.1f} s of tokens), peak {result.peak_gb:.1f} GB"
-    )
+    print(f"  {result.line}")
     for name, d in result.domains.items():
         error = "" if d.kl_stderr is None else f" ± {d.kl_stderr:.4f}"
         print(f"    {name:14} × {d.ratio:.4f}  KL {d.kl:.4f}{error}  99 % {d.p99:.2f}  agree {d.agreement:.4f}")
@@ -290,7 +308,7 @@ def _print_machine(args) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", nargs="+")
+    parser.add_argument("configs", nargs="+", help=f"files, or arms: {', '.join(ARMS)}")
     for name in ("--model", "--data"):
         parser.add_argument(name, required=True)
     parser.add_argument("--domain", action="append", required=True, help="NAME=FILE or NAME=FOLDER")
