@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from mxfx.calibration.collector import TokenCollector, as_loader
 from mxfx.calibration.datasets import load_tokens
 from mxfx.compat.table import Table
+from mxfx.compat.tutorial import COLLECTOR
 from mxfx.config.locate import Cursor, read_toml
 from mxfx.driver.pretrained import load_tokenizer
-
-BLOCK = "token_collector"
 
 
 def read_collector(table: Table, model: nn.Module | None = None) -> TokenCollector:
@@ -37,9 +36,9 @@ def read_collector(table: Table, model: nn.Module | None = None) -> TokenCollect
 def collector_of_file(path: Path) -> TokenCollector:
     """That of a file's ``[token_collector]``. Raises ``ConfigError``, also where there is none."""
     document = read_toml(path)
-    if BLOCK not in document.value:
+    if COLLECTOR not in document.value:
         raise document.root.error("the file has no [token_collector]", "one with target_nsamples, seqlen, save_path")
-    return read_collector(Table("[token_collector]", document.value[BLOCK], document.root / BLOCK))
+    return read_collector(Table("[token_collector]", document.value[COLLECTOR], document.root / COLLECTOR))
 
 
 def attach_token_collector_pass(network: nn.Module, config: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:

@@ -24,8 +24,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from mxfx.compat.collector import BLOCK as COLLECTOR
-from mxfx.compat.collector import read_collector
 from mxfx.compat.emitter import Emitter
 from mxfx.compat.selectors import read_selector
 from mxfx.compat.table import Table
@@ -34,6 +32,7 @@ from mxfx.config.options import listed
 from mxfx.config.pipeline import SETTINGS, Pipeline, from_document, register_passes
 from mxfx.ground.nearest import did_you_mean
 
+COLLECTOR = "token_collector"
 _BLOCKS = ("gptq", "rotation_search", COLLECTOR)
 _REFUSED_BLOCKS = {"rotation": "no version of Mase reads it; use [rotation_search]"}
 
@@ -52,7 +51,7 @@ def load_quant_config(path: str | Path) -> PassArgs:
     document = read_toml(path)
     rest = {key: value for key, value in document.value.items() if key != COLLECTOR}
     if COLLECTOR in document.value:
-        read_collector(Table(f"[{COLLECTOR}]", document.value[COLLECTOR], document.root / COLLECTOR))
+        _read_collector(Table(f"[{COLLECTOR}]", document.value[COLLECTOR], document.root / COLLECTOR))
     if rest.keys() - {"by"} or COLLECTOR not in document.value:
         from_tutorial(rest, document.root)
     raw = dict(document.value)
@@ -115,12 +114,19 @@ def from_tutorial(raw: Mapping[str, Any], at: Cursor) -> Pipeline:
     return Emitter(chosen, gptq, search, at).pipeline()
 
 
+def _read_collector(table: Table) -> None:
+    """Check a ``[token_collector]``. It imports torch, which no other table needs."""
+    from mxfx.compat.collector import read_collector
+
+    read_collector(table)
+
+
 def _check_collector(top: Table) -> None:
     """A collector is no pass: it is checked, and whoever reads the file is told who runs it."""
     table = _block(top, COLLECTOR)
     if table is None:
         return
-    read_collector(table)
+    _read_collector(table)
     does = f"[{COLLECTOR}] records what a model is called with"
     how = "`mxfx collect SOURCE --model M --config FILE`, or attach_token_collector_pass in Python"
     if top.raw.keys() <= {"by", COLLECTOR}:
