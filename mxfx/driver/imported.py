@@ -13,20 +13,20 @@ import torch
 from mxfx.config import loads
 from mxfx.driver.pretrained import ModelError, load_tokenizer
 from mxfx.export.folder import save_folder
-from mxfx.graph.node import path_of
+from mxfx.export.nvfp4 import find_nvfp4
+from mxfx.formats import E4M3
+from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
 from mxfx.graph.trace import trace
 from mxfx.ground.errors import reason_of
 from mxfx.ops.catalogue import spec
 from mxfx.pipeline.manager import PassManager
+from mxfx.rewrite import Rewriter
+from mxfx.rewrite.operands import mark_rounded
 from mxfx.rewrite.parts import whole
 
-#: ``(type, bits, group size)`` of compressed-tensors → format, and whether its values find their codes again.
-_FORMATS = {
-    ("float", 4, 32): ("mxfp4_e2m1@32", True),
-    ("float", 8, 32): ("mxfp8_e4m3@32", True),
-    ("float", 4, 16): ("nvfp4", False),
-}
+#: ``(type, bits, group size)`` of compressed-tensors → format.
+_FORMATS = {("float", 4, 32): "mxfp4_e2m1@32", ("float", 8, 32): "mxfp8_e4m3@32", ("float", 4, 16): "nvfp4"}
 
 
 def import_checkpoint(folder: Path, out: Path) -> Iterator[str]:
@@ -47,18 +47,32 @@ def import_checkpoint(folder: Path, out: Path) -> Iterator[str]:
     model.config.quantization_config = None
     program = trace(model, name=str(folder))
     rules, lines = _rules(program, groups)
-    text = "[[pass]]\nname = 'annotate'\n" + rules
-    if "weight =" in rules:
-        text += "[[pass]]\nname = 'round-weights'\n"
+    text = "[[pass]]\nname = 'annotate'\npartial = true\n" + rules
+    annotated = PassManager().run(program, loads(text, str(folder)).completed()).program
+    text = "[[pass]]\nname = 'round-weights'\n"
     if "input =" in rules:
         text += "[[pass]]\nname = 'insert-fake-quant'\n"
-    result = PassManager().run(program, loads(text, str(folder)).completed())
+    result = PassManager().run(_with_nvfp4_as_it_is(annotated, folder), loads(text, str(folder)))
     moved = [name for name in program.weights if not torch.equal(program.weights[name], whole(result.program, name))]
     if moved:
         raise ModelError(f"{folder}: {moved[0]} does not lie on the grid that config.json names")
     yield from lines
     save_folder(result.program, out, tokenizer=load_tokenizer(folder))
     yield f"written to {out}"
+
+
+def _with_nvfp4_as_it_is(program: Program, folder: Path) -> Program:
+    """With the NVFP4 weights known to be rounded: rounding them anew would find other scales for them."""
+    rw = Rewriter(program.copy(), "import")
+    for node in rw.program.products():
+        annotation = info(node).formats.get("weight")
+        if annotation is None or not isinstance(annotation.format.scale, E4M3):
+            continue
+        name = rw.program.weight_of(node)
+        if find_nvfp4(rw.program.weights[name]) is None:
+            raise ModelError(f"{folder}: {name} does not lie on the grid that config.json names")
+        mark_rounded(rw, node, "weight")
+    return rw.program
 
 
 def _groups(folder: Path) -> Mapping[str, Any]:
@@ -84,10 +98,8 @@ def _rules(program: Program, groups: Mapping[str, Any]) -> tuple[str, list[str]]
         if weight is None or not chosen:
             raise ModelError(f"group {name!r}: expected MXFP4, MXFP8 or NVFP4 weights of at least one linear")
         rules += "[[pass.rule]]\nmatch = '" + "|".join(map(re.escape, chosen)) + "'\n"
-        rules += f"weight = '{weight[0]}'\n" if weight[1] else ""
-        rules += f"input = '{input_[0]}'\n" if input_ is not None else ""
-        kept = "" if weight[1] else " (values kept, codes not found again)"
-        lines.append(f"{len(chosen)} linears: weights {weight[0]}{kept}, inputs {input_[0] if input_ else 'float'}")
+        rules += f"weight = '{weight}'\n" + (f"input = '{input_}'\n" if input_ is not None else "")
+        lines.append(f"{len(chosen)} linears: weights {weight}, inputs {input_ or 'float'}")
     return rules, lines
 
 
@@ -98,7 +110,7 @@ def _targeted(path: str, targets: list[str]) -> bool:
     )
 
 
-def _format(args: Mapping[str, Any] | None) -> tuple[str, bool] | None:
+def _format(args: Mapping[str, Any] | None) -> str | None:
     if args is None:
         return None
     key = (args.get("type"), args.get("num_bits"), args.get("group_size"))

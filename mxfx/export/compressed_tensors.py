@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from mxfx.export.errors import ExportError
+from mxfx.export.nvfp4 import find_nvfp4
 from mxfx.export.plain import Plain, on_grid
 from mxfx.export.prove import same_logits, same_values
 from mxfx.export.target import Target, register
-from mxfx.formats import E8M0, FloatElement, Format, IntElement
+from mxfx.formats import E4M3, E8M0, FloatElement, Format, IntElement
+
+_NVFP4 = "nvfp4-pack-quantized"
 
 
 def refuse(given: Plain) -> str | None:
@@ -30,9 +33,14 @@ def refuse(given: Plain) -> str | None:
     kinds = {scheme_of(fmt) for fmt in _linear(given).values()}
     if None in kinds:
         odd = next(f"{name} in {fmt}" for name, fmt in _linear(given).items() if scheme_of(fmt) is None)
-        return f"{odd}: it knows MXFP4 and MXFP8 (e4m3) in blocks of 32, and integers of 4 and 8 bits"
+        return f"{odd}: it knows MXFP4 and MXFP8 (e4m3) in blocks of 32, NVFP4, and integers of 4 and 8 bits"
     if len(kinds) > 1:
         return f"weights in {len(kinds)} formats ({', '.join(sorted(map(str, kinds)))}); its reader takes one a file"
+    if _NVFP4 in kinds and given.inputs:
+        return (
+            "inputs in nvfp4: its readers divide them by one number fixed at calibration, and here that number is each "
+            "call's own; a model with NVFP4 weights alone can be written"
+        )
     strange = {f for path, f in given.inputs.items() if _stem(f) != _stem(given.formats.get(f"{path}.weight"))}
     return f"inputs in {next(iter(strange))}, which differ from their weights' format" if strange else None
 
@@ -40,6 +48,8 @@ def refuse(given: Plain) -> str | None:
 def scheme_of(fmt: Format) -> str | None:
     """The library's name of a weight format; None if it has none."""
     element = fmt.element
+    if isinstance(fmt.scale, E4M3):
+        return _NVFP4
     if not isinstance(fmt.scale, E8M0):
         return None
     if isinstance(element, IntElement) and fmt.block is not None and element.bits in (4, 8):
@@ -74,6 +84,8 @@ def write(given: Plain, folder: Path, tokenizer: Any) -> tuple[str, ...]:
     notes = [f"{len(linear)} weights packed as {scheme}"]
     if given.inputs:
         notes.append("its readers round activations in the same format, by the library's own rule for scales")
+    if scheme == _NVFP4:
+        notes.append("each tensor has a scale of its own; a reader that fuses q, k, v or gate, up takes one for all")
     kept = [name for name in given.formats if name not in linear]
     if kept:
         notes.append(f"{kept[0]} lies on its grid and is stored in {given.program.dtype}: only linears are packed")
@@ -93,16 +105,19 @@ def prove(given: Plain, folder: Path) -> Mapping[str, object]:
 
 
 def _stored(folder: Path, linear: Mapping[str, Format]) -> dict[str, object]:
-    """No tensor that the configuration calls quantized is float in the files."""
+    """No tensor that the configuration calls quantized is float in the files: every target has its codes there."""
     from safetensors import safe_open
 
+    kinds: dict[str, str] = {}
     total = 0
     for file in sorted(folder.glob("*.safetensors")):
         total += file.stat().st_size
         with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                if name in linear and opened.get_slice(name).get_dtype() in ("F32", "BF16", "F16"):
-                    raise ExportError(f"{file.name} holds {name} as float")
+            kinds |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+    for name in linear:
+        found = [kinds[n] for n in (name, f"{name}_packed") if n in kinds]
+        if len(found) != 1 or found[0] in ("F64", "F32", "BF16", "F16"):
+            raise ExportError(f"{name} is to be quantized, and the files hold it as {' and '.join(found) or 'nothing'}")
     return {"bytes": total}
 
 
@@ -113,6 +128,8 @@ def _linear(given: Plain) -> dict[str, Format]:
 
 
 def _packed(path: str, weight: Tensor, fmt: Format, scheme: str) -> dict[str, Tensor]:
+    if scheme == _NVFP4:
+        return _nvfp4(path, weight)
     encoded = on_grid(weight, fmt)
     assert encoded.scales is not None
     if scheme == "mxfp4-pack-quantized":
@@ -130,6 +147,23 @@ def _packed(path: str, weight: Tensor, fmt: Format, scheme: str) -> dict[str, Te
     }
 
 
+def _nvfp4(path: str, weight: Tensor) -> dict[str, Tensor]:
+    found = find_nvfp4(weight)
+    if found is None:
+        why = (
+            "its reader decodes NVFP4 to bfloat16: compile with model.dtype = 'bfloat16'"
+            if weight.dtype != torch.bfloat16
+            else "under every scale of the tensor some number that lies halfway between two of bfloat16 reads back as "
+            "the other one (rare for nvfp4, frequent for nvfp4/four-over-six)"
+        )
+        raise ExportError(f"{path}.weight in nvfp4 has no codes that read back as its bits; {why}")
+    return {
+        f"{path}.weight_packed": found.packed,
+        f"{path}.weight_scale": found.scales,
+        f"{path}.weight_global_scale": found.divisor,
+    }
+
+
 def _config(given: Plain, linear: Mapping[str, Format], scheme: str) -> dict[str, object]:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
@@ -138,12 +172,13 @@ def _config(given: Plain, linear: Mapping[str, Format], scheme: str) -> dict[str
     common: dict[str, Any] = {
         "num_bits": fmt.bits,
         "type": "int" if integer else "float",
-        "strategy": "group",
+        "strategy": "tensor_group" if scheme == _NVFP4 else "group",
         "group_size": fmt.block,
         "symmetric": True,
     }
     if not integer:
-        common |= {"scale_dtype": torch.uint8, "zp_dtype": torch.uint8}
+        dtype = torch.float8_e4m3fn if scheme == _NVFP4 else torch.uint8
+        common |= {"scale_dtype": dtype, "zp_dtype": dtype}
     paths = [name.removesuffix(".weight") for name in linear]
     args: dict[str, Any] = {"targets": paths, "weights": QuantizationArgs(**common), "format": scheme}
     if any(path in given.inputs for path in paths):

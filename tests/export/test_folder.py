@@ -22,6 +22,7 @@ from mxfx.export.target import export
 from mxfx.graph.trace import trace
 from mxfx.pipeline.emit import emitted
 from mxfx.pipeline.manager import PassManager, PipelineResult
+from mxfx.rewrite.operands import is_rounded
 from mxfx.runtime.causal_lm import as_causal_lm
 from tests.local_model import save_model
 
@@ -143,6 +144,21 @@ def test_a_checkpoint_of_another_tool_comes_in_with_its_bits(folder: Path, sourc
     from mxfx.export.unpack import unpacked
 
     assert torch.equal(unpacked(back).weights[name], unpacked(given).weights[name])
+
+
+def test_an_nvfp4_checkpoint_comes_in_quantized_and_goes_out_again(source: Path, tmp_path: Path) -> None:
+    rule = "[[pass.rule]]\nmatch = '.*_proj'\nweight = 'nvfp4'\n"
+    pipeline = loads(f"[[pass]]\nname = 'annotate'\n{rule}[[pass]]\nname = 'round-weights'")
+    rounded = PassManager().run(trace(load_model(source)), pipeline.completed()).program
+    first = export(rounded, tmp_path / "packed", "compressed-tensors", tokenizer=load_tokenizer(source))
+    lines = list(import_checkpoint(tmp_path / "packed", tmp_path / "back"))
+    assert lines[0] == "14 linears: weights nvfp4, inputs float"
+    back = load(tmp_path / "back")
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(back.weights[name].bfloat16(), rounded.weights[name].bfloat16())
+    assert sum(is_rounded(node, "weight") for node in back.products()) == 14
+    second = export(back, tmp_path / "again", "compressed-tensors")
+    assert second.checks["of them quantized"] == first.checks["of them quantized"] == 14
 
 
 def test_other_checkpoints_are_refused(source: Path, tmp_path: Path) -> None:

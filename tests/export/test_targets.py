@@ -14,6 +14,7 @@ from safetensors import safe_open
 from mxfx.config import loads
 from mxfx.export import target as module
 from mxfx.export.errors import ExportError
+from mxfx.export.nvfp4 import find_nvfp4
 from mxfx.export.target import Written, export, targets
 from mxfx.formats import parse
 from mxfx.graph.program import Program
@@ -97,6 +98,61 @@ def test_compressed_tensors_reads_the_codes(weight: str, scheme: str, bits: floa
     assert payload * 8 / elements == bits
 
 
+def test_nvfp4_weights_are_stored_with_codes_that_the_library_reads(tmp_path: Path) -> None:
+    """Scales and elements are those of the format; its reader's own arithmetic gives the bits of the weights."""
+    program = _program("nvfp4")
+    written = export(program, tmp_path / "out", "compressed-tensors")
+    assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["format"] == (
+        "nvfp4-pack-quantized"
+    )
+    assert written.checks["of them quantized"] == 14 and written.checks["relative error of float32 logits"] <= 1e-5
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        packed, scales, divisor = (
+            file.get_tensor(f"{_PROJ}.weight_{part}") for part in ("packed", "scale", "global_scale")
+        )
+    assert (packed.dtype, scales.dtype, divisor.shape) == (torch.uint8, torch.float8_e4m3fn, (1,))
+    weight = program.weights[f"{_PROJ}.weight"]
+    assert (packed.nbytes + scales.nbytes) * 8 / weight.numel() == 4.5
+    fmt = parse("nvfp4")
+    elements = fmt.element.from_codes(fmt.unpack(packed, weight.shape[1]), torch.float32)
+    decoded = elements * (scales.float() / divisor).repeat_interleave(16, -1)
+    assert torch.equal(decoded.bfloat16(), _weight(program, f"{_PROJ}.weight"))
+
+
+def test_nvfp4_codes_are_found_wherever_the_numbers_come_from() -> None:
+    generator = torch.Generator().manual_seed(0)
+    fmt = parse("nvfp4")
+    for case in range(24):
+        weight = torch.randn(64, 256, generator=generator) * 10.0 ** (case - 12)
+        weight = (
+            weight * torch.exp(2 * torch.randn(64, 1, generator=generator)) if case % 2 else weight.bfloat16().float()
+        )
+        on_grid = fmt.fake_quantize(weight).bfloat16()
+        # A part of a tensor, and one whose largest number is gone, have the scale of the whole.
+        part = on_grid[:, 16:].contiguous() if case % 3 else on_grid.where(on_grid.abs() < on_grid.abs().max(), 0)
+        found = find_nvfp4(part)
+        assert found is not None and torch.equal(found.read(), part), case
+    assert find_nvfp4(torch.randn(64, 256, generator=generator).bfloat16()) is None
+    assert find_nvfp4(fmt.fake_quantize(torch.randn(64, 256, generator=generator))) is None
+    assert find_nvfp4(torch.zeros(4, 32)).read().count_nonzero() == 0
+
+
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+@pytest.mark.parametrize("weight", ["mxfp4_e2m1@32/mse", "mxfp8_e4m3@32", "mxint4@32/mse", "mxint8@32/ceil", "nvfp4"])
+def test_no_tensor_that_the_configuration_calls_quantized_is_float_in_the_file(weight: str, tmp_path: Path) -> None:
+    export(_program(weight), tmp_path / "out", "compressed-tensors")
+    groups = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["config_groups"]
+    targets = [path for group in groups.values() for path in group["targets"]]
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    assert len(targets) == 14
+    for path in targets:
+        payload = [kinds[name] for name in (f"{path}.weight", f"{path}.weight_packed") if name in kinds]
+        assert len(payload) == 1 and payload[0] not in _FLOATS, path
+
+
 def test_an_mxfp4_file_holds_the_formats_own_codes(tmp_path: Path) -> None:
     program = _program("mxfp4_e2m1@32")
     export(program, tmp_path / "out", "compressed-tensors")
@@ -120,6 +176,8 @@ def test_gguf_holds_the_codes_in_its_own_types(weight: str, kind: str, tmp_path:
     written = export(program, tmp_path / "out", "gguf")
     assert written.checks["relative error of float32 logits"] <= 1e-5
     tensors = {t.name: t for t in GGUFReader(tmp_path / "out/model.gguf").tensors}
+    linears = [t for name, t in tensors.items() if name.startswith("blk.") and "norm" not in name]
+    assert len(linears) == 14 and {t.tensor_type.name for t in linears} == {kind}
     down = tensors["blk.1.ffn_down.weight"]
     assert down.tensor_type.name == kind
     expected = _weight(program, f"{_PROJ}.weight").float().numpy()
@@ -143,6 +201,8 @@ def test_baking_moves_transforms_into_the_weights_of_a_plain_model(tmp_path: Pat
         ("compressed-tensors", {"weight": "mxfp6_e3m2@32"}, "in mxfp6_e3m2@32: it knows"),
         ("compressed-tensors", {"weight": "mxfp4_e2m1@16"}, "in mxfp4_e2m1@16: it knows"),
         ("compressed-tensors", {"weight": "mxfp4_e2m1@32", "more": 'input = "mxint8@32"'}, "inputs in mxint8@32"),
+        ("compressed-tensors", {"weight": "nvfp4", "more": 'input = "nvfp4"'}, "inputs in nvfp4: its readers"),
+        ("gguf", {"weight": "nvfp4"}, "in nvfp4: it knows"),
         ("gguf", {"weight": "mxint4@16"}, "in mxint4@16: it knows"),
         ("gguf", {"weight": "mxint4@32", "more": 'input = "mxint4@32"'}, "a GGUF reader rounds activations"),
         ("gguf", {"weight": "mxint4@32", "family": "gemma3-tiny"}, "could not be proved"),
