@@ -11,21 +11,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mxfx.algorithms.block_solver import BlockSolution, searched_exponents, solve_block
-from mxfx.algorithms.gptq_refine import refine_blocks
-from mxfx.algorithms.hessian_factor import factorize, permute_symmetric, revive_dead_columns, rounding_order
-from mxfx.formats import E8M0, FloatElement, Format, ScaleRule
-
-Order = Literal["block", "none"]
-Exponents = Literal["sweep", "rule"]
-
-# Columns handled together where a format has no blocks of its own.
-_UNBLOCKED_WIDTH = 128
+from mxfx.algorithms.gptq_solver import Exponents, Order, Solved, solve
+from mxfx.formats import FloatElement, Format
 
 
 @dataclass(frozen=True)
@@ -88,7 +79,7 @@ def gptq_batch(
         ValueError: shapes that do not fit; NaN or Inf in a weight, target or Hessian; a negative diagonal;
             an unknown option.
     """
-    _check(weights, hessian, fmt, damping, order, exponents, refine, targets)
+    any_dead = _check(weights, hessian, fmt, damping, order, exponents, refine, targets)
     shared = hessian.ndim == 2
     join = (lambda parts: torch.cat(list(parts))[None]) if shared else (lambda parts: torch.stack(list(parts)))
     dtype = _compute_dtype(weights, fmt)
@@ -97,13 +88,12 @@ def gptq_batch(
     # What a tensor has once is held for each of its rows.
     units = [(fmt.common(w), len(w)) for w in weights]
     common = None if units[0][0] is None else join(unit.to(dtype).expand(rows) for unit, rows in units)  # type: ignore[union-attr]
-    solved = _solve(weight, goal, hessian[None] if shared else hessian, fmt, common, damping, order, exponents, refine)
-    pieces = [solved]
-    if shared:
-        bounds = [0, *torch.tensor([len(w) for w in weights]).cumsum(0).tolist()]
-        pieces = [solved.rows(start, stop) for start, stop in pairwise(bounds)]
-        return [piece.result(0) for piece in pieces]
-    return [solved.result(group) for group in range(len(weights))]
+    hessian = hessian[None] if shared else hessian
+    solved = solve(weight, goal, hessian, fmt, common, damping, order, exponents, refine, any_dead)
+    if not shared:
+        return _results([solved.group(index) for index in range(len(weights))])
+    bounds = [0, *torch.tensor([len(w) for w in weights]).cumsum(0).tolist()]
+    return _results([solved.rows(start, stop) for start, stop in pairwise(bounds)])
 
 
 def asymmetric_target(
@@ -144,33 +134,17 @@ def asymmetric_target(
     return (w + alpha * step).to(torch.promote_types(weight.dtype, torch.float32))
 
 
-@dataclass(frozen=True)
-class _Solved:
-    """A stack of rounded weights `(groups, rows, cols)`, with losses per row `(groups, rows)` in float64."""
-
-    weight: Tensor
-    scales: Tensor | None
-    loss: Tensor
-    rtn_loss: Tensor
-    rtn_rows: Tensor
-    damping: Tensor
-    failed: Tensor
-    dead: Tensor
-
-    def rows(self, start: int, stop: int) -> _Solved:
-        cut = slice(start, stop)
-        scales = None if self.scales is None else self.scales[:, cut]
-        per_row = (self.loss[:, cut], self.rtn_loss[:, cut], self.rtn_rows[:, cut])
-        return _Solved(self.weight[:, cut], scales, *per_row, self.damping, self.failed, self.dead)
-
-    def result(self, group: int) -> GptqResult:
-        sums = (self.loss, self.rtn_loss, self.dead, self.rtn_rows)
-        scalars = [*(one[group].sum(dtype=torch.float64) for one in sums), self.damping[group], self.failed[group]]
-        # One wait for the device instead of six.
-        loss, rtn_loss, dead, rtn_rows, damping, failed = torch.stack([one.double() for one in scalars]).tolist()
-        return GptqResult(
-            weight=self.weight[group],
-            scales=None if self.scales is None else self.scales[group],
+def _results(pieces: Sequence[Solved]) -> list[GptqResult]:
+    """The results of stacks of one weight each; the device is waited for once."""
+    scalars = [
+        torch.stack([*(one.sum(dtype=torch.float64) for one in (p.loss, p.rtn_loss, p.dead, p.rtn_rows)), p.damping[0]])
+        for p in pieces
+    ]
+    rows = torch.stack([torch.cat([found, p.failed.double()]) for found, p in zip(scalars, pieces, strict=True)])
+    return [
+        GptqResult(
+            weight=piece.weight[0],
+            scales=None if piece.scales is None else piece.scales[0],
             loss=loss,
             rtn_loss=rtn_loss,
             damping_used=damping,
@@ -178,121 +152,8 @@ class _Solved:
             dead_columns=int(dead),
             rtn_rows=int(rtn_rows),
         )
-
-
-def _solve(
-    weight: Tensor,
-    goal: Tensor,
-    hessian: Tensor,
-    fmt: Format,
-    common: Tensor | None,
-    damping: float,
-    order: Order,
-    exponents: Exponents,
-    refine: int,
-) -> _Solved:
-    """Rounds `(groups, rows, cols)`, one Hessian a group."""
-    groups, _, n = weight.shape
-    live, dead = revive_dead_columns(hessian)
-    natural = torch.arange(n, device=weight.device).expand(groups, n)
-    columns = rounding_order(live, fmt.block) if order == "block" else natural
-    factor = factorize(live, columns, damping, weight.dtype)
-
-    width = fmt.block or _UNBLOCKED_WIDTH
-    # Columns lead, so that every step of the inner loop works on contiguous rows.
-    work = torch.take_along_dim(goal.mT, columns[:, :, None], 1)
-    aim = work.clone() if refine else work
-    values = torch.empty_like(work)
-    residual = work.new_empty(groups, width, work.shape[-1])
-    kind = torch.int32 if common is None else work.dtype
-    shared = torch.empty(groups, math.ceil(n / width), work.shape[-1], dtype=kind, device=work.device)
-    searched = _searches(fmt, exponents)
-    for index, start in enumerate(range(0, n, width)):
-        cut = slice(start, min(start + width, n))
-        block = work[:, cut]
-        candidates = None if searched else candidate_scales(block, fmt, exponents, common)
-        out = BlockSolution(values[:, cut], residual[:, : cut.stop - start], shared[:, index])
-        feedback = factor.feedback[:, cut]
-        solve_block(block, candidates, feedback[:, :, cut], factor.precision[:, cut], fmt, common, out)
-        work[:, cut.stop :].baddbmm_(feedback[:, :, cut.stop :].mT, out.residual, alpha=-1)
-    shared = shared.mT
-    if refine:
-        curvature = permute_symmetric(live, columns).to(weight.dtype)
-        curvature.diagonal(dim1=-2, dim2=-1).add_(factor.ridge[:, None].to(weight.dtype))
-        values, shared = refine_blocks(
-            aim,
-            values,
-            shared,
-            curvature,
-            fmt,
-            width,
-            lambda block: candidate_scales(block, fmt, exponents, common),
-            refine,
-            common,
-        )
-
-    rounded = torch.empty_like(work).scatter_(1, columns[:, :, None].expand_as(work), values).mT.contiguous()
-    blocks = torch.div(columns[:, ::width], width, rounding_mode="floor")
-    shared = torch.empty_like(shared).scatter_(2, blocks[:, None].expand_as(shared), shared)
-    return _keep_better_rows(weight, goal, rounded, shared, hessian, fmt, common, factor.damping, factor.failed, dead)
-
-
-def candidate_scales(columns: Tensor, fmt: Format, exponents: Exponents, common: Tensor | None = None) -> Tensor:
-    """Scales to try for a block of columns `(groups, b, rows)`: `(groups, candidates, rows)`."""
-    if fmt.block is None:
-        return torch.zeros_like(columns[:, :1], dtype=torch.int32)
-    if _searches(fmt, exponents):
-        return searched_exponents(columns, fmt.element)
-    blocks, sweep = columns.mT.contiguous(), exponents == "sweep"
-    return fmt.scale.candidates(blocks, fmt.element, common, sweep).movedim(0, 1)
-
-
-def _searches(fmt: Format, exponents: Exponents) -> bool:
-    """Whether the candidates are those that `solve_block` finds by itself."""
-    powers = fmt.block is not None and isinstance(fmt.scale, E8M0)
-    return powers and exponents == "sweep" and fmt.rule is not ScaleRule.CEIL
-
-
-def _keep_better_rows(
-    weight: Tensor,
-    goal: Tensor,
-    rounded: Tensor,
-    shared: Tensor,
-    hessian: Tensor,
-    fmt: Format,
-    common: Tensor | None,
-    damping: Tensor,
-    failed: Tensor,
-    dead: Tensor,
-) -> _Solved:
-    """Takes rounding to nearest for the rows where it is better, and everywhere the factorization failed."""
-    of_block = None if common is None else common[:, :, None]
-    nearest = fmt.fake_quantize(weight, common=of_block)
-    curvature = hessian.to(weight.dtype)
-    loss = _row_losses(rounded - goal, curvature)
-    rtn_loss = _row_losses(nearest - goal, curvature)
-    # Written so that a NaN loss loses.
-    use_nearest = ~(loss <= rtn_loss) | failed[:, None]
-    scales = None
-    if fmt.block is not None:
-        padded = torch.nn.functional.pad(weight, (0, -weight.shape[-1] % fmt.block))
-        own = fmt.choose(padded.unflatten(-1, (-1, fmt.block)), of_block)
-        scales = torch.where(use_nearest[:, :, None], own, shared)
-    return _Solved(
-        weight=torch.where(use_nearest[:, :, None], nearest, rounded),
-        scales=scales,
-        loss=torch.where(use_nearest, rtn_loss, loss),
-        rtn_loss=rtn_loss,
-        rtn_rows=use_nearest,
-        damping=damping,
-        failed=failed,
-        dead=dead,
-    )
-
-
-def _row_losses(error: Tensor, hessian: Tensor) -> Tensor:
-    """e H eᵀ of each row, `(groups, rows)` float64."""
-    return (torch.matmul(error, hessian) * error).sum(-1, dtype=torch.float64)
+        for piece, (loss, rtn_loss, dead, rtn_rows, damping, failed) in zip(pieces, rows.tolist(), strict=True)
+    ]
 
 
 def _compute_dtype(weights: Sequence[Tensor], fmt: Format) -> torch.dtype:
@@ -310,7 +171,8 @@ def _check(
     exponents: str,
     refine: int,
     targets: Sequence[Tensor] | None,
-) -> None:
+) -> bool:
+    """Raises ``ValueError`` for what `gptq_batch` does not take; whether a Hessian has a column of zeros."""
     if order not in ("block", "none") or exponents not in ("sweep", "rule"):
         raise ValueError(
             f"gptq: order is 'block' or 'none' and exponents 'sweep' or 'rule'; got {order!r}, {exponents!r}"
@@ -329,9 +191,14 @@ def _check(
         )
     if targets is not None and [tuple(t.shape) for t in targets] != shapes:
         raise ValueError(f"gptq: targets {[tuple(t.shape) for t in targets]} do not match weights {shapes}")
-    tensors = {"Hessian": [hessian], "weight": weights, "target": targets or []}
-    for what, group in tensors.items():
-        if not all(bool(t.isfinite().all()) for t in group):
+    tensors = [("Hessian", hessian), *[("weight", w) for w in weights], *[("target", t) for t in targets or []]]
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    # A NaN or an Inf makes the sum one, or a sum overflows: then it is looked for. One wait for the device.
+    sums = torch.stack([t.sum(dtype=torch.float64).to(hessian.device) for _, t in tensors])
+    *totals, negative, zero = [*sums.tolist(), *torch.stack([(diagonal < 0).any(), (diagonal == 0).any()]).tolist()]
+    for (what, tensor), total in zip(tensors, totals, strict=True):
+        if not math.isfinite(total) and not bool(tensor.isfinite().all()):
             raise ValueError(f"gptq to {fmt}: a {what} holds NaN or Inf; check the calibration activations")
-    if bool((hessian.diagonal(dim1=-2, dim2=-1) < 0).any()):
+    if negative:
         raise ValueError("gptq: the Hessian has a negative diagonal, so it is no Gram matrix of activations")
+    return bool(zero)

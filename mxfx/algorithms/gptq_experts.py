@@ -20,8 +20,7 @@ from mxfx.formats import Format
 Basis = Literal["own", "shared", "nearest"]
 
 #: Bytes that the experts of one batch may take: half of what a device of 80 GB has beside its statistics.
-_BUDGET = {"cuda": 16 << 30}
-_BUDGET_CPU = 1 << 30
+SOLVED_AT_ONCE = {"cuda": 16 << 30, "cpu": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,6 @@ def _batches(weight: Tensor, refine: int) -> Iterator[range]:
     experts, rows, cols = weight.shape
     # Factorization: four matrices in float64. Rounding: weight, goal, work, values, their best, and errors.
     each = 32 * cols * cols + (40 + 16 * bool(refine)) * rows * cols
-    size = max(1, _BUDGET.get(weight.device.type, _BUDGET_CPU) // each)
+    size = max(1, SOLVED_AT_ONCE.get(weight.device.type, SOLVED_AT_ONCE["cpu"]) // each)
     for start in range(0, experts, size):
         yield range(start, min(start + size, experts))

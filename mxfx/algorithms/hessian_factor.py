@@ -101,15 +101,19 @@ def factorize(hessian: Tensor, order: Tensor, damping: float, dtype: torch.dtype
     # Reversed, the lower Cholesky factor L of the permuted matrix is J R J.
     order = order.flip(-1)
     lower, info = _cholesky(hessian, order, used * mean)
-    for _ in range(_ESCALATIONS):
+    failed = torch.zeros_like(info, dtype=torch.bool)
+    for attempt in range(_ESCALATIONS + 1):
+        # The one wait for the device where nothing fails.
         pending = info.nonzero()[:, 0]
         if len(pending) == 0:
+            break
+        if attempt == _ESCALATIONS:
+            lower[pending] = torch.eye(lower.shape[-1], dtype=torch.float64, device=lower.device)
+            failed[pending] = True
             break
         used[pending] = (10 * used[pending]).clamp(min=_FIRST_DAMPING)
         ridge = (used * mean)[pending]
         lower[pending], info[pending] = _cholesky(hessian[pending], order[pending], ridge)
-    failed = info != 0
-    lower[failed] = torch.eye(lower.shape[-1], dtype=torch.float64, device=lower.device)
     precision = lower.diagonal(dim1=-2, dim2=-1).square().flip(-1).to(dtype)
     return HessianFactor(_unit_inverse(lower, dtype).flip(-2, -1), precision, used, used * mean, failed)
 

@@ -16,6 +16,11 @@ _PANEL = 256
 _PANEL_CUDA = 2048
 
 
+def panel_width(device: torch.device) -> int:
+    """Columns that are multiplied with all columns behind them at one time."""
+    return _PANEL_CUDA if device.type == "cuda" else _PANEL
+
+
 class StaleStatistics(MxfxError, RuntimeError):
     """Statistics were offered for a tensor that is not, or no longer, the one that they describe."""
 
@@ -28,7 +33,7 @@ class Gram:
 
     def __init__(self, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self._sum = torch.zeros(columns, columns, dtype=dtype, device=device)
-        self._panel = _PANEL_CUDA if device.type == "cuda" else _PANEL
+        self._panel = panel_width(device)
         self.rows = 0
 
     def add(self, x: Tensor) -> None:

@@ -8,20 +8,23 @@ rewritten, nothing runs twice, and a run that resumes from stored weights replay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
 from torch import Tensor, fx
 
-from mxfx.calibration.activations import ActivationStore, Placement
+from mxfx.calibration.activations import Placement
+from mxfx.calibration.estimate import Footprint, footprint, place
 from mxfx.calibration.expert_statistics import ExpertStatistics, choice_of, measure_experts
 from mxfx.calibration.keys import Keys, environment, token_key
-from mxfx.calibration.stages import Stage, cut, input_of
+from mxfx.calibration.runner import DeviceWeights, Runner
+from mxfx.calibration.stages import Stage, input_of
 from mxfx.calibration.statistics import CrossMoment, Gram, Statistics
 from mxfx.graph.node import layer_of, path_of
-from mxfx.graph.program import Program, compute_dtype
+from mxfx.graph.program import Program
+from mxfx.graph.weights import WeightStore
 from mxfx.ops.catalogue import spec
 from mxfx.rewrite import Context, Rewriter
 from mxfx.rewrite.lowering import lowered_copy
@@ -38,7 +41,7 @@ class StreamOptions:
 
     batch_size: int = 8
     dtype: torch.dtype | None = None
-    activations: Placement = "device"
+    activations: Placement | None = None
     reference: bool = False
     fewest: int = 0
 
@@ -80,12 +83,16 @@ class ExpertGroup:
 class LayerRun:
     """A decoder layer (``index`` None: before or behind the layers) that the stream has come to.
 
-    ``targets`` are its linears in execution order. Iterate ``groups`` to measure and rewrite them; a pass that sets
-    the layer's weights without measuring just goes on to the next layer.
+    ``targets`` are its linears in execution order; ``weights`` gives theirs on the device. ``footprint`` is what the
+    stream is expected to take, and ``placement`` where its values wait. Iterate ``groups`` to measure and rewrite the
+    linears; a pass that sets the layer's weights without measuring just goes on to the next layer.
     """
 
     index: int | None
     targets: tuple[fx.Node, ...]
+    weights: DeviceWeights = field(repr=False)
+    footprint: Footprint
+    placement: Placement
     _groups: Callable[[], Iterator[Group | ExpertGroup]] = field(repr=False)
 
     def groups(self) -> Iterator[Group | ExpertGroup]:
@@ -155,15 +162,34 @@ class _Stream:
         }
         batches = tokens.split(options.batch_size)
         run = _lower(view(rw.program.copy()), dtype, ctx)
-        self._main = _Runner(
-            run, tuple(self._targets), batches, ctx.device, options, lambda name: _current(rw, run, name)
+        self.footprint = footprint(
+            run,
+            self._targets,
+            (tokens.shape[0], tokens.shape[1]),
+            device=ctx.device,
+            stored={name: rw.weights.behind(name).dtype for name in rw.weights},
+            batch_size=options.batch_size,
+            reference=options.reference,
         )
-        self._reference: _Runner | None = None
+        self.placement = options.activations or place(self.footprint, ctx.device)
+
+        def runner(program: Program, of: Callable[[str], WeightStore]) -> Runner:
+            return Runner(
+                program,
+                tuple(self._targets),
+                batches,
+                ctx.device,
+                self.placement,
+                lambda name: of(name)[name],
+                lambda name: of(name).behind(name),
+            )
+
+        # Matrices that lowering itself added come from the lowered program.
+        self._main = runner(run, lambda name: rw.weights if name in rw.weights else run.weights)
+        self._reference: Runner | None = None
         if options.reference:
             plain = _lower(without_quantizers(start), dtype, ctx)
-            self._reference = _Runner(
-                plain, tuple(self._targets), batches, ctx.device, options, lambda name: plain.weights[name]
-            )
+            self._reference = runner(plain, lambda name: plain.weights)
         self._used: dict[str, str] = {}
         self._closed = False
 
@@ -178,50 +204,60 @@ class _Stream:
         for layer, indices in groupby(stages, key=lambda index: self._main.stages[index].layer):
             mine = list(indices)
             names = [node.name for i in mine for group in self._main.stages[i].measured.values() for node in group]
-            yield LayerRun(layer, tuple(self._targets[name] for name in names), lambda mine=mine: self._groups(mine))  # type: ignore[misc]
+            targets = tuple(self._targets[name] for name in names)
+            about = (self._main.weights, self.footprint, self.placement)
+            yield LayerRun(layer, targets, *about, lambda mine=mine: self._groups(mine))  # type: ignore[misc]
 
     def _groups(self, stages: list[int]) -> Iterator[Group | ExpertGroup]:
         for index in stages:
             if self._closed:
                 raise RuntimeError("the stream is closed: measure a layer while stream_layers stands at it")
-            self._run_to(index)
+            moments = self._run_to(index)
             self._note_weights(self._main.stages[index])
             # Groups of plain linears are measured all at once, then handed out one by one.
-            yield from self._measure(index)
+            yield from self._measure(index, moments)
             yield from self._measure_experts(index)
 
-    def _run_to(self, index: int) -> None:
-        """Run every stage before ``index`` that has not run yet, with the weights of this moment."""
-        while self._main.done < index:
-            self._note_weights(self._main.stages[self._main.done])
-            self._main.run_next()
+    def _run_to(self, index: int) -> _Moments:
+        """Run every stage before ``index`` that has not run yet, with the weights of this moment.
+
+        What the last of them gives and ``index`` measures is summed while it is there.
+        """
         while self._reference is not None and self._reference.done < index:
             self._reference.run_next()
+        moments = self._moments(index, [])
+        while self._main.done < index:
+            stage = self._main.stages[self._main.done]
+            self._note_weights(stage)
+            given = set(stage.outputs) if self._main.done + 1 == index else set()
+            moments = self._moments(index, [source for source in self._plain(index) if source in given])
+            self._main.run_next(moments.sources, moments.add if moments.sources else None)
+        return moments
+
+    def _plain(self, index: int) -> dict[fx.Node, list[fx.Node]]:
+        """What a stage measures of linears with one matrix: their input, and they."""
+        found = self._main.stages[index].measured.items()
+        return {source: plain for source, all_ in found if (plain := [n for n in all_ if choice_of(n) is None])}
+
+    def _moments(self, index: int, sources: list[fx.Node]) -> _Moments:
+        if self._reference is None or not sources:
+            return _Moments(sources)
+        plain = self._plain(index)
+        twins = self._reference.sources({source: plain[source] for source in sources})
+        return _Moments(sources, twins, self._reference.values(index, list(twins.values())))
 
     def _note_weights(self, stage: Stage) -> None:
         """Remember which weights a stage runs with: what its results are keyed by."""
         names = {str(node.target) for node in stage.weights}
         self._used |= {name: self._rw.weights.hash(name) for name in names if name in self._rw.weights}
 
-    def _measure(self, index: int) -> list[Group]:
-        found = self._main.stages[index].measured.items()
-        measured = {source: plain for source, all_ in found if (plain := [n for n in all_ if choice_of(n) is None])}
-        sources = list(measured)
-        if not sources:
-            return []
-        grams: dict[fx.Node, Gram] = {}
-        crosses: dict[fx.Node, CrossMoment] = {}
-        twins = self._reference.sources(measured) if self._reference is not None else {}
-        references = self._reference.values(index, list(twins.values())) if self._reference is not None else None
-        for values in self._main.values(index, sources):
-            other = next(references) if references is not None else {}
-            for source in sources:
-                x = values[source]
-                columns = x.shape[-1]
-                grams.setdefault(source, Gram(columns, x.device)).add(x)
-                if source in twins:
-                    cross = crosses.setdefault(source, CrossMoment(columns, x.device))
-                    cross.add(x, other[twins[source]])
+    def _measure(self, index: int, seen: _Moments) -> list[Group]:
+        """Groups of plain linears, from moments that were summed on the way and those that are still to be."""
+        measured = self._plain(index)
+        rest = self._moments(index, [source for source in measured if source not in seen.sources])
+        for values in self._main.values(index, rest.sources) if rest.sources else ():
+            rest.add(values)
+        grams, crosses = seen.grams | rest.grams, seen.crosses | rest.crosses
         return [self._group(linears, grams[source], crosses.get(source)) for source, linears in measured.items()]
 
     def _measure_experts(self, index: int) -> Iterator[ExpertGroup]:
@@ -261,100 +297,35 @@ class _Stream:
         return self._start_keys.key(ends, lambda name: used.get(name) or self._start_hash(name), self._data)
 
 
-class _Runner:
-    """Runs the stages of one lowered program over all batches, one stage after the other."""
+class _Moments:
+    """Second moments of ``sources``, and their cross moments with ``twins`` in a reference run, batch by batch."""
 
     def __init__(
         self,
-        program: Program,
-        targets: tuple[str, ...],
-        batches: Sequence[Tensor],
-        device: torch.device,
-        options: StreamOptions,
-        weight: Callable[[str], Tensor],
+        sources: list[fx.Node],
+        twins: Mapping[fx.Node, fx.Node] | None = None,
+        references: Iterator[dict[fx.Node, Tensor]] | None = None,
     ) -> None:
-        self.stages = cut(program.graph, frozenset(targets))
-        self.done = 0
-        self._program = program
-        self._batches = len(batches)
-        self._device = device
-        self._weight = weight
-        self._store = ActivationStore(options.activations, device)
-        inputs = [node.name for node in program.graph.nodes if node.op == "placeholder"]
-        for number, ids in enumerate(batches):
-            self._store.put(number, dict.fromkeys(inputs) | {"input_ids": ids})
+        self.sources = sources
+        self.grams: dict[fx.Node, Gram] = {}
+        self.crosses: dict[fx.Node, CrossMoment] = {}
+        self._twins = twins or {}
+        self._references = references
 
-    def close(self) -> None:
-        self._store.close()
-
-    def sources(self, measured: dict[fx.Node, list[fx.Node]]) -> dict[fx.Node, fx.Node]:
-        """Which node of this program corresponds to each measured node of another, by the linears that read it."""
-        mine = {n.name: source for stage in self.stages for source, readers in stage.measured.items() for n in readers}
-        return {source: mine[readers[0].name] for source, readers in measured.items()}
-
-    def expert_sources(self, name: str) -> tuple[fx.Node, fx.Node]:
-        """The tensor and the choice of experts that the stacked linear of that name reads in this program."""
-        found = (n for stage in self.stages for readers in stage.measured.values() for n in readers if n.name == name)
-        node = next(found)
-        choice = choice_of(node)
-        assert choice is not None
-        return input_of(node), choice
-
-    @torch.no_grad()
-    def run_next(self) -> None:
-        """Run the next stage; keep what later stages read, drop what nobody reads any more."""
-        stage = self.stages[self.done]
-        weights = self._load(stage)
-        for batch in range(self._batches):
-            env = self._execute(stage, batch, weights, stage.outputs)
-            self._store.put(batch, {node.name: env[node] for node in stage.outputs})
-            for node in stage.last_use:
-                self._store.drop(batch, node.name)
-        self.done += 1
-
-    @torch.no_grad()
-    def values(self, index: int, nodes: list[fx.Node]) -> Iterator[dict[fx.Node, Tensor]]:
-        """Values of ``nodes`` per batch, with stage ``index`` next: stored ones, or computed inside that stage."""
-        stage = self.stages[index]
-        inside = [node for node in nodes if node in set(stage.nodes)]
-        weights = self._load(stage) if inside else {}
-        for batch in range(self._batches):
-            env = self._execute(stage, batch, weights, inside) if inside else {}
-            yield {node: env[node] if node in env else self._store.get(batch, node.name) for node in nodes}  # type: ignore[misc]
-
-    def _execute(
-        self, stage: Stage, batch: int, weights: dict[fx.Node, Tensor], keep: list[fx.Node]
-    ) -> dict[fx.Node, object]:
-        env: dict[fx.Node, object] = {node: self._store.get(batch, node.name) for node in stage.inputs}
-        env.update(weights)
-        last = {source: node for node in stage.nodes for source in node.all_input_nodes}
-        for node in stage.nodes:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
-            env[node] = node.target(*args, **kwargs)
-            for source in node.all_input_nodes:
-                if last[source] is node and source not in keep:
-                    env.pop(source, None)
-        return env
-
-    def _load(self, stage: Stage) -> dict[fx.Node, Tensor]:
-        return {node: self._weight_on_device(str(node.target)) for node in stage.weights}
-
-    def _weight_on_device(self, name: str) -> Tensor:
-        tensor = self._weight(name)
-        if not tensor.is_floating_point():
-            return tensor.to(self._device)
-        constant = self._program.weights.canonical(name) in self._program.weights.constants
-        return tensor.to(self._device, compute_dtype(self._program.dtype) if constant else self._program.dtype)
+    def add(self, values: dict[fx.Node, Tensor]) -> None:
+        other = next(self._references) if self._references is not None else {}
+        for source in self.sources:
+            x = values[source]
+            columns = x.shape[-1]
+            self.grams.setdefault(source, Gram(columns, x.device)).add(x)
+            if self._references is not None:
+                cross = self.crosses.setdefault(source, CrossMoment(columns, x.device))
+                cross.add(x, other[self._twins[source]])
 
 
 def _lower(program: Program, dtype: torch.dtype, ctx: Context) -> Program:
     program.dtype = dtype
     return lowered_copy(program, ctx.device)
-
-
-def _current(rw: Rewriter, run: Program, name: str) -> Tensor:
-    """The rewriter's weight of that name; matrices that lowering itself added come from the lowered program."""
-    return rw.weights[name] if name in rw.weights else run.weights[name]
 
 
 def _check(program: Program, targets: Sequence[fx.Node], tokens: Tensor) -> None:

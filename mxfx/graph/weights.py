@@ -6,7 +6,7 @@ import hashlib
 import os
 import weakref
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
@@ -36,18 +36,38 @@ class WeightChange:
     error: float | None
 
 
-def tensor_hash(tensor: Tensor) -> str:
+@dataclass(frozen=True)
+class _Pending:
+    """A ``WeightChange`` of which the hash and the error may still be on their way."""
+
+    pass_name: str
+    weight: str
+    before: str
+    after: str | Future[str]
+    error: Tensor | None
+
+    def get(self) -> WeightChange:
+        after = self.after if isinstance(self.after, str) else self.after.result()
+        error = None if self.error is None else float(self.error)
+        return WeightChange(self.pass_name, self.weight, self.before, after, error)
+
+
+def tensor_hash(tensor: Tensor, into: Tensor | None = None) -> str:
     """Blake2b (16 hex digits) over dtype, shape and bytes; ``meta`` for tensors without data.
 
     A tree of two levels: the bytes enter as the digests of their leaves, which threads share. The result does not
-    depend on how many there are.
+    depend on how many there are. The bytes are copied to ``into`` on the way, a contiguous tensor of that size.
     """
     if tensor.device.type == "meta":
         return "meta"
     digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=8)
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    copy = None if into is None else into.reshape(-1).view(torch.uint8)
     for start in range(0, len(data), _STAGE):
-        stage = memoryview(_on_host(data[start : start + _STAGE]).numpy())
+        host = _on_host(data[start : start + _STAGE])
+        if copy is not None:
+            copy[start : start + _STAGE].copy_(host)
+        stage = memoryview(host.numpy())
         leaves = [stage[at : at + _LEAF] for at in range(0, len(stage), _LEAF)]
         for leaf in _threads().map(_leaf_digest, leaves) if len(leaves) > 1 else map(_leaf_digest, leaves):
             digest.update(leaf)
@@ -56,6 +76,39 @@ def tensor_hash(tensor: Tensor) -> str:
 
 def _on_host(data: Tensor) -> Tensor:
     return torch.empty(data.shape, dtype=data.dtype, pin_memory=True).copy_(data) if data.is_cuda else data.to("cpu")
+
+
+def hash_beside(tensor: Tensor, into: Tensor | None = None) -> Future[str]:
+    """``tensor_hash`` in a thread, and on CUDA on a stream, of its own: the caller's work goes on meanwhile."""
+    ready = None
+    if tensor.is_cuda:
+        ready = torch.cuda.Event()
+        ready.record(torch.cuda.current_stream(tensor.device))
+
+    def task() -> str:
+        if ready is None:
+            return tensor_hash(tensor, into)
+        side = _side_stream(tensor.device)
+        side.wait_event(ready)
+        with torch.cuda.stream(side):
+            return tensor_hash(tensor, into)
+
+    return _beside().submit(task)
+
+
+def _beside_work(tensor: Tensor, kept_on: torch.device | None) -> bool:
+    """Whether a new weight is hashed, and brought home, beside the work: where a device would wait for it."""
+    return tensor.is_cuda or (kept_on is not None and kept_on.type != tensor.device.type)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@cache
+def _beside() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="mxfx-weights")
 
 
 def _leaf_digest(data: memoryview) -> bytes:
@@ -70,6 +123,7 @@ def _threads() -> ThreadPoolExecutor:
 # Threads do not survive a fork.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_threads.cache_clear)
+    os.register_at_fork(after_in_child=_beside.cache_clear)
 
 
 class WeightStore(Mapping[str, Tensor]):
@@ -92,9 +146,22 @@ class WeightStore(Mapping[str, Tensor]):
         self.constants = constants
         self._aliases = dict(aliases or {})
         #: By identity, without keeping tensors alive that nobody else holds.
-        self._hashes: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        self._hashes: dict[int, tuple[weakref.ref[Tensor], str | Future[str]]] = {}
+        #: Tensors whose bytes are still on their way from a device.
+        self._arriving: dict[str, Future[str]] = {}
         self.working = working
-        self.ledger: list[WeightChange] = []
+        self._ledger: list[WeightChange | _Pending] = []
+
+    @property
+    def ledger(self) -> list[WeightChange]:
+        """Every change, in order."""
+        found = [change.get() if isinstance(change, _Pending) else change for change in self._ledger]
+        self._ledger = [*found]
+        return found
+
+    @ledger.setter
+    def ledger(self, changes: list[WeightChange]) -> None:
+        self._ledger = list(changes)
 
     def canonical(self, name: str) -> str:
         """The name that really holds the tensor behind ``name``."""
@@ -104,6 +171,13 @@ class WeightStore(Mapping[str, Tensor]):
         return found
 
     def __getitem__(self, name: str) -> Tensor:
+        home = self.canonical(name)
+        if home in self._arriving:
+            self._arriving.pop(home).result()
+        return self._tensors[home]
+
+    def behind(self, name: str) -> Tensor:
+        """The tensor object behind a name, whether or not its bytes are there: to ask whether it is another one."""
         return self._tensors[self.canonical(name)]
 
     def __iter__(self) -> Iterator[str]:
@@ -131,31 +205,56 @@ class WeightStore(Mapping[str, Tensor]):
         return tensor.to(self.working) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
     def hash(self, name: str) -> str:
-        tensor = self[name]
+        tensor = self.behind(name)
         known = self._hashes.get(id(tensor))
         if known is None or known[0]() is not tensor:
-            known = self.trust_hash(name, tensor_hash(tensor))
-        return known[1]
+            known = (weakref.ref(tensor), tensor_hash(self[name]))
+        if isinstance(known[1], Future):
+            known = (known[0], known[1].result())
+        self._hashes[id(tensor)] = known
+        return str(known[1])
 
-    def trust_hash(self, name: str, found: str) -> tuple[weakref.ref[Tensor], str]:
+    def trust_hash(self, name: str, found: str | Future[str]) -> None:
         """Take ``found`` for the hash of a weight, without computing it."""
-        tensor = self[name]
-        self._hashes[id(tensor)] = known = (weakref.ref(tensor), found)
-        return known
+        tensor = self.behind(name)
+        self._hashes[id(tensor)] = (weakref.ref(tensor), found)
 
-    def set(self, name: str, tensor: Tensor, by: str) -> None:
+    def set(
+        self, name: str, tensor: Tensor, by: str, *, kept_on: torch.device | None = None, was: Tensor | None = None
+    ) -> None:
         """Put a new tensor behind ``name`` (and behind every alias of it); the change enters the ledger.
 
-        Raises ``UnknownWeight`` for a name that is not there: new weights come through ``add``.
+        It is kept on its own device or on ``kept_on``, where it comes to while the caller goes on. ``was`` is a copy of
+        the former tensor on the device of the new one, if the caller has one. Raises ``UnknownWeight`` for a name that
+        is not there: new weights come through ``add``.
         """
         home = self.canonical(name)
-        before = self._tensors[home]
+        before = self[home]
         after = self._kept(tensor)
         if after.data_ptr() == before.data_ptr() and after.device.type != "meta":
             after = after.clone()
-        old_hash = self.hash(home)
-        self._tensors[home] = after
-        self.ledger.append(WeightChange(by, home, old_hash, self.hash(home), _relative_change(before, after)))
+        old_hash, error = self.hash(home), _relative_change(before if was is None else was, after)
+        if _beside_work(after, kept_on):
+            hashed: str | Future[str] = self._set_beside(home, after.contiguous(), kept_on or after.device)
+        else:
+            self._tensors[home] = after
+            hashed = self.hash(home)
+        self._ledger.append(_Pending(by, home, old_hash, hashed, error))
+
+    def _settle(self) -> None:
+        """Wait for every tensor that is on its way."""
+        while self._arriving:
+            self._arriving.popitem()[1].result()
+
+    def _set_beside(self, home: str, after: Tensor, device: torch.device) -> Future[str]:
+        there = device.type == after.device.type
+        kept = after if there else torch.empty(after.shape, dtype=after.dtype, device=device)
+        self._tensors[home] = kept
+        found = hash_beside(after, None if there else kept)
+        self.trust_hash(home, found)
+        if not there:
+            self._arriving[home] = found
+        return found
 
     def add(self, name: str, tensor: Tensor, by: str, *, constant: bool = False) -> None:
         """Add a new weight (an untied head) or a ``constant`` of compute precision (a transform's matrix).
@@ -167,7 +266,7 @@ class WeightStore(Mapping[str, Tensor]):
         self._tensors[name] = self._kept(tensor)
         if constant:
             self.constants |= {name}
-        self.ledger.append(WeightChange(by, name, "", self.hash(name), None))
+        self._ledger.append(WeightChange(by, name, "", self.hash(name), None))
 
     def _kept(self, tensor: Tensor) -> Tensor:
         """As stored: the order of its axes in memory does not tell by which arithmetic a pass came to it."""
@@ -196,11 +295,11 @@ class WeightStore(Mapping[str, Tensor]):
             heir, *rest = others
             self._tensors[heir] = tensor
             self._aliases = {a: c for a, c in self._aliases.items() if a != heir} | dict.fromkeys(rest, heir)
-            self.ledger.append(WeightChange(by, heir, self.hash(alias), self.hash(alias), 0.0))
+            self._ledger.append(WeightChange(by, heir, self.hash(alias), self.hash(alias), 0.0))
             return
         del self._aliases[alias]
         self._tensors[alias] = tensor
-        self.ledger.append(WeightChange(by, alias, self.hash(alias), self.hash(alias), 0.0))
+        self._ledger.append(WeightChange(by, alias, self.hash(alias), self.hash(alias), 0.0))
 
     def drop(self, name: str) -> None:
         """Forget a weight that no node reads any more."""
@@ -211,12 +310,14 @@ class WeightStore(Mapping[str, Tensor]):
 
     def extended(self, constants: Mapping[str, Tensor]) -> WeightStore:
         """A store with these constants beside its weights, as if it had been made with them: no ledger entry."""
+        self._settle()
         return WeightStore(
             {**self._tensors, **constants}, self._aliases, self.working, self.constants | frozenset(constants)
         )
 
     def copy(self) -> WeightStore:
         """A store that shares tensors with this one until either is changed."""
+        self._settle()
         twin = WeightStore(self._tensors, self._aliases, self.working, self.constants)
         twin._hashes = self._hashes
         twin.ledger = list(self.ledger)
@@ -224,14 +325,16 @@ class WeightStore(Mapping[str, Tensor]):
 
     def cast(self, dtype: torch.dtype) -> WeightStore:
         """The same weights with every floating tensor in ``dtype``, which also becomes the working precision."""
+        self._settle()
         tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in self._tensors.items()}
         twin = WeightStore(tensors, self._aliases, dtype, self.constants)
         twin.ledger = list(self.ledger)
         return twin
 
 
-def _relative_change(before: Tensor, after: Tensor) -> float | None:
+def _relative_change(before: Tensor, after: Tensor) -> Tensor | None:
+    """‖after - before‖ / ‖before‖, a scalar on the device of ``before``."""
     if before.device.type == "meta" or before.shape != after.shape or not before.is_floating_point():
         return None
     norm = torch.linalg.vector_norm(before, dtype=torch.promote_types(before.dtype, torch.float32))
-    return float(torch.linalg.vector_norm(after.to(before.device).float() - before.float()) / norm.clamp_min(1e-30))
+    return torch.linalg.vector_norm(after.to(before.device).float() - before.float()) / norm.clamp_min(1e-30)

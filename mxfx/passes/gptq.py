@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -82,7 +82,8 @@ class Gptq(Pass):
     length: tokens to take of each sample; not given: all.
     batch_size: samples that run together.
     max_layers: decoder layers to take; not given: all.
-    activations: where activations wait between layers.
+    activations: where activations wait between layers: device, cpu or disk; not given: where they fit by the estimate
+        that ``mxfx check`` prints.
     precision: of the calibration run: auto is float32 on a CPU, the model's own elsewhere.
     checkpoint_dir: folder that keeps each solved layer; not given: the run's cache.
     """
@@ -104,7 +105,7 @@ class Gptq(Pass):
     length: int | None = None
     batch_size: int = 8
     max_layers: int | None = None
-    activations: Literal["device", "cpu", "disk"] = "device"
+    activations: Literal["device", "cpu", "disk"] | None = None
     precision: Literal["auto", "model", "float32"] = "auto"
     checkpoint_dir: Path | None = None
 
@@ -139,6 +140,10 @@ class Gptq(Pass):
         with self._checkpoints(rw, ctx, targets, tokens, options) as checkpoints:
             layers = stream_layers(rw, ctx, targets, tokens, options, self._view())
             for layer in ctx.progress(layers, "gptq", total=len({layer_of(node) for node in targets})):
+                rw.record.details |= {
+                    "activations": layer.placement,
+                    "expected_bytes": layer.footprint.device(layer.placement),
+                }
                 self._rewrite_layer(rw, ctx, layer, checkpoints)
                 if rw.record.limited:
                     break
@@ -217,9 +222,9 @@ class Gptq(Pass):
         pending: dict[fx.Node, list[ExpertResult]] = defaultdict(list)
         for group in layer.groups():
             if isinstance(group, ExpertGroup):
-                results += self._rewrite_experts(rw, ctx, group, pending)
+                results += self._rewrite_experts(rw, ctx, layer, group, pending)
             else:
-                results += self._rewrite_group(rw, ctx, group)
+                results += self._rewrite_group(rw, ctx, layer, group)
             if rw.record.limited:
                 return
         if checkpoints is not None:
@@ -242,7 +247,7 @@ class Gptq(Pass):
                 return
             self._accept(rw, ctx, node, tensors[weight].to(rw.weights[weight].device), accounts[weight])
 
-    def _rewrite_group(self, rw: Rewriter, ctx: Context, group: Group) -> list[dict[str, object]]:
+    def _rewrite_group(self, rw: Rewriter, ctx: Context, layer: LayerRun, group: Group) -> list[dict[str, object]]:
         """Solve the linears of one group, one batch a format; returns an account of each."""
         by_format: dict[str, list[fx.Node]] = defaultdict(list)
         for node in group.linears:
@@ -252,17 +257,24 @@ class Gptq(Pass):
             by_format[fmt].append(node)
         accounts = []
         for nodes in by_format.values():
-            for node, result in zip(nodes, self._solve(rw, ctx, group, nodes), strict=True):
+            weights = [layer.weights.master(rw.program.weight_of(node)) for node in nodes]
+            for node, was, result in zip(nodes, weights, self._solve(rw, group, nodes, weights), strict=True):
                 weight = rw.program.weight_of(node)
                 account = linear_account(node, weight, result, group.statistics.tokens)
                 # A clone of its own: the result is a view into the solver's stack.
-                rounded = result.weight.to(rw.weights[weight].device, copy=True).contiguous()
-                self._accept(rw, ctx, node, rounded, account)
+                rounded = result.weight.clone(memory_format=torch.contiguous_format)
+                self._accept(rw, ctx, node, rounded, account, kept_on=rw.weights.behind(weight).device, was=was)
+                layer.weights.keep(weight, rounded)
                 accounts.append(account)
         return accounts
 
     def _rewrite_experts(
-        self, rw: Rewriter, ctx: Context, group: ExpertGroup, pending: dict[fx.Node, list[ExpertResult]]
+        self,
+        rw: Rewriter,
+        ctx: Context,
+        layer: LayerRun,
+        group: ExpertGroup,
+        pending: dict[fx.Node, list[ExpertResult]],
     ) -> list[dict[str, object]]:
         """Solve a range of experts of each stack; a stack whose last range this is goes into the program."""
         moments = group.statistics.moments(group.sources, rw.weights.hash)
@@ -271,9 +283,9 @@ class Gptq(Pass):
             fmt, weight = info(node).formats["weight"].format, rw.program.weight_of(node)
             if moments.experts.start == 0 and not rw.match(node, note=str(fmt)):
                 break
-            part = rw.weights[weight][moments.experts.start : moments.experts.stop]
+            part = layer.weights.stored(weight)[moments.experts.start : moments.experts.stop]
             pending[node] += gptq_experts(
-                part.to(ctx.device),
+                part,
                 moments.own,
                 moments.hits[moments.experts.start : moments.experts.stop],
                 fmt,
@@ -296,13 +308,14 @@ class Gptq(Pass):
             self._accept(rw, ctx, node, rounded, accounts[-1])
         return accounts
 
-    def _solve(self, rw: Rewriter, ctx: Context, group: Group, nodes: list[fx.Node]) -> list[GptqResult]:
-        weights = [rw.weights.master(rw.program.weight_of(node)).to(ctx.device) for node in nodes]
+    def _solve(self, rw: Rewriter, group: Group, nodes: list[fx.Node], weights: list[Tensor]) -> list[GptqResult]:
         hessian = group.statistics.hessian(group.source, rw.weights.hash)
         targets = None
         if self.asymmetric:
             cross = group.statistics.cross(group.source, rw.weights.hash)
-            targets = [asymmetric_target(w, hessian, cross, self.asymmetric, _RIDGE) for w in weights]
+            # Together, for they share the factorization.
+            moved = asymmetric_target(torch.cat(weights), hessian, cross, self.asymmetric, _RIDGE)
+            targets = list(moved.split([len(w) for w in weights]))
         try:
             return gptq_batch(
                 weights,
@@ -319,9 +332,17 @@ class Gptq(Pass):
             broken = [name for name, w in zip(names, weights, strict=True) if not bool(w.isfinite().all())]
             raise ValueError(f"{', '.join(broken or names)} (read by {path_of(nodes[0])}): {error}") from error
 
-    def _accept(self, rw: Rewriter, ctx: Context, node: fx.Node, rounded: Tensor, account: dict[str, object]) -> None:
-        """Put a solved weight into the program and its account into the record."""
-        rw.set_weight(str(account["weight"]), rounded)
+    def _accept(
+        self,
+        rw: Rewriter,
+        ctx: Context,
+        node: fx.Node,
+        rounded: Tensor,
+        account: dict[str, object],
+        **kept: Any,
+    ) -> None:
+        """Put a solved weight into the program and its account into the record; ``kept`` as for ``set_weight``."""
+        rw.set_weight(str(account["weight"]), rounded, **kept)
         mark_rounded(rw, node, "weight")
         details = dict(account)
         coverage = details.pop("experts", None)

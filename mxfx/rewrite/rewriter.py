@@ -180,9 +180,11 @@ class Rewriter:
             node.meta["custom"] = like.meta["custom"]
         self.record.touched.add(node.name)
 
-    def set_weight(self, name: str, tensor: Tensor) -> None:
-        """Replace a weight (copy on write, ledger entry); the nodes that read it count as touched."""
-        self.weights.set(name, tensor, self.pass_name)
+    def set_weight(
+        self, name: str, tensor: Tensor, *, kept_on: torch.device | None = None, was: Tensor | None = None
+    ) -> None:
+        """Replace a weight (see ``WeightStore.set``); the nodes that read it count as touched."""
+        self.weights.set(name, tensor, self.pass_name, kept_on=kept_on, was=was)
         self._touch_readers(name)
 
     def add_weight(self, name: str, tensor: Tensor, like: fx.Node, *, constant: bool = False) -> fx.Node:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxfx.algorithms.gptq import GptqResult, asymmetric_target, candidate_scales, gptq_batch
+from mxfx.algorithms.gptq import GptqResult, asymmetric_target, gptq_batch
 from mxfx.algorithms.gptq_refine import refine_blocks
+from mxfx.algorithms.gptq_solver import candidate_scales
 from mxfx.algorithms.hessian_factor import factorize, permute_symmetric, revive_dead_columns, rounding_order
 from mxfx.formats import E8M0, Format, ScaleRule, parse
 from tests.algorithms.gptq_reference import gptq_reference

@@ -16,7 +16,7 @@ else:
     import torch
 
     from mxfx.algorithms.block_solver import BlockSolution, searched_exponents, solve_block
-    from mxfx.algorithms.gptq import candidate_scales
+    from mxfx.algorithms.gptq_solver import candidate_scales
     from mxfx.algorithms.gptq_triton import solve_block_triton
     from mxfx.formats import parse
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mxfx.algorithms.block_solver import solve_block
-from mxfx.algorithms.gptq import candidate_scales
+from mxfx.algorithms.gptq_solver import candidate_scales
 from mxfx.formats import parse
 from tests.algorithms.one_weight import gptq
 from tests.algorithms.synthetic_layer import correlated_layer

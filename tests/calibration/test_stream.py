@@ -150,9 +150,14 @@ def test_layers_that_nobody_measures_run_with_their_rewritten_weights() -> None:
 def test_no_stage_runs_twice_and_none_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
     real = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or real(*a, **k)
-    )
+
+    def counted(query: Tensor, *args: object, **kwargs: object) -> Tensor:
+        # The estimate runs every stage without data.
+        if query.device.type != "meta":
+            calls.append(1)
+        return real(query, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     rw = _rewriter(_raised())
     lowering = len(calls)
     _measure(rw, StreamOptions(batch_size=5))

@@ -2,12 +2,15 @@
 
     python -m tools.bench.gptq --model DIR --data DIR [--samples 32] [--length 512] [--device cuda]
     python -m tools.bench.gptq --shape llama-3.2-1b --samples 128 --length 2048 --device cuda [--layers 4]
+    python -m tools.bench.gptq --shape llama-3-8b --layers 4 --places device/device cpu/device cpu/cpu …
 
 Prints machine and versions, then one row a method: seconds end to end (median of ``--repeat``, and the first run,
 which compiles kernels), ratio to the floor, and the peak of allocated device memory, the model included where it lies
 there. The floor is the time that the forward pass and one Hessian per distinct input would take at the rate of a large
-matrix product on the same device, nothing else counted. With ``--shape`` weights and tokens are random, so only times
-mean anything; ``--layers`` takes that many of its layers, which are all alike. What the roundings are worth is
+matrix product on the same device, nothing else counted. ``--places`` says where mxfx finds the weights and where its
+activations wait; each row then also gives the ratio to the first, and what ``mxfx check`` expects of memory. With
+``--shape`` weights and tokens are random, so only times mean anything; ``--layers`` takes that many of its layers,
+which are all alike. What the roundings are worth is
 ``tools/bench/gptq_quality.py``'s to say.
 """
 
@@ -19,6 +22,7 @@ import cProfile
 import gc
 import json
 import pstats
+import resource
 import statistics
 import time
 import traceback
@@ -37,10 +41,12 @@ from mxfx.config import Pipeline
 from mxfx.driver.pretrained import load_model, load_tokenizer
 from mxfx.formats import parse
 from mxfx.graph.program import Program
+from mxfx.graph.weights import WeightStore
 from mxfx.passes import Annotate, Rule
 from mxfx.passes.gptq import Gptq
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Context, Selector, apply
+from mxfx.rewrite.apply import Applied
 from tools.bench.mase_gptq import mase_gptq
 from tools.bench.measuring import machine, table
 from tools.bench.peer_llmcompressor import llmcompressor_gptq, missing
@@ -50,6 +56,7 @@ _LINEARS = Selector(r"model\.layers\.\d+\..*_proj")
 _SHAPES = {
     "llama-3.2-1b": (2048, 8192, 16, 32, 128256),
     "llama-3-8b": (4096, 14336, 32, 32, 128256),
+    "llama-3-70b": (8192, 28672, 80, 64, 128256),
     "tiny": (128, 256, 2, 8, 1024),
 }
 
@@ -58,7 +65,7 @@ def main() -> None:
     args = _arguments()
     about = machine() | {"transformers": transformers.__version__}
     print("  ".join(f"{k}={v}" for k, v in about.items()), flush=True)
-    model = _random(args) if args.shape else load_model(args.model, args.dtype).to(args.weights_on)
+    model = _random(args) if args.shape else load_model(args.model, args.dtype)
     ids = _tokens(args)
     program = _annotated(model, args.format)
     floor = _floor_seconds(program, ids.numel(), args.device)
@@ -66,13 +73,14 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for name, prepare in _methods(model, program, ids, args).items():
         try:
-            rows.append({"method": name, **_measured(prepare, floor, args)})
+            rows.append({"method": name, **_measured(prepare, floor, program.layers, args)})
         except Exception as error:
             # One failing method must not cost the figures of the others.
             traceback.print_exc()
             rows.append({"method": f"{name}: {type(error).__name__}", "s": float("nan")})
         print(rows[-1], flush=True)
-    print(table([row for row in rows if len(row) == len(rows[0])]))
+    whole = [row for row in rows if len(row) == max(map(len, rows))]
+    print(table([{**row, "ratio": float(str(row["s"])) / float(str(whole[0]["s"]))} for row in whole]))
     if args.json:
         found = {"machine": about, "tokens": list(ids.shape), "layers": program.layers, "floor": floor, "rows": rows}
         args.json.write_text(json.dumps(found, indent=1) + "\n")
@@ -86,19 +94,22 @@ def _methods(
 ) -> dict[str, Callable[[], Callable[[], object]]]:
     """Name → what prepares a run, untimed, and returns the run."""
     ctx = Context(device=torch.device(args.device), tokens=lambda: ids)
-    options: dict[str, Any] = {"batch_size": args.batch_size, "activations": args.activations}
 
-    def mxfx(**own: Any) -> Callable[[], object]:
-        return lambda: apply(Gptq(**options, **own), program, ctx)
+    def mxfx(place: str, **own: Any) -> Callable[[], object]:
+        weights, activations = place.split("/")
+        mine = _with_weights_on(program, args.device if weights == "device" else weights)
+        pass_ = Gptq(**{"batch_size": args.batch_size, "activations": activations, **own})
+        return lambda: apply(pass_, mine, ctx)
 
     def peer(work: Callable[..., object]) -> Callable[[], object]:
         own = copy.deepcopy(model).to(args.device)
         return lambda: work(own, ids, batch_size=args.batch_size)
 
     found: dict[str, Callable[[], Callable[[], object]]] = {}
-    for text in args.options or [""]:
-        own = {key: json.loads(value) for key, value in (pair.split("=") for pair in text.split(",") if pair)}
-        found[f"mxfx {text}".strip()] = partial(mxfx, **own)
+    for place in args.places:
+        for text in args.options or [""]:
+            own = {key: json.loads(value) for key, value in (pair.split("=") for pair in text.split(",") if pair)}
+            found[f"mxfx {place} {text}".strip()] = partial(mxfx, place, **own)
     if "mase" in args.peers:
         found["Mase's formula"] = partial(peer, mase_gptq)
     if "llm-compressor" in args.peers:
@@ -113,6 +124,15 @@ def _methods(
 def _annotated(model: nn.Module, fmt: str) -> Program:
     rule = Rule(_LINEARS, weight=parse(fmt), expect="7 * layers")
     return PassManager().run(trace(model), Pipeline([Annotate((rule,))]).completed()).program
+
+
+def _with_weights_on(program: Program, device: str) -> Program:
+    """The program with its weights there; those of a CPU as a model's that was loaded, not pinned."""
+    store = program.weights
+    moved = {name: tensor.to(device) for name, tensor in store.items()}
+    found = program.copy()
+    found.weights = WeightStore(moved, store.aliases, store.working, store.constants)
+    return found
 
 
 def _floor_seconds(program: Program, tokens: int, device: str) -> float:
@@ -138,19 +158,42 @@ def _seconds(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def _measured(prepare: Callable[[], Callable[[], object]], floor: float, args: argparse.Namespace) -> dict[str, object]:
-    times, peak = [], float("nan")
+def _measured(
+    prepare: Callable[[], Callable[[], object]], floor: float, layers: int, args: argparse.Namespace
+) -> dict[str, object]:
+    times, peak, expected, waited = [], float("nan"), float("nan"), ""
+    on_cuda = args.device != "cpu"
     for _ in range(args.repeat):
         work = prepare()
-        if args.device != "cpu":
+        if on_cuda:
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        times.append(_seconds(work, args.device))
-        if args.device != "cpu":
+        start = torch.cuda.memory_allocated() if on_cuda else 0
+        results: list[object] = []
+        times.append(_seconds(lambda work=work, results=results: results.append(work()), args.device))
+        if on_cuda:
             peak = torch.cuda.max_memory_allocated() / 1e9
+        for applied in results:
+            if isinstance(applied, Applied):
+                details = applied.record.details
+                # What the weights take that lie on the device: as they came, and as rounded in float32.
+                rounded = sum(t.nbytes for t in applied.program.weights.values() if t.is_cuda and t.itemsize == 4)
+                expected = (details["expected_bytes"] + start + rounded) / 1e9
+                waited = str(details["activations"])
+        results.clear()
     median = statistics.median(times)
-    return {"s": median, "first s": times[0], "x floor": median / floor, "peak GB": peak}
+    return {
+        "s": median,
+        "first s": times[0],
+        "least s": min(times),
+        "s a layer": median / layers,
+        "x floor": median / floor,
+        "peak GB": peak,
+        "expected GB": expected,
+        "host GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "activations": waited,
+    }
 
 
 def _profile(work: Callable[[], object], again: Callable[[], object], args: argparse.Namespace) -> None:
@@ -198,7 +241,8 @@ def _random(args: argparse.Namespace) -> nn.Module:
     with torch.device(args.device):
         model = transformers.LlamaForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
-    return model.to(args.weights_on)
+    # The benchmark's own; each row says where mxfx finds the weights.
+    return model.to("cpu")
 
 
 def _arguments() -> argparse.Namespace:
@@ -216,14 +260,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--format", default="mxint4@32")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--weights-on", help="where mxfx finds the weights; --device by default")
-    parser.add_argument("--activations", default="device", choices=["device", "cpu", "disk"])
+    parser.add_argument(
+        "--places",
+        nargs="*",
+        default=["device/device"],
+        metavar="WEIGHTS/ACTIVATIONS",
+        help="one run of mxfx each: device/device, cpu/device, cpu/cpu, cpu/disk",
+    )
     parser.add_argument("--options", nargs="*", help="one run of mxfx each, such as 'refine=2,order=\"none\"'")
     parser.add_argument("--peers", nargs="*", default=["mase", "llm-compressor"], help="none of them: --peers")
     parser.add_argument("--profile", type=Path, help="write where the host spends one more run")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    args.weights_on = args.weights_on or args.device
     if args.model and not args.data:
         parser.error("--model needs --data")
     return args
