@@ -147,6 +147,10 @@ FORMULAS: dict[tuple[str, int], dict[str, Callable[[WeightStore], Tensor]]] = {
         "o": lambda w: rotation(32, 64).T @ w["o"].double(),
         "h": lambda w: w["h"].double() @ rotation(32, 64),
     },
+    ("transform-embedding", 0): {
+        "e": lambda w: w["e"].double() @ rotation(32, 64),
+        "h": lambda w: w["h"].double(),
+    },
     ("transform-inputs", 0): {n: lambda w, n=n: w[n].double() @ rotation(32, 64) for n in "qk"},
     ("fold-constants", 0): {"folded.o": lambda w: w["g"].double() + 1},
     ("fuse-hadamard-quant", 0): {"hadamard.32": lambda w: rotation(32, 32)},
