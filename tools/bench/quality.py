@@ -93,7 +93,8 @@ class Result:
     @property
     def line(self) -> str:
         """What the bars are about, in one line: the first domain's ratio and the worst, the last one's agreement."""
-        first, last = list(self.domains)[0], list(self.domains)[-1]
+        names = list(self.domains)
+        first, last = names[0], names[-1]
         worst = max(found.ratio for found in self.domains.values())
         return (
             f"{self.config} seed {self.seed}: mean KL {self.mean_kl:.4f}, x {self.domains[first].ratio:.4f} {first}, "
