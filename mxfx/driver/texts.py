@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import logging
 from collections.abc import Callable
@@ -65,11 +66,12 @@ class FloatTexts:
             )
             self._cache.mkdir(parents=True, exist_ok=True)
             write_file(file, save({"ids": found}))
+            self._release()
         return found
 
     def chat(self, limit_tokens: int | None, max_length: int) -> Domain:
         """The domain ``chat``; see ``chat_domain``."""
-        return chat_domain(
+        found = chat_domain(
             self._there,
             self._tokenizer,
             model_key=self.key,
@@ -77,6 +79,8 @@ class FloatTexts:
             max_length=max_length,
             cache=self._cache,
         )
+        self._release()
+        return found
 
     @property
     def key(self) -> str:
@@ -92,6 +96,12 @@ class FloatTexts:
         if self._device.type == "cpu" and not _multiplies_short_floats():
             return copy.deepcopy(self._model).float()
         return self.emitted() if self._device.type == "cuda" else self._model.to(self._device)
+
+    def _release(self) -> None:
+        """Give a GPU's memory back now: recorded steps and their caches hold each other, up to half of it."""
+        if self._device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def emitted(self) -> nn.Module:
         """The float model as a graph whose steps are replayed on a GPU; itself, with a warning, where it has no cache.

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from mxfx.algorithms.hadamard import hadamard_matrix
+from mxfx.algorithms.hadamard import kronecker_signs, kronecker_transform
 from mxfx.calibration.decisions import load_decisions, store_decisions
 from mxfx.calibration.keys import Keys, digest, environment, token_key
 from mxfx.graph.module import build
@@ -157,16 +157,26 @@ def _place(site: str) -> str:
     return site if site in _ATTENTION else "linear"
 
 
-def switched_quantize(x: Tensor, format: str, rotation: Tensor, on: Tensor) -> Tensor:
-    """``x`` rounded onto ``format``, in the basis of ``rotation`` and back from it where the switch ``on`` says so.
+def quantized_ways(x: Tensor, format: str, on: list[Tensor], *factors: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """``x`` rounded onto ``format`` as it is, and in the basis of a Hadamard matrix and back; what nobody reads is None.
 
-    ``rotation`` is orthonormal ``(block, block)``, acting on blocks of the last axis; ``on`` is a 0-dim bool.
+    ``on`` has a 0-dim bool for each reader: whether it reads the second. The matrix acts on blocks of the last axis;
+    its ±1 ``factors`` are those of ``kronecker_signs``.
     """
-    if not bool(on):
-        return fake_quantize(x, format)
-    wide = x.to(rotation.dtype).unflatten(-1, (-1, rotation.shape[-1]))
-    rounded = fake_quantize((wide @ rotation).flatten(-2).to(x.dtype), format).to(rotation.dtype)
-    return (rounded.unflatten(-1, (-1, rotation.shape[-1])) @ rotation.mT).flatten(-2).to(x.dtype)
+    plain, turned = not all(map(bool, on)), any(map(bool, on))
+    return fake_quantize(x, format) if plain else None, _turned(x, format, *factors) if turned else None
+
+
+def way(ways: tuple[Tensor | None, Tensor | None], on: Tensor) -> Tensor:
+    """What one reader of ``quantized_ways`` reads."""
+    found = ways[bool(on)]
+    assert found is not None
+    return found
+
+
+def _turned(x: Tensor, format: str, left: Tensor, right: Tensor) -> Tensor:
+    rounded = fake_quantize(kronecker_transform(x, left, right), format)
+    return kronecker_transform(rounded, left.mT, right.mT)
 
 
 def _scorer(
@@ -182,9 +192,14 @@ def _scorer(
     rw = Rewriter(program.copy(), "rotation-search")
     for site in members:
         rw.weights.add(_switch(site), torch.zeros((), dtype=torch.bool), rw.pass_name)
+    read: dict[tuple[fx.Node, str], list[tuple[fx.Node, str, str | None]]] = {}
     for node in rw.program.nodes():
         for operand in rotated_operands(node):
-            _insert_switch(rw, node, operand, site_of.get((node.name, operand)), block)
+            source, fmt = spec(node).node_of(operand), str(info(node).formats[operand].format)
+            assert source is not None
+            read.setdefault((source, fmt), []).append((node, operand, site_of.get((node.name, operand))))
+    for (source, fmt), readers in read.items():
+        _insert_switches(rw, source, fmt, readers, block)
     module = build(lowered_copy(rw.program, ctx.device)).to(ctx.device)
     switches = {site: module.get_buffer(_switch(site)) for site in members}
     batches = tokens.to(ctx.device).split(max(1, 4096 // tokens.shape[1]))
@@ -202,20 +217,34 @@ def _switch(site: str) -> str:
     return f"switches.{site}"
 
 
-def _insert_switch(rw: Rewriter, node: fx.Node, operand: str, site: str | None, block: int) -> None:
-    """The quantizer of one operand with a switch; an operand of no searched type is just quantized."""
-    source, fmt = spec(node).node_of(operand), str(info(node).formats[operand].format)
-    assert source is not None
-    if site is None:
-        spec(node).set(rw, operand, rw.call(torch.ops.mxfx.fake_quantize.default, source, fmt, -1, like=node))
+def _insert_switches(
+    rw: Rewriter, source: fx.Node, fmt: str, readers: list[tuple[fx.Node, str, str | None]], block: int
+) -> None:
+    """One quantizer for all who read a tensor, each with the switch of its type; without a type it is just quantized."""
+    first = readers[0][0]
+    val = source.meta["val"]
+    switched = [reader for reader in readers if reader[2] is not None]
+    if len(switched) < len(readers):
+        plain = rw.call(torch.ops.mxfx.fake_quantize.default, source, fmt, -1, like=first)
+        for node, operand, site in readers:
+            if site is None:
+                spec(node).set(rw, operand, plain)
+    if not switched:
         return
-    order = block or source.meta["val"].shape[-1]
-    name = f"hadamard_rotation.{order}"
-    if name not in rw.weights:
-        rw.weights.add(name, hadamard_matrix(order, torch.float64), rw.pass_name, constant=True)
-    rotation, on = rw.weight(name, node), rw.weight(_switch(site), node)
-    new = rw.call(switched_quantize, source, fmt, rotation, on, like=node, val=source.meta["val"])
-    spec(node).set(rw, operand, new)
+    factors = _factors(rw, block or val.shape[-1], first)
+    on = {site: rw.weight(_switch(site), first) for _, _, site in switched if site is not None}
+    ways = rw.call(quantized_ways, source, fmt, list(on.values()), *factors, like=first, val=(val, val))
+    for node, operand, site in switched:
+        assert site is not None
+        spec(node).set(rw, operand, rw.call(way, ways, on[site], like=first, val=val))
+
+
+def _factors(rw: Rewriter, order: int, like: fx.Node) -> list[fx.Node]:
+    names = [f"hadamard_signs.{order}.{side}" for side in ("left", "right")]
+    if names[0] not in rw.weights:
+        for name, signs in zip(names, kronecker_signs(order, torch.float64), strict=True):
+            rw.weights.add(name, signs, rw.pass_name, constant=True)
+    return [rw.weight(name, like) for name in names]
 
 
 def _perplexity(module: fx.GraphModule, batches: tuple[Tensor, ...]) -> float:
