@@ -220,7 +220,7 @@ def _switch(site: str) -> str:
 def _insert_switches(
     rw: Rewriter, source: fx.Node, fmt: str, readers: list[tuple[fx.Node, str, str | None]], block: int
 ) -> None:
-    """One quantizer for all who read a tensor, each with the switch of its type; without a type it is just quantized."""
+    """One quantizer for all who read a tensor, each with the switch of its type; who has no type reads it quantized."""
     first = readers[0][0]
     val = source.meta["val"]
     switched = [reader for reader in readers if reader[2] is not None]
