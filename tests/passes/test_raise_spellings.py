@@ -24,11 +24,3 @@ def test_another_spelling_is_raised_and_no_bit_changes(name: str, one: Pass, mat
     assert len(applied.record.matches) == matches and applied.record.skips == []
     ids = torch.randint(3, 128, (2, 9))
     assert torch.equal(execute(applied.program, ids), execute(program, ids))
-
-
-def test_a_layout_that_is_not_raised_is_reported() -> None:
-    record = apply(RaiseRope(), trace(build(INTERLEAVED), proven=False)).record
-    assert record.matches == []
-    assert {skip.reason for skip in record.skips} == {
-        "no rotary embedding in the half-split layout reads these cosines: another layout?"
-    }

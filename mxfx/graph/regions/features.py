@@ -36,7 +36,7 @@ def features(node: fx.Node) -> Features | Refusal:
     while source.target in MOVES or source.target in SAME or is_idle_dropout(source):
         path.append(source)
         source = source.args[0]
-    sizes = _sizes(source.graph)
+    sizes = probe_sizes(source.graph)
     moved: object = _ids(source, sizes)
     for step in reversed(path):
         moved = _move(step, moved, sizes)
@@ -57,19 +57,19 @@ def _ids(source: fx.Node, sizes: dict) -> Tensor:
     shape = source.meta["val"].shape
     static = [d if isinstance(d, int) else 1 for d in shape]
     ids = torch.arange(prod(static)).reshape(static)
-    return ids.expand([_concrete(d, sizes) for d in shape])
+    return ids.expand([concrete(d, sizes) for d in shape])
 
 
 def _move(step: fx.Node, moved: object, sizes: dict) -> object:
     if step.target not in MOVES:
         return moved
-    rest = fx.map_arg(step.args[1:], lambda n: _concrete(n.meta["val"], sizes))
+    rest = fx.map_arg(step.args[1:], lambda n: concrete(n.meta["val"], sizes))
     if step.target is aten.view.default:
         return aten.reshape.default(moved, *rest)
     return step.target(moved, *rest, **step.kwargs)
 
 
-def _sizes(graph: fx.Graph) -> dict:
+def probe_sizes(graph: fx.Graph) -> dict:
     """The probe's sizes of the symbols behind batch and sequence."""
     ids = next(n for n in graph.nodes if n.op == "placeholder")
     return {
@@ -79,7 +79,7 @@ def _sizes(graph: fx.Graph) -> dict:
     }
 
 
-def _concrete(size: object, sizes: dict) -> int:
+def concrete(size: object, sizes: dict) -> int:
     return int(size) if isinstance(size, int) else int(size.node.expr.subs(sizes))
 
 
