@@ -56,7 +56,11 @@ class RaiseRope(Pass):
 
 
 def _described(found: Rotation) -> str:
-    said = {"channels in pairs": found.pairs_in, "heads behind tokens": found.tokens_first, "backwards": found.backwards}
+    said = {
+        "channels in pairs": found.pairs_in,
+        "heads behind tokens": found.tokens_first,
+        "backwards": found.backwards,
+    }
     return ", ".join(words for words, holds in said.items() if holds)
 
 

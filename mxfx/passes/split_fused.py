@@ -87,6 +87,8 @@ def parts_of(linear: fx.Node) -> list[Part] | str | None:
     values = list(_values(linear, linear))
     if not is_matrix(linear):
         return "the weight is a stack of matrices: its parts stay together"
+    if "in_proj" in roles:
+        return "a mixer of tokens reads parts of it: they stay together"
     if "" in roles:
         return f"a part of it plays no role ({next(place_of(v) for v, role in values if not role)})"
     parts = []

@@ -8,6 +8,7 @@ role            the product with a weight that …
 ``q_proj``      makes the queries of an attention; ``k_proj``, ``v_proj`` likewise; ``qkv_proj``, ``kv_proj`` make more
 ``o_proj``      reads what an attention, or another mixer of tokens, made
 ``latent``      makes the narrow tensor that a query, key or value projection reads (latent attention)
+``in_proj``     makes what another mixer of tokens reads (a scan, a convolution)
 ``output_gate`` makes what the result of an attention, or another mixer of tokens, is multiplied by
 ``gate_proj``   enters an MLP through its activation; ``up_proj`` beside it, or alone where there is no gate
 ``gate_up_proj``  makes both
@@ -65,11 +66,11 @@ def role_of(node: fx.Node) -> str:
     reach = _Reach(node)
     if reach.output:
         return "head"
-    if _reads_attention(node):
-        return "o_proj"
     found = _before_mixer(reach)
     if found:
         return found
+    if _reads_attention(node):
+        return "o_proj"
     return "down_proj" if _closes(node) else _entrance(reach)
 
 
@@ -87,6 +88,8 @@ def _before_mixer(reach: _Reach) -> str:
         return _projection(reach.attention)
     if reach.routes:
         return "router"
+    if reach.mixed:
+        return "in_proj"
     return "output_gate" if reach.paired and any(map(_reads_attention, reach.readers)) else ""
 
 
@@ -122,7 +125,8 @@ def _is_mixer(node: fx.Node) -> bool:
 class _Reach:
     """How far a product's result goes before another product, an attention or the residual stream takes it.
 
-    ``attention`` names the operands that it becomes; ``readers`` are the products that read it as their input;
+    ``attention`` names the operands that it becomes; ``mixed`` says that another mixer reads it; ``readers`` are the
+    products that read it as their input;
     ``routes`` says that it decides which experts are chosen; ``output`` that it becomes the logits; ``paired`` that
     another computed value is multiplied by it, ``activated`` after an activation; ``cut`` that only parts of it go on.
     """
@@ -130,7 +134,7 @@ class _Reach:
     def __init__(self, start: fx.Node, product: fx.Node | None = None) -> None:
         self.attention: set[str] = set()
         self.readers: list[fx.Node] = []
-        self.routes = self.output = self.paired = self.activated = self.cut = False
+        self.mixed = self.routes = self.output = self.paired = self.activated = self.cut = False
         self._stacked = spec(product or start).has("experts")
         self._inside: dict[fx.Node, bool] = {start: False}
         self._walk(start)
@@ -160,7 +164,9 @@ class _Reach:
             self._read(node, inside)
             return False
         if _is_mixer(node):
-            self.attention |= {name for source in inside for name in spec(node).names(source)} & {"q", "k", "v"}
+            operands = {name for source in inside for name in spec(node).names(source)} & {"q", "k", "v"}
+            self.attention |= operands
+            self.mixed |= not operands
             return False
         others = [s for s in node.all_input_nodes if s not in self._inside and _is_computed(s)]
         if node.target in _SUMS and others:

@@ -15,7 +15,10 @@ from mxfx.rewrite.roles import role_of
 
 #: Role → the roles that it stands for.
 GROUPS = {
-    "attention": ("q_proj", "k_proj", "v_proj", "qk_proj", "kv_proj", "qkv_proj", "o_proj", "latent", "output_gate"),
+    "attention": (
+        *("q_proj", "k_proj", "v_proj", "qk_proj", "kv_proj", "qkv_proj"),
+        *("o_proj", "latent", "in_proj", "output_gate"),
+    ),
     "mlp": ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
 }
 ROLES = ("embed", "head", "attention", *GROUPS["attention"], *GROUPS["mlp"], "router")

@@ -11,13 +11,18 @@ from mxfx.passes import RaiseNorm, RaiseRope
 from mxfx.rewrite import Pass, apply
 from tests.architectures import build
 
-#: Gains that are cast before they are applied; halves that turn the other way round; pairs that lie side by side.
-CAST_GAIN, TURNED_BACK, INTERLEAVED, CENTRED = "helium", "nanochat", "ernie4_5", "cohere"
+#: Spelling → an architecture that has it, the pass that raises it, and how often it is there.
+SPELLINGS: dict[str, tuple[str, Pass, int]] = {
+    "gains that are cast before they are applied": ("helium", RaiseNorm(), 5),
+    "halves that turn the other way round": ("nanochat", RaiseRope(), 4),
+    "halves turned apart, one cosine a pair": ("gpt_oss", RaiseRope(), 4),
+    "pairs that lie side by side, half of the cosines": ("ernie4_5", RaiseRope(), 4),
+    "pairs of part of each head, behind the tokens, from a table": ("gptj", RaiseRope(), 4),
+    "pairs that are put into halves": ("deepseek_v3", RaiseRope(), 4),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "one", "matches"), [(CAST_GAIN, RaiseNorm(), 5), (TURNED_BACK, RaiseRope(), 4)], ids=["gain", "turn"]
-)
+@pytest.mark.parametrize(("name", "one", "matches"), SPELLINGS.values(), ids=SPELLINGS.keys())
 def test_another_spelling_is_raised_and_no_bit_changes(name: str, one: Pass, matches: int) -> None:
     program = trace(build(name), proven=False)
     applied = apply(one, program)

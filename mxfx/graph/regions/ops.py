@@ -29,6 +29,7 @@ MOVES = frozenset(
         aten.unbind.int,
         aten.squeeze.dim,
         aten.unsqueeze.default,
+        aten.flatten.using_ints,
         operator.getitem,
     }
 )

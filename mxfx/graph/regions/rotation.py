@@ -19,9 +19,9 @@ aten = torch.ops.aten
 
 _JOINS = frozenset({aten.cat.default, aten.stack.default})
 _TERMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
-_TURNS = frozenset({*MOVES, *SAME, *_JOINS, aten.neg.default, aten.flatten.using_ints})
+_TURNS = frozenset({*MOVES, *SAME, *_JOINS, aten.neg.default})
 #: What may lie between cosines and the products that they enter.
-_SPREADS = frozenset({*MOVES, *_JOINS, aten.repeat_interleave.self_int, aten.expand.default, aten.flatten.using_ints})
+_SPREADS = frozenset({*MOVES, *_JOINS, aten.repeat_interleave.self_int, aten.expand.default})
 
 Layout = Callable[[Tensor], Tensor]
 
@@ -48,11 +48,14 @@ class Rotation:
 
 
 def text_nodes(program: Program) -> frozenset[fx.Node]:
-    """Values that depend on products with weights: queries and keys do, angles do not."""
+    """Values that depend on products with weights, or on heads that come from outside: queries and keys do, angles do
+    not.
+    """
     found: set[fx.Node] = set()
     products = set(program.products())
     for node in program.graph.nodes:
-        if node in products or not found.isdisjoint(node.all_input_nodes):
+        heads = node.op == "placeholder" and node.meta["val"].dim() == 4
+        if node in products or heads or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return frozenset(found)
 
