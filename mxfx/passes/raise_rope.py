@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -114,7 +114,7 @@ class _Raiser:
             self._tables[key] = self._call(root, aten.neg.default, made) if negated else made
         return self._tables[key]
 
-    def _call(self, root: fx.Node, target: Callable, *args: object) -> fx.Node:
+    def _call(self, root: fx.Node, target: Callable, *args: Any) -> fx.Node:
         key = f"{target} {fx.map_arg(args, _signature)}"
         new = self._rw.call(target, *args, like=root, val=self._results.get(key))
         self._results[key] = new.meta["val"]
