@@ -20,6 +20,7 @@ from mxfx.graph.program import Program
 from mxfx.graph.trace import trace
 from mxfx.ground.errors import reason_of
 from mxfx.ops.catalogue import spec
+from mxfx.passes import InsertFakeQuant, RoundWeights
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Rewriter
 from mxfx.rewrite.operands import mark_rounded
@@ -49,10 +50,8 @@ def import_checkpoint(folder: Path, out: Path) -> Iterator[str]:
     rules, lines = _rules(program, groups)
     text = "[[pass]]\nname = 'annotate'\npartial = true\n" + rules
     annotated = PassManager().run(program, loads(text, str(folder)).completed()).program
-    text = "[[pass]]\nname = 'round-weights'\n"
-    if "input =" in rules:
-        text += "[[pass]]\nname = 'insert-fake-quant'\n"
-    result = PassManager().run(_with_nvfp4_as_it_is(annotated, folder), loads(text, str(folder)))
+    rest = [RoundWeights(), *([InsertFakeQuant()] if "input =" in rules else [])]
+    result = PassManager().run(_with_nvfp4_as_it_is(annotated, folder), rest)
     moved = [name for name in program.weights if not torch.equal(program.weights[name], whole(result.program, name))]
     if moved:
         raise ModelError(f"{folder}: {moved[0]} does not lie on the grid that config.json names")
