@@ -1,4 +1,4 @@
-"""The command line: ``mxfx run``, ``check``, ``config``, ``passes``, … Thin: everything is in the API."""
+"""Quantize causal language models to Microscaling formats; `mxfx help` has pages on everything."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from mxfx.cli import calibrate, evaluate, generate, models
+from mxfx.cli import calibrate, evaluate, generate, models, topics
 from mxfx.cli.evaluate import (
     EVAL,
     ChatTemplate,
@@ -27,6 +27,7 @@ from mxfx.cli.evaluate import (
     Trust,
     out,
 )
+from mxfx.cli.examples import add_examples
 from mxfx.cli.start import prepare_imports
 from mxfx.ground.errors import MxfxError, exit_code
 
@@ -36,8 +37,9 @@ if TYPE_CHECKING:
 app = typer.Typer(name="mxfx", no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 config_app = typer.Typer(no_args_is_help=True, help="Look at pipeline files.")
 app.add_typer(config_app, name="config")
-for name, command in (calibrate.COMMANDS | evaluate.COMMANDS | generate.COMMANDS | models.COMMANDS).items():
-    app.command(name)(command)  # type: ignore[type-var]
+for file in (calibrate, evaluate, generate, models, topics):
+    for name, command in file.COMMANDS.items():
+        app.command(name)(command)
 
 # A pipe has no width of its own: the tables fit in 120 columns.
 # Paths and messages may hold brackets: nothing is read as markup.
@@ -323,6 +325,10 @@ def report(folder: Annotated[Path, typer.Argument(help="Run directory.")]) -> No
     from mxfx import api
 
     out.print(str(api.write_report(folder)), highlight=False, soft_wrap=True)
+
+
+add_examples(app)
+add_examples(config_app, "config")
 
 
 def _or_config_error(option: str, check: Callable[[], object]) -> None:

@@ -39,12 +39,7 @@ def collect(
     device: Device = "cpu",
     trust_remote_code: Trust = False,
 ) -> None:
-    r"""Write a calibration set of a task's prompts: what `dataset = "FILE.pt"` and the dialect's "file:FILE.pt" read.
-
-    mxfx collect hf:gsm8k:main:train:question,answer --model M --out gsm8k.pt
-    mxfx collect jsonl:tickets.jsonl:body --model M --template 'Ticket: {body}\n' --out tickets.pt
-    mxfx collect lm_eval:gsm8k:20 --model M --config collector.toml
-    """
+    """Write a calibration set of a task's prompts: what `dataset = "FILE.pt"` and the dialect's "file:FILE.pt" read."""
     from mxfx.calibration.collector import TokenCollector
     from mxfx.compat.collector import collector_of_file
     from mxfx.config.errors import ConfigError, Place
@@ -95,10 +90,7 @@ def search(
     set_: Annotated[list[str], typer.Option("--set", help="Override, as in mxfx run.")] = [],  # noqa: B006
     trust_remote_code: Trust = False,
 ) -> None:
-    """Search which kinds of matmul gain from an online rotation: a line a round, decisions in a file.
-
-    mxfx search passes_configs/tutorial_b_gptq.toml --model M --data calib.pt --out rotation_decisions.json
-    """
+    """Search which kinds of matmul gain from an online rotation: a line a round, decisions in a file."""
     from mxfx.compat.prepare import prepare
     from mxfx.driver.options import RunOptions
     from mxfx.driver.search import search as run

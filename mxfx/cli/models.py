@@ -19,11 +19,7 @@ def export(
         typer.Option("--bake", help="Multiply transforms at run time into the weights, which leave their grid."),
     ] = False,
 ) -> None:
-    """Write an emitted model for another library, and prove it by reading it back with that library.
-
-    mxfx export OUT/best_w4a4kv4 --to hf --bake --out baked
-    mxfx export OUT/mxfp4_weights --to compressed-tensors --out packed
-    """
+    """Write an emitted model for another library, and prove it by reading it back with that library."""
     from mxfx.driver.run_directory import find_model
     from mxfx.export.artefact import load
     from mxfx.export.target import export as write
