@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +51,9 @@ def prove(program: Program, model: nn.Module, limit: int | None = None) -> Proof
     spans = sorted(_spans(program, model))
     beyond = [span for span in spans if span + 3 <= longest]
     notes = [
-        f"what lies beyond {span} tokens (a window or chunk) was not tried" for span in spans if span + 3 > longest
+        f"what lies beyond {span} tokens (a window, a chunk, or RoPE's first length) was not tried"
+        for span in spans
+        if span + 3 > longest
     ]
     lengths = (min(_SHORT, longest), min(max([_LONG, *(span + 3 for span in beyond)]), longest))
     worst = 0.0
@@ -62,8 +65,10 @@ def prove(program: Program, model: nn.Module, limit: int | None = None) -> Proof
 
 
 def _spans(program: Program, model: nn.Module) -> set[int]:
-    """Windows and chunks that the program's attention has, or that the configuration names."""
+    """Windows and chunks that the program's attention has, or that the configuration names, and where RoPE changes."""
     found = {operands(n)[name] for n in program.nodes("attention") for name in ("window", "chunk")}
+    compared = [user for length in program.nodes("length") for user in length.users if len(user.args) > 1]
+    found |= {user.args[1] for user in compared}
     config = model.config.get_text_config()
     found |= {
         value
@@ -123,7 +128,7 @@ def _reference(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
         given = {name: value for name, value in given.items() if name in forward.parameters}
     elif "position_ids" not in forward.parameters:
         del given["position_ids"]
-    with _in_eval_mode(model), torch.no_grad():
+    with _in_eval_mode(model), _ropes_kept(model), torch.no_grad():
         try:
             logits: Tensor = model(**given).logits
         except Exception as error:
@@ -142,6 +147,24 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _ropes_kept(model: nn.Module) -> Iterator[None]:
+    """A rotary embedding that remembers the longest text forgets what it sees here."""
+    ropes = [module for module in model.modules() if hasattr(module, "rope_type")]
+    kept = [
+        (module, dict(vars(module)), dict(module.named_buffers(recurse=False)), copy.deepcopy(module._buffers))
+        for module in ropes
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers, values in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, buffer in buffers.items():
+                module._buffers[name] = buffer.copy_(values[name])
 
 
 def _first_difference(program: Program, model: nn.Module, ids: Tensor, mask: Tensor | None, tolerance: float) -> str:

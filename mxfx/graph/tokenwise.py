@@ -32,7 +32,9 @@ def mixes_tokens(node: fx.Node, length: object) -> str | None:
     if node.op != "call_function" or kind(node) in _ATTENTION:
         return None
     if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "mxfx":
-        return "it counts positions by itself" if kind(node) in _ACROSS else None
+        # Numbers of channels or experts are no positions.
+        counted = kind(node) != "arange" or not all(isinstance(bound, int) for bound in node.args[1:])
+        return "it counts positions by itself" if kind(node) in _ACROSS and counted else None
     if not any(_has(val, length) for operand in node.all_input_nodes for val in _tensors(operand)):
         return None
     name = _name(node)

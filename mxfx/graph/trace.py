@@ -29,6 +29,7 @@ from mxfx.graph.normalize import normalize, remove_dead
 from mxfx.graph.program import NOMINAL_MODEL, Program, Source, Symbol
 from mxfx.graph.prove import prove_if_possible
 from mxfx.graph.refusal import refusal, rope_type
+from mxfx.graph.ropes import frequencies_by_length
 from mxfx.graph.weights import WeightStore
 
 _INTERFACE = "mxfx"
@@ -51,7 +52,7 @@ def trace(model: nn.Module, *, name: str | None = None, proven: bool = True) -> 
     if config is None or not hasattr(model, "forward"):
         raise TraceError(f"expected a transformers causal LM with a .config, got {type(model).__name__}")
     skeleton = _skeleton(model)
-    longest = int(getattr(config, "max_position_embeddings", 1 << 17) or 1 << 17)
+    longest = int(int(getattr(config, "max_position_embeddings", 1 << 17) or 1 << 17) * frequencies_by_length(skeleton))
     module = _functional(_export(skeleton, longest), skeleton).module(check_guards=False)
     weights, rename = _weights(model, module)
     graph = _adopt_graph(module.graph, module, rename)

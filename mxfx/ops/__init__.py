@@ -11,7 +11,7 @@ from mxfx.ops.mixer import mixer
 from mxfx.ops.norm import layer_norm, rms_norm
 from mxfx.ops.packed import mx_embedding, mx_expert_linear, mx_linear
 from mxfx.ops.plugins import load_ops
-from mxfx.ops.positions import positions, real_tokens
+from mxfx.ops.positions import length, positions, real_tokens
 from mxfx.ops.quantize import fake_quantize
 from mxfx.ops.rope import rope
 from mxfx.ops.transform import block_transform, hadamard
@@ -52,6 +52,7 @@ __all__ = [
     "find_op",
     "hadamard",
     "layer_norm",
+    "length",
     "mixer",
     "mx_embedding",
     "mx_expert_linear",

@@ -1,4 +1,4 @@
-"""``mxfx::positions``: position ids for callers that give none."""
+"""Positions: ids for callers that give none, the mask of real tokens, and the length so far."""
 
 from __future__ import annotations
 
@@ -26,3 +26,9 @@ def positions(input_ids: Tensor, position_ids: Tensor | None, attention_mask: Te
 def real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """The tokenizer's mask for a model that computes with it: int64 ``(batch, seq)``, all ones where none is given."""
     return torch.ones_like(input_ids) if attention_mask is None else attention_mask
+
+
+@define("length")
+def length(position_ids: Tensor) -> Tensor:
+    """How long the longest text of a batch is so far: one more than its largest position, an int64 scalar."""
+    return position_ids.max() + 1

@@ -131,9 +131,19 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
 
-    def prepare_inputs_for_generation(self, *args: Any, tokenizer: Any = None, **kwargs: Any) -> dict:
-        """What ``forward`` takes at a step; ``tokenizer`` is for ``generate``'s stopping rules and goes no further."""
-        return super().prepare_inputs_for_generation(*args, **kwargs)
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, tokenizer: Any = None, **kwargs: Any
+    ) -> dict:
+        """What ``forward`` takes at a step; ``tokenizer`` is for ``generate``'s stopping rules and goes no further.
+
+        A text that grows beyond the length at which RoPE takes its other table is read again: keys in the cache were
+        turned by the first.
+        """
+        cache, limit = kwargs.get("past_key_values"), _switch(self.config)
+        if isinstance(cache, KVCache) and 0 < cache.length <= limit < input_ids.shape[1]:
+            cache.length = 0
+            kwargs["next_sequence_length"] = None
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def _longest(self) -> int:
         return int(getattr(self.config, "max_position_embeddings", None) or 1 << 17)
@@ -176,6 +186,13 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Weights come with the graph."""
+
+
+def _switch(config: Any) -> int:
+    """The last length of RoPE's first table (``longrope``); no length where there is one table."""
+    given = getattr(config, "rope_parameters", None) or {}
+    found = [p for p in (given, *given.values()) if isinstance(p, dict) and p.get("rope_type") == "longrope"]
+    return min((int(p["original_max_position_embeddings"]) for p in found), default=-1)
 
 
 def _refuse_others(others: dict[str, Any]) -> None:

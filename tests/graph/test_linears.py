@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mxfx.graph.errors import TraceError
 from mxfx.graph.execute import execute
-from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import bind, trace
 from mxfx.graph.verify import verify
 from mxfx.ops.catalogue import spec
@@ -39,16 +37,3 @@ def test_a_weight_stored_the_other_way_round_shares_its_memory_and_binds() -> No
     ids = torch.randint(3, 128, (2, 9))
     with torch.no_grad():
         assert relative(execute(bind(trace(empty), model), ids), model(ids).logits) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("kind", "more"),
-    [
-        ("dynamic", {"factor": 2.0}),
-        ("longrope", {"factor": 4.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}),
-    ],
-)
-def test_frequencies_that_depend_on_the_length_are_refused_by_their_type(kind: str, more: dict) -> None:
-    rope = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 16, **more}
-    with pytest.raises(TraceError, match=f"model.rotary_emb.*RoPE of type '{kind}' depends on the length"):
-        trace(tiny("llama-tiny", rope_parameters=rope, max_position_embeddings=32))

@@ -50,7 +50,7 @@ def test_a_wrong_program_is_refused_with_the_first_module_that_differs(find, pla
 def test_a_window_that_is_too_long_to_try_is_said() -> None:
     proof = prove(traced("mistral-tiny"), model("mistral-tiny"), limit=6)
     assert proof.lengths == (5, 6)
-    assert proof.notes == ("what lies beyond 5 tokens (a window or chunk) was not tried",)
+    assert proof.notes == ("what lies beyond 5 tokens (a window, a chunk, or RoPE's first length) was not tried",)
 
 
 def test_tracing_a_model_with_weights_proves_it_and_leaves_its_mode(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,7 @@ SAMPLES: dict[str, list[tuple]] = {
         (randn(2, 8), randn(8), None, 1e-5, 1.0),
         (randn(2, 8), randn(8), randn(8, seed=1), 1e-5, 1.0, True),
     ],
+    "length": [(ids(2, 5),)],
     "mixer": [([randn(2, 6, 5), randn(6, 4, seed=1), None], CONVOLUTION, '[[{"tensor": 0}, {"tensor": 1}, null], {}]')],
     "norm_quantize": [
         (randn(2, 8), randn(8), MATRIX, "mxint4@4", 1e-6, 1.0, True),
