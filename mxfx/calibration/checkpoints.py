@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mxfx.ground.errors import MxfxError
-from mxfx.ground.files import remove_partial_files, write_file
+from mxfx.ground.files import parse_json, read_text, remove_partial_files, write_file
 
 _MANIFEST = "manifest.jsonl"
 _SCHEMA = 1
@@ -114,7 +114,7 @@ class LayerCheckpoints:
         if not path.exists():
             return {}
         try:
-            header, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+            header, *lines = (parse_json(line, path) for line in read_text(path).splitlines())
             if not isinstance(header, dict) or (header.get("schema"), header.get("key")) != (
                 _SCHEMA,
                 self._header["key"],

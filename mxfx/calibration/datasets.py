@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mxfx.ground.errors import MxfxError
+from mxfx.ground.files import DamagedFile, parse_json
 from mxfx.ground.nearest import nearest
 
 SEPARATOR = "\n\n"
@@ -22,6 +23,9 @@ _LOCAL_FORMS = "a .txt, .jsonl or .parquet file, or a folder of .txt files"
 _TEXT_KEY = "text"
 # Large enough for 128 samples of 4096 tokens, small enough to tokenize in seconds.
 _C4_DOCUMENTS = 8_000
+#: A data set is read whole; a small file may unpack to more than memory holds.
+_CHARACTERS = 4 << 30
+_ROWS = 256
 
 
 class DatasetError(MxfxError, ValueError):
@@ -97,7 +101,10 @@ def collected_ids(path: Path, samples: int, length: int) -> torch.Tensor:
     if not path.is_file():
         raise DatasetError(f"{path}: no such file")
     try:
-        rows = [torch.as_tensor(entry[0]).reshape(-1) for entry in torch.load(path, weights_only=True)["loader"]]
+        _check_stored(path)
+        rows = [torch.as_tensor(entry[0]) for entry in torch.load(path, weights_only=True)["loader"]]
+    except DatasetError:
+        raise
     except Exception as error:
         # The reader of a damaged file raises whatever its bytes happen to run into.
         raise DatasetError(
@@ -105,6 +112,9 @@ def collected_ids(path: Path, samples: int, length: int) -> torch.Tensor:
         ) from error
     if any(row.is_floating_point() or row.is_complex() or row.dtype == torch.bool for row in rows):
         raise DatasetError(f"{path}: token ids are whole numbers, and these are not")
+    if sum(row.nbytes for row in rows) > path.stat().st_size:
+        raise DatasetError(f"{path}: its tensors have more elements than it holds bytes for: they repeat themselves")
+    rows = [row.reshape(-1) for row in rows]
     fitting = [row for row in rows if row.numel() >= length]
     if len(fitting) < samples:
         raise DatasetError(
@@ -112,6 +122,16 @@ def collected_ids(path: Path, samples: int, length: int) -> torch.Tensor:
             "lower calibration.samples or calibration.length"
         )
     return torch.stack([row[:length] for row in fitting[:samples]]).to(torch.int64)
+
+
+def _check_stored(path: Path) -> None:
+    """Before any of it is read: a zip file as ``torch.save`` writes it, its entries as large as they lie there."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise DatasetError(f"{path}: has compressed entries, which torch.save does not write")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise DatasetError(f"{path}: its entries are larger than the file: it is damaged")
 
 
 def documents(source: str | Path, *, split: str = "train") -> list[str]:
@@ -124,7 +144,13 @@ def documents(source: str | Path, *, split: str = "train") -> list[str]:
         DatasetError: unknown name, hub unreachable, malformed file, or no text.
     """
     name = str(source)
-    found = [text for text in _read(name, split) if text.strip()]
+    found: list[str] = []
+    room = _CHARACTERS
+    for text in _read(name, split):
+        if (room := room - len(text)) < 0:
+            raise DatasetError(f"{name}: holds more than {_CHARACTERS:,} characters; give a part of it")
+        if text.strip():
+            found.append(text)
     if not found:
         raise DatasetError(f"{name}: holds no text")
     return found
@@ -207,11 +233,9 @@ def _jsonl(path: Path) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DatasetError(f"{path}:{number}:{error.colno}: is not JSON: {error.msg}") from error
-        except (ValueError, RecursionError) as error:
-            raise DatasetError(f"{path}:{number}: holds JSON that is too deep or too long to read: {error}") from error
+            row = parse_json(line, f"{path}:{number}")
+        except DamagedFile as error:
+            raise DatasetError(str(error)) from error
         if not isinstance(row, dict) or not isinstance(row.get(_TEXT_KEY), str):
             has = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
             raise DatasetError(f'{path}:{number}: expected an object with a string "{_TEXT_KEY}", found {has}')
@@ -236,7 +260,8 @@ def _parquet(path: Path) -> Iterator[str]:
             pyarrow.types.is_dictionary(kind) and kind.value_type in (pyarrow.string(), pyarrow.large_string())
         ):
             raise DatasetError(f'{path}: expected strings in the column "{_TEXT_KEY}", found {kind}')
-        for batch in table.iter_batches(columns=[_TEXT_KEY]):
+        # A dictionary may hold one long text for many rows: few are taken out at a time.
+        for batch in table.iter_batches(columns=[_TEXT_KEY], batch_size=_ROWS):
             yield from (text or "" for text in batch.column(0).to_pylist())
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
         # Damage shows in the footer or in a page, as an error of Arrow's, of reading or of decoding.

@@ -5,10 +5,9 @@ A file without a key is another tool's, and stays as it is.
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from pathlib import Path
+
+from mxfx.ground.files import DamagedFile, read_json, write_json
 
 
 def load_decisions(file: Path | None, key: str) -> tuple[dict[str, object] | None, str | None]:
@@ -25,8 +24,8 @@ def load_decisions(file: Path | None, key: str) -> tuple[dict[str, object] | Non
 
 def _read(file: Path) -> dict[str, object] | None:
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+        known = read_json(file)
+    except DamagedFile:
         return None
     return known if isinstance(known, dict) and "key" in known else None
 
@@ -38,9 +37,4 @@ def store_decisions(file: Path | None, key: str, found: dict[str, object]) -> No
     """
     if file is None or (file.exists() and _read(file) is None):
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as out:
-        json.dump({"key": key, **found}, out, indent=2)
-        out.flush()
-        os.fsync(out.fileno())
-    Path(out.name).replace(file)
+    write_json(file, {"key": key, **found})

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mxfx.calibration.training import GradientStep
-from mxfx.ground.files import write_file
+from mxfx.ground.files import parse_json, write_file
 from mxfx.rewrite import Context
 
 _NORM = 1.0
@@ -174,7 +174,7 @@ class Distillation:
 
         try:
             with safe_open(self._file, framework="pt") as opened:
-                about = json.loads(opened.metadata()["about"])
+                about = parse_json(opened.metadata()["about"], self._file)
             # Cloned, so that memory is aligned as in a fresh run: the order of some sums depends on it.
             tensors = {name: tensor.clone() for name, tensor in load_file(self._file).items()}
             step = int(about["step"])

@@ -10,12 +10,12 @@ anything else                                 what ``calibration.dataset`` takes
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mxfx.calibration.datasets import DatasetError, check_source, documents
+from mxfx.ground.files import DamagedFile, parse_json
 
 _TEXT = "text"
 
@@ -73,9 +73,9 @@ def _jsonl(rest: str) -> Rows:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DatasetError(f"{path}:{number}: is not JSON: {error}") from error
+                row = parse_json(line, f"{path}:{number}")
+            except DamagedFile as error:
+                raise DatasetError(str(error)) from error
             if not isinstance(row, dict):
                 raise DatasetError(f"{path}:{number}: expected an object, found {type(row).__name__}")
             yield number, row

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from mxfx.config import Pipeline
 from mxfx.config.locate import Cursor
 from mxfx.driver.job import Job, default_instruments
 from mxfx.driver.search import Found
-from mxfx.ground.files import write_json
+from mxfx.ground.files import read_json, write_json
 from mxfx.pipeline.manager import PipelineResult
 from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm
 
@@ -120,7 +119,7 @@ def _write(file: Path, results: dict[str, Any], kept: bool) -> None:
     """The summary; in a file that a later search is to read it stands beside what ``rotation-search`` wrote."""
     known: dict[str, Any] = {}
     if kept:
-        known = json.loads(file.read_text(encoding="utf-8"))
+        known = read_json(file)
         if "key" not in known:
             warnings.warn(f"{file} is another tool's and stays as it is: the summary is not written", stacklevel=3)
             return

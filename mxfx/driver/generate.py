@@ -29,18 +29,22 @@ class GenerateError(MxfxError, ValueError):
 
 @dataclass(frozen=True)
 class Written:
-    """What was generated: ``tokens`` of it in ``seconds``, the first of them after ``first``."""
+    """What was generated: ``tokens`` of it in ``seconds``, the first of them after ``first``.
+
+    ``full``: the model reads no more than the prompt and these.
+    """
 
     text: str
     tokens: int
     seconds: float
     first: float
+    full: bool = False
 
     def __str__(self) -> str:
         said = f"{self.tokens} tokens, the first after {self.first:.2f} s"
-        if self.tokens < 2:
-            return said
-        return f"{said}, then {(self.tokens - 1) / max(self.seconds - self.first, 1e-9):.1f} tokens/s"
+        if self.tokens > 1:
+            said += f", then {(self.tokens - 1) / max(self.seconds - self.first, 1e-9):.1f} tokens/s"
+        return said + ("; the model's context is full" if self.full else "")
 
 
 def open_model(
@@ -77,7 +81,8 @@ def write(
 ) -> Written:
     """Continue ``prompt``, or answer it as a user's turn of the chat template; ``say`` gets the text piece by piece.
 
-    ``sample`` chooses sampling or the most likely token; None leaves it to the model's generation config.
+    ``sample`` chooses sampling or the most likely token; None leaves it to the model's generation config. What
+    is written ends where the model's context is full.
 
     Raises ``GenerateError`` for an empty prompt, for one that leaves no room, and for a model without a chat template.
     """
@@ -93,6 +98,7 @@ def write(
         raise GenerateError("the prompt has no tokens; give some text with --prompt")
     if longest is not None and ids.shape[1] >= longest:
         raise GenerateError(f"the prompt has {ids.shape[1]:,} tokens, the model reads at most {longest:,}")
+    room = max_new_tokens if longest is None else min(max_new_tokens, longest - ids.shape[1])
     streamer = _Timed(tokenizer, say)
     options = {} if sample is None else {"do_sample": sample}
     began = time.perf_counter()
@@ -100,7 +106,7 @@ def write(
         out = model.generate(
             ids,
             attention_mask=given["attention_mask"],
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=room,
             pad_token_id=_padding(model, tokenizer),
             streamer=streamer,
             **options,
@@ -112,6 +118,7 @@ def write(
         len(new),
         seconds,
         (streamer.first or time.perf_counter()) - began,
+        len(new) == room < max_new_tokens,
     )
 
 

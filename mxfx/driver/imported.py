@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
 from mxfx.graph.trace import trace
 from mxfx.ground.errors import reason_of
+from mxfx.ground.files import read_json
 from mxfx.ops.catalogue import spec
 from mxfx.passes import InsertFakeQuant, RoundWeights
 from mxfx.pipeline.manager import PassManager
@@ -76,7 +76,7 @@ def _with_nvfp4_as_it_is(program: Program, folder: Path) -> Program:
 
 def _groups(folder: Path) -> Mapping[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = read_json(folder / "config.json")
         found = config.get("quantization_config") or {}
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{folder} holds no config.json that can be read: {reason_of(error)}") from error

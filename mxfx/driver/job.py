@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mxfx.calibration.datasets import DatasetError, TokenSet
 from mxfx.calibration.sources import SELF, calibration_tokens
 from mxfx.config.pipeline import CalibrationConfig, Pipeline
-from mxfx.driver.pretrained import load_checked, load_tokenizer, refuse_offloaded
+from mxfx.driver.pretrained import check_fits, load_checked, load_tokenizer, refuse_offloaded
 from mxfx.driver.texts import FloatTexts
 from mxfx.graph.program import Program
 from mxfx.graph.prove import Proof, prove_if_possible
@@ -59,6 +59,7 @@ class Job:
         job = cls(meta, torch.device(device), load_tokenizer(name, **of_hub))
         if pipeline.calibration.dataset is not None and SELF not in pipeline.calibration.sources:
             job.tokens(pipeline.calibration)
+        check_fits(name, meta.weights.values())
         loaded = load_checked(name, settings.dtype, **of_hub)
         job.program, proof = _bound(meta, loaded.model.to(job.device), str(name))
         job.warnings = (*loaded.warnings, *(() if proof is None else proof.notes))
@@ -87,6 +88,13 @@ class Job:
             self._token_sets[calibration] = found
         return self._token_sets[calibration].ids
 
+    def _given(self) -> Tensor:
+        """The ids that the caller brings, which the model must know. Raises ``DatasetError``."""
+        assert self.given is not None
+        ids = self.given()
+        _check_tokens(TokenSet(ids, "", "the calibration tokens given"), self.program)
+        return ids
+
     def probe(self, pipeline: Pipeline) -> Probe:
         samples, length = _PROBE_SHAPE
         seed = pipeline.calibration.seed
@@ -105,7 +113,7 @@ class Job:
             reference=self.program,
         )
         if self.given is not None:
-            made.tokens = self.given
+            made.tokens = self._given
         elif self.tokenizer is not None:
             made.tokens = lambda: self.tokens(pipeline.calibration)
         return made
@@ -168,6 +176,6 @@ def _check_tokens(found: TokenSet, program: Program) -> None:
     longest = next((symbol.high for symbol in program.symbols if symbol.name == "seq"), None)
     if longest is not None and found.ids.shape[1] > longest:
         raise DatasetError(
-            f"calibration.length is {found.ids.shape[1]}, the model takes at most {longest} tokens "
+            f"{found.source}: samples of {found.ids.shape[1]} tokens, the model takes at most {longest} "
             "(max_position_embeddings): lower calibration.length"
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 from mxfx.ground.errors import MxfxError, reason_of
+from mxfx.ground.files import read_json
 
 _NAMED = 3
 
@@ -46,6 +49,7 @@ def load_checked(
     """
     from transformers import AutoModelForCausalLM
 
+    _check_inside(Path(name))
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             str(name),
@@ -87,6 +91,26 @@ def load_meta_model(
         return model.eval()
     except Exception as error:
         raise ModelError(_message("model", name, error)) from error
+
+
+def check_fits(name: object, weights: Iterable[torch.Tensor]) -> None:
+    """Raise ``ModelError`` for weights that are larger than the machine's memory; of meta tensors none is taken."""
+    needed, there = sum(t.nbytes for t in weights), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ModelError(
+            f"the model {str(name)!r} has {needed / 1e9:,.0f} GB of weights by its configuration, and this machine "
+            f"{there / 1e9:,.0f} GB of memory; `mxfx check` needs none of them"
+        )
+
+
+def _check_inside(folder: Path) -> None:
+    """Raise ``ModelError`` if the index of a checkpoint names files outside its folder."""
+    for index in folder.glob("*.index.json") if folder.is_dir() else ():
+        named = read_json(index)
+        files = named.get("weight_map") if isinstance(named, dict) else None
+        for file in files.values() if isinstance(files, dict) else (None,):
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ModelError(f"{index}: 'weight_map' must name files of its own folder, it has {file!r}")
 
 
 def load_tokenizer(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -124,12 +124,11 @@ def write_report(folder: str | Path) -> Path:
     if not (folder / RESULTS).is_file():
         raise NoRun(f"{folder} has no {RESULTS}; give the folder that `mxfx run --out` wrote")
     try:
-        text = page(folder)
+        write_text(folder / REPORT, page(folder))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise NoRun(
             f"{folder / RESULTS} is damaged ({type(error).__name__}: {error}): run the pipelines again"
         ) from error
-    write_text(folder / REPORT, text)
     return folder / REPORT
 
 

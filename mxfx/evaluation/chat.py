@@ -20,7 +20,7 @@ from mxfx.evaluation.results import EvaluationError
 from mxfx.evaluation.texts import plain
 from mxfx.evaluation.wanted import CHAT
 from mxfx.evaluation.windows import answer_window
-from mxfx.ground.files import write_file
+from mxfx.ground.files import read_json, write_file
 from mxfx.ground.progress import track
 
 #: Tokens that are evaluated where no limit is given, and the longest answer: an eighth of them, at most so many.
@@ -158,7 +158,7 @@ def _load(file: Path | None, key: str) -> list[list[int]] | None:
     if file is None or not file.exists():
         return None
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = read_json(file)
         return data["answers"] if data["key"] == key else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         logging.getLogger(__name__).warning("%s cannot be read (%s); the answers are made again", file, error)

@@ -8,6 +8,7 @@ both together is called noise.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from mxfx.evaluation.results import EvalResult, EvaluationError, Scores, weighted_mean
-from mxfx.ground.files import write_file
+from mxfx.evaluation.results import EvalResult, EvaluationError, Scores, exp, weighted_mean
+from mxfx.graph.weights import tensor_hash
+from mxfx.ground.files import parse_json, read_text, write_file
 
 FILE = "scores.safetensors"
 SAMPLES = "samples-"
@@ -76,7 +78,8 @@ def write_scores(folder: Path, results: Mapping[str, EvalResult]) -> Path:
         tensors |= {f"{name}/{column}": value for column, value in columns.items() if value is not None}
         about[name] = {"text_sha": result.text_sha, "max_length": result.max_length, "source": result.source}
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / FILE, save({k: v.contiguous() for k, v in tensors.items()}, {"domains": json.dumps(about)}))
+    facts = {"domains": json.dumps(about), "digest": _digest(tensors)}
+    write_file(folder / FILE, save({k: v.contiguous() for k, v in tensors.items()}, facts))
     return folder / FILE
 
 
@@ -86,15 +89,25 @@ def read_scores(folder: Path | str) -> tuple[dict[str, Scores], dict[str, dict[s
     path = path / FILE if path.is_dir() else path
     try:
         with safe_open(path, framework="pt") as opened:
-            about = json.loads(opened.metadata()["domains"])
-        tensors = load_file(path)
+            facts = opened.metadata()
+        about, tensors = parse_json(facts["domains"], path), load_file(path)
+        if facts["digest"] != _digest(tensors):
+            raise ValueError("it is damaged: its scores do not have the digest that they were written with")
+        scores = {name: Scores(**{c: tensors.get(f"{name}/{c}") for c in _COLUMNS}) for name in about}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise EvaluationError(
             f"{folder}: no scores to compare ({type(error).__name__}: {error}); "
             f"give the folder of one pipeline that `mxfx run --eval … --out DIR` wrote (DIR/NAME)"
         ) from error
-    scores = {name: Scores(**{c: tensors.get(f"{name}/{c}") for c in _COLUMNS}) for name in about}
     return scores, about
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of names and bytes: a flipped bit of a score would be another figure, and nothing else would show it."""
+    found = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        found.update(f"{name}={tensor_hash(tensors[name])}\n".encode())
+    return found.hexdigest()
 
 
 def compare(a: Path | str, b: Path | str, *, floor: float = FLOOR) -> list[Difference]:
@@ -132,7 +145,7 @@ def compare_scores(domain: str, a: Scores, b: Scores, floor: float = FLOOR) -> l
 def _perplexity(domain: str, a: Scores, b: Scores, floor: float) -> Difference:
     found = _mean(domain, "perplexity", a, -a.loglikelihood, -b.loglikelihood, 0.0)
     noise = math.hypot(found.stderr or 0.0, math.log1p(floor))
-    return Difference(domain, found.what, math.exp(found.a), math.exp(found.b), found.difference, found.stderr, noise)
+    return Difference(domain, found.what, exp(found.a), exp(found.b), found.difference, found.stderr, noise)
 
 
 def _mean(domain: str, what: str, like: Scores, a: Tensor, b: Tensor, floor: float, *, p: bool = False) -> Difference:
@@ -178,8 +191,8 @@ def samples_in(folder: Path | str) -> dict[str, list[dict[str, Any]]]:
     """Samples of lm-eval's tasks in a pipeline's folder, by task."""
     found = {}
     for path in sorted(Path(folder).glob(f"{SAMPLES}*.jsonl")):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        found[path.stem.removeprefix(SAMPLES)] = [json.loads(line) for line in lines]
+        lines = enumerate(read_text(path).splitlines(), start=1)
+        found[path.stem.removeprefix(SAMPLES)] = [parse_json(line, f"{path}:{number}") for number, line in lines]
     return found
 
 

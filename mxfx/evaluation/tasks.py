@@ -82,20 +82,19 @@ def run_task(
     """
     # Importing lm-eval takes seconds, which only an evaluation should cost.
     from lm_eval import evaluator
-    from lm_eval.models.huggingface import HFLM
 
     manager = _manager(name, options.include_path)
     began = time.perf_counter()
     with _quiet("lm_eval"):
-        lm = HFLM(
-            pretrained=model,
-            backend="causal",
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            max_length=max_length,
-            softmax_dtype="float32",
-        )
         try:
+            lm = _adapter()(
+                pretrained=model,
+                backend="causal",
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                max_length=max_length,
+                softmax_dtype="float32",
+            )
             found = evaluator.simple_evaluate(
                 lm,
                 tasks=[name],
@@ -106,7 +105,8 @@ def run_task(
                 log_samples=True,
                 task_manager=manager,
             )
-        except (OSError, ConnectionError, ValueError) as error:
+        except Exception as error:
+            # Tasks are code of many hands, and so are their metrics.
             raise EvaluationError(f"--eval {name}: lm-eval stopped: {type(error).__name__}: {error}") from error
     metrics: dict[str, float] = {}
     stderr: dict[str, float] = {}
@@ -119,6 +119,26 @@ def run_task(
             into = stderr if "_stderr" in short else metrics
             into[prefix + short.replace("_stderr", "")] = float(value)
     return TaskResult(name, metrics, stderr, options, time.perf_counter() - began, found["samples"])
+
+
+@cache
+def _adapter() -> type:
+    """lm-eval's class for models of transformers, with one BOS in front of a text that is scored whole.
+
+    Its rolling windows begin with that token themselves; a tokenizer that puts it too (Llama 3's) would have it scored.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class Adapter(HFLM):
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            given = self.add_bos_token
+            self.add_bos_token: bool | None = False
+            try:
+                return super().loglikelihood_rolling(requests, disable_tqdm)
+            finally:
+                self.add_bos_token = given
+
+    return Adapter
 
 
 def _manager(name: str, include_path: Path | None) -> Any:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +24,7 @@ from torch import Tensor
 from mxfx.graph.program import Program
 from mxfx.graph.text import TextError, parse, to_text
 from mxfx.ground.errors import MxfxError
-from mxfx.ground.files import remove_partial_files, write_file
+from mxfx.ground.files import DamagedFile, read_json, read_text, remove_partial_files, write_file
 from mxfx.ops import RUNTIME_FUNCTIONS
 
 SCHEMA = 1
@@ -98,7 +99,7 @@ def load(folder: Path | str) -> Program:
         raise ArtefactError(f"{folder} is no folder; give one that a run wrote its model to")
     manifest = _read_manifest(folder / MANIFEST)
     shards = _check_files(folder, manifest)
-    text = _read_text(folder / PROGRAM)
+    text = _told(read_text, folder / PROGRAM)
     _check_ops(folder / PROGRAM, text)
     weights: dict[str, Tensor] = {}
     for name in shards:
@@ -111,9 +112,6 @@ def load(folder: Path | str) -> Program:
         program = parse(text, weights)
     except TextError as error:
         raise ArtefactError(f"{folder / PROGRAM}: {error}") from error
-    except Exception as error:
-        # The parser runs every op on fake tensors: a wrong operand can surface as any kind of error.
-        raise ArtefactError(f"{folder / PROGRAM}: is no printed program ({type(error).__name__}: {error})") from error
     strangers = sorted(set(weights) - set(program.weights))
     if strangers:
         raise ArtefactError(f"{folder}: its weights hold {strangers[0]!r}, which the program does not name")
@@ -175,10 +173,7 @@ def _check_weights(program: Program) -> None:
 def _read_manifest(path: Path) -> Mapping[str, object]:
     if not path.is_file():
         raise ArtefactError(f"{path.parent} holds no {MANIFEST}: no artefact, or one whose writing was cut short")
-    try:
-        manifest = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ArtefactError(f"{path}: is not JSON ({error})") from error
+    manifest = _told(read_json, path)
     if not isinstance(manifest, dict) or "schema" not in manifest:
         raise ArtefactError(f"{path}: is no manifest of an artefact: it has no 'schema'")
     if manifest["schema"] != SCHEMA:
@@ -214,11 +209,11 @@ def _check_files(folder: Path, manifest: Mapping[str, object]) -> list[str]:
     return shards
 
 
-def _read_text(path: Path) -> str:
+def _told(read: Callable[[Path], Any], path: Path) -> Any:
     try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ArtefactError(f"{path}: is not UTF-8 (byte {error.start})") from error
+        return read(path)
+    except DamagedFile as error:
+        raise ArtefactError(str(error)) from error
 
 
 def _check_ops(path: Path, text: str) -> None:

@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 from mxfx.export.artefact import ArtefactError, load, save
 from mxfx.export.folder_config import ARCHITECTURE, MODEL_TYPE, MxfxConfig
 from mxfx.graph.program import Program
-from mxfx.ground.files import write_file
+from mxfx.ground.files import read_json, write_file
 from mxfx.pipeline.emit import emitted
 from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.causal_lm import EmittedCausalLM, configs_of
@@ -156,7 +156,7 @@ def register() -> None:
 def is_folder(folder: str | Path) -> bool:
     """Whether a folder says that mxfx wrote it; an artefact's integrity is checked when it is opened."""
     try:
-        return json.loads((Path(folder) / "config.json").read_bytes()).get("model_type") == MODEL_TYPE
+        return read_json(Path(folder) / "config.json").get("model_type") == MODEL_TYPE
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -8,14 +8,43 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from mxfx.ground.errors import MxfxError
+from mxfx.ground.errors import MxfxError, reason_of
 
 _SUFFIX = ".part"
 
 
 class WriteError(MxfxError, OSError):
     """A file could not be written; whatever stood under its name before still does."""
+
+
+class DamagedFile(MxfxError, ValueError):
+    """A file does not hold what it should; the message begins with its path."""
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text of a file. Raises ``DamagedFile``, and ``OSError`` for one that cannot be opened."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DamagedFile(f"{path}: is not UTF-8 (byte {error.start})") from error
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises what ``parse_json`` raises, and ``OSError`` for one that cannot be opened."""
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(text: str | bytes, where: object) -> Any:
+    """The value of a JSON text that stands at ``where``.
+
+    Raises ``DamagedFile`` for one that is none, that nests deeper or has longer numbers than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{where}: is not JSON ({reason_of(error)})") from error
 
 
 def write_file(path: Path, data: bytes) -> None:

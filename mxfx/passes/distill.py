@@ -191,7 +191,8 @@ class Distill(Pass):
             student,
             teacher,
             parameters,
-            rw.weights.canonical,
+            # Lowering adds constants that the program does not name.
+            lambda name: rw.weights.canonical(name) if name in rw.weights else name,
             self._plan(),
             torch.cat([train, kept]),
             len(kept),

@@ -283,23 +283,25 @@ class Gptq(Pass):
             fmt, weight = info(node).formats["weight"].format, rw.program.weight_of(node)
             if moments.experts.start == 0 and not rw.match(node, note=str(fmt)):
                 break
-            part = layer.weights.stored(weight)[moments.experts.start : moments.experts.stop]
-            pending[node] += gptq_experts(
-                part,
-                moments.own,
-                moments.hits[moments.experts.start : moments.experts.stop],
-                fmt,
-                fewest=self.min_expert_tokens,
-                shared=moments.shared,
-                shared_rows=moments.rows,
-                cross=moments.cross,
-                asymmetric=self.asymmetric,
-                ridge=_RIDGE,
-                damping=self.damp,
-                order=self.order,
-                exponents=self.exponents,
-                refine=self.refine,
-            )
+            try:
+                pending[node] += gptq_experts(
+                    layer.weights.stored(weight)[moments.experts.start : moments.experts.stop],
+                    moments.own,
+                    moments.hits[moments.experts.start : moments.experts.stop],
+                    fmt,
+                    fewest=self.min_expert_tokens,
+                    shared=moments.shared,
+                    shared_rows=moments.rows,
+                    cross=moments.cross,
+                    asymmetric=self.asymmetric,
+                    ridge=_RIDGE,
+                    damping=self.damp,
+                    order=self.order,
+                    exponents=self.exponents,
+                    refine=self.refine,
+                )
+            except ValueError as error:
+                raise ValueError(f"{weight} (read by {path_of(node)}): {error}") from error
             if moments.experts.stop < len(moments.hits):
                 continue
             solved = pending.pop(node)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import traceback
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from mxfx.config.text import to_text as pipeline_text
 from mxfx.graph.program import Program
 from mxfx.graph.text import parse, to_text
 from mxfx.ground.errors import MxfxError
-from mxfx.ground.files import write_file, write_json, write_text
+from mxfx.ground.files import read_json, read_text, write_file, write_json, write_text
 
 GRAPH, REFERENCE, WEIGHTS, PASSES, SAID = (
     "graph.txt",
@@ -83,19 +82,19 @@ class Case:
         if not (folder / SAID).is_file():
             raise CaseError(f"{folder} has no {SAID}; give the folder that a failed pass left: OUT/NAME/repro")
         try:
-            said = json.loads((folder / SAID).read_text(encoding="utf-8"))
+            said = read_json(folder / SAID)
             stored = load_file(folder / WEIGHTS)
             kind, seed, limit, whole = said["error"]["type"], said["seed"], said["limit"], said["weights"]
             has_reference = said["reference"]
         except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
             raise CaseError(f"{folder} is damaged ({type(error).__name__}: {error}): run the pipeline again") from error
         weights = _named(stored, "weight")
-        text = (folder / PASSES).read_text(encoding="utf-8").strip()
-        program = parse((folder / GRAPH).read_text(encoding="utf-8"), weights if whole else None)
+        text = read_text(folder / PASSES).strip()
+        program = parse(read_text(folder / GRAPH), weights if whole else None)
         reference = None
         if has_reference:
             own = {**weights, **_named(stored, "reference")} if whole else None
-            reference = parse((folder / REFERENCE).read_text(encoding="utf-8"), own)
+            reference = parse(read_text(folder / REFERENCE), own)
         pipeline = from_text(text, str(folder / PASSES))
         return cls(program, pipeline, seed, stored.get("probe"), stored.get("tokens"), limit, reference, kind)
 

@@ -19,6 +19,7 @@ from mxfx.graph.trace import trace
 from mxfx.graph.verify import verify
 from mxfx.graph.weights import tensor_hash
 from mxfx.ground.errors import MxfxError
+from mxfx.ground.files import read_text
 from mxfx.ground.nearest import did_you_mean
 from mxfx.pipeline.instruments import Numbers, Timing, Verify
 from mxfx.pipeline.manager import Instrument, PassManager, Step, StopPoint
@@ -224,7 +225,7 @@ def load_source(
         return trace(tiny(str(source), dtype=dtype), name=str(source))
     path = Path(source)
     if path.is_file():
-        return parse(path.read_text(encoding="utf-8"), weights)
+        return parse(read_text(path), weights)
     if (path / "config.json").is_file():
         return _load_folder(path, dtype)
     raise SourceError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import UndefinedError
 
+from mxfx.ground.files import read_json, read_text
 from mxfx.report.details import decisions
 from mxfx.report.domains import domain_panels
 from mxfx.report.passes import lost, promise
@@ -37,7 +37,7 @@ def page(folder: Path) -> str:
 
     Raises ``OSError`` or ``ValueError`` for a folder without readable results.
     """
-    document = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    document = read_json(folder / "results.json")
     configs = document["configs"]
     figures = [f for f in _FIGURES if any(config["figures"].get(f[1]) is not None for config in configs)]
     try:
@@ -53,7 +53,7 @@ def page(folder: Path) -> str:
             pipeline=_pipeline,
             heat_maps=_heat_maps,
             decisions=decisions,
-            regions=lambda config: _regions(config["passes"], folder / config["name"]),
+            regions=lambda config: _regions(config["passes"], folder / Path(config["name"]).name),
         )
     except UndefinedError as error:
         raise ValueError(str(error)) from error
@@ -146,8 +146,8 @@ def _regions(passes: Sequence[Mapping[str, Any]], folder: Path) -> list[tuple[st
     found = []
     for index, step in enumerate(passes, start=1):
         path = folder / "ir" / f"{index:03d}_{step['pass']}" / "diff.txt"
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
+        if path.is_file() and path.resolve().is_relative_to(folder.parent.resolve()):
+            lines = read_text(path).splitlines()
             kinds = sum(line.startswith("@@") for line in lines)
             found.append((f"{index} {step['pass']}", kinds, [(_LINE.get(line[:1], ""), line) for line in lines]))
     return found

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mxfx.graph.program import Program
 from mxfx.ground.errors import MxfxError
+from mxfx.ground.files import read_json
 from mxfx.ground.nearest import did_you_mean
 
 FILE = "weights.json"
@@ -31,6 +31,13 @@ class Change:
     before: str
     after: str
     error: float | None
+
+    def __post_init__(self) -> None:
+        texts = (self.pass_name, *self.names, self.before, self.after)
+        if not self.names or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"a change has names and hashes as text, not {texts}")
+        if self.error is not None and not isinstance(self.error, float | int):
+            raise TypeError(f"the error of a change is a number, not {self.error!r}")
 
     def __str__(self) -> str:
         if not self.before:
@@ -69,10 +76,10 @@ class History:
         if not path.is_file():
             raise HistoryError(f"{folder} has no {FILE}; give the folder of one pipeline inside a run directory")
         try:
-            said: Mapping = json.loads(path.read_text(encoding="utf-8"))
+            said: Mapping = read_json(path)
             changes = tuple(Change(**{**c, "names": tuple(c["names"])}) for c in said["changes"])
-            return cls(changes, tuple(said["names"]))
-        except (ValueError, KeyError, TypeError) as error:
+            return cls(changes, tuple(map(str, said["names"])))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise HistoryError(
                 f"{path} is damaged ({type(error).__name__}: {error}): run the pipeline again"
             ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +12,9 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from mxfx.calibration import datasets
 from mxfx.calibration.datasets import DatasetError, collected_ids, documents
+from tests.damage import damaged
 
 _TEXTS = [f"Sentence {i} of a text: naïve, “quoted”, 東京." for i in range(8)]
 
@@ -25,23 +28,6 @@ def _real(path: Path) -> None:
         pyarrow.parquet.write_table(pa.table({"text": _TEXTS}), path)
     else:
         torch.save({"loader": [(torch.arange(9)[None], torch.zeros(1, 9)) for _ in range(2)]}, path)
-
-
-def _damaged(data: bytes, draw: random.Random) -> bytes:
-    """Bits flipped, a cut, a run of bytes doubled, zeroed or set: sizes and offsets in headers are hit as well."""
-    start = draw.randrange(len(data))
-    end = min(len(data), start + draw.choice((1, 4, 8, 64)))
-    piece = data[start:end]
-    filled = draw.choice(
-        (
-            bytes([piece[0] ^ 1 << draw.randrange(8)]) + piece[1:],
-            piece * 2,
-            bytes(len(piece)),
-            b"\xff" * len(piece),
-            b"",
-        )
-    )
-    return draw.choice((data[:start], data[:start] + filled + data[end:], data[:start] + filled + data[end:]))
 
 
 def _read(path: Path) -> None:
@@ -61,7 +47,7 @@ def test_a_mutated_file_is_read_or_gives_one_error(suffix: str, tmp_path: Path) 
     draw = random.Random(0)
     refused = 0
     for _ in range(100):
-        path.write_bytes(_damaged(whole, draw))
+        path.write_bytes(damaged(whole, draw))
         try:
             _read(path)
         except DatasetError as error:
@@ -113,3 +99,26 @@ def test_other_content_of_a_token_file_is_named(content: object, tmp_path: Path)
     torch.save(content, tmp_path / "c.pt")
     with pytest.raises(DatasetError, match=r"c\.pt"):
         collected_ids(tmp_path / "c.pt", 2, 8)
+
+
+def test_a_token_file_that_unpacks_to_more_than_it_is_gets_no_memory(tmp_path: Path) -> None:
+    repeated, packed = tmp_path / "r.pt", tmp_path / "p.pt"
+    torch.save({"loader": [(torch.zeros(1, dtype=torch.int64).expand(1 << 40), 0)]}, repeated)
+    with pytest.raises(DatasetError, match=r"r\.pt: its tensors have more elements than it holds bytes for"):
+        collected_ids(repeated, 1, 8)
+    torch.save({"loader": [(torch.zeros(1, 1 << 20, dtype=torch.int64), 0)]}, repeated)
+    with zipfile.ZipFile(repeated) as given, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as made:
+        for entry in given.infolist():
+            made.writestr(entry.filename, given.read(entry))
+    assert packed.stat().st_size < 1 << 16
+    with pytest.raises(DatasetError, match=r"p\.pt: has compressed entries"):
+        collected_ids(packed, 1, 8)
+
+
+def test_a_small_file_that_unpacks_to_endless_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    column = pa.array(["x" * 100_000] * 2_000).dictionary_encode()
+    pyarrow.parquet.write_table(pa.table({"text": column}), tmp_path / "data.parquet", compression="zstd")
+    assert (tmp_path / "data.parquet").stat().st_size < 1 << 20
+    monkeypatch.setattr(datasets, "_CHARACTERS", 1_000_000)
+    with pytest.raises(DatasetError, match=r"data\.parquet: holds more than 1,000,000 characters"):
+        documents(tmp_path / "data.parquet")

@@ -265,7 +265,7 @@ def test_a_tokenizer_of_another_model_and_too_long_samples_are_refused(tmp_path:
         small.tokens(CalibrationConfig(texts, samples=2, length=16))
     short = Job.of_model(tiny("llama-tiny", max_position_embeddings=32), torch.device("cpu"))
     short.tokenizer = small.tokenizer
-    with pytest.raises(ValueError, match=r"calibration.length is 40, the model takes at most 32 tokens"):
+    with pytest.raises(ValueError, match=r"samples of 40 tokens, the model takes at most 32 "):
         short.tokens(CalibrationConfig(texts, samples=2, length=40))
 
 

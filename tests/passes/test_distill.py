@@ -16,7 +16,17 @@ from mxfx.graph.node import info
 from mxfx.graph.program import Program
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
-from mxfx.passes import Annotate, Distill, FuseNorm, InsertFakeQuant, RoundWeights, Rule, TransformInputs, distill
+from mxfx.passes import (
+    Annotate,
+    Distill,
+    FuseNorm,
+    InsertFakeQuant,
+    RotateQk,
+    RoundWeights,
+    Rule,
+    TransformInputs,
+    distill,
+)
 from mxfx.passes.distill import free_weights
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import ALL, Context, Selector, apply
@@ -159,6 +169,13 @@ def test_layer_by_layer_the_logits_come_nearer_too(unrounded) -> None:
     expected = tiny("llama-tiny")(TOKENS[:8]).logits
     kl = [divergence(emit(program)(TOKENS[:8]), expected) for program in (done.program, rounded)]
     assert kl[0] < kl[1]
+
+
+def test_layer_by_layer_with_a_rotation_whose_matrix_lowering_makes(unrounded) -> None:
+    start, quantized = unrounded
+    rotated = apply(RotateQk(), quantized).program
+    done = _distill((start, rotated), scope="layer", steps=2, batch_size=8)
+    assert len(done.record.details["held_out_error_by_layer"]) == 2
 
 
 def test_a_killed_run_by_layers_resumed_ends_with_the_same_bytes(unrounded, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from mxfx.config import loads
 from mxfx.graph.tiny import tiny
 
 TRANSFORM = '[[pass]]\nname="transform-kv"\nblock=8\n'
-QUANTIZE = '[[pass]]\nname="insert-fake-quant"\n[[pass]]\nname="quantize-kv-cache"\n'
+INSERT = '[[pass]]\nname="insert-fake-quant"\n'
+QUANTIZE = INSERT + '[[pass]]\nname="quantize-kv-cache"\n'
 ONLINE = '[[pass]]\nname="online-rotation"\nsites=["kv_cache"]\nblock=8\n'
 
 
@@ -25,15 +26,18 @@ def fused_queries() -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("text", "make"),
+    ("text", "make", "quantizers"),
     [
-        (annotated(rope="mxint4@8/mse", kv="mxint4@8/mse") + TRANSFORM + 'kind="wush"\n' + QUANTIZE, tiny),
-        (annotated(kv="mxint8@5") + ONLINE + QUANTIZE, tiny),
-        (TRANSFORM, lambda name: fused_queries()),
+        # Keys and values of two layers, and the cosines and sines that all layers share.
+        (annotated(rope="mxint4@8/mse", kv="mxint4@8/mse") + TRANSFORM + 'kind="wush"\n' + QUANTIZE, tiny, 6),
+        # They are rounded between a rotation and its inverse: none is left for quantize-kv-cache.
+        (annotated(kv="mxint8@5") + ONLINE + INSERT, tiny, 4),
+        (TRANSFORM, lambda name: fused_queries(), 0),
     ],
     ids=["solved transform before a quantizer", "ragged blocks", "fused queries"],
 )
-def test_an_emitted_model_runs(text: str, make) -> None:
+def test_an_emitted_model_runs(text: str, make, quantizers: int) -> None:
     tokens = torch.randint(3, 128, (4, 32), generator=torch.Generator().manual_seed(0))
     graph = mxfx.compile(make("llama-tiny"), loads(text), tokens=tokens, instruments=())
+    assert len(list(graph.program.nodes("fake_quantize"))) == quantizers
     assert graph(tokens[:2, :16]).isfinite().all()

@@ -20,6 +20,7 @@ from mxfx.graph.text.characters import Lines
 from mxfx.graph.text.printing import target_text, type_text
 from mxfx.graph.text.words import BY_NAME, MODULES, OUTSIDE, VERSION, HashMismatch
 from mxfx.graph.weights import WeightStore, tensor_hash
+from mxfx.ground.errors import MxfxError, reason_of
 
 
 def parse(text: str, store: Mapping[str, Tensor] | None = None) -> Program:
@@ -33,7 +34,13 @@ def parse(text: str, store: Mapping[str, Tensor] | None = None) -> Program:
     weight of the store that is not the one named.
     """
     reader = Reader(text.splitlines(), store)
-    return reader.program()
+    try:
+        return reader.program()
+    except MxfxError:
+        raise
+    except Exception as error:
+        # Every op runs on fake tensors: a wrong operand can surface as any kind of error.
+        raise reader.error(f"is no printed program ({type(error).__name__}: {reason_of(error)})") from error
 
 
 _HEADER = ("source", "config", "dtype", "symbols", "facts", "notes")
