@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
+from transformers.utils.hub import convert_file_size_to_int
 
-from mxfx.export.artefact import ArtefactError, load, save
+from mxfx.export.artefact import SHARD_BYTES, ArtefactError, load, save
 from mxfx.export.folder_config import ARCHITECTURE, MODEL_TYPE, MxfxConfig
 from mxfx.graph.program import Program
 from mxfx.ground.files import read_json, write_file
@@ -87,12 +88,37 @@ class MxfxForCausalLM(EmittedCausalLM):
         model.card = card.read_bytes() if card.is_file() else None
         return (model, _NOTHING_ODD) if options.get("output_loading_info") else model
 
-    def save_pretrained(self, folder: str | Path, *args: Any, **options: Any) -> None:  # type: ignore[override]
-        """Write the folder; what was opened from one and is saved again has the same bytes."""
-        save_folder(self.program, folder, generation=self.generation_config)
+    def save_pretrained(  # type: ignore[override]
+        self,
+        folder: str | Path,
+        is_main_process: bool = True,
+        *,
+        max_shard_size: int | str = SHARD_BYTES,
+        **options: Any,
+    ) -> None:
+        """Write the folder; what was opened from one and is saved again has the same bytes.
+
+        ``max_shard_size``: bytes of a file of weights, or as in ``"2GB"``; a larger tensor has a file of its own.
+        Processes other than the main one write nothing. Raises ``TypeError`` for an option that would be ignored.
+        """
+        asked = sorted(name for name, value in options.items() if value not in _PLAIN_OPTIONS.get(name, (None, False)))
+        if asked:
+            raise TypeError(f"save_pretrained of an emitted model takes max_shard_size, not {', '.join(asked)}")
+        if not is_main_process:
+            return
+        shard_bytes = convert_file_size_to_int(max_shard_size)
+        save_folder(self.program, folder, generation=self.generation_config, shard_bytes=shard_bytes)
         if self.card is not None:
             write_file(Path(folder) / _CARD_FILE, self.card)
 
+
+#: Options of transformers' ``save_pretrained`` that ask for what is done anyway.
+_PLAIN_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "safe_serialization": (None, True),
+    "save_peft_format": (None, True, False),
+    "save_original_format": (None, True, False),
+    "token": (None, False),
+}
 
 #: What ``output_loading_info`` reports: an artefact that lacks a weight or has one too many does not open.
 _NOTHING_ODD: dict[str, Any] = {
@@ -110,13 +136,15 @@ def save_folder(
     tokenizer: Any = None,
     generation: GenerationConfig | None = None,
     table: str = "",
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a program as a Hugging Face folder. ``table`` is the run's, in Markdown, for the model card.
+    """Write a program as a Hugging Face folder. ``table`` is the run's, in Markdown, for the model card;
+    ``shard_bytes`` bounds a file of weights.
 
     Raises what ``mxfx.export.artefact.save`` raises.
     """
     folder = Path(folder)
-    save(program, folder)
+    save(program, folder, shard_bytes=shard_bytes)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     stored = generation if generation is not None else configs_of(program)[1]

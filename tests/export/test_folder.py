@@ -74,6 +74,34 @@ def test_what_is_opened_and_saved_again_has_the_same_bytes(folder: Path, tmp_pat
         assert file.read_bytes() == (folder / file.name).read_bytes(), file.name
 
 
+def test_files_of_weights_are_as_large_as_asked(folder: Path, result: PipelineResult, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "split", max_shard_size="20KB")
+    files = sorted((tmp_path / "split").glob("weights-*.safetensors"))
+    largest = max(tensor.nbytes for tensor in result.portable.weights.values())
+    assert len(files) > 2
+    # A header beside the tensors.
+    assert all(file.stat().st_size <= max(20_000, largest) + 2_000 for file in files)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "split")
+    assert torch.equal(again(_IDS).logits, model(_IDS).logits)
+    model.save_pretrained(tmp_path / "nothing", is_main_process=False)
+    assert not (tmp_path / "nothing").exists()
+    with pytest.raises(TypeError, match="takes max_shard_size, not push_to_hub"):
+        model.save_pretrained(tmp_path / "hub", push_to_hub=True)
+
+
+def test_the_trainer_evaluates_it(folder: Path, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    rows = [{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in _IDS]
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_eval_batch_size=2, report_to=[], use_cpu=True, eval_do_concat_batches=True
+    )
+    found = Trainer(model, arguments, eval_dataset=rows).evaluate()
+    assert found["eval_loss"] == pytest.approx(model(_IDS, labels=_IDS).loss.item(), abs=1e-5)
+
+
 def test_a_card_with_the_figures_of_a_run_is_kept(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     with (copy / "README.md").open("a") as card:
