@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mxfx.graph.program import Program
@@ -63,20 +63,27 @@ def _regions(old: list[Line], new: list[Line], context: int, key: Callable[[Line
             changes.append((first[0], i2, first[2], j2))
         else:
             changes.append((i1, i2, j1, j2))
-    return [_region(old, new, change, context) for change in changes]
+    before = {line.name: line for line in old}
+    return [_region(old, new, before, change, context) for change in changes]
 
 
-def _region(old: list[Line], new: list[Line], change: tuple[int, int, int, int], context: int) -> Region:
+def _region(
+    old: list[Line],
+    new: list[Line],
+    before: Mapping[str, Line],
+    change: tuple[int, int, int, int],
+    context: int,
+) -> Region:
     i1, i2, j1, j2 = change
     # What stands around a change is the same in both graphs, up to the next change: the new graph's lines are shown.
-    above = [_kept_by_name(old, line) for line in new[max(0, j1 - context) : j1]]
-    below = [_kept_by_name(old, line) for line in new[j2 : j2 + context]]
+    above = [_kept(before, line) for line in new[max(0, j1 - context) : j1]]
+    below = [_kept(before, line) for line in new[j2 : j2 + context]]
     edited = [f"- {line.text}" for line in old[i1:i2]] + [f"+ {line.text}" for line in new[j1:j2]]
     return Region((new[j1:j2] or old[i1:i2])[0].path, (*above, *edited, *below))
 
 
-def _kept_by_name(old: list[Line], line: Line) -> str:
-    before = next((candidate for candidate in old if candidate.name == line.name), None)
+def _kept(known: Mapping[str, Line], line: Line) -> str:
+    before = known.get(line.name)
     if before is None:
         return f"+ {line.text}"  # the next change begins within the context of this one
     return f"  {line.text}" if _whole(before) == _whole(line) else f"~ {line.text}"

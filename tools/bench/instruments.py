@@ -3,9 +3,10 @@
     python -m tools.bench.instruments [--json FILE] [--quick]
 
 Runs the same passes bare and with all instruments of `mxfx run --out` (dump, reproducer, ledger, numbers, verifier,
-timing), best of five each (two with --quick), in turns. Shares are of the bare compile: trace and passes, nothing
-evaluated. What the instruments cost is how much longer the run is; the bar is 15 %. The rows below it are their hooks,
-whose sum may be larger: a weight that the dump hashes first is not hashed again by the pass that changes it.
+timing), best of five each (two with --quick), in turns. Figures are seconds of processor time, which other processes
+hardly change; shares are of the bare compile: trace and passes, nothing evaluated. What the instruments cost is how
+much longer the run is; the bar is 15 %. The rows below it are their hooks in wall seconds, whose sum may be larger: a
+weight that the dump hashes first is not hashed again by the pass that changes it.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ class Costs(Instrument):
 
 def best(count: int, call: Callable[[], object]) -> float:
     def once() -> float:
-        started = time.perf_counter()
+        started = time.process_time()
         call()
-        return time.perf_counter() - started
+        return time.process_time() - started
 
     return min(once() for _ in range(count))
 
@@ -53,9 +54,9 @@ def instrumented(program: Program, pipeline: Pipeline) -> tuple[float, dict[str,
     costs = Costs()
     with tempfile.TemporaryDirectory() as folder:
         manager = PassManager([costs, *api.default_instruments(pipeline, Path(folder) / "ir", Path(folder) / "repro")])
-        started = time.perf_counter()
+        started = time.process_time()
         manager.run(program, pipeline, Context())
-        return time.perf_counter() - started, costs.seconds
+        return time.process_time() - started, costs.seconds
 
 
 def main() -> None:
@@ -73,9 +74,9 @@ def main() -> None:
     for _ in range(count):
         # A fresh program each time: hashes of weights are cached in its store.
         program = fresh()
-        started = time.perf_counter()
+        started = time.process_time()
         PassManager().run(program, pipeline, Context())
-        bare.append(time.perf_counter() - started)
+        bare.append(time.process_time() - started)
         seconds, parts = instrumented(fresh(), pipeline)
         full.append(seconds)
         costs = Counter(parts) if seconds == min(full) else costs
