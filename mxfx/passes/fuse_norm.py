@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from mxfx.graph.node import info, kind, op_name, operands, path_of
 from mxfx.graph.program import Program
 from mxfx.ops.catalogue import multiplies, spec, weights_of
-from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
+from mxfx.rewrite import ALL, Close, NodePass, Numerics, Rewriter, Selector, register
 from mxfx.rewrite.basis import bias_of, free_name, untie
 from mxfx.rewrite.facts import (
     ACTIVATIONS_QUANTIZED,
@@ -31,7 +31,7 @@ _VIEWS = ("aten.reshape.default", "aten.unsqueeze.default", "aten.squeeze.dim")
 
 @register
 @dataclass(frozen=True)
-class FuseNorm(Pass):
+class FuseNorm(NodePass):
     """Fold gain and bias of each norm into the linears that read it; tied embeddings are untied first.
 
     Before::
@@ -55,6 +55,7 @@ class FuseNorm(Pass):
     """
 
     name: ClassVar[str] = "fuse-norm"
+    kinds: ClassVar[tuple[str, ...]] = _NORMS
     requires: ClassVar[frozenset[Fact]] = frozenset({NORMS_RAISED})
     provides: ClassVar[frozenset[Fact]] = frozenset({NORMS_FUSED})
     forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, KV_QUANTIZED})
@@ -62,24 +63,21 @@ class FuseNorm(Pass):
     keep_tied: bool = False
     select: Selector = ALL
 
-    def run(self, rw: Rewriter, ctx: Context) -> None:
-        for norm in rw.program.nodes(*_NORMS):
-            if not self.select(norm):
-                continue
-            reason = _refusal(rw.program, norm)
-            if reason is None and self.keep_tied:
-                reason = _tied(rw.program, norm)
-            if reason is not None:
-                rw.skip(norm, reason, done=not _vectors(norm))
-            elif rw.match(norm, note=_note(norm)):
-                _fuse(rw, norm)
+    def refuse(self, rw: Rewriter, node: fx.Node) -> str | None:
+        reason = _refusal(rw.program, node)
+        return _tied(rw.program, node) if reason is None and self.keep_tied else reason
 
+    def is_done(self, node: fx.Node) -> bool:
+        return not _vectors(node)
 
-def _note(norm: fx.Node) -> str:
-    linears = [linear for linear, _ in _readers(norm)]
-    biased = "bias" in _vectors(norm)
-    new = [path_of(linear) for linear in linears if biased and spec(linear).get("bias") is None]
-    return f"into {', '.join(map(path_of, linears))}" + (f"; a bias is new in {', '.join(new)}" if new else "")
+    def note(self, node: fx.Node) -> str:
+        linears = [linear for linear, _ in _readers(node)]
+        biased = "bias" in _vectors(node)
+        new = [path_of(linear) for linear in linears if biased and spec(linear).get("bias") is None]
+        return f"into {', '.join(map(path_of, linears))}" + (f"; a bias is new in {', '.join(new)}" if new else "")
+
+    def rewrite(self, rw: Rewriter, node: fx.Node) -> None:
+        _fuse(rw, node)
 
 
 def _vectors(norm: fx.Node) -> list[str]:

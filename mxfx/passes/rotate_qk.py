@@ -11,13 +11,14 @@ from torch import fx
 from mxfx.algorithms.hadamard import has_hadamard
 from mxfx.graph.node import op_name, operands, path_of
 from mxfx.graph.program import Program
-from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
+from mxfx.ops.catalogue import spec
+from mxfx.rewrite import ALL, Close, NodePass, Numerics, Rewriter, Selector, register
 from mxfx.rewrite.facts import KV_QUANTIZED, LOWERED, QK_ROTATED, QUANTIZERS_FUSED, RAISED, Fact, Selected
 
 
 @register
 @dataclass(frozen=True)
-class RotateQk(Pass):
+class RotateQk(NodePass):
     """Rotate queries and keys by a Hadamard matrix behind RoPE (QuaRot's R3, arXiv 2404.00456, §4.3).
 
     Before::
@@ -36,6 +37,7 @@ class RotateQk(Pass):
     """
 
     name: ClassVar[str] = "rotate-qk"
+    kinds: ClassVar[tuple[str, ...]] = ("attention",)
     requires: ClassVar[frozenset[Fact]] = frozenset({RAISED})
     provides: ClassVar[frozenset[Fact]] = frozenset({QK_ROTATED})
     forbids: ClassVar[frozenset[Fact]] = frozenset({KV_QUANTIZED, LOWERED, QUANTIZERS_FUSED})
@@ -43,22 +45,27 @@ class RotateQk(Pass):
     block: int = 0
     select: Selector = ALL
 
-    def run(self, rw: Rewriter, ctx: Context) -> None:
-        for attention in rw.program.nodes("attention"):
-            if not self.select(attention):
-                continue
-            width = operands(attention)["q"].meta["val"].shape[-1]
-            block = self.block or width
-            if width % block or not has_hadamard(block):
-                rw.skip(attention, f"no Hadamard matrix of order {block} fits the head dimension {width}")
-            elif rw.match(attention, note=f"order {block}"):
-                for position in (0, 1):
-                    _rotate(rw, attention, position, block)
+    def refuse(self, rw: Rewriter, node: fx.Node) -> str | None:
+        width, order = _width(node), self._order(node)
+        if width % order or not has_hadamard(order):
+            return f"no Hadamard matrix of order {order} fits the head dimension {width}"
+        return None
+
+    def note(self, node: fx.Node) -> str:
+        return f"order {self._order(node)}"
+
+    def rewrite(self, rw: Rewriter, node: fx.Node) -> None:
+        for name in ("q", "k"):
+            source = spec(node).get(name)
+            rotated = rw.call(torch.ops.mxfx.hadamard.default, source, self._order(node), like=node)
+            spec(node).set(rw, name, rotated)
+
+    def _order(self, attention: fx.Node) -> int:
+        return self.block or _width(attention)
 
 
-def _rotate(rw: Rewriter, attention: fx.Node, position: int, block: int) -> None:
-    source = attention.args[position]
-    rw.set_operand(attention, position, rw.call(torch.ops.mxfx.hadamard.default, source, block, like=attention))
+def _width(attention: fx.Node) -> int:
+    return operands(attention)["q"].meta["val"].shape[-1]
 
 
 @QK_ROTATED.means

@@ -12,7 +12,7 @@ from torch.ops import aten
 from mxfx.formats import parse
 from mxfx.formats.stored import restore
 from mxfx.graph.node import info, kind, operands
-from mxfx.rewrite import ALL, Context, Exact, Numerics, Pass, Rewriter, Selector, register
+from mxfx.rewrite import ALL, Exact, NodePass, Numerics, Rewriter, Selector, register
 from mxfx.rewrite.facts import LOWERED, Fact
 
 #: Ops that read packed weights.
@@ -22,7 +22,7 @@ _CODES, _SCALES = ".codes", ".scales"
 
 @register
 @dataclass(frozen=True)
-class UnpackWeights(Pass):
+class UnpackWeights(NodePass):
     """Decode packed weights once, where a program is emitted, instead of in every call: ``pack-weights`` backwards.
 
     Before::
@@ -40,22 +40,24 @@ class UnpackWeights(Pass):
     """
 
     name: ClassVar[str] = "unpack-weights"
+    kinds: ClassVar[tuple[str, ...]] = PACKED
     forbids: ClassVar[frozenset[Fact]] = frozenset({LOWERED})
     numerics: ClassVar[Numerics] = Exact()
     select: Selector = ALL
 
-    def run(self, rw: Rewriter, ctx: Context) -> None:
-        for node in packed_nodes(rw.graph):
-            if not self.select(node):
-                continue
-            given = operands(node)
-            source = given["codes"]
-            assert isinstance(source, fx.Node)
-            name = str(source.target).removesuffix(_CODES)
-            if rw.weights[str(source.target)].device.type == "meta":
-                rw.skip(node, "its weight has no data (meta device)")
-            elif rw.match(node, note=str(given["format"])):
-                _unpack(rw, node, name)
+    def refuse(self, rw: Rewriter, node: fx.Node) -> str | None:
+        meta = rw.weights[_codes(node)].device.type == "meta"
+        return "its weight has no data (meta device)" if meta else None
+
+    def note(self, node: fx.Node) -> str:
+        return str(operands(node)["format"])
+
+    def rewrite(self, rw: Rewriter, node: fx.Node) -> None:
+        _unpack(rw, node, _codes(node).removesuffix(_CODES))
+
+
+def _codes(node: fx.Node) -> str:
+    return str(operands(node)["codes"].target)
 
 
 def packed_nodes(graph: fx.Graph) -> list[fx.Node]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -95,35 +96,37 @@ class NodePass(Pass):
     def selects(self, node: fx.Node) -> bool:
         return kind(node) in self.kinds and super().selects(node)
 
-    def refuse(self, node: fx.Node) -> str | None:
+    def refuse(self, rw: Rewriter, node: fx.Node) -> str | None:
         """Why a node stays as it is; None for one to rewrite."""
         return None
+
+    def is_done(self, node: fx.Node) -> bool:
+        """Whether a node that is refused is so because it already is what the pass would make of it."""
+        return False
 
     def note(self, node: fx.Node) -> str:
         """What the record says of a match."""
         return ""
 
-    def foresee(self, rw: Rewriter) -> int | None:
-        count = 0
-        for node in filter(self.selects, rw.program.nodes()):
-            reason = self.refuse(node)
-            if reason is None:
-                count += 1
-            else:
-                rw.skip(node, reason)
-        return count
-
     @abstractmethod
     def rewrite(self, rw: Rewriter, node: fx.Node) -> None:
         """Rewrite one node."""
 
+    def foresee(self, rw: Rewriter) -> int | None:
+        return sum(1 for _ in self._sites(rw))
+
     def run(self, rw: Rewriter, ctx: Context) -> None:
-        for node in filter(self.selects, rw.program.nodes()):
-            reason = self.refuse(node)
-            if reason is not None:
-                rw.skip(node, reason)
-            elif rw.match(node, note=self.note(node)):
+        for node in self._sites(rw):
+            if rw.match(node, note=self.note(node)):
                 self.rewrite(rw, node)
+
+    def _sites(self, rw: Rewriter) -> Iterator[fx.Node]:
+        for node in filter(self.selects, rw.program.nodes()):
+            reason = self.refuse(rw, node)
+            if reason is None:
+                yield node
+            else:
+                rw.skip(node, reason, done=self.is_done(node))
 
 
 _REGISTRY: dict[str, type[Pass]] = {}

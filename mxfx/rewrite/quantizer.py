@@ -61,7 +61,7 @@ class QuantizerFusion(NodePass):
     def fuse(self, rw: Rewriter, node: fx.Node, quantizer: Quantizer) -> None:
         """Put one call in the place of both."""
 
-    def refuse(self, node: fx.Node) -> str | None:
+    def refuse(self, rw: Rewriter, node: fx.Node) -> str | None:
         found = self.quantizer(node)
         return found if isinstance(found, str) else None
 

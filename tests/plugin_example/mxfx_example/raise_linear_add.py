@@ -30,7 +30,7 @@ class RaiseLinearAdd(NodePass):
     numerics: ClassVar[Numerics] = Exact()
     select: Selector = ALL
 
-    def refuse(self, node: fx.Node) -> str | None:
+    def refuse(self, rw: Rewriter, node: fx.Node) -> str | None:
         readers = list(node.users)
         if spec(node).get("bias") is not None:
             return "it adds a bias"

@@ -37,7 +37,7 @@ class RoundShrunk(NodePass):
     factor: float = 0.98
     select: Selector = ALL
 
-    def refuse(self, node: fx.Node) -> str | None:
+    def refuse(self, rw: Rewriter, node: fx.Node) -> str | None:
         return None if "weight" in info(node).formats else "its weight carries no format"
 
     def rewrite(self, rw: Rewriter, node: fx.Node) -> None:
