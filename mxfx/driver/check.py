@@ -15,10 +15,11 @@ from mxfx.graph.node import info, kind, layer_index
 from mxfx.graph.program import Program
 from mxfx.graph.prove import Proof, prove
 from mxfx.graph.trace import bind, trace
+from mxfx.ground.errors import MxfxError
 from mxfx.passes import Annotate, InsertKvCache, QuantizeKvCache
-from mxfx.pipeline.manager import PassManager
+from mxfx.pipeline.manager import PassError, PassManager
 from mxfx.report.memory import memory
-from mxfx.rewrite import PassRecord, apply
+from mxfx.rewrite import PassRecord, Rewriter, apply
 from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.cache import cache_bytes, cache_specs
 
@@ -117,11 +118,22 @@ def check(pipeline: Pipeline, *, trust_remote_code: bool = False, numbers: bool 
     head = pipeline.replace(specs=pipeline.specs[: last + 1])
     result = PassManager().run(program, head) if last >= 0 else None
     annotated = program if result is None else result.program
+    refuse_hopeless(pipeline, annotated, last + 1)
     proof = None
     if numbers:
         loaded = load_checked(name, settings.dtype, revision=settings.revision, trust_remote_code=trust_remote_code)
         proof = prove(bind(program, loaded.model), loaded.model, limit=sys.maxsize)
     return Checked(pipeline, program, annotated, seconds, proof, () if result is None else result.records)
+
+
+def refuse_hopeless(pipeline: Pipeline, program: Program, start: int) -> None:
+    """Raise ``PassError`` for a pass that is sure to fail on an annotated program, ``start`` on."""
+    for index, pass_ in enumerate(pipeline.passes[start:], start):
+        try:
+            pass_.foresee(Rewriter(program, pass_.name))
+        except MxfxError as error:
+            place = pipeline.location(index, ("name",))
+            raise PassError.of(index + 1, pass_, error, str(place) if place.line else None) from error
 
 
 def _planned(program: Program) -> int:

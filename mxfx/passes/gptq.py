@@ -119,16 +119,11 @@ class Gptq(Pass):
             _require(number is None or number >= 1, name, number, "1 or more")
 
     def foresee(self, rw: Rewriter) -> int | None:
-        return len(self._targets(rw))
+        return len(self._targets(rw, final=False))
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         targets = self._targets(rw)
         rw.record.details |= {"fallbacks": 0, "resumed_layers": 0, "linears": [], "experts": []}
-        if not targets:
-            first = f"; {rw.record.skips[0].path}: {rw.record.skips[0].reason}" if rw.record.skips else ""
-            raise ExpectationError(
-                f"gptq takes nothing: no linear that select = {str(self.select)!r} matches has a weight format{first}"
-            )
         tokens = self._tokens(ctx)
         options = StreamOptions(
             self.batch_size,
@@ -151,16 +146,21 @@ class Gptq(Pass):
     def selects(self, node: fx.Node) -> bool:
         return spec(node).product is not None and self.select(node)
 
-    def _targets(self, rw: Rewriter) -> list[fx.Node]:
+    def _targets(self, rw: Rewriter, final: bool = True) -> list[fx.Node]:
         found = []
         for node in rw.program.products():
             if not self.select(node) or "weight" not in info(node).formats:
                 continue
-            reason = _unfit(rw.program, node) or self._beyond(node)
-            if reason:
+            if reason := _unfit(rw.program, node) or self._beyond(node):
                 rw.skip(node, reason)
             else:
                 found.append(node)
+        # What is skipped before other passes ran may be fit behind them.
+        if not found and (final or not rw.record.skips):
+            first = f"; {rw.record.skips[0].path}: {rw.record.skips[0].reason}" if rw.record.skips else ""
+            raise ExpectationError(
+                f"gptq takes nothing: no linear that select = {str(self.select)!r} matches has a weight format{first}"
+            )
         return found
 
     def _beyond(self, node: fx.Node) -> str | None:

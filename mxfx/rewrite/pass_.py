@@ -78,7 +78,8 @@ class Pass(ABC):
     def foresee(self, rw: Rewriter) -> int | None:
         """How many sites the pass would rewrite, as far as the graph alone says; the others are skipped with reasons.
 
-        None: it cannot be told before the passes before it ran. The program stays as it is.
+        None: it cannot be told before the passes before it ran. The program stays as it is. Raises an error of the
+        family where the pass is sure to fail, whatever the passes before it do: it is said before weights are read.
         """
         return None
 

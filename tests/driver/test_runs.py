@@ -187,6 +187,16 @@ def test_too_few_tokens_are_said_before_weights_are_read(
     assert (said.code, "lower calibration.samples or calibration.length" in said.err) == (2, True)
 
 
+def test_a_pass_that_is_sure_to_fail_is_said_before_weights_are_read(
+    mxfx: Run, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mxfx.driver.job.load_checked", lambda *a, **k: pytest.fail("weights were read"))
+    gptq = 'name = "gptq"\nselect = "role: q_proj"'
+    pipeline.write_text(pipeline.read_text().replace('name = "round-weights"', gptq))
+    said = mxfx("run", pipeline, "--data", save_texts(tmp_path / "texts"))
+    assert (said.code, "p.toml:15:8: pass 6 'gptq': gptq takes nothing" in said.err) == (2, True), said.err
+
+
 def test_a_second_run_into_one_directory_is_refused(mxfx: Run, pipeline: Path, tmp_path: Path) -> None:
     with RunDirectory(tmp_path / "out"):
         said = mxfx("run", pipeline, "--out", tmp_path / "out")

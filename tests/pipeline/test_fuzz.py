@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mxfx.config import ConfigError, Pipeline, from_text
+from mxfx.driver.check import refuse_hopeless
 from mxfx.driver.proof import check_saved, logits_of
 from mxfx.export.folder import save_folder
 from mxfx.graph.program import Program
@@ -115,8 +116,10 @@ def end(seed: int, folder: Path) -> tuple[str, str]:
     program = traced(FAMILIES[seed % len(FAMILIES)], torch.bfloat16 if seed % 7 == 0 else torch.float32)
     try:
         pipeline = from_text(random_pipelines.random_pipeline(seed)).completed().emitted("cpu")
-        _, head = check_pipeline(program, pipeline), pipeline.replace(specs=_up_to_rules(pipeline))
-        PassManager().run(program, head)
+        check_pipeline(program, pipeline)
+        head = _up_to_rules(pipeline)
+        annotated = PassManager().run(program, pipeline.replace(specs=head)).program
+        refuse_hopeless(pipeline, annotated, len(head))
     except (ConfigError, PassError) as error:
         return "refused", _shortly(error)
     ctx = Context(tokens=lambda: _CALIBRATION, cache=folder / "cache")
