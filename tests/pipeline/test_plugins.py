@@ -15,8 +15,8 @@ from typing import ClassVar
 import pytest
 from typer.testing import CliRunner
 
-from mxfx import api
-from mxfx.config import RAISE_PASSES, cli
+from mxfx import api, cli
+from mxfx.config import RAISE_PASSES
 from mxfx.passes.fuse_norm import FuseNorm
 from mxfx.pipeline.instruments import NumericsError
 from mxfx.rewrite import Context, Rewriter, load_plugins
