@@ -158,7 +158,7 @@ def _place(site: str) -> str:
 
 
 def quantized_ways(x: Tensor, format: str, on: list[Tensor], *factors: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """``x`` rounded onto ``format`` as it is, and in the basis of a Hadamard matrix and back; None where unread.
+    """``x`` rounded onto ``format`` as it is, and in the basis of a Hadamard matrix and back; None if nobody reads it.
 
     ``on`` has a 0-dim bool for each reader: whether it reads the second. The matrix acts on blocks of the last axis;
     its ±1 ``factors`` are those of ``kronecker_signs``.
