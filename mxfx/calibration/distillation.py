@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -50,6 +51,58 @@ class History:
         return self.held_out[self.best_step]
 
 
+class Update:
+    """A step of Adam (arXiv 1412.6980) along clipped gradients, with a rate for each parameter.
+
+    On CUDA the second call records one graph of kernels and later ones replay it: of hundreds of parameters with rates
+    of their own, the host would take longer to launch the updates than the device for a whole gradient.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], rates: Sequence[float], device: torch.device) -> None:
+        self._parameters = parameters
+        self._rates = list(rates)
+        self._on_gpu = device.type == "cuda"
+        self._called = 0
+        self._recorded: torch.cuda.CUDAGraph | None = None
+        given: Sequence[float | Tensor] = self._rates
+        if self._on_gpu:
+            self._full = torch.tensor(self._rates, dtype=torch.float32, device=device)
+            self._now = self._full.clone()
+            given = list(self._now.unbind())
+        groups = [{"params": [p], "lr": rate} for p, rate in zip(parameters, given, strict=True)]
+        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=self._on_gpu, capturable=self._on_gpu)
+
+    @property
+    def state(self) -> dict:
+        """Adam's, by parameter."""
+        return self._optimizer.state
+
+    def __call__(self, share: float) -> None:
+        """Update by ``share`` of each rate, from the gradients that stand in the parameters' ``grad``."""
+        if self._on_gpu:
+            torch.mul(self._full, share, out=self._now)
+        else:
+            for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate * share
+        self._called += 1
+        if not self._on_gpu or self._called == 1:
+            with warnings.catch_warnings():
+                # The first step makes Adam's state, which a recording cannot; torch asks why it is not recorded.
+                warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+                self._step()
+            return
+        if self._recorded is None:
+            torch.cuda.synchronize()
+            self._recorded = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._recorded):
+                self._step()
+        self._recorded.replay()
+
+    def _step(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self._parameters, _NORM)
+        self._optimizer.step()
+
+
 class Distillation:
     """Tunes ``parameters`` so that ``loss`` of a batch falls; ``take`` gives its operands for chosen ones of
     ``count`` samples.
@@ -84,12 +137,8 @@ class Distillation:
         self._step = GradientStep(loss, list(self._parameters.values()), ctx.device)
         self._best: dict[str, Tensor] = {}
         # A step of Adam moves every weight about alike; only against a weight's own scale does that mean the same.
-        groups = [
-            {"params": [p], "lr": plan.learning_rate * float(p.detach().square().mean().sqrt())}
-            for p in self._parameters.values()
-        ]
-        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=ctx.device.type == "cuda")
-        self._rates = [group["lr"] for group in groups]
+        rates = [plan.learning_rate * float(p.detach().square().mean().sqrt()) for p in self._parameters.values()]
+        self._update = Update(list(self._parameters.values()), rates, ctx.device)
 
     def run(self) -> History:
         """Tune, and leave the best state in the parameters."""
@@ -119,11 +168,7 @@ class Distillation:
 
     def _one(self, step: int, batch: Tensor) -> None:
         self._gradients(batch)
-        torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), _NORM)
-        share = self._share(step)
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * share
-        self._optimizer.step()
+        self._update(self._share(step))
 
     def _share(self, step: int) -> float:
         """Of the learning rate, at a step."""
@@ -157,7 +202,7 @@ class Distillation:
     def _save(self, step: int) -> None:
         tensors = {f"best/{name}": tensor for name, tensor in self._best.items()}
         for name, parameter in self._parameters.items():
-            state = self._optimizer.state[parameter]
+            state = self._update.state[parameter]
             tensors |= {f"now/{name}": parameter.detach(), f"first/{name}": state["exp_avg"]}
             tensors |= {f"second/{name}": state["exp_avg_sq"]}
         about = json.dumps({"step": step, "history": asdict(self.history)})
@@ -182,8 +227,8 @@ class Distillation:
             with torch.no_grad():
                 for name, parameter in self._parameters.items():
                     parameter.copy_(tensors[f"now/{name}"])
-                    self._optimizer.state[parameter] = {
-                        "step": torch.tensor(float(step), device=parameter.device if self._fused else "cpu"),
+                    self._update.state[parameter] = {
+                        "step": torch.tensor(float(step), device=parameter.device),
                         "exp_avg": tensors[f"first/{name}"].to(parameter.device),
                         "exp_avg_sq": tensors[f"second/{name}"].to(parameter.device),
                     }
@@ -194,10 +239,6 @@ class Distillation:
             ) from error
         self.history = History(held_out, int(about["history"]["best_step"]))
         return step
-
-    @property
-    def _fused(self) -> bool:
-        return bool(self._optimizer.defaults["fused"])
 
 
 def _due(step: int, every: int) -> bool:

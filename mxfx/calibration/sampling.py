@@ -107,9 +107,11 @@ def self_samples(
     generator = torch.Generator(model.device).manual_seed(seed)
     kinds = []
     for start, count in zip(starts, wanted, strict=True):
+        # On a GPU parts of one size share a cache and its recorded steps.
+        own = size if model.device.type != "cuda" else -(-count // -(-max(count, 1) // size))
         parts = [
             sample(model, [start] * len(rows), length - len(start), generator, progress=progress)
-            for rows in torch.arange(count).split(size)
+            for rows in torch.arange(count).split(max(own, 1))
             if len(rows)
         ]
         begun = torch.tensor(start, dtype=torch.int64).expand(count, -1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, fx
 
@@ -34,7 +36,10 @@ class RecordedStep:
         self._positions = torch.zeros((batch, 1), dtype=torch.int64, device=device)
         self._slots = torch.zeros(1, dtype=torch.int64, device=device)
         self._mask = torch.ones((batch, storage.room), dtype=torch.bool, device=device)
-        self._step = lambda: graph(self._ids, self._positions, self._mask, slots=self._slots, **storage.tensors)
+        #: None once it is recorded: a recording must not keep the storage that keeps it.
+        self._step: Callable[[], Tensor] | None = lambda: graph(
+            self._ids, self._positions, self._mask, slots=self._slots, **storage.tensors
+        )
         self.recording: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
 
@@ -57,13 +62,15 @@ class RecordedStep:
 
         The same token is written to the same slot each time.
         """
+        step, self._step = self._step, None
+        assert step is not None
         side = torch.cuda.Stream(self._ids.device)
         side.wait_stream(torch.cuda.current_stream(self._ids.device))
         with torch.cuda.device(self._ids.device), torch.cuda.stream(side), torch.no_grad():
             for _ in range(2):
-                self._step()
+                step()
         torch.cuda.current_stream(self._ids.device).wait_stream(side)
         recording = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._ids.device), torch.no_grad(), torch.cuda.graph(recording):
-            self._logits = self._step()
+            self._logits = step()
         self.recording = recording

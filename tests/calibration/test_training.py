@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mxfx.calibration import training
+from mxfx.calibration.distillation import Update
 from mxfx.calibration.training import GradientStep, divergence, trainable
 from mxfx.formats import parse
 from mxfx.graph.program import Program
@@ -85,6 +86,37 @@ def test_a_replayed_graph_has_the_gradients_of_its_own_batch() -> None:
     by_step, alone = _gradients(torch.device("cuda"))
     for a, b in zip(by_step, alone, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def _updated(device: torch.device) -> tuple[list[torch.Tensor], list[float]]:
+    """Two parameters with rates of their own after five updates, and how many steps Adam counted."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(6, 4, generator=generator).to(device)) for _ in range(2)]
+    gradients = [torch.randn(6, 4, generator=generator).to(device) for _ in range(10)]
+    update = Update(parameters, [1e-2, 1e-3], device)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for index in range(5):
+        for parameter, gradient in zip(parameters, gradients[2 * index :], strict=False):
+            parameter.grad.copy_(gradient)
+        update(1 - index / 5)
+    return [p.detach().cpu() for p in parameters], [float(update.state[p]["step"]) for p in parameters]
+
+
+def test_each_parameter_moves_at_its_own_rate() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before = [torch.randn(6, 4, generator=generator) for _ in range(2)]
+    after, steps = _updated(CPU)
+    moved = [float((a - b).abs().mean()) for a, b in zip(after, before, strict=True)]
+    assert 5 < moved[0] / moved[1] < 20 and steps == [5.0, 5.0]
+
+
+@pytest.mark.cuda
+def test_recorded_updates_are_those_of_a_cpu() -> None:
+    (found, steps), (wanted, _) = _updated(torch.device("cuda")), _updated(CPU)
+    assert steps == [5.0, 5.0]
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_a_parameter_stands_behind_its_grid_and_everything_else_is_constant() -> None:
