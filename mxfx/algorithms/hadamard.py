@@ -14,13 +14,15 @@ whose odd part needs it: 576 = 16·36, 1536 = 128·12, 14336 = 512·28, 18944 = 
 from __future__ import annotations
 
 from functools import cache
-from math import isqrt, prod, sqrt
+from math import gcd, isqrt, prod, sqrt
 
 import torch
 from torch import Tensor
 
 from mxfx.ground.errors import MxfxError
 
+#: Blocks of a lower order spread too little to be worth a transform, unless they are asked for.
+LEAST_ORDER = 8
 #: Up to this order one product with the whole matrix is no slower than two with factors of it.
 DENSE_ORDER = 128
 
@@ -47,6 +49,24 @@ def hadamard_factors(order: int) -> tuple[int, ...]:
 def has_hadamard(order: int) -> bool:
     """Whether `hadamard_matrix(order)` exists here."""
     return order >= 1 and _factorize(order) is not None
+
+
+def fitting_order(width: int, wanted: int = 0) -> int | None:
+    """The order of Hadamard blocks on an axis: `wanted` if it fits, else the largest that divides it and the axis.
+
+    0 wants the whole axis. None: no order from `LEAST_ORDER` on fits.
+    """
+    top = gcd(width, wanted)
+    least = min(LEAST_ORDER, wanted or LEAST_ORDER)
+    return next((d for d in range(top, least - 1, -1) if top % d == 0 and has_hadamard(d)), None)
+
+
+def order_words(width: int, wanted: int, order: int) -> str:
+    """`order`, with the reason where it is another one than was `wanted`."""
+    if order == (wanted or width):
+        return str(order)
+    reason = f"{wanted} does not divide {width}" if wanted and width % wanted else f"no matrix of {wanted or width}"
+    return f"{order} ({reason})"
 
 
 def hadamard_matrix(order: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:

@@ -33,16 +33,26 @@ class KeepLiterals(TorchFunctionMode):
             return func(*args, **kwargs) if found is None else found
         if func is Tensor.__getitem__ and args[0].device.type == "meta":
             places = args[1] if isinstance(args[1], tuple) else (args[1],)
-            args = (args[0], tuple(_place(place, args[0].device) for place in places))
+            alone = sum(not (place is None or place is ... or isinstance(place, slice)) for place in places) == 1
+            args = (args[0], tuple(_place(place, args[0].device, alone) for place in places))
         return func(*args, **kwargs)
 
 
-def _place(place: object, device: torch.device) -> object:
-    """A list of indices as a literal; any other index as it is."""
+def _place(place: object, device: torch.device, alone: bool) -> object:
+    """A list of indices as a literal, or as a slice where it is a run and ``alone``; any other index as it is."""
     if not isinstance(place, list):
         return place
+    if alone and _is_run(place):
+        return slice(place[0], place[-1] + 1 or None)
     found = _literal_of(place, None, device)
     return place if found is None else found
+
+
+def _is_run(place: list) -> bool:
+    """Whether indices follow on each other, without going from the end of an axis to its start."""
+    if not place or not all(type(i) is int for i in place):
+        return False
+    return place == list(range(place[0], place[0] + len(place))) and (place[0] >= 0 or place[-1] < 0)
 
 
 def _literal_of(data: object, dtype: torch.dtype | None, device: torch.device | str) -> Tensor | None:

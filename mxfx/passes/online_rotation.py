@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import fx
 
-from mxfx.algorithms.hadamard import hadamard_matrix, has_hadamard
+from mxfx.algorithms.hadamard import fitting_order, hadamard_matrix, order_words
 from mxfx.graph.node import Annotation, info, kind, path_of
 from mxfx.graph.program import Program
 from mxfx.ops.catalogue import spec
@@ -35,10 +35,11 @@ class OnlineRotation(Pass):
     ``insert-fake-quant`` then rounds %h. The rotation spreads large channels (QuaRot, arXiv 2404.00456), but the GEMM
     reads dense numbers: such a linear cannot run in 4 bits (``transform-inputs`` keeps it possible). ``sites`` chooses
     the inputs of linears, keys and values (``kv_cache``) or queries (``qk_matmul``) of what ``select`` matches;
-    ``block`` is the order of H, 0 the whole axis. Only operands that carry a format are rotated.
+    ``block`` is the order of H, 0 the whole axis; where
+    it does not divide the axis, the largest order that divides both. Only operands that carry a format are rotated.
 
     sites: what is rotated: inputs of linears, keys and values, queries.
-    block: order of the Hadamard matrix; 0 for the whole axis.
+    block: order of the Hadamard matrix, or the largest that divides it and the axis; 0 for the whole axis.
     """
 
     name: ClassVar[str] = "online-rotation"
@@ -83,10 +84,10 @@ def rotate_operands(rw: Rewriter, node: fx.Node, block: int, site: str | None = 
         source = spec(node).node_of(operand)
         assert source is not None
         width = source.meta["val"].shape[-1]
-        order = block or width
-        if width % order or not has_hadamard(order):
-            rw.skip(node, f"{operand}: no Hadamard matrix of order {order} fits its {width} channels")
-        elif rw.match(node, note=f"{operand}, order {order}"):
+        order = fitting_order(width, block)
+        if order is None:
+            rw.skip(node, f"{operand}: no Hadamard matrix of order {block or width} fits its {width} channels")
+        elif rw.match(node, note=f"{operand}, order {order_words(width, block, order)}"):
             annotation = info(node).formats[operand]
             spec(node).set(rw, operand, _rotated_back(rw, source, order, annotation, node))
             rest = {o: a for o, a in info(node).formats.items() if o != operand}

@@ -33,7 +33,8 @@ class RaiseNorm(Pass):
 
         %y = mxfx.rms_norm(%x, @gain, eps)
 
-    The gain may also be applied before the cast (OLMo 2), with an offset (Gemma), or be absent. ATen's layer norm over
+    The gain may also be applied before the cast (OLMo 2), with an offset (Gemma), or be absent, and the root be a power
+    of -0.5. ATen's layer norm over
     the last axis, and one that is spelled out (Cohere), become ``mxfx.layer_norm(%x, @gain, @bias, eps)``.
     """
 
@@ -63,23 +64,25 @@ def _forms() -> tuple[tuple[Op, Callable[[Mapping[str, object]], tuple]], ...]:
     x, gain = Var("x", is_node), Var("gain", is_weight)
     wide, wide_gain = _cast(x, "compute"), _cast(gain, "compute")
     centred = Op(aten.sub.Tensor, (wide, Op(aten.mean.dim, (wide, [-1], True))))
-    normal, standard = _by_its_root(wide), _by_its_root(centred)
-    narrow = _cast(normal, "model")
+    standard = _by_its_root(centred, aten.rsqrt.default)
     offset_gain = Op(aten.add.Tensor, (wide_gain, Var("offset", is_number)), swap=True)
     before, behind = partial(_rms_norm, gain_first=True), partial(_rms_norm, gain_first=False)
+    normals = [_by_its_root(wide, aten.rsqrt.default), _by_its_root(wide, aten.pow.Tensor_Scalar, -0.5)]
+    narrow = [_cast(normal, "model") for normal in normals]
+    gains = (offset_gain, gain, wide_gain)
     return (
-        (_times(gain, narrow), behind),
-        *((_cast(_times(first, normal), "model"), before) for first in (offset_gain, gain, wide_gain)),
-        (narrow, behind),
+        *((_times(gain, one), behind) for one in narrow),
+        *((_cast(_times(first, normal), "model"), before) for normal in normals for first in gains),
+        *((one, behind) for one in narrow),
         (_cast(_times(wide_gain, standard), "model"), _layer_norm),
         (_cast(standard, "model"), _layer_norm),
     )
 
 
-def _by_its_root(x: Op) -> Op:
-    """``x * rsqrt(mean(x²) + eps)``."""
+def _by_its_root(x: Op, root: torch._ops.OpOverload, *power: float) -> Op:
+    """``x * rsqrt(mean(x²) + eps)``; the root may be spelled as a power, which ATen computes alike."""
     mean = Op(aten.mean.dim, (Op(aten.pow.Tensor_Scalar, (x, 2)), [-1], True))
-    return _times(x, Op(aten.rsqrt.default, (Op(aten.add.Tensor, (mean, Var("eps", is_number))),)))
+    return _times(x, Op(root, (Op(aten.add.Tensor, (mean, Var("eps", is_number))), *power)))
 
 
 def _rms_norm(bound: Mapping[str, object], gain_first: bool) -> tuple:
@@ -100,7 +103,8 @@ def _times(a: Op | Var, b: Op) -> Op:
 
 
 def _is_rsqrt(node: fx.Node) -> bool:
-    return node.target is aten.rsqrt.default
+    power = node.args[1] if node.target is aten.pow.Tensor_Scalar else None
+    return node.target is aten.rsqrt.default or power == -0.5
 
 
 def _best(root: fx.Node) -> tuple[fx.Node, tuple] | Failed:

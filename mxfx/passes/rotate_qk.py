@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from mxfx.algorithms.hadamard import has_hadamard
+from mxfx.algorithms.hadamard import fitting_order, order_words
 from mxfx.graph.node import op_name, operands, path_of
 from mxfx.graph.program import Program
 from mxfx.ops.catalogue import spec
@@ -33,7 +33,7 @@ class RotateQk(NodePass):
     Scores stay as they are, ``(q H)(k H)ᵀ = q kᵀ``; the key cache holds rotated keys. ``block`` is the order of H;
     0 takes the whole head.
 
-    block: order of the Hadamard matrix; 0 for the whole head.
+    block: order of the Hadamard matrix, or the largest that divides it and the head; 0 for the whole head.
     """
 
     name: ClassVar[str] = "rotate-qk"
@@ -46,22 +46,20 @@ class RotateQk(NodePass):
     select: Selector = ALL
 
     def refuse(self, rw: Rewriter, node: fx.Node) -> str | None:
-        width, order = _width(node), self._order(node)
-        if width % order or not has_hadamard(order):
-            return f"no Hadamard matrix of order {order} fits the head dimension {width}"
+        width = _width(node)
+        if fitting_order(width, self.block) is None:
+            return f"no Hadamard matrix of order {self.block or width} fits the head dimension {width}"
         return None
 
     def note(self, node: fx.Node) -> str:
-        return f"order {self._order(node)}"
+        return f"order {order_words(_width(node), self.block, fitting_order(_width(node), self.block) or 0)}"
 
     def rewrite(self, rw: Rewriter, node: fx.Node) -> None:
+        order = fitting_order(_width(node), self.block)
         for name in ("q", "k"):
             source = spec(node).get(name)
-            rotated = rw.call(torch.ops.mxfx.hadamard.default, source, self._order(node), like=node)
+            rotated = rw.call(torch.ops.mxfx.hadamard.default, source, order, like=node)
             spec(node).set(rw, name, rotated)
-
-    def _order(self, attention: fx.Node) -> int:
-        return self.block or _width(attention)
 
 
 def _width(attention: fx.Node) -> int:

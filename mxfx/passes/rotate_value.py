@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mxfx.algorithms.hadamard import hadamard_matrix, random_signs
+from mxfx.algorithms.hadamard import fitting_order, hadamard_matrix, order_words, random_signs
 from mxfx.graph.node import path_of
 from mxfx.graph.program import Program
 from mxfx.graph.regions import Refusal, ValueRegion, value_region
@@ -40,9 +40,9 @@ class RotateValue(Pass):
         the same graph with  Rᵀ @Wv,  @bv R  and  @Wo R  head by head (a query head takes its key-value head's R)
 
     So the value cache and the output projection's input are rotated at once. ``block`` is the order of R within a
-    head; 0 takes the whole head. ``signs`` draws random signs by seed.
+    head, or the largest that divides it and the head; 0 takes the whole head. ``signs`` draws random signs by seed.
 
-    block: order of the rotation within a head; 0 for the whole head.
+    block: order of the rotation within a head, or the largest that divides it and the head; 0 for the whole head.
     signs: draw random signs by the run's seed.
     """
 
@@ -66,15 +66,20 @@ class RotateValue(Pass):
                 rw.skip(attention, reason)
                 continue
             assert isinstance(region, ValueRegion)
-            if rw.match(attention, note=f"{path_of(region.value)} and {path_of(region.output)}"):
+            width = region.rows.shape[1]
+            order = fitting_order(width, self.block)
+            if order is None:
+                rw.skip(attention, f"no Hadamard matrix of order {self.block or width} fits the head dimension {width}")
+                continue
+            between = f"{path_of(region.value)} and {path_of(region.output)}"
+            if rw.match(attention, note=f"{between}, order {order_words(width, self.block, order)}"):
                 rotate_values(rw, region, self._rotation(region, generator))
 
     def _rotation(self, region: ValueRegion, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """R and its inverse, float64 ``(kv_heads, blocks, block, block)``."""
         heads, width = region.rows.shape
-        block = self.block or width
-        if width % block:
-            raise ValueError(f"rotate-value: block = {block} does not divide the head dimension {width}")
+        block = fitting_order(width, self.block)
+        assert block is not None
         rotation = hadamard_matrix(block, torch.float64).expand(heads, width // block, block, block)
         if self.signs:
             signs = random_signs(heads * width, generator, torch.float64)

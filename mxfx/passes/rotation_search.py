@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from mxfx.algorithms.hadamard import kronecker_signs, kronecker_transform
+from mxfx.algorithms.hadamard import fitting_order, kronecker_signs, kronecker_transform
 from mxfx.calibration.decisions import load_decisions, store_decisions
 from mxfx.calibration.keys import Keys, digest, environment, token_key
 from mxfx.graph.module import build
@@ -53,7 +53,7 @@ class RotationSearch(Pass):
     cache_path: file that keeps the winners; not given: the run's cache.
     samples: calibration samples to take; not given: all.
     length: tokens to take of each sample; not given: all.
-    block: order of the Hadamard matrices; 0 for the whole axis.
+    block: order of the Hadamard matrices, or the largest that divides it and the axis; 0 for the whole axis.
     """
 
     name: ClassVar[str] = "rotation-search"
@@ -223,15 +223,16 @@ def _insert_switches(
     """One quantizer for all who read a tensor, each with the switch of its type; who has no type reads it quantized."""
     first = readers[0][0]
     val = source.meta["val"]
-    switched = [reader for reader in readers if reader[2] is not None]
+    order = fitting_order(val.shape[-1], block)
+    switched = [reader for reader in readers if reader[2] is not None and order is not None]
     if len(switched) < len(readers):
         plain = rw.call(torch.ops.mxfx.fake_quantize.default, source, fmt, -1, like=first)
         for node, operand, site in readers:
-            if site is None:
+            if site is None or order is None:
                 spec(node).set(rw, operand, plain)
-    if not switched:
+    if order is None or not switched:
         return
-    factors = _factors(rw, block or val.shape[-1], first)
+    factors = _factors(rw, order, first)
     on = {site: rw.weight(_switch(site), first) for _, _, site in switched if site is not None}
     ways = rw.call(quantized_ways, source, fmt, list(on.values()), *factors, like=first, val=(val, val))
     for node, operand, site in switched:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from mxfx.algorithms.block_transform import BlockTransform, apply_blocks, wush
-from mxfx.algorithms.hadamard import hadamard_matrix, has_hadamard, random_signs
+from mxfx.algorithms.hadamard import fitting_order, hadamard_matrix, order_words, random_signs
 from mxfx.calibration.moments import block_moments
 from mxfx.graph.node import info, kind, layer_of, op_name, path_of
 from mxfx.graph.program import Program
@@ -67,12 +67,13 @@ class TransformInputs(Pass):
     Both operands of each GEMM are what later passes quantize, so it can run in 4 bits. ``hadamard`` takes T = H (block
     Hadamard, arXiv 2509.23202), ``wush`` the data-aware T in closed form from second moments of activations and of all
     weights that read them (arXiv 2512.00956); blocks whose T is conditioned worse than ``max_condition`` get H.
-    ``block`` is the order of T, 0 the whole axis (``hadamard`` only). Sites are the linears whose input carries a
+    ``block`` is the order of T, 0 the whole axis (``hadamard`` only); where it does not divide an axis, the largest
+    order that divides both (16 on 80 channels for 32), which is said. Sites are the linears whose input carries a
     format, or all linears of decoder layers where nothing is annotated yet. ``samples`` limits the calibration samples
     that moments are taken over.
 
     kind: a Hadamard matrix, or the data-aware transform in closed form.
-    block: order of the transform; 0 for the whole axis (hadamard only).
+    block: order of the transform, or the largest that divides it and the axis; 0 for the whole axis (hadamard only).
     signs: draw random signs by the run's seed.
     damping: added to second moments, as a fraction of their mean diagonal.
     max_condition: condition number above which a block gets a Hadamard matrix.
@@ -99,31 +100,35 @@ class TransformInputs(Pass):
         found = [site for site in sites(rw, self.select) if self._fits(rw, site)]
         moments: dict[fx.Node, Tensor] = {}
         if self.kind == "wush":
-            blocks = {site.source: self.block for site in found}
+            blocks = {site.source: self._order(site) for site in found}
             moments = block_moments(rw.program, blocks, ctx, ctx.tokens()[: self.samples], by_head=False)
         generator = ctx.generator("transform-inputs")
         for site in found:
             transform = self._transform(rw, site, moments, generator)
-            note = _describe(self.kind, transform, self.block or site.width)
+            note = _describe(self.kind, transform, order_words(site.width, self.block, self._order(site)))
             if rw.match(site.linears[0], note=f"{note}; {len(site.linears)} linears"):
                 insert(rw, site, transform, plain=self.kind == "hadamard" and not self.signs)
                 rw.record.details[site.name] = _account(self.kind, site, transform)
 
     def _fits(self, rw: Rewriter, site: Site) -> bool:
-        block = self.block or site.width
         reason = None
-        if site.width % block or not has_hadamard(block):
-            reason = f"no Hadamard matrix of order {block} fits its {site.width} input channels"
+        if fitting_order(site.width, self.block) is None:
+            reason = f"no Hadamard matrix of order {self.block or site.width} fits its {site.width} input channels"
         elif self.kind == "wush" and not self.block:
             reason = "a data-aware transform needs block > 0"
         if reason is not None:
             rw.skip(site.linears[0], reason)
         return reason is None
 
+    def _order(self, site: Site) -> int:
+        order = fitting_order(site.width, self.block)
+        assert order is not None
+        return order
+
     def _transform(
         self, rw: Rewriter, site: Site, moments: dict[fx.Node, Tensor], generator: torch.Generator
     ) -> BlockTransform:
-        block = self.block or site.width
+        block = self._order(site)
         mixing = hadamard_matrix(block, torch.float64)
         if self.signs:
             mixing = random_signs(block, generator, torch.float64)[:, None] * mixing
@@ -191,9 +196,9 @@ def insert(rw: Rewriter, site: Site, transform: BlockTransform, *, plain: bool) 
         rw.set_info(linear, info(linear).with_note(_NOTE, new.name))
 
 
-def _describe(kind: str, transform: BlockTransform, block: int) -> str:
+def _describe(kind: str, transform: BlockTransform, order: str) -> str:
     fallen = int(transform.fell_back.sum())
-    return f"{kind} {block}" + (
+    return f"{kind} {order}" + (
         f", {fallen} of {len(transform.fell_back)} blocks fell back to Hadamard" if fallen else ""
     )
 

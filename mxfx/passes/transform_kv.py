@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from mxfx.algorithms.block_transform import BlockTransform, wush
-from mxfx.algorithms.hadamard import hadamard_matrix, has_hadamard
+from mxfx.algorithms.hadamard import fitting_order, hadamard_matrix, order_words
 from mxfx.calibration.moments import block_moments
 from mxfx.graph.node import info, kind, operands, path_of
 from mxfx.graph.program import Program
@@ -44,12 +44,13 @@ class TransformKv(Pass):
         %o  = mxfx.attention(%qt, %kt, %v, …)         # values: Tᵥ in v_proj's rows, Tᵥ⁻ᵀ in o_proj's columns
 
     ``hadamard`` takes T = H; ``wush`` (arXiv 2512.00956) balances keys against the queries of their group, and values
-    against the columns of the output projection that read them. ``block`` divides the head dimension; 0 takes all of
-    it. Keys and values are chosen by ``keys`` and ``values``; a value region with other readers is skipped. ``samples``
-    limits the calibration samples that moments are taken over.
+    against the columns of the output projection that read them. ``block`` is the order of T within a head, 0 all of it;
+    where it does not divide the head dimension, the largest order that divides both, which the record says. Keys and
+    values are chosen by ``keys`` and ``values``; a value region with other readers is skipped. ``samples`` limits the
+    calibration samples that moments are taken over.
 
     kind: a Hadamard matrix, or the data-aware transform in closed form.
-    block: order of the transform within a head; 0 for the whole head.
+    block: order of the transform within a head, or the largest that divides it and the head; 0 for the whole head.
     keys: transform keys, and queries against them.
     values: transform values.
     damping: added to second moments, as a fraction of their mean diagonal.
@@ -88,9 +89,9 @@ class TransformKv(Pass):
         for name in (("k",) if self.keys else ()) + (("v",) if self.values else ()):
             # Latent attention has values of another width than keys.
             width = _operand(attention, name).meta["val"].shape[-1]
-            block = self.block or width
-            if width % block or not has_hadamard(block):
-                rw.skip(attention, f"no Hadamard matrix of order {block} fits the head dimension {width} of {name}")
+            if fitting_order(width, self.block) is None:
+                order = self.block or width
+                rw.skip(attention, f"no Hadamard matrix of order {order} fits the head dimension {width} of {name}")
                 return False
         return True
 
@@ -100,14 +101,14 @@ class TransformKv(Pass):
         names = (("q", "k") if self.keys else ()) + (("v",) if self.values else ())
         nodes = [_operand(attention, name) for attention in chosen for name in names]
         return block_moments(
-            program, {n: self.block or n.meta["val"].shape[-1] for n in nodes}, ctx, ctx.tokens()[: self.samples]
+            program, {n: self._order(n.meta["val"].shape[-1]) for n in nodes}, ctx, ctx.tokens()[: self.samples]
         )
 
     def _keys(self, rw: Rewriter, attention: fx.Node, moments: dict[fx.Node, Tensor]) -> None:
         q, k = _operand(attention, "q"), _operand(attention, "k")
         heads, width = k.meta["val"].shape[1], k.meta["val"].shape[-1]
-        block = self.block or width
-        if not rw.match(attention, note=f"keys, {self.kind} {block}"):
+        block = self._order(width)
+        if not rw.match(attention, note=f"keys, {self.kind} {order_words(width, self.block, block)}"):
             return
         if self.kind == "hadamard":
             for position in (0, 1):
@@ -139,8 +140,8 @@ class TransformKv(Pass):
             return
         assert isinstance(region, ValueRegion)
         heads, width = region.rows.shape
-        block = self.block or width
-        if not rw.match(attention, note=f"values, {self.kind} {block}"):
+        block = self._order(width)
+        if not rw.match(attention, note=f"values, {self.kind} {order_words(width, self.block, block)}"):
             return
         shape = (heads, width // block, block, block)
         if self.kind == "hadamard":
@@ -151,6 +152,11 @@ class TransformKv(Pass):
             found = self._solve(rw, attention, "values", moments[_operand(attention, "v")], against)
             basis = (found.matrix.reshape(shape), found.inverse.reshape(shape))
         rotate_values(rw, region, basis)
+
+    def _order(self, width: int) -> int:
+        order = fitting_order(width, self.block)
+        assert order is not None
+        return order
 
     def _solve(self, rw: Rewriter, attention: fx.Node, what: str, first: Tensor, second: Tensor) -> BlockTransform:
         found = wush(first.flatten(0, 1), second.flatten(0, 1), self.damping, self.max_condition)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from math import lcm
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from mxfx.algorithms.block_transform import BlockTransform, smoothing_scales, wush
-from mxfx.algorithms.hadamard import hadamard_matrix, has_hadamard
+from mxfx.algorithms.hadamard import fitting_order, hadamard_matrix
 from mxfx.calibration.decisions import load_decisions, store_decisions
 from mxfx.calibration.keys import Keys, digest, environment, token_key
 from mxfx.calibration.moments import block_moments, samples
@@ -66,7 +67,8 @@ class TransformSearch(Pass):
     is best on average; the better of the two is kept. Decisions are readable JSON in the record, kept in ``cache_path``
     (or the run's cache) under a key of program, tokens and options.
 
-    candidates: what is tried at each input: see above.
+    candidates: what is tried at each input: see above; an axis that B does not divide gets the largest order that
+        divides both.
     rows: held-out tokens that score a candidate.
     outputs: output channels, about, that score a candidate.
     held_out: share of the calibration samples that scores, between 0 and 1.
@@ -139,7 +141,7 @@ class TransformSearch(Pass):
     def _moments(self, program: Program, found: list[Site], ctx: Context, tokens: Tensor) -> dict[fx.Node, Tensor]:
         """Second moments in the widest block that any candidate asks for; smaller blocks are their diagonals."""
         wanted = [block for kind, block in map(_parse, self.candidates) if kind in ("wush", "scaled") and block]
-        widest = {s.source: max((b for b in wanted if s.width % b == 0), default=1) for s in found}
+        widest = {s.source: lcm(*(fitting_order(s.width, block) or 1 for block in wanted)) for s in found}
         return block_moments(program, widest, ctx, tokens, by_head=False)
 
     def _decide(
@@ -206,13 +208,12 @@ class TransformSearch(Pass):
 
     def _make(self, candidate: str, program: Program, site: Site, moments: Tensor) -> BlockTransform | str | None:
         """The transform of a candidate at a site, None for no transform, or why there is none."""
-        kind, block = _parse(candidate)
-        block = block or site.width
+        kind, wanted = _parse(candidate)
         if kind == _NONE:
             return None
-        misfit = _misfit(candidate, site.width)
-        if misfit is not None:
-            return misfit
+        block = fitting_order(site.width, wanted)
+        if block is None:
+            return _misfit(candidate, site.width)
         hadamard = hadamard_matrix(block, torch.float64)
         blocks = hadamard.expand(site.width // block, block, block)
         if kind == "hadamard":
@@ -237,7 +238,7 @@ class TransformSearch(Pass):
                 rw.skip(site.linears[0], "no transform is best here", done=True)
             elif isinstance(made, str):
                 raise ValueError(f"transform-search: {site.name}: {candidate} was decided, but {made}")
-            elif rw.match(site.linears[0], note=f"{candidate}; {len(site.linears)} linears"):
+            elif rw.match(site.linears[0], note=f"{_fitted(candidate, site.width)}; {len(site.linears)} linears"):
                 insert(rw, site, made, plain=candidate.startswith("hadamard"))
 
     def _key(self, program: Program, found: list[Site], ctx: Context) -> str:
@@ -269,10 +270,16 @@ def _parse(candidate: str) -> tuple[str, int]:
 def _misfit(candidate: str, width: int) -> str | None:
     """Why a candidate cannot transform an axis of ``width`` channels; None if it can."""
     kind, block = _parse(candidate)
-    block = block or width
-    if kind == _NONE or (width % block == 0 and has_hadamard(block)):
+    if kind == _NONE or fitting_order(width, block) is not None:
         return None
-    return f"no Hadamard matrix of order {block} fits {width} channels"
+    return f"no Hadamard matrix of order {block or width} fits {width} channels"
+
+
+def _fitted(candidate: str, width: int) -> str:
+    """A candidate with the order that it has on an axis of ``width`` channels, where that is another."""
+    _, wanted = _parse(candidate)
+    order = fitting_order(width, wanted)
+    return candidate if order is None or order == (wanted or width) else f"{candidate} as {order}"
 
 
 def _logits(program: Program, ids: Tensor, ctx: Context) -> Tensor:
@@ -290,7 +297,7 @@ def _narrow(moments: Tensor, block: int) -> Tensor:
 
 def _cost(candidate: str, width: int) -> int:
     kind, block = _parse(candidate)
-    return 0 if kind == _NONE else width * (block or width)
+    return 0 if kind == _NONE else width * (fitting_order(width, block) or 0)
 
 
 def _error(program: Program, site: Site, x: Tensor, outputs: int, transform: BlockTransform | None) -> float:

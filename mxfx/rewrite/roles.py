@@ -40,6 +40,11 @@ _ACTIVATIONS = (
     aten.softplus.default, aten.hardswish.default, aten.mish.default, aten.leaky_relu.default, aten.elu.default,
     aten.relu6.default, aten.square.default, aten.erf.default, aten.pow.Tensor_Scalar,
 )  # fmt: skip
+#: Products of two computed values → where the first of them stands.
+_MATMULS = {aten.bmm.default: 0, aten.matmul.default: 0, aten.baddbmm.default: 1}
+_SOFTMAX = (aten.softmax.int, aten._softmax.default)
+#: How many ops lie between the products of an attention that is spelled out and its softmax, at most.
+_STEPS = 12
 #: Calls that read the shape of a tensor and none of its values.
 _SHAPES = (
     aten.sym_size.int, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.new_ones.default,
@@ -119,7 +124,29 @@ def _is_product(node: fx.Node) -> bool:
 
 def _is_mixer(node: fx.Node) -> bool:
     """Whether a call mixes tokens: attention, or an op of the dialect that stands for a layer's own mixer."""
-    return (bool(spec(node).contracts) and not _is_product(node)) or spec(node).concept in ("attention", "mixer")
+    known = (bool(spec(node).contracts) and not _is_product(node)) or spec(node).concept in ("attention", "mixer")
+    return known or bool(_spelled_out(node))
+
+
+def _spelled_out(node: fx.Node) -> dict[str, fx.Node]:
+    """Queries and keys, or values, of an attention that is spelled out as products around a softmax."""
+    place = _MATMULS.get(node.target)
+    if place is None or _is_product(node):
+        return {}
+    left, right = node.args[place : place + 2]
+    frontier = [node]
+    for _ in range(_STEPS):
+        frontier = [user for one in frontier for user in one.users if user.target not in (*_MATMULS, *_SHAPES)]
+        if any(user.target in _SOFTMAX for user in frontier):
+            return {"q": left, "k": right}
+    above = left
+    for _ in range(_STEPS):
+        if above.target in _SOFTMAX:
+            return {"v": right}
+        if not above.args or not isinstance(above.args[0], fx.Node):
+            break
+        above = above.args[0]
+    return {}
 
 
 class _Reach:
@@ -165,6 +192,7 @@ class _Reach:
             return False
         if _is_mixer(node):
             operands = {name for source in inside for name in spec(node).names(source)} & {"q", "k", "v"}
+            operands |= {name for name, source in _spelled_out(node).items() if source in self._inside}
             self.attention |= operands
             self.mixed |= not operands
             return False

@@ -14,6 +14,7 @@ from tests.architectures import build
 #: Spelling → an architecture that has it, the pass that raises it, and how often it is there.
 SPELLINGS: dict[str, tuple[str, Pass, int]] = {
     "gains that are cast before they are applied": ("helium", RaiseNorm(), 5),
+    "a root that is a power, norms without a gain": ("gemma4_text", RaiseNorm(), 18),
     "halves that turn the other way round": ("nanochat", RaiseRope(), 4),
     "halves turned apart, one cosine a pair": ("gpt_oss", RaiseRope(), 4),
     "pairs that lie side by side, half of the cosines": ("ernie4_5", RaiseRope(), 4),

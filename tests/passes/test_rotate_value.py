@@ -59,9 +59,11 @@ def test_select_limits_the_layers(raised, preserved):
     assert [m.path for m in record.matches] == ["model.layers.1.self_attn"]
 
 
-def test_a_block_that_does_not_divide_the_head_is_an_error(raised):
-    with pytest.raises(ValueError, match="block = 12 does not divide the head dimension 16"):
-        apply(RotateValue(block=12), raised("llama-tiny"))
+def test_a_block_that_does_not_divide_the_head_becomes_one_that_does_or_is_refused(raised, preserved):
+    _, record = preserved(RotateValue(block=24), raised("llama-tiny"))
+    assert record.matches[0].note.endswith(", order 8 (24 does not divide 16)")
+    refused = apply(RotateValue(block=12), raised("llama-tiny")).record
+    assert {skip.reason for skip in refused.skips} == {"no Hadamard matrix of order 12 fits the head dimension 16"}
 
 
 def test_the_fact_fails_where_one_side_was_turned_alone(raised) -> None:

@@ -47,8 +47,8 @@ def test_every_candidate_preserves_the_function(candidate, annotated, preserved)
 
 
 def test_candidates_that_do_not_fit_are_listed_with_the_reason(annotated, preserved):
-    _, record = preserved(TransformSearch(candidates=("none", "hadamard-64")), annotated("llama-tiny"))
-    assert "96 channels" in record.details["sites"]["model.layers.0.mlp.down_proj"]["skipped"]["hadamard-64"]
+    _, record = preserved(TransformSearch(candidates=("none", "hadamard-20")), annotated("llama-tiny"))
+    assert "96 channels" in record.details["sites"]["model.layers.0.mlp.down_proj"]["skipped"]["hadamard-20"]
 
 
 def test_an_unknown_candidate_is_refused_at_once():
