@@ -41,7 +41,7 @@ _ACTIVATIONS = (
     aten.relu6.default, aten.square.default, aten.erf.default, aten.pow.Tensor_Scalar,
 )  # fmt: skip
 #: Products of two computed values → where the first of them stands.
-_MATMULS = {aten.bmm.default: 0, aten.matmul.default: 0, aten.baddbmm.default: 1}
+_MATMULS: dict[object, int] = {aten.bmm.default: 0, aten.matmul.default: 0, aten.baddbmm.default: 1}
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 #: How many ops lie between the products of an attention that is spelled out and its softmax, at most.
 _STEPS = 12
@@ -128,7 +128,7 @@ def _is_mixer(node: fx.Node) -> bool:
     return known or bool(_spelled_out(node))
 
 
-def _spelled_out(node: fx.Node) -> dict[str, fx.Node]:
+def _spelled_out(node: fx.Node) -> dict[str, object]:
     """Queries and keys, or values, of an attention that is spelled out as products around a softmax."""
     place = _MATMULS.get(node.target)
     if place is None or _is_product(node):
@@ -139,13 +139,13 @@ def _spelled_out(node: fx.Node) -> dict[str, fx.Node]:
         frontier = [user for one in frontier for user in one.users if user.target not in (*_MATMULS, *_SHAPES)]
         if any(user.target in _SOFTMAX for user in frontier):
             return {"q": left, "k": right}
-    above = left
+    above: object = left
     for _ in range(_STEPS):
+        if not isinstance(above, fx.Node):
+            break
         if above.target in _SOFTMAX:
             return {"v": right}
-        if not above.args or not isinstance(above.args[0], fx.Node):
-            break
-        above = above.args[0]
+        above = above.args[0] if above.args else None
     return {}
 
 
