@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, fx
 
@@ -36,10 +34,8 @@ class RecordedStep:
         self._positions = torch.zeros((batch, 1), dtype=torch.int64, device=device)
         self._slots = torch.zeros(1, dtype=torch.int64, device=device)
         self._mask = torch.ones((batch, storage.room), dtype=torch.bool, device=device)
-        #: None once it is recorded: a recording must not keep the storage that keeps it.
-        self._step: Callable[[], Tensor] | None = lambda: graph(
-            self._ids, self._positions, self._mask, slots=self._slots, **storage.tensors
-        )
+        # Not the storage, which holds this step: a ring of references would keep its gigabytes until a collection.
+        self._graph, self._tensors = graph, storage.tensors
         self.recording: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
 
@@ -57,20 +53,22 @@ class RecordedStep:
         self.recording.replay()
         return self._logits.clone()
 
+    def _step(self) -> Tensor:
+        logits: Tensor = self._graph(self._ids, self._positions, self._mask, slots=self._slots, **self._tensors)
+        return logits
+
     def _record(self) -> None:
         """Twice for real (kernels compile, libraries make their workspaces), then recorded.
 
         The same token is written to the same slot each time.
         """
-        step, self._step = self._step, None
-        assert step is not None
         side = torch.cuda.Stream(self._ids.device)
         side.wait_stream(torch.cuda.current_stream(self._ids.device))
         with torch.cuda.device(self._ids.device), torch.cuda.stream(side), torch.no_grad():
             for _ in range(2):
-                step()
+                self._step()
         torch.cuda.current_stream(self._ids.device).wait_stream(side)
         recording = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._ids.device), torch.no_grad(), torch.cuda.graph(recording):
-            self._logits = step()
+            self._logits = self._step()
         self.recording = recording

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
 from mxfx.runtime.cache import CacheError, CacheOutOfMemory, KVCache, Storage, cache_bytes
 from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm
+from mxfx.runtime.decode import RecordedStep
 from tests.programs import RAISE, config_a, model, padded_batch, passed, raised
 
 FAMILIES = (
@@ -225,3 +228,17 @@ def test_only_who_asks_gets_a_cache() -> None:
     lm, ids = emitted("llama-tiny"), prompts()["input_ids"]
     assert lm(ids).past_key_values is None
     assert isinstance(lm(ids, use_cache=True).past_key_values, KVCache)
+
+
+def test_a_storage_that_is_gone_frees_its_memory_at_once() -> None:
+    """No collection runs because a GPU is full: a recorded step must not form a ring with what it was made for."""
+    lm = emitted("llama-tiny")
+    storage = Storage.make(lm.specs, 2, 8, True, torch.device("cpu"))
+    storage.attached["step"] = RecordedStep(lm.graph, storage)
+    left = weakref.ref(next(iter(storage.tensors.values())))
+    gc.disable()
+    try:
+        del storage
+        assert left() is None
+    finally:
+        gc.enable()
