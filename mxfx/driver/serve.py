@@ -27,11 +27,14 @@ def server(folder: Path, *, host: str, port: int, device: str, background: bool)
     register()
     from transformers.cli.serve import Serve
 
-    return Serve(
-        force_model=str(folder),
-        device=device,
-        host=host,
-        port=port,
-        non_blocking=background,
-        reasoning="auto",
-    )
+    from mxfx.driver.protocol import completed
+
+    with completed(folder):
+        return Serve(
+            force_model=str(folder),
+            device=device,
+            host=host,
+            port=port,
+            non_blocking=background,
+            reasoning="auto",
+        )
