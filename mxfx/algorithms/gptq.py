@@ -11,12 +11,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mxfx.algorithms.gptq_solver import Exponents, Order, Solved, solve
 from mxfx.formats import FloatElement, Format
+from mxfx.ground import ranks
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,23 @@ def gptq_batch(
     units = [(fmt.common(w), len(w)) for w in weights]
     common = None if units[0][0] is None else join(unit.to(dtype).expand(rows) for unit, rows in units)  # type: ignore[union-attr]
     hessian = hessian[None] if shared else hessian
-    solved = solve(weight, goal, hessian, fmt, common, damping, order, exponents, refine, any_dead)
+    solved = _solve(weight, goal, hessian, fmt, common, damping, order, exponents, refine, any_dead)
     if not shared:
         return _results([solved.group(index) for index in range(len(weights))])
     bounds = [0, *torch.tensor([len(w) for w in weights]).cumsum(0).tolist()]
     return _results([solved.rows(start, stop) for start, stop in pairwise(bounds)])
+
+
+def _solve(weight: Tensor, goal: Tensor, hessian: Tensor, fmt: Format, common: Tensor | None, *how: Any) -> Solved:
+    """`solve`, each rank a part: of the rows where they share a Hessian, else of the weights."""
+    dim = 1 if len(hessian) == 1 else 0
+    count = weight.shape[dim]
+    if ranks.world() == 1 or count < ranks.world():
+        return solve(weight, goal, hessian, fmt, common, *how)
+    mine = (slice(None), ranks.share(count)) if dim else (ranks.share(count),)
+    own = None if common is None else common[mine]
+    solved = solve(weight[mine], goal[mine], hessian if dim else hessian[mine], fmt, own, *how)
+    return solved.of_all_ranks(dim, count)
 
 
 def asymmetric_target(

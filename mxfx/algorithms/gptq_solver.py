@@ -21,6 +21,7 @@ from mxfx.algorithms.hessian_factor import (
     rounding_order,
 )
 from mxfx.formats import E8M0, Format, ScaleRule
+from mxfx.ground import ranks
 
 Order = Literal["block", "none"]
 Exponents = Literal["sweep", "rule"]
@@ -64,6 +65,22 @@ class Solved:
             first.damping,
             first.failed,
             first.dead,
+        )
+
+    def of_all_ranks(self, dim: int, count: int) -> Solved:
+        """Of the parts that ranks solved: ranges of rows (`dim` 1), or of weights (0), of `count` together."""
+
+        def whole(part: Tensor) -> Tensor:
+            return ranks.joined(part, dim, count)
+
+        about = [self.damping, self.failed, self.dead]
+        return Solved(
+            whole(self.weight),
+            None if self.scales is None else whole(self.scales),
+            whole(self.loss),
+            whole(self.rtn_loss),
+            whole(self.rtn_rows),
+            *(about if dim else map(whole, about)),
         )
 
     def group(self, index: int) -> Solved:

@@ -15,10 +15,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mxfx.calibration.training import GradientStep
+from mxfx.ground import ranks
 from mxfx.ground.files import parse_json, write_file
 from mxfx.rewrite import Context
 
 _NORM = 1.0
+#: Of each parameter, what a checkpoint has.
+_STATE = ("now", "first", "second", "best")
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,11 @@ class Distillation:
         purpose: str = "distill",
         file: Path | None = None,
     ) -> None:
+        if min(plan.batch_size, count) < ranks.world():
+            raise ValueError(
+                f"batches of {min(plan.batch_size, count)} samples are too small for {ranks.world()} processes: "
+                "expected a sample for each"
+            )
         self.history = History()
         self._plan = plan
         self._parameters = dict(parameters)
@@ -176,24 +184,32 @@ class Distillation:
         return min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / self._plan.steps)))
 
     def _gradients(self, batch: Tensor) -> None:
-        parts = batch.tensor_split(self._plan.accumulate) if self._plan.accumulate > 1 else [batch]
+        mine = batch[ranks.share(len(batch))]
+        parts = mine.tensor_split(self._plan.accumulate) if self._plan.accumulate > 1 else [mine]
         sums: list[Tensor] = []
         for part in parts:
             self._step(*self._take(part))
-            if len(parts) == 1:
+            if len(parts) == 1 and ranks.world() == 1:
                 return
             grads = [p.grad for p in self._parameters.values() if p.grad is not None]
             if not sums:
                 sums = [torch.zeros_like(grad) for grad in grads]
             for total, grad in zip(sums, grads, strict=True):
                 total.add_(grad, alpha=len(part) / len(batch))
+        if ranks.world() > 1:
+            # In one piece: a meeting for each of hundreds of tensors would cost more than their bytes.
+            flat = ranks.summed(torch.cat([total.flatten() for total in sums]))
+            sums = [
+                piece.view_as(total) for piece, total in zip(flat.split([t.numel() for t in sums]), sums, strict=True)
+            ]
         for parameter, total in zip(self._parameters.values(), sums, strict=True):
             # On a GPU the gradient is a place that a recorded graph writes to: its content changes, not the tensor.
             assert parameter.grad is not None
             parameter.grad.copy_(total)
 
     def _judge(self, step: int) -> None:
-        loss = self._check()
+        # One decision for all ranks.
+        loss = ranks.from_all(self._check())
         self.history.held_out[step] = loss
         if step == 0 or loss < self.history.best:
             self.history.best_step = step
@@ -213,8 +229,25 @@ class Distillation:
 
     def _resume(self) -> int:
         """Steps that an earlier run did, its state taken over; 0 without one that can be read."""
-        if self._file is None or not self._file.exists():
+        found = ranks.from_first(self._read)
+        if found is None:
             return 0
+        step, self.history, tensors = found
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(tensors[f"now/{name}"])
+                self._update.state[parameter] = {
+                    "step": torch.tensor(float(step), device=parameter.device),
+                    "exp_avg": tensors[f"first/{name}"].to(parameter.device),
+                    "exp_avg_sq": tensors[f"second/{name}"].to(parameter.device),
+                }
+                self._best[name] = tensors[f"best/{name}"]
+        return step
+
+    def _read(self) -> tuple[int, History, dict[str, Tensor]] | None:
+        """What an earlier run left: steps done, losses, and every tensor of the state."""
+        if self._file is None or not self._file.exists():
+            return None
         from safetensors import safe_open
 
         try:
@@ -224,21 +257,15 @@ class Distillation:
             tensors = {name: tensor.clone() for name, tensor in load_file(self._file).items()}
             step = int(about["step"])
             held_out = {int(at): loss for at, loss in about["history"]["held_out"].items()}
-            with torch.no_grad():
-                for name, parameter in self._parameters.items():
-                    parameter.copy_(tensors[f"now/{name}"])
-                    self._update.state[parameter] = {
-                        "step": torch.tensor(float(step), device=parameter.device),
-                        "exp_avg": tensors[f"first/{name}"].to(parameter.device),
-                        "exp_avg_sq": tensors[f"second/{name}"].to(parameter.device),
-                    }
-                    self._best[name] = tensors[f"best/{name}"]
+            shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
+            if any(tensors[f"{part}/{name}"].shape != shapes[name] for name in shapes for part in _STATE):
+                raise ValueError("a tensor of another shape")
+            history = History(held_out, int(about["history"]["best_step"]))
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise ValueError(
                 f"the checkpoint {self._file} cannot be read ({type(error).__name__}: {error}); remove it to begin anew"
             ) from error
-        self.history = History(held_out, int(about["history"]["best_step"]))
-        return step
+        return step, history, tensors
 
 
 def _due(step: int, every: int) -> bool:

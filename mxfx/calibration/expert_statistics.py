@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from mxfx.calibration.keys import Keys
 from mxfx.calibration.statistics import Gram, StaleStatistics, product_of_rows
+from mxfx.ground import ranks
 from mxfx.ops.catalogue import spec
 
 #: Bytes of second moments that are summed at one time: experts beyond them wait for the next run of the tokens.
@@ -146,6 +147,7 @@ def measure_experts(
     hits = _count((batch[choice] for batch in values([choice])), experts)
     ranges: list[range] | None = None
     shared: Gram | None = None
+    shared_sum: Tensor | None = None
     number = 0
     while ranges is None or number < len(ranges):
         own: ExpertGram | None = None
@@ -167,12 +169,15 @@ def measure_experts(
                 y = other[twins[0]]
                 cross.add(x, chosen, y if x.dim() == 2 else aligned(y, x, other[twins[1]], chosen))
         assert own is not None and ranges is not None
+        if number == 0 and shared is not None:
+            shared_sum = ranks.summed(shared.value())
         yield ExpertMoments(
             ranges[number],
             hits,
-            own.value(),
-            None if shared is None else shared.value(),
-            None if cross is None else cross.value(),
+            ranks.summed(own.value()),
+            # Whole once for all ranges.
+            shared_sum,
+            None if cross is None else ranks.summed(cross.value()),
         )
         number += 1
 
@@ -181,4 +186,4 @@ def _count(choices: Iterator[Tensor], experts: int) -> tuple[int, ...]:
     total = torch.zeros(experts, dtype=torch.int64)
     for chosen in choices:
         total += torch.bincount(chosen.reshape(-1), minlength=experts).cpu()
-    return tuple(total.tolist())
+    return tuple(ranks.summed(total).tolist())

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from mxfx.graph.node import op_name
+from mxfx.ground import ranks
 
 #: Raised when the meaning of a stored result changes, so that older ones are not picked up.
 SCHEMA = 2
@@ -54,6 +55,8 @@ def environment(device: torch.device) -> dict[str, object]:
         "threads": None if on_cuda else torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "matmul_precision": torch.get_float32_matmul_precision(),
+        # What several processes measured is added up in another order.
+        **({"ranks": ranks.world()} if ranks.world() > 1 else {}),
     }
 
 

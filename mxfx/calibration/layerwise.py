@@ -17,6 +17,7 @@ from mxfx.calibration.distillation import Distillation, History, Plan
 from mxfx.calibration.staged import attribute, run_stage
 from mxfx.calibration.stages import Stage, cut
 from mxfx.calibration.training import looked_up
+from mxfx.ground import ranks
 from mxfx.rewrite import Context
 
 _LOOKUPS = (looked_up, torch.ops.aten.embedding.default)
@@ -168,7 +169,7 @@ def tune_layers(
             for part in _sizes(hidden, plan, kept):
                 model.share(index, part.to(ctx.device))
         names = {canonical(name) for name in student.weights(index)}
-        mine = {name: p for name, p in parameters.items() if name in names}
+        tuned = {name: p for name, p in parameters.items() if name in names}
 
         def loss(states: Tensor, index: int = index) -> Tensor:
             with torch.no_grad():
@@ -181,10 +182,10 @@ def tune_layers(
                 parts = [loss(part.to(ctx.device)) * len(part) for part in states[-kept:].split(plan.batch_size)]
             return float(torch.stack(parts).sum()) / kept
 
-        if mine:
+        if tuned:
             loop = Distillation(
                 plan,
-                mine,
+                tuned,
                 loss,
                 check,
                 lambda chosen, states=hidden: (states[chosen],),  # type: ignore[misc]
@@ -195,7 +196,9 @@ def tune_layers(
             )
             yield loop.run()
         with torch.no_grad():
-            hidden = torch.cat([student.run(index, p.to(ctx.device)).cpu() for p in hidden.split(plan.batch_size)])
+            mine = hidden[ranks.share(len(hidden))].split(plan.batch_size)
+            found = torch.cat([student.run(index, part.to(ctx.device)).cpu() for part in mine])
+            hidden = ranks.joined(found, 0, len(hidden))
         for model in (student, teacher):
             model.move(index, torch.device("cpu"))
 
@@ -212,5 +215,8 @@ def _sizes(of: Tensor, plan: Plan, kept: int) -> list[Tensor]:
     """The first samples, once for each size of batch that a layer will see."""
     size = plan.batch_size
     sizes = {size, len(of) % size, kept % size, min(size, len(of) - kept), min(size, kept)}
-    sizes |= {len(part) for part in torch.arange(min(size, len(of) - kept)).tensor_split(plan.accumulate)}
+    batch = torch.arange(min(size, len(of) - kept))
+    sizes |= {len(part) for part in batch[ranks.share(len(batch))].tensor_split(plan.accumulate)}
+    mine = torch.arange(len(of))[ranks.share(len(of))]
+    sizes |= {len(part) for part in mine.split(size)}
     return [of[:count] for count in sorted(sizes - {0})]

@@ -25,6 +25,7 @@ from mxfx.calibration.statistics import CrossMoment, Gram, Statistics
 from mxfx.graph.node import layer_of, path_of
 from mxfx.graph.program import Program
 from mxfx.graph.weights import WeightStore
+from mxfx.ground import ranks
 from mxfx.ops.catalogue import spec
 from mxfx.rewrite import Context, Rewriter
 from mxfx.rewrite.lowering import lowered_copy
@@ -160,12 +161,13 @@ class _Stream:
             "options": options.result_key() | {"dtype": str(dtype), "view": getattr(view, "__name__", repr(view))},
             "environment": environment(ctx.device),
         }
-        batches = tokens.split(options.batch_size)
+        mine = tokens[ranks.share(len(tokens))]
+        batches = mine.split(options.batch_size)
         run = _lower(view(rw.program.copy()), dtype, ctx)
         self.footprint = footprint(
             run,
             self._targets,
-            (tokens.shape[0], tokens.shape[1]),
+            (mine.shape[0], mine.shape[1]),
             device=ctx.device,
             stored={name: rw.weights.behind(name).dtype for name in rw.weights},
             batch_size=options.batch_size,
@@ -190,7 +192,7 @@ class _Stream:
         if options.reference:
             plain = _lower(without_quantizers(start), dtype, ctx)
             self._reference = runner(plain, lambda name: plain.weights)
-        self._used: dict[str, str] = {}
+        self._used: dict[str, Callable[[], str]] = {}
         self._closed = False
 
     def close(self) -> None:
@@ -249,7 +251,7 @@ class _Stream:
     def _note_weights(self, stage: Stage) -> None:
         """Remember which weights a stage runs with: what its results are keyed by."""
         names = {str(node.target) for node in stage.weights}
-        self._used |= {name: self._rw.weights.hash(name) for name in names if name in self._rw.weights}
+        self._used |= {name: self._rw.weights.hash_later(name) for name in names if name in self._rw.weights}
 
     def _measure(self, index: int, seen: _Moments) -> list[Group]:
         """Groups of plain linears, from moments that were summed on the way and those that are still to be."""
@@ -286,15 +288,18 @@ class _Stream:
     def _group(self, linears: list[fx.Node], gram: Gram, cross: CrossMoment | None) -> Group:
         targets = tuple(self._targets[node.name] for node in linears)
         source = input_of(targets[0])
-        moments = None if cross is None else cross.value()
-        statistics = Statistics(self._key([source]), gram.rows, self._data, gram.value(), moments, self._keys)
+        moments = None if cross is None else ranks.summed(cross.value())
+        rows = sum(ranks.collected(gram.rows))
+        statistics = Statistics(self._key([source]), rows, self._data, ranks.summed(gram.value()), moments, self._keys)
         return Group(source, targets, statistics)
 
     def _key(self, sources: Sequence[fx.Node | None]) -> str:
         """The key of what ``sources`` computed, with the weights that the stages before them ran with."""
         used = self._used
         ends = [self._sources[source.name] for source in sources if source is not None]
-        return self._start_keys.key(ends, lambda name: used.get(name) or self._start_hash(name), self._data)
+        return self._start_keys.key(
+            ends, lambda name: used[name]() if name in used else self._start_hash(name), self._data
+        )
 
 
 class _Moments:
@@ -332,6 +337,10 @@ def _check(program: Program, targets: Sequence[fx.Node], tokens: Tensor) -> None
     if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
         raise ValueError(
             f"calibration tokens must be int64 (samples, length), got {tokens.dtype} {tuple(tokens.shape)}"
+        )
+    if len(tokens) < ranks.world():
+        raise ValueError(
+            f"{len(tokens)} calibration samples are too few for {ranks.world()} processes: expected one each"
         )
     known = set(program.graph.nodes)
     for node in targets:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mxfx.calibration.staged import Staged
+from mxfx.ground import ranks
 from mxfx.rewrite import Context
 
 #: Of a GPU's free memory, what states may take; and what they may on a CPU.
@@ -48,10 +49,12 @@ class Teacher:
             first = self._model.states(ids[:1])
             if len(ids) * first.nbytes > self._room():
                 return Samples(ids, None)
-            states = first.new_empty(len(ids), *first.shape[1:])
-            places = torch.arange(len(ids), device=ids.device).split(batch_size)
+            mine = ids[ranks.share(len(ids))]
+            states = first.new_empty(len(mine), *first.shape[1:])
+            places = torch.arange(len(mine), device=ids.device).split(batch_size) if len(mine) else ()
             for chosen in self._ctx.progress(places, "states of the float model", len(places)):
-                states[chosen] = self._model.states(ids[chosen])
+                states[chosen] = self._model.states(mine[chosen])
+            states = ranks.joined(states, 0, len(ids))
         return Samples(ids, states)
 
     @torch.no_grad()

@@ -29,6 +29,7 @@ from mxfx.cli.evaluate import (
 )
 from mxfx.cli.examples import add_examples
 from mxfx.cli.start import prepare_imports
+from mxfx.ground import ranks
 from mxfx.ground.errors import MxfxError, exit_code
 
 if TYPE_CHECKING:
@@ -357,20 +358,26 @@ def main() -> None:
     """
     prepare_imports()
     try:
+        ranks.start()
         # `python -m mxfx` too: what completion prints calls the command by this name.
         app(standalone_mode=True, prog_name="mxfx")
+    except SystemExit:
+        ranks.stop()
+        raise
     except (MxfxError, OSError) as error:
         _say("error:", str(error), error)
         raise SystemExit(exit_code(error)) from None
     except Exception as error:
         if os.environ.get("MXFX_TRACEBACK"):
             raise
+        error.add_note("this is a fault of mxfx or of a library below it; MXFX_TRACEBACK=1 shows where")
         _say("internal error:", f"{type(error).__name__}: {error}", error)
-        err.print("this is a fault of mxfx or of a library below it; MXFX_TRACEBACK=1 shows where")
         raise SystemExit(INTERNAL) from None
 
 
 def _say(head: str, message: str, error: Exception) -> None:
+    if not ranks.speaks():
+        return
     err.print(Text.assemble((head, "bold red"), " ", message), soft_wrap=True)
     for note in getattr(error, "__notes__", ()):
         err.print(note, soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mxfx.driver.texts import FloatTexts
 from mxfx.graph.program import Program
 from mxfx.graph.prove import Proof, prove_if_possible
 from mxfx.graph.trace import bind, trace
+from mxfx.ground import ranks
 from mxfx.ground.progress import track
 from mxfx.pipeline.instruments import Dump, Ledger, Numbers, Reproduce, Timing, Verify
 from mxfx.pipeline.manager import Instrument, PassManager, PipelineResult
@@ -75,7 +77,8 @@ class Job:
     def tokens(self, calibration: CalibrationConfig) -> Tensor:
         """Calibration ids, int64 ``(samples, length)``. Raises ``DatasetError``."""
         if calibration not in self._token_sets:
-            found = calibration_tokens(
+            read = partial(
+                calibration_tokens,
                 calibration.sources,
                 self.tokenizer,
                 samples=calibration.samples,
@@ -84,6 +87,7 @@ class Job:
                 shares=calibration.shares,
                 writer=None if self.texts is None else self.texts.samples,
             )
+            found = ranks.from_first(read)
             _check_tokens(found, self.program)
             self._token_sets[calibration] = found
         return self._token_sets[calibration].ids

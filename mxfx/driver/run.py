@@ -25,6 +25,7 @@ from mxfx.evaluation.results import EvalResult, EvaluationError, ratio_with_stde
 from mxfx.evaluation.scoring import FloatLogits
 from mxfx.evaluation.suite import Evaluation, Suite
 from mxfx.graph.program import Program
+from mxfx.ground import ranks
 from mxfx.ground.files import write_json
 from mxfx.ops.kernels.packed import inexact_count
 from mxfx.pipeline.instruments import Numbers, Verify
@@ -104,7 +105,8 @@ def run(pipelines: Sequence[Named], options: RunOptions) -> RunSummary:
     outcomes: list[Outcome] = []
     models: dict[tuple[str, str], _Model] = {}
     with ExitStack() as stack:
-        directory = None if options.out is None else stack.enter_context(RunDirectory(options.out))
+        mine = options.out is not None and ranks.is_first()
+        directory = stack.enter_context(RunDirectory(options.out)) if mine else None
         for named in pipelines:
             model = _model_of(named.pipeline, models, outcomes, options)
             outcomes.append(_run_one(named, model, directory, options))
@@ -148,7 +150,13 @@ def _loaded(job: Job, options: RunOptions) -> _Model:
     longest = job.program.source.config.get("max_position_embeddings")
     suite = Suite(wanted, job.tokenizer, longest, None if job.texts is None else job.texts.chat)
     pipeline = Pipeline([]).completed().emitted(job.device.type)
-    reference = FloatLogits(lambda: as_causal_lm(job.run(pipeline).program, job.device))
+
+    def float_model() -> object:
+        # Each rank makes it when it first asks.
+        with ranks.alone():
+            return as_causal_lm(job.run(pipeline).program, job.device)
+
+    reference = FloatLogits(float_model)
     return _Model(job, suite, reference)
 
 
@@ -194,8 +202,9 @@ def _outcome(
     logits = logits_of(program, ids, job.device)
     warnings += [problem] if (problem := not_finite(logits)) else []
     if folder is not None and options.save:
-        _save(result.portable, job, folder)
-        check_saved(folder.model, logits, ids, job.device, named.pipeline.emit)
+        with ranks.alone():
+            _save(result.portable, job, folder)
+            check_saved(folder.model, logits, ids, job.device, named.pipeline.emit)
     del logits
     counted = inexact_count()
     evaluation = _evaluate(program, model, is_float=not named.file)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mxfx.evaluation.results import Scores
 from mxfx.evaluation.windows import Window, equal_lengths
+from mxfx.ground import ranks
 from mxfx.ground.progress import track
 
 #: Rows of logits that are in float32 at one time.
@@ -116,6 +117,7 @@ def score(
     columns: dict[str, list[Tensor]] = {"loglikelihood": [], "top": [], "kl": [], "float_top": []}
     worst: list[Worst] = []
     batches = equal_lengths(windows, batch_size)
+    batches = batches[ranks.share(len(batches))]
     own = reference is not None and reference.is_of(model)
     with torch.no_grad():
         for batch in track(batches, title, len(batches)):
@@ -132,7 +134,10 @@ def score(
                     columns[name].append(values.cpu())
                 if theirs is not None:
                     worst.append(_worst(index, mine, theirs, found["kl"]))
-    joined = {name: torch.cat(parts) for name, parts in columns.items() if parts}
+    found_by_rank = ranks.collected(({name: torch.cat(parts) for name, parts in columns.items() if parts}, worst))
+    names = {name for mine, _ in found_by_rank for name in mine}
+    joined = {name: torch.cat([mine[name] for mine, _ in found_by_rank if mine]) for name in names}
+    worst = [place for _, of_rank in found_by_rank for place in of_rank]
     sizes = torch.tensor([window.scored for window in windows])
     return Scores(
         targets=torch.cat([window.targets for window in windows]).int(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mxfx.evaluation.results import EvalResult, EvaluationError
 from mxfx.evaluation.scoring import FloatLogits
 from mxfx.evaluation.tasks import TaskResult, run_task
 from mxfx.evaluation.wanted import CHAT, WIKITEXT, Wanted, kind, title
+from mxfx.ground import ranks
 from mxfx.ground.files import write_file
 
 #: ``(limit_tokens, max_length)`` to the domain of the float model's own answers.
@@ -76,13 +78,17 @@ class Suite:
             for domain in self._domains
         }
         tasks = {
-            name: run_task(
-                model,
-                self._tokenizer,
-                name,
-                wanted.tasks,
-                batch_size=wanted.batch_size,
-                max_length=self._length,
+            # lm-eval asks and scores by itself.
+            name: ranks.from_first(
+                partial(
+                    run_task,
+                    model,
+                    self._tokenizer,
+                    name,
+                    wanted.tasks,
+                    batch_size=wanted.batch_size,
+                    max_length=self._length,
+                )
             )
             for name in wanted.names
             if kind(name) == "task"
@@ -95,6 +101,6 @@ class Suite:
         if name == CHAT:
             if self._chat is None:
                 raise EvaluationError("--eval chat needs the float model, whose answers it reads; use `mxfx run`")
-            return self._chat(limit, self._length)
+            return ranks.from_first(partial(self._chat, limit, self._length))
         path = wanted.eval_data if name == WIKITEXT else name
         return text_domain(title(name), self._tokenizer, path=path, limit_tokens=limit, max_length=self._length)

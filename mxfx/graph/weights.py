@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -38,18 +38,17 @@ class WeightChange:
 
 @dataclass(frozen=True)
 class _Pending:
-    """A ``WeightChange`` of which the hash and the error may still be on their way."""
+    """A ``WeightChange`` whose figures are still on their way."""
 
     pass_name: str
     weight: str
-    before: str
-    after: str | Future[str]
+    before: Callable[[], str]
+    after: Callable[[], str]
     error: Tensor | None
 
     def get(self) -> WeightChange:
-        after = self.after if isinstance(self.after, str) else self.after.result()
         error = None if self.error is None else float(self.error)
-        return WeightChange(self.pass_name, self.weight, self.before, after, error)
+        return WeightChange(self.pass_name, self.weight, self.before(), self.after(), error)
 
 
 def tensor_hash(tensor: Tensor, into: Tensor | None = None) -> str:
@@ -208,11 +207,19 @@ class WeightStore(Mapping[str, Tensor]):
         tensor = self.behind(name)
         known = self._hashes.get(id(tensor))
         if known is None or known[0]() is not tensor:
-            known = (weakref.ref(tensor), tensor_hash(self[name]))
-        if isinstance(known[1], Future):
-            known = (known[0], known[1].result())
-        self._hashes[id(tensor)] = known
-        return str(known[1])
+            self.trust_hash(name, tensor_hash(self[name]))
+        elif isinstance(known[1], Future):
+            self.trust_hash(name, known[1].result())
+        return str(self._hashes[id(tensor)][1])
+
+    def hash_later(self, name: str) -> Callable[[], str]:
+        """What gives the hash of the tensor that stands behind a name now; it is computed beside the work."""
+        tensor = self.behind(name)
+        known = self._hashes.get(id(tensor))
+        found = known[1] if known is not None and known[0]() is tensor else hash_beside(self[name])
+        if known is None or found is not known[1]:
+            self.trust_hash(name, found)
+        return found.result if isinstance(found, Future) else lambda: found
 
     def trust_hash(self, name: str, found: str | Future[str]) -> None:
         """Take ``found`` for the hash of a weight, without computing it."""
@@ -233,20 +240,30 @@ class WeightStore(Mapping[str, Tensor]):
         after = self._kept(tensor)
         if after.data_ptr() == before.data_ptr() and after.device.type != "meta":
             after = after.clone()
-        old_hash, error = self.hash(home), _relative_change(before if was is None else was, after)
+        error = _relative_change(before if was is None else was, after)
         if _beside_work(after, kept_on):
-            hashed: str | Future[str] = self._set_beside(home, after.contiguous(), kept_on or after.device)
-        else:
-            self._tensors[home] = after
-            hashed = self.hash(home)
-        self._ledger.append(_Pending(by, home, old_hash, hashed, error))
+            hashed = self.hash_later(home)
+            self._set_beside(home, after.contiguous(), kept_on or after.device)
+            self._ledger.append(_Pending(by, home, hashed, self.hash_later(home), error))
+            return
+        old_hash = self.hash(home)
+        self._tensors[home] = after
+        self._ledger.append(WeightChange(by, home, old_hash, self.hash(home), None if error is None else float(error)))
+
+    def adopt(self, name: str, tensor: Tensor) -> None:
+        """Take ``tensor`` for what the last change of a weight made: another process' result of the same pass."""
+        home = self.canonical(name)
+        self._tensors[home] = tensor
+        changes = self.ledger
+        index = max(i for i, change in enumerate(changes) if change.weight == home)
+        self._ledger[index] = replace(changes[index], after=self.hash(home))
 
     def _settle(self) -> None:
         """Wait for every tensor that is on its way."""
         while self._arriving:
             self._arriving.popitem()[1].result()
 
-    def _set_beside(self, home: str, after: Tensor, device: torch.device) -> Future[str]:
+    def _set_beside(self, home: str, after: Tensor, device: torch.device) -> None:
         there = device.type == after.device.type
         kept = after if there else torch.empty(after.shape, dtype=after.dtype, device=device)
         self._tensors[home] = kept
@@ -254,7 +271,6 @@ class WeightStore(Mapping[str, Tensor]):
         self.trust_hash(home, found)
         if not there:
             self._arriving[home] = found
-        return found
 
     def add(self, name: str, tensor: Tensor, by: str, *, constant: bool = False) -> None:
         """Add a new weight (an untied head) or a ``constant`` of compute precision (a transform's matrix).

@@ -20,6 +20,7 @@ from mxfx.calibration.training import deterministic, divergence, trainable
 from mxfx.formats import Format
 from mxfx.graph.node import info, kind
 from mxfx.graph.program import Program
+from mxfx.ground import ranks
 from mxfx.ops.catalogue import spec
 from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.basis import bias_of
@@ -302,12 +303,14 @@ def _split(tokens: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
 
 def _mean_kl(student: nn.Module, teacher: Teacher, kept: Samples) -> float:
     """Mean KL(teacher ‖ student) of the next token, nats."""
-    parts = []
+    starts = range(0, len(kept), _AT_ONCE)
     with torch.no_grad():
-        for start in range(0, len(kept), _AT_ONCE):
+        parts = []
+        for start in starts[ranks.share(len(starts))]:
             given = kept.take(slice(start, start + _AT_ONCE))
             parts.append(divergence(student(given[0]), teacher.logits(*given)) * len(given[0]))
-    return float(torch.stack(parts).sum()) / len(kept)
+    total = float(torch.stack(parts).sum()) if parts else 0.0
+    return sum(ranks.collected(total)) / len(kept)
 
 
 def _fails(loss: Callable[..., Tensor], given: tuple[Tensor, ...], parameters: Mapping[str, nn.Parameter]) -> str:

@@ -27,6 +27,7 @@ from mxfx.calibration.stream import (
 )
 from mxfx.graph.node import info, layer_of, path_of
 from mxfx.graph.program import Program
+from mxfx.ground import ranks
 from mxfx.ops.catalogue import spec, weights_of
 from mxfx.passes.insert_fake_quant import InsertFakeQuant
 from mxfx.passes.quantize_kv_cache import QuantizeKvCache
@@ -190,7 +191,7 @@ class Gptq(Pass):
         self, rw: Rewriter, ctx: Context, targets: list[fx.Node], tokens: Tensor, options: StreamOptions
     ) -> AbstractContextManager[LayerCheckpoints | None]:
         directory = self.checkpoint_dir or (ctx.cache / "gptq" if ctx.cache else None)
-        if directory is None:
+        if directory is None or not ranks.is_first():
             return nullcontext()
         foreign = sorted(file.name for file in directory.expanduser().glob("*.safetensors"))
         if foreign:
@@ -211,7 +212,7 @@ class Gptq(Pass):
 
     def _rewrite_layer(self, rw: Rewriter, ctx: Context, layer: LayerRun, checkpoints: LayerCheckpoints | None) -> None:
         name = "head" if layer.index is None else f"layer-{layer.index:05d}"
-        stored = checkpoints.load(name) if checkpoints else None
+        stored = ranks.from_first(lambda: checkpoints.load(name) if checkpoints else None)
         if checkpoints is not None:
             rw.record.warnings += checkpoints.problems
             checkpoints.problems.clear()

@@ -18,6 +18,7 @@ from mxfx.config.order import check_order
 from mxfx.config.pipeline import RAISE_PASSES, Pipeline
 from mxfx.graph.program import Program
 from mxfx.ground.errors import MxfxError
+from mxfx.pipeline.agree import agree
 from mxfx.pipeline.probe import Probe
 from mxfx.rewrite import Context, FactError, Pass, PassRecord, apply, check_facts_before, facts_after
 
@@ -220,13 +221,14 @@ class PassManager:
             for instrument in self.instruments:
                 _timed(step.run, instrument, instrument.before, step)
             _apply(step)
+            assert step.after is not None
+            agree(step.before, step.after, step.title)
             for instrument in inner:
                 _timed(step.run, instrument, instrument.after, step)
         except Exception as error:
             for instrument in inner:
                 _tell(instrument, step, error)
             raise
-        assert step.after is not None
         return step.after
 
 

@@ -2,6 +2,7 @@
 
     python -m tools.bench.gptq --model DIR --data DIR [--samples 32] [--length 512] [--device cuda]
     python -m tools.bench.gptq --shape llama-3.2-1b --samples 128 --length 2048 --device cuda [--layers 4]
+    torchrun --nproc-per-node 2 -m tools.bench.gptq --shape llama-3-8b …
     python -m tools.bench.gptq --shape llama-3-8b --layers 4 --places device/device cpu/device cpu/cpu …
 
 Prints machine and versions, then one row a method: seconds end to end (median of ``--repeat``, and the first run,
@@ -42,6 +43,7 @@ from mxfx.driver.pretrained import load_model, load_tokenizer
 from mxfx.formats import parse
 from mxfx.graph.program import Program
 from mxfx.graph.weights import WeightStore
+from mxfx.ground import ranks
 from mxfx.passes import Annotate, Rule
 from mxfx.passes.gptq import Gptq
 from mxfx.pipeline.manager import PassManager
@@ -62,8 +64,10 @@ _SHAPES = {
 
 
 def main() -> None:
+    ranks.start()
     args = _arguments()
-    about = machine() | {"transformers": transformers.__version__}
+    about = machine() | {"processes": str(ranks.world())}
+    about |= {"transformers": transformers.__version__}
     print("  ".join(f"{k}={v}" for k, v in about.items()), flush=True)
     model = _random(args) if args.shape else load_model(args.model, args.dtype)
     ids = _tokens(args)
@@ -81,7 +85,7 @@ def main() -> None:
         print(rows[-1], flush=True)
     whole = [row for row in rows if len(row) == max(map(len, rows))]
     print(table([{**row, "ratio": float(str(row["s"])) / float(str(whole[0]["s"]))} for row in whole]))
-    if args.json:
+    if args.json and ranks.is_first():
         found = {"machine": about, "tokens": list(ids.shape), "layers": program.layers, "floor": floor, "rows": rows}
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     if args.profile:

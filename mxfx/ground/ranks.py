@@ -1,0 +1,243 @@
+"""Several processes that do one run together, as ``torchrun`` starts them; with one, everything here is the identity.
+
+Every rank runs the same program on the same pipeline and meets the others in the calls below, in the same order. What
+is added up is added in the order of the ranks, so that a run with as many ranks gives the same bits again and every
+rank holds the same. Only the first rank writes and prints. No process waits for one that ended: the first to notice
+says so, and all end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mxfx.ground.errors import CheckError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_T = TypeVar("_T")
+#: Elements that are added up at one time: each rank holds as many of every other.
+_PIECE = 1 << 24
+#: Nobody waits so long for one that lives: the first writes and proves a model while the others wait.
+_PATIENCE = timedelta(hours=12)
+_ENDED = "another process of this run ended, so this one does too; start the same command again: it goes on from there"
+
+
+class RankError(CheckError, RuntimeError):
+    """The processes of a run cannot go on together."""
+
+
+@dataclass
+class _Together:
+    rank: int = 0
+    world: int = 1
+    first: bool = True
+
+
+_now = _Together()
+
+
+def rank() -> int:
+    """Which of the processes this is, from 0."""
+    return _now.rank
+
+
+def world() -> int:
+    """How many processes do the run."""
+    return _now.world
+
+
+def is_first() -> bool:
+    """Whether this process writes and prints."""
+    return _now.first
+
+
+def start() -> None:
+    """Join the processes that ``torchrun`` started, if it did; a CUDA device of its own becomes each one's current one.
+
+    Raises ``RankError`` if there are fewer devices than processes of this host.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "LOCAL_RANK" not in os.environ:
+        return
+    import torch
+    from torch import distributed as dist
+
+    backend = "gloo"
+    if torch.cuda.is_available():
+        local, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= devices:
+            raise RankError(f"process {local} of this host has no CUDA device: there are {devices}; start fewer")
+        torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=_PATIENCE)
+    _now.rank, _now.world = dist.get_rank(), dist.get_world_size()
+    _now.first = _now.rank == 0
+    _end_when_told()
+    if not is_first():
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (as long as the process)
+
+
+def stop() -> None:
+    """Part from the others."""
+    if _now.world == 1:
+        return
+    from torch import distributed as dist
+
+    _now.rank, _now.world = 0, 1
+    with contextlib.suppress(RuntimeError):
+        dist.destroy_process_group()
+
+
+def speaks() -> bool:
+    """Whether this process is the one that says why a run ended: the first of those that ask. It can print again."""
+    sys.stderr = sys.__stderr__
+    if _now.world == 1:
+        return True
+    from torch import distributed as dist
+
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return int(store.add(f"mxfx-ended-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1)) == 1
+    except RuntimeError:
+        return is_first()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Work that only some of the ranks do, or each by itself: they do not meet inside."""
+    before = (_now.rank, _now.world)
+    _now.rank, _now.world = 0, 1
+    try:
+        yield
+    finally:
+        _now.rank, _now.world = before
+
+
+def share(count: int) -> slice:
+    """This rank's part of ``count`` things in a row: parts are as equal as can be, earlier ranks have the larger."""
+    each, more = divmod(count, _now.world)
+    start = _now.rank * each + min(_now.rank, more)
+    return slice(start, start + each + (_now.rank < more))
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, in the order of the ranks, in place; every rank gets the same bits."""
+    if _now.world == 1:
+        return tensor
+    import torch
+    from torch import distributed as dist
+
+    flat = tensor.view(-1) if tensor.is_contiguous() else tensor.contiguous().view(-1)
+    for piece in flat.split(_PIECE):
+        parts = [torch.empty_like(piece) for _ in range(_now.world)]
+        with _together():
+            dist.all_gather(parts, piece)
+        piece.copy_(parts[0])
+        for part in parts[1:]:
+            piece.add_(part)
+    return tensor if tensor.is_contiguous() else tensor.copy_(flat.view_as(tensor))
+
+
+def joined(part: Tensor, dim: int, count: int) -> Tensor:
+    """The parts of all ranks along ``dim``, of ``count`` together as ``share`` divides it."""
+    if _now.world == 1:
+        return part
+    import torch
+    from torch import distributed as dist
+
+    if part.dtype == torch.bool:
+        return joined(part.view(torch.uint8), dim, count).view(torch.bool)
+    leading = part.movedim(dim, 0)
+    largest = -(-count // _now.world)
+    # All ranks give as much; what is too much is cut off again.
+    padded = leading.new_zeros(largest, *leading.shape[1:])
+    padded[: len(leading)] = leading
+    parts = [torch.empty_like(padded) for _ in range(_now.world)]
+    with _together():
+        dist.all_gather(parts, padded)
+    sizes = [count // _now.world + (r < count % _now.world) for r in range(_now.world)]
+    return torch.cat([found[:size] for found, size in zip(parts, sizes, strict=True)]).movedim(0, dim).contiguous()
+
+
+def collected(value: _T) -> list[_T]:
+    """Every rank's value, in their order. For small things: they go through host memory."""
+    if _now.world == 1:
+        return [value]
+    from torch import distributed as dist
+
+    found: list[Any] = [None] * _now.world
+    with _together():
+        dist.all_gather_object(found, value)
+    return found
+
+
+def from_all(value: float) -> float:
+    """The mean of what all ranks have, the same on each."""
+    return value if _now.world == 1 else sum(collected(value)) / _now.world
+
+
+def from_first(make: Callable[[], _T]) -> _T:
+    """What ``make`` gives on the first rank, on all of them; an error there is an error everywhere."""
+    if _now.world == 1:
+        return make()
+    from torch import distributed as dist
+
+    found: list[Any] = [None, None]
+    if is_first():
+        try:
+            with alone():
+                found[0] = make()
+        except Exception as error:
+            found[1] = error
+    with _together():
+        dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
+
+
+def sent(tensor: Tensor) -> None:
+    """Write the first rank's bytes into every rank's tensor."""
+    if _now.world == 1:
+        return
+    from torch import distributed as dist
+
+    with _together():
+        dist.broadcast(tensor, 0)
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """A meeting of all ranks, which fails where one of them ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(f"{_ENDED} (process {_now.rank} of {_now.world})") from error
+
+
+def _end_when_told() -> None:
+    """End at once on SIGTERM, which ``torchrun`` sends when another process ended, wherever this one waits."""
+    ours, told = socket.socketpair()
+    told.setblocking(False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while signal.SIGTERM not in (came := ours.recv(64)):
+            if not came:
+                return
+        if speaks():
+            print(f"error: {_ENDED}", file=sys.__stderr__, flush=True)
+        told.close()
+        os._exit(RankError.exit_code)
+
+    threading.Thread(target=wait, name="mxfx-ranks", daemon=True).start()
