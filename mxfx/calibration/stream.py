@@ -96,6 +96,11 @@ class LayerRun:
     placement: Placement
     _groups: Callable[[], Iterator[Group | ExpertGroup]] = field(repr=False)
 
+    @property
+    def about(self) -> dict[str, object]:
+        """For a pass's record: where values wait, and what the device is expected to hold at most."""
+        return {"activations": self.placement, "expected_bytes": self.footprint.device(self.placement)}
+
     def groups(self) -> Iterator[Group | ExpertGroup]:
         """Each group in turn; what the caller rewrote before asking for the next one is in its statistics."""
         return self._groups()

@@ -136,10 +136,7 @@ class Gptq(Pass):
         with self._checkpoints(rw, ctx, targets, tokens, options) as checkpoints:
             layers = stream_layers(rw, ctx, targets, tokens, options, self._view())
             for layer in ctx.progress(layers, "gptq", total=len({layer_of(node) for node in targets})):
-                rw.record.details |= {
-                    "activations": layer.placement,
-                    "expected_bytes": layer.footprint.device(layer.placement),
-                }
+                rw.record.details |= layer.about
                 self._rewrite_layer(rw, ctx, layer, checkpoints)
                 if rw.record.limited:
                     break
