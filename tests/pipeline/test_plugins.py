@@ -62,7 +62,9 @@ class Entry:
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Entry]]:
     """What is put into this list counts as installed; afterwards it was never there."""
     known, entries = dict(_REGISTRY), []
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: list(entries))
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda group: list(entries) if group == ENTRY_POINT_GROUP else []
+    )
     yield entries
     _REGISTRY.clear()
     _REGISTRY.update(known)
