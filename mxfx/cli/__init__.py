@@ -174,7 +174,7 @@ def check(
 def passes(name: Annotated[str | None, typer.Argument(help="Only this pass.")] = None) -> None:
     """All passes, or one: options, contract, docs."""
     from mxfx.config.pipeline import register_passes
-    from mxfx.report.passes import describe, summary
+    from mxfx.report.contracts import describe, summary
     from mxfx.rewrite import all_passes, find_pass
 
     register_passes()

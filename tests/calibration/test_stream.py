@@ -181,7 +181,7 @@ def test_the_cross_moment_is_that_of_quantized_and_float_inputs() -> None:
                 rw.set_weight(name, rw.weights[name] * 0.7)
 
 
-# -- wrong or stale statistics cannot reach a solver -----------------------------------------------------------------
+# Wrong or stale statistics cannot reach a solver.
 
 
 def _first_group(rw: Rewriter, layer_index: int = 1):
@@ -279,7 +279,7 @@ def test_tokens_of_another_shape_are_refused(tokens: Tensor) -> None:
         next(stream_layers(rw, Context(), _projections(rw.program), tokens))
 
 
-# -- stages ----------------------------------------------------------------------------------------------------------
+# Stages.
 
 
 @pytest.mark.parametrize("family", _STREAMED)

@@ -143,7 +143,7 @@ def test_nothing_in_the_folder_is_pickled(saved: Path) -> None:
     assert json.loads((saved / MANIFEST).read_text())["schema"] == 1
 
 
-# -- damage ----------------------------------------------------------------------------------------------------------
+# Damage.
 
 
 def _seal(folder: Path) -> None:

@@ -63,7 +63,7 @@ def _output_error(program: Program, reference: Program) -> float:
     return float((execute(program, _TOKENS) - y).norm() / y.norm())
 
 
-# -- what it does to the weights -------------------------------------------------------------------------------------
+# What it does to the weights.
 
 
 @pytest.mark.parametrize("fmt", ["mxint4@32", "mxfp4_e2m1@32", "mxfp6_e3m2@16", "mxint4@32/ceil"])
@@ -135,7 +135,7 @@ def test_the_users_model_and_program_stay_as_they_were() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in _annotated().weights.items())
 
 
-# -- what it takes ---------------------------------------------------------------------------------------------------
+# What it takes.
 
 
 def test_it_takes_what_is_annotated_and_selected() -> None:
@@ -207,7 +207,7 @@ def test_the_asymmetric_target_changes_the_weights_where_inputs_are_quantized() 
     assert not _same(_run(quantized, asymmetric=0.25).program, _run(quantized).program)
 
 
-# -- what goes wrong -------------------------------------------------------------------------------------------------
+# What goes wrong.
 
 
 def test_without_calibration_data_the_error_says_what_to_add() -> None:
@@ -258,7 +258,7 @@ def test_a_failed_factorization_ends_a_strict_run(no_factorization: None) -> Non
         _run(ctx=Context(tokens=lambda: _TOKENS, strict=True))
 
 
-# -- checkpoints -----------------------------------------------------------------------------------------------------
+# Checkpoints.
 
 
 def _layers(folder: Path) -> list[Path]:
@@ -409,7 +409,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         _run(checkpoint_dir=tmp_path)
 
 
-# -- killed at any moment --------------------------------------------------------------------------------------------
+# Killed at any moment.
 
 _VICTIM = """
 import os, signal, sys
