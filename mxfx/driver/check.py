@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mxfx.config import Pipeline, check_order
-from mxfx.driver.matched import matched_lines, site_lines
+from mxfx.driver.matched import attention_lines, matched_lines, site_lines
 from mxfx.driver.pretrained import load_checked, load_meta_model
 from mxfx.graph.node import info, kind, layer_index
 from mxfx.graph.program import Program
@@ -56,6 +56,7 @@ class Checked:
             lengths = " and ".join(map(str, self.proof.lengths))
             yield f"numbers: the program is the model to {self.proof.error:.1e} on rows of {lengths} tokens"
             yield from self.proof.notes
+        yield from attention_lines(self.records)
         yield from matched_lines(program, self.records)
         yield from site_lines(program, self.pipeline.passes, self.records)
         yield "memory: " + "; ".join(self._held(weights))

@@ -12,10 +12,13 @@ from mxfx.formats import Format
 from mxfx.graph.node import info, kind, path_of
 from mxfx.graph.program import Program
 from mxfx.ops.catalogue import spec
-from mxfx.passes import Annotate
+from mxfx.passes import Annotate, RaiseAttention
 from mxfx.rewrite import Pass, PassRecord, Rewriter
 from mxfx.rewrite.roles import role_of
 from mxfx.rewrite.size import inner, multiplied, share_in_format
+
+#: Reasons of one pass that are told in full.
+_REASONS = 6
 
 
 def matched_lines(program: Program, records: Sequence[PassRecord]) -> Iterator[str]:
@@ -41,12 +44,21 @@ def matched_lines(program: Program, records: Sequence[PassRecord]) -> Iterator[s
     yield from _ragged(program)
 
 
+def attention_lines(records: Sequence[PassRecord]) -> Iterator[str]:
+    """A warning for attentions that are no nodes, by the reason."""
+    skipped = [skip for record in records if record.name == RaiseAttention.name for skip in record.skips]
+    for reason, count in Counter(skip.reason for skip in skipped).items():
+        where = next(skip.path for skip in skipped if skip.reason == reason)
+        yield f"warning: {count} attentions (such as {where}) are not raised: {reason}"
+
+
 def site_lines(program: Program, passes: Sequence[Pass], records: Sequence[PassRecord]) -> Iterator[str]:
-    """Per pass: the sites where it works, and why it leaves others alone.
+    """Per pass: the sites where it works, and why it leaves others alone, by what they are.
 
     What ran is told by its record; the passes behind are asked what they foresee for the program as it is.
     """
     ran = {record.name: record for record in records}
+    nodes = {node.name: node for node in program.graph.nodes}
     for pass_ in passes:
         record = ran.get(pass_.name)
         if record is not None:
@@ -55,9 +67,10 @@ def site_lines(program: Program, passes: Sequence[Pass], records: Sequence[PassR
             rw = Rewriter(program.copy(), pass_.name)
             sites, record = pass_.foresee(rw), rw.record
         if sites is not None and pass_.name != Annotate.name:
-            reasons = Counter(_plain(skip.reason) for skip in record.skips)
-            refused = "".join(f"; {count} not: {reason}" for reason, count in reasons.most_common(4))
-            yield f"{pass_.name}: {sites or 'no'} sites{refused}"
+            reasons = Counter((_called(nodes.get(skip.node), ""), _plain(skip.reason)) for skip in record.skips)
+            told = [f"; {count} {who} not: {reason}" for (who, reason), count in reasons.most_common(_REASONS)]
+            more = f"; and {len(reasons) - _REASONS} other reasons" if len(reasons) > _REASONS else ""
+            yield f"{pass_.name}: {sites or 'no'} sites{''.join(told).replace('  ', ' ')}{more}"
 
 
 def _ragged(program: Program) -> Iterator[str]:

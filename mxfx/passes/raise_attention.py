@@ -13,6 +13,13 @@ from mxfx.graph.node import kind, operands
 from mxfx.graph.program import Program
 from mxfx.rewrite import Context, Exact, Numerics, Pass, Rewriter, register
 from mxfx.rewrite.facts import ATTENTION_RAISED, NORMS_RAISED, RAISED, ROPES_RAISED, Fact, Selected
+from mxfx.rewrite.roles import spelled_out
+
+#: Why an attention that no interface gave stays as it is, and what that means.
+SPELLED_OUT = (
+    "the model multiplies queries, keys and values itself, not through transformers' attention interface: it stays "
+    "spelled out, keys and values carry no format"
+)
 
 
 @register
@@ -31,6 +38,9 @@ class RaiseAttention(Pass):
     After::
 
         %y  = mxfx.attention(%q, %k, %v, %mask, s, causal)
+
+    One that a model spells out as products around a softmax is reported and stays: its linears are quantized as others,
+    its cache is not.
     """
 
     name: ClassVar[str] = "raise-attention"
@@ -43,6 +53,8 @@ class RaiseAttention(Pass):
         for node in rw.program.nodes():
             if kind(node) == "attention":
                 rw.match(node, note="traced through the attention interface")
+            elif "v" in spelled_out(node):
+                rw.skip(node, SPELLED_OUT)
             elif node.target is aten.scaled_dot_product_attention.default:
                 self._raise(rw, node)
 

@@ -125,11 +125,14 @@ def _is_product(node: fx.Node) -> bool:
 def _is_mixer(node: fx.Node) -> bool:
     """Whether a call mixes tokens: attention, or an op of the dialect that stands for a layer's own mixer."""
     known = (bool(spec(node).contracts) and not _is_product(node)) or spec(node).concept in ("attention", "mixer")
-    return known or bool(_spelled_out(node))
+    return known or bool(spelled_out(node))
 
 
-def _spelled_out(node: fx.Node) -> dict[str, object]:
-    """Queries and keys, or values, of an attention that is spelled out as products around a softmax."""
+def spelled_out(node: fx.Node) -> dict[str, object]:
+    """The queries and keys, or the values, that a product multiplies in an attention that is spelled out.
+
+    Empty for any other node: such an attention is two products of computed values around a softmax.
+    """
     place = _MATMULS.get(node.target)
     if place is None or _is_product(node):
         return {}
@@ -192,7 +195,7 @@ class _Reach:
             return False
         if _is_mixer(node):
             operands = {name for source in inside for name in spec(node).names(source)} & {"q", "k", "v"}
-            operands |= {name for name, source in _spelled_out(node).items() if source in self._inside}
+            operands |= {name for name, source in spelled_out(node).items() if source in self._inside}
             self.attention |= operands
             self.mixed |= not operands
             return False

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from mxfx.driver.matched import matched_lines, site_lines
+from mxfx.driver.matched import attention_lines, matched_lines, site_lines
 from mxfx.formats import parse
-from mxfx.passes import Annotate, FuseNorm, Gptq, Rule, TransformInputs
+from mxfx.graph.trace import trace
+from mxfx.passes import Annotate, FuseNorm, Gptq, RaiseAttention, Rule, TransformInputs
 from mxfx.rewrite import apply
+from tests.architectures import build
 from tests.mixtures import raised_mixture
-from tests.programs import raised
+from tests.programs import RAISE, passed, raised
 
 
 def test_rules_are_told_by_role_with_what_they_leave_out() -> None:
@@ -41,9 +43,17 @@ def test_passes_say_where_they_work_and_why_not() -> None:
     annotated = apply(Annotate((rule,), partial=True), fused.program)
     passes = (FuseNorm(), Annotate((rule,)), TransformInputs(block=20), Gptq())
     norms, transforms, gptq = site_lines(annotated.program, passes, [fused.record, annotated.record])
-    assert norms.startswith("fuse-norm: 5 sites; 4 not: ") and "reads it, which is no linear" in norms
+    assert norms.startswith("fuse-norm: 5 sites; 4 rms_norm not: ") and "reads it, which is no linear" in norms
     assert transforms == (
-        "transform-inputs: no sites; 2 not: no Hadamard matrix of order 20 fits its 64 input channels; "
-        "2 not: no Hadamard matrix of order 20 fits its 96 input channels"
+        "transform-inputs: no sites; 2 gate_proj not: no Hadamard matrix of order 20 fits its 64 input channels; "
+        "2 down_proj not: no Hadamard matrix of order 20 fits its 96 input channels"
     )
     assert gptq == "gptq: 6 sites"
+
+
+def test_an_attention_that_a_model_spells_out_is_warned_of() -> None:
+    program = passed(trace(build("bloom"), proven=False), RAISE[:2])
+    (line,) = attention_lines([apply(RaiseAttention(), program).record])
+    assert line.startswith("warning: 2 attentions (such as transformer.h.0.self_attention) are not raised: ")
+    assert "not through transformers' attention interface" in line
+    assert list(attention_lines([apply(RaiseAttention(), passed(raised("llama-tiny"), ())).record])) == []

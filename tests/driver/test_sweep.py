@@ -1,0 +1,48 @@
+"""Every family through the shipped configurations A, GPTQ and D: ok, or refused with a reason; little stays float."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.architectures import every_name
+from tests.graph.test_architectures import sampled
+from tests.sweep import EXCUSED, FILES, LEAST, Outcome, apart
+
+#: Fused by heads with an attention of its own; fused rows; experts and latent attention.
+FIXED = ("bloom", "phi3", "deepseek_v3")
+#: How many of the computed list must go through all three.
+WHOLE_AT_LEAST = 95
+
+
+def told(found: Outcome) -> str:
+    """What is wrong with an outcome; empty for nothing."""
+    if found.kind == "CRASH" or (found.kind != "ok" and not found.why):
+        return f"{found.name}: {found.kind} {found.why} {found.configs}"
+    if found.kind == "ok" and set(found.configs) != set(FILES):
+        return f"{found.name}: only {list(found.configs)} ran"
+    if found.kind == "ok" and found.configs["A"] == "ok" and found.share < LEAST and found.name not in EXCUSED:
+        return f"{found.name}: A takes {found.share:.0%} of the weights, not {found.left}"
+    return ""
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_family_of_each_structure_goes_through_all(name: str) -> None:
+    found = apart(name)
+    assert found.configs == dict.fromkeys(FILES, "ok"), found
+    assert found.share >= LEAST, found.left
+
+
+@pytest.mark.parametrize("name", sampled(1))
+def test_a_sampled_family_is_ok_or_refused_with_a_reason(name: str) -> None:
+    assert told(apart(name)) == ""
+
+
+@pytest.mark.thorough
+def test_no_family_fails_and_most_go_through_all() -> None:
+    found = [apart(name) for name in every_name()]
+    table = "\n".join(f"{one.name:24} {one.kind:8} {one.share:4.0%} {one.configs or one.why[:160]}" for one in found)
+    print(table)
+    assert [wrong for one in found if (wrong := told(one))] == []
+    assert sum(one.configs == dict.fromkeys(FILES, "ok") for one in found) >= WHOLE_AT_LEAST, table
+    stale = [one.name for one in found if one.name in EXCUSED and one.share >= LEAST]
+    assert stale == [], "these need no excuse any more"

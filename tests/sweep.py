@@ -1,0 +1,111 @@
+"""What the shipped configurations make of an architecture: A, GPTQ and D in their shortest form, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import time
+import warnings
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from mxfx.api import load_pipeline
+from mxfx.config import Pipeline
+from mxfx.driver.job import default_instruments
+from mxfx.graph.execute import execute
+from mxfx.graph.trace import trace
+from mxfx.ground.errors import MxfxError
+from mxfx.passes import Distill
+from mxfx.pipeline.manager import PassManager
+from mxfx.rewrite import Context, Pass
+from mxfx.rewrite.size import inner, multiplied, share_in_format
+from tests.architectures import VOCABULARY, NotCausal, Unbuilt, build
+
+CONFIGS = Path(__file__).parents[1] / "passes_configs"
+#: Name → file: round to nearest, layer by layer, tuned.
+FILES = {"A": "rtn_w4a4kv4.toml", "GPTQ": "gptq_w4a4kv4.toml", "D": "best_w4a4kv4.toml"}
+TOKENS = torch.randint(3, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(0))
+#: The least share of the layers' weights that A must take, and why a family has less: the products that stay float.
+LEAST = 0.9
+EXCUSED: dict[str, str] = {}
+_MEMORY, _SECONDS = 8 << 30, 600
+
+
+@dataclass
+class Outcome:
+    """What became of a family: ``none`` (no tiny model), ``refused``, ``ok`` or ``CRASH``, and by configuration.
+
+    ``share``: of the weights that layers multiply by, what A gave a format; ``left``: what it did not, by path.
+    """
+
+    name: str
+    kind: str = "ok"
+    why: str = ""
+    configs: dict[str, str] = field(default_factory=dict)
+    share: float = 1.0
+    left: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def outcome(name: str) -> Outcome:
+    """Trace a family and run every configuration on it; each is ``ok``, or refused with a reason."""
+    found = Outcome(name)
+    started = time.perf_counter()
+    try:
+        program = trace(build(name))
+    except (NotCausal, Unbuilt) as error:
+        return replace(found, kind="none", why=f"{type(error).__name__}: {error}")
+    except MxfxError as error:
+        return replace(found, kind="refused", why=f"{type(error).__name__}: {error}")
+    for config, file in FILES.items():
+        try:
+            result = PassManager(default_instruments(pipeline := shortened(file))).run(
+                program, pipeline, Context(tokens=lambda: TOKENS)
+            )
+        except MxfxError as error:
+            found.configs[config] = f"refused: {error}"
+            continue
+        logits = execute(result.program, TOKENS[:2])
+        found.configs[config] = "ok" if bool(logits.isfinite().all()) else "CRASH: logits are not finite"
+        if config == "A":
+            weights = inner(multiplied(result.before_emit))
+            found.share = share_in_format(weights)
+            found.left = sorted({one.node.meta["mxfx"].path for one in weights if one.format is None})
+    found.kind = "CRASH" if any(said.startswith("CRASH") for said in found.configs.values()) else "ok"
+    found.seconds = time.perf_counter() - started
+    return found
+
+
+def shortened(file: str) -> Pipeline:
+    """A shipped configuration with two steps of training."""
+    passes: list[Pass] = [
+        replace(one, steps=2, batch_size=2, checks=1) if isinstance(one, Distill) else one
+        for one in load_pipeline(CONFIGS / file).passes
+    ]
+    return Pipeline(passes).completed().emitted()
+
+
+def apart(name: str) -> Outcome:
+    """``outcome`` in a process of its own, with bounds on memory and time."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+        signal.alarm(_SECONDS)
+        warnings.simplefilter("ignore")
+        try:
+            found = outcome(name)
+        except BaseException as error:
+            found = Outcome(name, "CRASH", f"{type(error).__name__}: {error}")
+        os.write(writer, json.dumps(asdict(found)).encode()[:60000])
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    return Outcome(**json.loads(said)) if said else Outcome(name, "CRASH", "killed: memory or time")
