@@ -20,6 +20,7 @@ from mxfx.passes import Annotate, InsertKvCache, QuantizeKvCache
 from mxfx.pipeline.manager import PassError, PassManager
 from mxfx.report.memory import memory
 from mxfx.rewrite import PassRecord, Rewriter, apply
+from mxfx.rewrite.roles import roles_remembered
 from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.cache import cache_bytes, cache_specs
 
@@ -57,8 +58,12 @@ class Checked:
             yield f"numbers: the program is the model to {self.proof.error:.1e} on rows of {lengths} tokens"
             yield from self.proof.notes
         yield from attention_lines(self.records)
-        yield from matched_lines(program, self.records)
-        yield from site_lines(program, self.pipeline.passes, self.records)
+        with roles_remembered(program.graph):
+            said = [
+                *matched_lines(program, self.records),
+                *site_lines(program, self.pipeline.passes, self.records),
+            ]
+        yield from said
         yield "memory: " + "; ".join(self._held(weights))
         yield f"on the device, once emitted: {memory(program)}"
         # One calibration token costs two passes over each weight: statistics, then the rewritten layer.

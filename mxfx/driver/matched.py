@@ -64,7 +64,8 @@ def site_lines(program: Program, passes: Sequence[Pass], records: Sequence[PassR
         if record is not None:
             sites: int | None = len(record.matches)
         else:
-            rw = Rewriter(program.copy(), pass_.name)
+            # To foresee changes nothing.
+            rw = Rewriter(program, pass_.name)
             sites, record = pass_.foresee(rw), rw.record
         if sites is not None and pass_.name != Annotate.name:
             reasons = Counter((_called(nodes.get(skip.node), ""), _plain(skip.reason)) for skip in record.skips)

@@ -21,6 +21,7 @@ import mxfx.ops  # noqa: F401  (registers the dialect)
 from mxfx.graph.constants import KeepLiterals, store_literals
 from mxfx.graph.errors import TraceError
 from mxfx.graph.experts import experts_forward, find_weight, settle_experts
+from mxfx.graph.functional import make_functional
 from mxfx.graph.linears import settle_linears
 from mxfx.graph.masks import attention_forward, mask_forward, settle_masks
 from mxfx.graph.mixers import opaque_mixers
@@ -53,7 +54,10 @@ def trace(model: nn.Module, *, name: str | None = None, proven: bool = True) -> 
         raise TraceError(f"expected a transformers causal LM with a .config, got {type(model).__name__}")
     skeleton = _skeleton(model)
     longest = int(int(getattr(config, "max_position_embeddings", 1 << 17) or 1 << 17) * frequencies_by_length(skeleton))
-    module = _functional(_export(skeleton, longest), skeleton).module(check_guards=False)
+    exported = _export(skeleton, longest)
+    module = exported.module(check_guards=False)
+    if not make_functional(module.graph):
+        module = _functional(exported, skeleton).module(check_guards=False)
     weights, rename = _weights(model, module)
     graph = _adopt_graph(module.graph, module, rename)
     weights = weights.extended(store_literals(graph))
@@ -167,13 +171,10 @@ def _export(skeleton: nn.Module, longest: int) -> torch.export.ExportedProgram:
 
 
 def _functional(exported: torch.export.ExportedProgram, skeleton: nn.Module) -> torch.export.ExportedProgram:
-    """The trace without an op that changes its operand; nothing is decomposed beyond that.
+    """The program, traced anew without an op that changes its operand; nothing is decomposed beyond that.
 
     Raises ``TraceError`` if the model changes one of its own tensors: a program keeps no state.
     """
-    targets = [node.target for node in exported.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-    if not any(target._schema.is_mutable for target in targets):
-        return exported
     functional = exported.run_decompositions({})
     signature = functional.graph_signature
     written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]

@@ -16,7 +16,7 @@ from mxfx.ops.catalogue import spec
 from mxfx.rewrite import ALL, Context, Exact, ExpectationError, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.expect import check, evaluate
 from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, ANNOTATED, RAISED, WEIGHTS_ROUNDED, Fact, Selected
-from mxfx.rewrite.roles import role_of
+from mxfx.rewrite.roles import role_of, roles_remembered
 from mxfx.rewrite.size import left_out
 
 _KEYS = ("weight", "bias", "input", "output", "q", "k", "v", "kv", "probs", "softmax", "rope")
@@ -122,6 +122,10 @@ class Annotate(Pass):
     unmatched: Literal["error", "warn"] = "error"
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
+        with roles_remembered(rw.graph):
+            self._annotate(rw, ctx)
+
+    def _annotate(self, rw: Rewriter, ctx: Context) -> None:
         for index, rule in enumerate(self.rule, start=1):
             place = ctx.where(("rule", index - 1))
             count = self._apply(rw, rule, f"annotate rule {index}" + (f" ({place})" if place else ""))

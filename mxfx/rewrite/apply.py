@@ -10,6 +10,7 @@ from mxfx.rewrite.facts import FactError
 from mxfx.rewrite.pass_ import Pass
 from mxfx.rewrite.record import PassRecord
 from mxfx.rewrite.rewriter import Rewriter, clean
+from mxfx.rewrite.roles import roles_remembered
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def facts_after(pass_: Pass, facts: frozenset[str]) -> frozenset[str]:
 def _verify_provided(pass_: Pass, rw: Rewriter) -> None:
     skipped = {skip.node for skip in rw.record.skips}
     for fact in sorted(pass_.provided()):
-        reason = fact.check(rw.program, lambda node: node.name not in skipped and pass_.selects(node))
+        with roles_remembered(rw.graph):
+            reason = fact.check(rw.program, lambda node: node.name not in skipped and pass_.selects(node))
         if reason is not None:
             raise FactError(f"pass {pass_.name!r} promises {fact!r}, but {reason}")

@@ -45,9 +45,8 @@ def quantize_operand(rw: Rewriter, node: fx.Node, operand: str) -> None:
 def readers_of(program: Program, weight: str) -> list[fx.Node]:
     """Every node that reads the tensor behind ``weight``, under whichever of its names."""
     home = program.weights.canonical(weight)
-    sources = [
-        n for n in program.graph.nodes if n.op == "get_attr" and program.weights.canonical(str(n.target)) == home
-    ]
+    stored = program.graph.find_nodes(op="get_attr")
+    sources = [node for node in stored if program.weights.canonical(str(node.target)) == home]
     return [user for source in sources for user in source.users]
 
 

@@ -198,8 +198,8 @@ class Rewriter:
 
     def _touch_readers(self, name: str) -> None:
         home = self.weights.canonical(name)
-        for node in self.graph.nodes:
-            if node.op == "get_attr" and self.weights.canonical(str(node.target)) == home:
+        for node in self.graph.find_nodes(op="get_attr"):
+            if self.weights.canonical(str(node.target)) == home:
                 for user in node.users:
                     self.touch(user)
                 self.touch(node)

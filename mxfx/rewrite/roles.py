@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import fx
@@ -60,8 +61,34 @@ _CARRIERS = ("rms_norm", "layer_norm", "cast", "fake_quantize", "block_transform
              "norm_quantize", "hadamard_quantize", "rope", "rope_quantize")  # fmt: skip
 
 
+#: Of graphs that nothing changes for a while: node → its role, and node → what its value is made of.
+_REMEMBERED: dict[fx.Graph, tuple[dict[fx.Node, str], dict[fx.Node, _Origins]]] = {}
+#: What a value is made of: ``product``, ``mixer`` or ``input``, each with whether more was done to it than to move it.
+_Origins = frozenset[tuple[str, bool]]
+
+
+@contextmanager
+def roles_remembered(graph: fx.Graph) -> Iterator[None]:
+    """While open, each role of a graph is found once; nothing may change what its nodes read."""
+    if graph in _REMEMBERED:
+        yield
+        return
+    _REMEMBERED[graph] = ({}, {})
+    try:
+        yield
+    finally:
+        del _REMEMBERED[graph]
+
+
 def role_of(node: fx.Node) -> str:
     """The role of a product with a weight, an embedding or an attention; ``""`` for a node that has none."""
+    known, _ = _REMEMBERED.get(node.graph, ({}, {}))
+    if node not in known:
+        known[node] = _role_of(node)
+    return known[node]
+
+
+def _role_of(node: fx.Node) -> str:
     if spec(node).concept == "attention":
         return "attention"
     if spec(node).concept == "embedding":
@@ -227,7 +254,7 @@ def _is_computed(node: fx.Node) -> bool:
 
 def _reads_attention(node: fx.Node) -> bool:
     """Whether a product's input comes from a mixer of tokens, through no other product."""
-    return any(_is_mixer(source) for source, _ in _above(node))
+    return any(kind == "mixer" for kind, _ in _origins(node))
 
 
 def _closes(node: fx.Node) -> bool:
@@ -235,35 +262,46 @@ def _closes(node: fx.Node) -> bool:
 
     What reads the residual stream comes from the embedding too, through its sums.
     """
-    products, bent = False, False
-    for source, activated in _above(node):
-        if not _is_product(source):
-            return False
-        products, bent = True, bent or activated
-    return products and bent
+    found = _origins(node)
+    return {kind for kind, _ in found} == {"product"} and any(bent for _, bent in found)
 
 
-def _above(node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
-    """What a product's input is made of: the nearest products, mixers, embeddings and placeholders.
-
-    With each, whether on the way more was done than to move, cast, normalize or transform.
-    """
+def _origins(node: fx.Node) -> _Origins:
+    """What a product's input is made of: the nearest products, mixers, embeddings and placeholders."""
     product = spec(node).product
     start = spec(node).node_of(product.left) if product is not None else None
-    queue: list[tuple[fx.Node, bool]] = [] if start is None else [(start, False)]
-    seen: set[tuple[fx.Node, bool]] = set()
-    while queue:
-        source, bent = queue.pop()
-        if (source, bent) in seen or source.op == "get_attr" or source.target in _SHAPES:
+    if start is None:
+        return frozenset()
+    _, known = _REMEMBERED.get(node.graph, ({}, {}))
+    pending = [start]
+    while pending:
+        source = pending[-1]
+        missing = [] if source in known else [s for s in _parts(source) if s not in known]
+        if missing:
+            pending += missing
             continue
-        seen.add((source, bent))
-        if (
-            _is_product(source)
-            or _is_mixer(source)
-            or source.op == "placeholder"
-            or spec(source).concept == "embedding"
-        ):
-            yield source, bent
-            continue
-        bent = bent or not (source.target in _CARRIES or spec(source).concept in _CARRIERS)
-        queue.extend((s, bent) for s in source.all_input_nodes)
+        if pending.pop() not in known:
+            known[source] = _origin(source) or frozenset(
+                (kind, bent or not _carries(source)) for part in _parts(source) for kind, bent in known[part]
+            )
+    return known[start]
+
+
+def _origin(source: fx.Node) -> _Origins:
+    """The nearest thing that a value comes from, where it is that itself."""
+    if _is_product(source):
+        return frozenset({("product", False)})
+    if _is_mixer(source):
+        return frozenset({("mixer", False)})
+    if source.op == "placeholder" or spec(source).concept == "embedding":
+        return frozenset({("input", False)})
+    return frozenset()
+
+
+def _parts(source: fx.Node) -> list[fx.Node]:
+    """What a value on the way to an origin is computed from."""
+    return [] if source.target in _SHAPES or _origin(source) else source.all_input_nodes
+
+
+def _carries(source: fx.Node) -> bool:
+    return source.target in _CARRIES or spec(source).concept in _CARRIERS

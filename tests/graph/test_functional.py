@@ -60,6 +60,20 @@ def added(model: Toy, x: Tensor) -> Tensor:
     return x.clone().add_(1.5).mul_(x)
 
 
+def read_before_and_behind(model: Toy, x: Tensor) -> Tensor:
+    x = x * 2
+    early = x + 1
+    view = x[..., :4]
+    half = x.div_(4)
+    return half + x * early + torch.cat([view] * 4, -1)
+
+
+def scattered(model: Toy, x: Tensor) -> Tensor:
+    chosen = torch.topk(x, 3).indices
+    kept = torch.zeros_like(x).scatter_(-1, chosen, 1.0)
+    return x * kept
+
+
 def softmax_in_float32(model: Toy, x: Tensor) -> Tensor:
     return torch.softmax(x, dim=-1, dtype=torch.float32).to(x.dtype)
 
@@ -98,6 +112,8 @@ REWRITTEN = (
     in_place_slice,
     assembled,
     added,
+    read_before_and_behind,
+    scattered,
     softmax_in_float32,
     sum_in_float32,
     counted,
@@ -124,6 +140,23 @@ def test_an_op_with_a_functional_and_free_form_gets_it(between) -> None:
         expected = toy(between, dtype)(ids).logits
         tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
         assert relative(execute(program, ids), expected) <= tolerance, dtype
+
+
+@pytest.mark.parametrize(
+    ("between", "traces"),
+    [(assembled, 1), (added, 1), (scattered, 1), (read_before_and_behind, 2)],
+    ids=lambda a: getattr(a, "__name__", str(a)),
+)
+def test_one_trace_is_enough_where_no_view_is_read_again(between, traces: int, monkeypatch) -> None:
+    """A view that was taken before a write and is read behind it needs ``torch.export``'s own second trace."""
+    again: list[str] = []
+    right = torch.export.ExportedProgram.run_decompositions
+    monkeypatch.setattr(
+        torch.export.ExportedProgram, "run_decompositions", lambda *given: again.append("traced") or right(*given)
+    )
+    program = trace(toy(between), proven=False)
+    verify(program)
+    assert 1 + len(again) == traces
 
 
 @pytest.mark.parametrize("between", [counted, literal_tensor], ids=lambda f: f.__name__)

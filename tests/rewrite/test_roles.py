@@ -12,7 +12,7 @@ from mxfx.graph.node import path_of
 from mxfx.graph.program import Program
 from mxfx.graph.trace import trace
 from mxfx.ops.catalogue import spec
-from mxfx.rewrite.roles import role_of
+from mxfx.rewrite.roles import role_of, roles_remembered
 from tests.mixtures import raised_mixture
 from tests.programs import RAISE, passed, raised
 
@@ -86,3 +86,15 @@ def test_latent_attention() -> None:
 def test_embedding_and_head(name: str) -> None:
     roles = [role_of(n) for n in raised(name).graph.nodes if ".layers." not in path_of(n)]
     assert [role for role in roles if role] == ["embed", "head"]
+
+
+def test_roles_that_are_remembered_are_those_of_the_graph_and_forgotten_when_it_changes() -> None:
+    program = raised("llama-tiny").copy()
+    alone = [role_of(node) for node in program.graph.nodes]
+    with roles_remembered(program.graph):
+        assert [role_of(node) for _ in range(2) for node in program.graph.nodes] == 2 * alone
+    last = next(node for node in reversed(program.graph.nodes) if spec(node).concept == "linear")
+    assert role_of(last) == "head"
+    output = next(node for node in program.graph.nodes if node.op == "output")
+    output.args = (last.args[0],)
+    assert role_of(last) != "head"
