@@ -1,4 +1,4 @@
-"""``--to model-explorer``: the graph and overlays (bits, formats, error, time) for Google's Model Explorer.
+"""``--to model-explorer``: the graph and overlays (format, bits, error, KL, time) for Google's Model Explorer.
 
 ``graph.json`` opens in it as it is (``model-explorer graph.json``); ``overlay_*.json`` are node data for its panel.
 """
@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from mxfx.export.errors import ExportError
 from mxfx.export.target import Target, register
+from mxfx.formats import parse
 from mxfx.graph.execute import executable, execute
 from mxfx.graph.fake import sizes_text
 from mxfx.graph.node import info, op_name, path_of
@@ -24,6 +25,10 @@ from mxfx.ground.files import write_file
 
 GRAPH = "graph.json"
 _COLD, _HOT = "#e8f1fb", "#b2182b"
+#: Of formats, in the order of their names.
+_COLORS = ("#8dd3c7", "#ffffb3", "#bebada", "#fb8072", "#80b1d3", "#fdb462", "#b3de69", "#fccde5", "#d9d9d9", "#bc80bd")
+#: KL takes a run for every quantizer: where that would take longer than these seconds, it is left out, and said.
+_PATIENCE = 120.0
 
 
 def graph_json(program: Program) -> dict[str, Any]:
@@ -36,7 +41,8 @@ def overlays(program: Program) -> dict[str, dict[str, float]]:
     """Overlay → node → figure, for the nodes that have one.
 
     bits: of the narrowest format on a node. ms: wall milliseconds of the node's definition on the probe, here.
-    relative error: ‖Δ‖/‖y‖ of the node's value on the probe, with quantizers and without.
+    relative error: ‖Δ‖/‖y‖ of the node's value on the probe, with quantizers and without. KL: of the next-token
+    distribution in nats a token, from the program without quantizers, where this quantizer alone rounds.
     """
     found: dict[str, dict[str, float]] = {"bits": {}}
     for node in program.graph.nodes:
@@ -46,6 +52,7 @@ def overlays(program: Program) -> dict[str, dict[str, float]]:
     if executable(program) is None:
         found["ms"], values = _timed(program)
         found["relative error"] = _errors(program, values)
+        found["KL"] = _divergences(program, sum(found["ms"].values()) / 1e3)
     return found
 
 
@@ -55,14 +62,35 @@ def refuse(program: Program) -> str | None:
 
 def write(program: Program, folder: Path, tokenizer: Any) -> tuple[str, ...]:
     _dump(folder / GRAPH, graph_json(program))
-    for name, figures in overlays(program).items():
+    found = overlays(program)
+    for name, figures in found.items():
         data = {
             "name": name,
             "results": {node: {"value": figure} for node, figure in figures.items()},
             "gradient": [{"stop": 0, "bgColor": _COLD}, {"stop": 1, "bgColor": _HOT}],
         }
         _dump(folder / f"overlay_{name.replace(' ', '_')}.json", {"program": data})
-    return ("open it with: model-explorer graph.json",)
+    colors, results = _format_colors(program, found["bits"])
+    _dump(folder / "overlay_format.json", {"program": {"name": "format (bits)", "results": results}})
+    notes = ["open it with: model-explorer graph.json", *(f"{color}: {formats}" for formats, color in colors.items())]
+    if "KL" in found and not found["KL"] and "quantizers-fused" not in program.facts and _quantizers(program):
+        notes.append(
+            f"no KL: a run for each of {len(_quantizers(program))} quantizers takes more than {_PATIENCE:.0f} s"
+        )
+    return tuple(notes)
+
+
+def _format_colors(
+    program: Program, bits: Mapping[str, float]
+) -> tuple[dict[str, str], dict[str, dict[str, float | str]]]:
+    """A color for each combination of formats, and the nodes in it."""
+    named = {
+        node.name: ", ".join(sorted({str(annotation.format) for annotation in info(node).formats.values()}))
+        for node in program.graph.nodes
+        if node.name in bits
+    }
+    colors = {formats: _COLORS[i % len(_COLORS)] for i, formats in enumerate(sorted(set(named.values())))}
+    return colors, {name: {"value": bits[name], "bgColor": colors[formats]} for name, formats in named.items()}
 
 
 def prove(program: Program, folder: Path) -> Mapping[str, object]:
@@ -145,6 +173,32 @@ def _errors(program: Program, values: Mapping[str, Tensor]) -> dict[str, float]:
 
     execute(program, _probe(program), quantize=False, observe=observe)
     return {name: error for name, error in errors.items() if error == error}
+
+
+def _quantizers(program: Program) -> list[fx.Node]:
+    return [node for node in program.graph.nodes if node.target == torch.ops.mxfx.fake_quantize.default]
+
+
+def _divergences(program: Program, seconds: float) -> dict[str, float]:
+    """KL of each quantizer of activations by itself; ``seconds`` is what one run takes."""
+    quantizers = _quantizers(program)
+    if "quantizers-fused" in program.facts or "lowered" in program.facts or seconds * len(quantizers) > _PATIENCE:
+        return {}
+    ids = _probe(program)
+    expected = execute(program, ids, quantize=False).float().log_softmax(-1)
+    found = {}
+    for chosen in quantizers:
+
+        def round_one(node: fx.Node, value: object, chosen: fx.Node = chosen) -> object:
+            if node is not chosen:
+                return value
+            assert isinstance(value, Tensor)
+            return parse(str(node.args[1])).fake_quantize(value, int(node.args[2]))
+
+        actual = execute(program, ids, quantize=False, observe=round_one).float().log_softmax(-1)
+        kl = torch.nn.functional.kl_div(actual, expected, reduction="none", log_target=True).sum(-1).mean()
+        found[chosen.name] = float(kl)
+    return found
 
 
 def _dump(path: Path, data: object) -> None:

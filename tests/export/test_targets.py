@@ -243,11 +243,18 @@ def test_a_file_that_reads_back_otherwise_is_no_export(tmp_path: Path, monkeypat
 def test_model_explorer_takes_the_graph_with_overlays(tmp_path: Path) -> None:
     program = _program("mxint4@32", more='input = "mxint8@32"', after=_QUANTIZED)
     written = export(program, tmp_path / "out", "model-explorer")
-    assert written.checks == {"nodes": len(program.graph.nodes), "edges": written.checks["edges"], "overlays": 3}
-    bits = json.loads((tmp_path / "out/overlay_bits.json").read_text())["program"]["results"]
-    assert {node["value"] for node in bits.values()} == {4.25}
-    errors = json.loads((tmp_path / "out/overlay_relative_error.json").read_text())["program"]["results"]
-    assert 0 < errors["fake_quantize_default"]["value"] < 0.02
+    assert written.checks == {"nodes": len(program.graph.nodes), "edges": written.checks["edges"], "overlays": 5}
+
+    def overlay(name: str) -> dict:
+        return json.loads((tmp_path / f"out/overlay_{name}.json").read_text())["program"]["results"]
+
+    assert {node["value"] for node in overlay("bits").values()} == {4.25}
+    assert 0 < overlay("relative_error")["fake_quantize_default"]["value"] < 0.02
+    quantizers = [node.name for node in program.graph.nodes if node.name.startswith("fake_quantize")]
+    assert set(overlay("KL")) == set(quantizers) and all(0 < node["value"] < 1 for node in overlay("KL").values())
+    (color,) = {node["bgColor"] for node in overlay("format").values()}
+    assert f"{color}: mxint4@32, mxint8@32" in written.notes
+    assert set(overlay("ms")) >= set(quantizers)
     (graph,) = json.loads((tmp_path / "out/graph.json").read_text())["graphs"]
     assert any(node["namespace"] == "model/layers/0/mlp/down_proj" for node in graph["nodes"])
 
