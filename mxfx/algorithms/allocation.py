@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,8 +23,12 @@ def allocate(sites: Sequence[Sequence[Choice]], budget: float) -> list[int]:
     again, while the budget holds it (greedy on each site's lower convex hull: the best solution of the relaxed
     problem but for the last exchange; Sinha and Zoltners, Operations Research 27, 1979).
 
-    Raises ``ValueError`` if even the cheapest items exceed the budget.
+    Raises ``ValueError`` if even the cheapest items exceed the budget, or a loss is not finite.
     """
+    for site, items in enumerate(sites):
+        losses = [item.loss for item in items]
+        if not all(map(math.isfinite, losses)):
+            raise ValueError(f"the losses of site {site} are {losses}: not all are finite")
     hulls = [_hull(items) for items in sites]
     taken = [hull[0] for hull in hulls]
     spent = sum(items[index].cost for items, index in zip(sites, taken, strict=True))

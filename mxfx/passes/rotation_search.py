@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,11 @@ class RotationSearch(Pass):
         score = _scorer(program, members, self.block, ctx, tokens)
         winners: list[str] = []
         best = baseline = score(winners)
+        if not math.isfinite(baseline):
+            raise ValueError(
+                f"rotation-search: the perplexity of the quantized model on the calibration tokens is {baseline}: "
+                "its logits are not finite, so no type can be told from another"
+            )
         steps: list[dict[str, object]] = []
         while len(winners) < len(members):
             remaining = [site for site in members if site not in winners]
@@ -249,7 +255,7 @@ def _factors(rw: Rewriter, order: int, like: fx.Node) -> list[fx.Node]:
 
 
 def _perplexity(module: fx.GraphModule, batches: tuple[Tensor, ...]) -> float:
-    """exp of the mean next-token cross-entropy, in float32."""
+    """exp of the mean next-token cross-entropy, in float32; infinite where a logit is NaN, which loses to any other."""
     total, count = 0.0, 0
     with torch.no_grad():
         for ids in batches:
@@ -258,4 +264,4 @@ def _perplexity(module: fx.GraphModule, batches: tuple[Tensor, ...]) -> float:
                 torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
             )
             count += ids[:, 1:].numel()
-    return float(torch.tensor(total / count, dtype=torch.float64).exp())
+    return math.inf if math.isnan(total) else float(torch.tensor(total / count, dtype=torch.float64).exp())

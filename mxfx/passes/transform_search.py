@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -161,6 +162,8 @@ class TransformSearch(Pass):
                     skipped[candidate] = made
                 else:
                     errors[candidate] = scorer(made)
+            if not all(map(math.isfinite, errors.values())):
+                raise ValueError(f"transform-search: {site.name}: its input is not finite: errors are {errors}")
             chosen = min(errors, key=errors.__getitem__)
             decisions[site.name] = {
                 "chosen": chosen,

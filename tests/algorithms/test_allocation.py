@@ -54,3 +54,9 @@ def test_a_dearer_item_that_loses_more_is_never_taken() -> None:
 def test_a_budget_below_the_cheapest_is_refused() -> None:
     with pytest.raises(ValueError, match="the cheapest choice of every site costs 4, the budget is 3"):
         allocate([[Choice(4, 1.0)]], 3)
+
+
+def test_a_loss_that_is_not_finite_is_named() -> None:
+    """Each comparison with NaN is false: whatever was chosen would be chosen by chance."""
+    with pytest.raises(ValueError, match=r"the losses of site 1 are \[1.0, nan\]"):
+        allocate([[Choice(1, 2.0), Choice(2, 1.0)], [Choice(1, 1.0), Choice(2, float("nan"))]], 4)

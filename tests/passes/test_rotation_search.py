@@ -77,3 +77,9 @@ def test_decisions_of_other_tokens_are_not_used(annotated, ctx, tmp_path):
 def test_a_type_that_carries_no_format_is_named(annotated, ctx):
     record = apply(RotationSearch(sites=("q_proj", "w_proj")), annotated, ctx).record
     assert "no w_proj carries a format" in record.warnings[0]
+
+
+def test_a_model_whose_perplexity_is_not_finite_is_no_ground_for_a_choice(annotated, ctx, monkeypatch):
+    monkeypatch.setattr(module, "_perplexity", lambda *given: float("inf"))
+    with pytest.raises(ValueError, match=r"rotation-search: the perplexity of the quantized model .* is inf"):
+        apply(RotationSearch(sites=("q_proj",)), annotated, ctx)
