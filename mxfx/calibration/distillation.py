@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -10,13 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mxfx.calibration.training import GradientStep
+from mxfx.graph.tensor_file import read_tensors, write_tensors
 from mxfx.ground import ranks
-from mxfx.ground.files import parse_json, write_file
 from mxfx.rewrite import Context
 
 _NORM = 1.0
@@ -221,11 +218,8 @@ class Distillation:
             state = self._update.state[parameter]
             tensors |= {f"now/{name}": parameter.detach(), f"first/{name}": state["exp_avg"]}
             tensors |= {f"second/{name}": state["exp_avg_sq"]}
-        about = json.dumps({"step": step, "history": asdict(self.history)})
-        data = save({name: t.to("cpu").contiguous() for name, t in tensors.items()}, metadata={"about": about})
         assert self._file is not None
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(self._file, data)
+        write_tensors(self._file, tensors, {"step": step, "history": asdict(self.history)})
 
     def _resume(self) -> int:
         """Steps that an earlier run did, its state taken over; 0 without one that can be read."""
@@ -248,20 +242,15 @@ class Distillation:
         """What an earlier run left: steps done, losses, and every tensor of the state."""
         if self._file is None or not self._file.exists():
             return None
-        from safetensors import safe_open
-
         try:
-            with safe_open(self._file, framework="pt") as opened:
-                about = parse_json(opened.metadata()["about"], self._file)
-            # Cloned, so that memory is aligned as in a fresh run: the order of some sums depends on it.
-            tensors = {name: tensor.clone() for name, tensor in load_file(self._file).items()}
+            tensors, about = read_tensors(self._file)
             step = int(about["step"])
             held_out = {int(at): loss for at, loss in about["history"]["held_out"].items()}
             shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
             if any(tensors[f"{part}/{name}"].shape != shapes[name] for name in shapes for part in _STATE):
                 raise ValueError("a tensor of another shape")
             history = History(held_out, int(about["history"]["best_step"]))
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"the checkpoint {self._file} cannot be read ({type(error).__name__}: {error}); remove it to begin anew"
             ) from error

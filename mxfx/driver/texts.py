@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
-import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mxfx.calibration.keys import digest
@@ -21,9 +18,9 @@ from mxfx.config import Pipeline
 from mxfx.evaluation.chat import chat_domain
 from mxfx.evaluation.evaluate import Domain
 from mxfx.graph.program import Program
+from mxfx.graph.tensor_file import read_tensors, tensors_hash, write_tensors
 from mxfx.graph.trace import trace
-from mxfx.graph.weights import tensor_hash
-from mxfx.ground.files import cache_home, write_file
+from mxfx.ground.files import DamagedFile, cache_home
 from mxfx.ground.progress import track
 from mxfx.pipeline.manager import PassManager
 from mxfx.runtime.causal_lm import as_causal_lm
@@ -64,8 +61,7 @@ class FloatTexts:
             found = self_samples(
                 self._there(), self._tokenizer, samples=samples, length=length, seed=seed, progress=track
             )
-            self._cache.mkdir(parents=True, exist_ok=True)
-            write_file(file, save({"ids": found}))
+            write_tensors(file, {"ids": found})
             self._release()
         return found
 
@@ -86,10 +82,7 @@ class FloatTexts:
     def key(self) -> str:
         """Hash of the model's weights and dtypes."""
         if not self._key:
-            found = hashlib.blake2b(digest_size=16)
-            for name, tensor in self._model.state_dict().items():
-                found.update(f"{name}={tensor_hash(tensor)}\n".encode())
-            self._key = found.hexdigest()
+            self._key = tensors_hash(self._model.state_dict())
         return self._key
 
     def _there(self) -> nn.Module:
@@ -125,7 +118,7 @@ def _read(file: Path) -> Tensor | None:
     if not file.exists():
         return None
     try:
-        return load_file(file)["ids"]
-    except (OSError, SafetensorError, KeyError) as error:
-        _log.warning("%s cannot be read (%s); the samples are written again", file, error)
+        return read_tensors(file)[0]["ids"]
+    except (DamagedFile, KeyError) as error:
+        _log.warning("%s; the samples are written again", error)
         return None

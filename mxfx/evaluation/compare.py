@@ -8,8 +8,6 @@ both together is called noise.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mxfx.evaluation.results import EvalResult, EvaluationError, Scores, exp, weighted_mean
-from mxfx.graph.weights import tensor_hash
-from mxfx.ground.files import parse_json, read_text, write_file
+from mxfx.graph.tensor_file import read_tensors, write_tensors
+from mxfx.ground.files import DamagedFile, parse_json, read_text
 
 FILE = "scores.safetensors"
 SAMPLES = "samples-"
@@ -77,9 +73,7 @@ def write_scores(folder: Path, results: Mapping[str, EvalResult]) -> Path:
         columns = {column: getattr(result.scores, column) for column in _COLUMNS}
         tensors |= {f"{name}/{column}": value for column, value in columns.items() if value is not None}
         about[name] = {"text_sha": result.text_sha, "max_length": result.max_length, "source": result.source}
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = {"domains": json.dumps(about), "digest": _digest(tensors)}
-    write_file(folder / FILE, save({k: v.contiguous() for k, v in tensors.items()}, facts))
+    write_tensors(folder / FILE, tensors, about)
     return folder / FILE
 
 
@@ -88,26 +82,14 @@ def read_scores(folder: Path | str) -> tuple[dict[str, Scores], dict[str, dict[s
     path = Path(folder)
     path = path / FILE if path.is_dir() else path
     try:
-        with safe_open(path, framework="pt") as opened:
-            facts = opened.metadata()
-        about, tensors = parse_json(facts["domains"], path), load_file(path)
-        if facts["digest"] != _digest(tensors):
-            raise ValueError("it is damaged: its scores do not have the digest that they were written with")
+        tensors, about = read_tensors(path)
         scores = {name: Scores(**{c: tensors.get(f"{name}/{c}") for c in _COLUMNS}) for name in about}
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (DamagedFile, TypeError) as error:
         raise EvaluationError(
-            f"{folder}: no scores to compare ({type(error).__name__}: {error}); "
+            f"{folder}: no scores to compare ({error}); "
             f"give the folder of one pipeline that `mxfx run --eval … --out DIR` wrote (DIR/NAME)"
         ) from error
     return scores, about
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of names and bytes: a flipped bit of a score would be another figure, and nothing else would show it."""
-    found = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        found.update(f"{name}={tensor_hash(tensors[name])}\n".encode())
-    return found.hexdigest()
 
 
 def compare(a: Path | str, b: Path | str, *, floor: float = FLOOR) -> list[Difference]:

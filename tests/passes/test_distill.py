@@ -337,13 +337,14 @@ def test_a_killed_run_resumed_ends_with_the_same_bytes(unrounded, tmp_path: Path
     assert _bytes(resumed) == _bytes(whole)
 
 
-def test_a_damaged_checkpoint_is_named(unrounded, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: data[:-9] + b"\x00" + data[-8:]])
+def test_a_damaged_checkpoint_is_named(damage, unrounded, tmp_path: Path) -> None:
     start, quantized = unrounded
     ctx = Context(tokens=lambda: TOKENS, reference=start, cache=tmp_path)
     pass_ = Distill(steps=2, checkpoint_every=1)
     apply(pass_, quantized, ctx)
     (file,) = tmp_path.glob("distill-*.safetensors")
-    file.write_bytes(file.read_bytes()[:-100])
+    file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match=r"distill-.*cannot be read.*remove it"):
         apply(pass_, quantized, ctx)
 
