@@ -299,7 +299,7 @@ class WeightStore(Mapping[str, Tensor]):
         whole, first, count = self[source], int(rows[0]), len(rows)
         run = torch.equal(rows, torch.arange(first, first + count))
         self._tensors[name] = whole[first : first + count] if run else whole[rows.to(whole.device)]
-        self.ledger.append(WeightChange(by, name, "", self.hash(name), None))
+        self._ledger.append(WeightChange(by, name, "", self.hash(name), None))
 
     def untie(self, alias: str, by: str) -> None:
         """Give an alias a tensor of its own, equal to the one that it shared until now."""
