@@ -21,7 +21,7 @@ from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector
 from mxfx.rewrite.basis import free_name, why_shared
 from mxfx.rewrite.facts import ANNOTATED, FUSED_SPLIT, LOWERED, RAISED, WEIGHTS_ROUNDED, Fact, Selected
 from mxfx.rewrite.parts import note_parts
-from mxfx.rewrite.roles import role_made
+from mxfx.rewrite.roles import role_made, roles_remembered
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ class SplitFused(Pass):
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         taken = {path_of(node) for node in rw.program.graph.nodes}
-        for linear in filter(self.select, rw.program.products()):
-            found = parts_of(linear)
+        with roles_remembered(rw.graph):
+            chosen = [(linear, parts_of(linear)) for linear in rw.program.products() if self.select(linear)]
+        for linear, found in chosen:
             if found is None:
                 continue
             reason = found if isinstance(found, str) else why_shared(rw, linear)
@@ -187,5 +188,6 @@ def _size(rw: Rewriter, part: Part, size: object) -> fx.Node:
 
 @FUSED_SPLIT.means
 def fused_split(program: Program, selected: Selected) -> str | None:
-    fused = next((n for n in program.products() if selected(n) and isinstance(parts_of(n), list)), None)
+    with roles_remembered(program.graph):
+        fused = next((n for n in program.products() if selected(n) and isinstance(parts_of(n), list)), None)
     return None if fused is None else f"{path_of(fused) or fused.name} still makes several parts"
