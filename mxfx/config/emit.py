@@ -37,10 +37,9 @@ def emit_stage(settings: EmitConfig, device: str) -> list[tuple[str, Mapping[str
     if settings.packed:
         stage.append(("pack-weights", {}))
         if target == "cpu":
-            # Saved packed; a CPU multiplies faster than it decodes.
-            stage.append(("unpack-weights", {}))
-    if target == "cuda":
-        stage += [(name, {}) for name in FUSIONS]
+            # Saved packed; without a kernel a CPU multiplies faster than it decodes.
+            stage.append(("unpack-weights", {"unserved": True}))
+    stage += [(name, {}) for name in FUSIONS]
     stage.append(("lower", {"device": target}))
     if target == "cuda":
         stage.append(("multiply-in-fp8", {}))

@@ -27,10 +27,14 @@ def lines() -> Iterator[str]:
     """One line a finding."""
     import torch
 
+    from mxfx.ops.kernels.library import load_cpu
+
     yield f"mxfx {metadata.version('mxfx')}, Python {platform.python_version()}, {platform.platform()}"
     for name in _REQUIRED:
         yield f"{name} {metadata.version(name)}"
     yield f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads, {_instructions()}"
+    missing = load_cpu()
+    yield "C kernels for decoding on the CPU: " + ("built" if missing is None else f"none, definitions run ({missing})")
     if not torch.cuda.is_available():
         yield "cuda: no device; definitions and CPU kernels run"
     for index in range(torch.cuda.device_count()):

@@ -27,6 +27,9 @@ def build(program: Program) -> fx.GraphModule:
             cast[home] = _runtime_tensor(program, home)
         _attach(root, str(node.target), cast[home])
     module = fx.GraphModule(root, copy_graph(program.graph), class_name=program.source.architecture)
+    for parent in module.modules():
+        # Found before `__getattr__` is asked: a step of decoding looks up thousands.
+        vars(parent).update(parent.named_children())
     return module.eval()
 
 

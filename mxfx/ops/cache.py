@@ -19,6 +19,7 @@ from mxfx.formats.stored import restore, store_on_grid
 from mxfx.ops.attention import _CONTRACTS, _OPERANDS, _attended, attend, attention_bias
 from mxfx.ops.catalogue import describe, plain
 from mxfx.ops.dialect import define
+from mxfx.ops.kernels.library import load_cpu
 from mxfx.ops.kernels.limits import DTYPES, has_triton
 from mxfx.ops.quantize import _format
 
@@ -129,6 +130,13 @@ def cached_attend(
     tensors = (keys, values, key_scales, value_scales)
     caches = ((keys, key_scales, k, formats[0]), (values, value_scales, v, formats[1]))
     one, limited = known_true(q.shape[2] == 1), window is not None or chunk is not None
+    if one and bias is None and q.is_cpu and load_cpu() is None:
+        from mxfx.ops.kernels.cpu import attend_token
+
+        texts = (key_format, value_format)
+        out = attend_token(q, k, v, tensors, allowed, slots, scale, texts, softcap, sinks, writes)
+        if out is not NotImplemented:
+            return out
     # Several tokens may push out of a ring what the first of them still sees: it is read first.
     before = [read_cache(c, s, x, f).clone() for c, s, x, f in caches] if limited and not one else []
     kernels = _kernels(q, k, v, *formats)

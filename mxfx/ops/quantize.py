@@ -10,7 +10,6 @@ from torch import Tensor
 from mxfx.formats import Format, parse
 from mxfx.ops.catalogue import Rounding, describe, plain
 from mxfx.ops.dialect import define
-from mxfx.ops.providers import Provider, provide
 
 
 @lru_cache(maxsize=256)
@@ -43,6 +42,3 @@ def fake_quantize(x: Tensor, format: str, axis: int = -1) -> Tensor:
 
 
 describe(fake_quantize, "fake_quantize", operands=_INPUT, rounds=_ROUNDING, shape=_same_shape)
-# In eager mode on a CPU the definition as a whole works a cache-sized chunk at a time, five times faster than its ops
-# one by one; torch.compile traces through it.
-provide(Provider("chunked", "fake_quantize", "cpu", fake_quantize))

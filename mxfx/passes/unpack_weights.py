@@ -12,6 +12,9 @@ from torch.ops import aten
 from mxfx.formats import parse
 from mxfx.formats.stored import restore
 from mxfx.graph.node import info, kind, operands
+from mxfx.ops.catalogue import spec
+from mxfx.ops.kernels.library import load_cpu
+from mxfx.ops.kernels.structs import fits_byte, units_of
 from mxfx.rewrite import ALL, Exact, NodePass, Numerics, Rewriter, Selector, register
 from mxfx.rewrite.facts import LOWERED, Fact
 
@@ -33,10 +36,13 @@ class UnpackWeights(NodePass):
 
         %y = aten.linear(%x4, @up.weight)                                   # f32[out, in], on the grid of mxint4@32
 
-    Every decoded number has the bits of the weight that was packed. The emit stage for a CPU ends packed programs so:
-    what is saved stays packed, what runs there takes the memory of the model's dtype and a third of the time.
+    Every decoded number has the bits of the weight that was packed. The emit stage for a CPU does so where no kernel of
+    the machine multiplies codes: what is saved stays packed, what runs takes the memory of the model's dtype, and a
+    third of the time.
 
     select: whose weights are unpacked.
+    unserved: leave packed what a kernel of this machine multiplies as it is: linears of 4 bits whose input is rounded
+        onto a grid of integers.
     """
 
     name: ClassVar[str] = "unpack-weights"
@@ -44,10 +50,12 @@ class UnpackWeights(NodePass):
     forbids: ClassVar[frozenset[Fact]] = frozenset({LOWERED})
     numerics: ClassVar[Numerics] = Exact()
     select: Selector = ALL
+    unserved: bool = False
 
     def refuse(self, rw: Rewriter, node: fx.Node) -> str | None:
-        meta = rw.weights[_codes(node)].device.type == "meta"
-        return "its weight has no data (meta device)" if meta else None
+        if rw.weights[_codes(node)].device.type == "meta":
+            return "its weight has no data (meta device)"
+        return "a kernel of this CPU multiplies its codes" if self.unserved and _served(node) else None
 
     def note(self, node: fx.Node) -> str:
         return str(operands(node)["format"])
@@ -58,6 +66,16 @@ class UnpackWeights(NodePass):
 
 def _codes(node: fx.Node) -> str:
     return str(operands(node)["codes"].target)
+
+
+def _served(node: fx.Node) -> bool:
+    """Whether codes of the weight meet codes of the input, few rows at a time, without being decoded."""
+    given = operands(node)
+    source = given.get("x") if kind(node) == "mx_linear" else None
+    if not isinstance(source, fx.Node) or load_cpu() is not None or units_of(str(given["format"])) is None:
+        return False
+    rounded = spec(source).rounds
+    return rounded is not None and rounded.axis == -1 and fits_byte(parse(rounded.format))
 
 
 def packed_nodes(graph: fx.Graph) -> list[fx.Node]:

@@ -143,7 +143,8 @@ class KVCache(Cache):
 
     def __del__(self) -> None:
         kept, held = getattr(self, "_kept", None), getattr(self, "storage", None)
-        if kept is not None and held is not None and held.attached:
+        # On a CPU a step is recorded as fast as it runs.
+        if kept is not None and held is not None and held.attached and self.device.type == "cuda":
             kept.append(held)
             del kept[:-_KEPT]
 

@@ -14,7 +14,7 @@ from mxfx.graph.program import Program
 from mxfx.graph.trace import GENERATION
 from mxfx.pipeline.emit import emitted
 from mxfx.runtime.cache import CacheError, KVCache, Storage, cache_specs
-from mxfx.runtime.decode import replayed
+from mxfx.runtime.decode import records, replayed
 
 
 def emit(program: Program, device: torch.device | str = "cpu") -> fx.GraphModule:
@@ -107,7 +107,7 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
             cache.padded = not bool(mask.all())
             mask = mask if cache.padded else None
         storage = cache.reserve(batch, seq)
-        if seq == 1 and self.device.type == "cuda":
+        if seq == 1 and records(self.device):
             logits = replayed(self.graph, storage, ids, positions, mask, cache.length)
         else:
             logits = self.graph(ids, positions, mask, **cache.inputs(seq))

@@ -1,10 +1,14 @@
-"""Steps of decoding as recorded CUDA graphs: one for each batch size and room of a cache."""
+"""Steps of decoding as recorded CUDA graphs, on a CPU as tapes: one for each batch size and room of a cache."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from mxfx.ops.kernels.library import load_cpu
 from mxfx.runtime.cache import Storage
 
 _RECORDED = "decode step"
@@ -24,6 +28,19 @@ def replayed(
     return step(ids, positions, mask, past)
 
 
+def records(device: torch.device) -> bool:
+    """Whether steps are recorded on a device: on a CPU only where its kernels are, and not within other tools."""
+    if device.type == "cpu":
+        return load_cpu() is None and not torch.compiler.is_compiling() and not _get_current_dispatch_mode_stack()
+    return device.type == "cuda"
+
+
+def _tape(graph: fx.GraphModule) -> Callable[[dict[str, Tensor]], Tensor]:
+    from mxfx.runtime.taped import TapedStep
+
+    return TapedStep(graph)
+
+
 class RecordedStep:
     """A step on the tensors of one storage: how many slots are filled is read from ``slots``, on the device."""
 
@@ -36,6 +53,7 @@ class RecordedStep:
         self._mask = torch.ones((batch, storage.room), dtype=torch.bool, device=device)
         # Not the storage, which holds this step: a ring of references would keep its gigabytes until a collection.
         self._graph, self._tensors = graph, storage.tensors
+        self._taped = _tape(graph) if device.type == "cpu" else None
         self.recording: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
 
@@ -47,6 +65,9 @@ class RecordedStep:
             self._mask.fill_(True)
         else:
             self._mask[:, : mask.shape[1]].copy_(mask)
+        if self._taped is not None:
+            named = {"input_ids": self._ids, "position_ids": self._positions, "attention_mask": self._mask}
+            return self._taped({**named, "slots": self._slots, **self._tensors})
         if self.recording is None:
             self._record()
         assert self.recording is not None and self._logits is not None

@@ -10,15 +10,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 
 import torch
 from torch import Tensor
 
 from mxfx.algorithms.hadamard import DENSE_ORDER, hadamard_matrix, kronecker_signs, kronecker_transform
-from mxfx.ops import fused, quantize, transform
-from mxfx.ops.dialect import find_op
+from mxfx.ops import fused, norm, quantize, transform
+from mxfx.ops.dialect import _differentiate, _save_inputs, find_op
+from mxfx.ops.kernels.build import library
 from mxfx.ops.kernels.limits import has_fast_hadamard, has_triton
 from mxfx.ops.providers import Provider, Takes, on_demand, provide, takes_all
 from mxfx.ops.rope import rope as rotate
@@ -72,7 +73,20 @@ def load_cuda() -> str | None:
     return None if has_triton() else "triton is not installed here"
 
 
+@cache
+def load_cpu() -> str | None:
+    """Register the kernels for CPUs; why those in C are missing, where they cannot be built."""
+    built = library()
+    if not isinstance(built, str):
+        import_module("mxfx.ops.kernels.cpu")
+    # The definition as a whole works a cache-sized chunk at a time, five times faster than its ops one by one, and
+    # torch.compile traces through it.
+    provide(Provider("chunked", "fake_quantize", "cpu", quantize.fake_quantize))
+    return built if isinstance(built, str) else None
+
+
 on_demand("cuda", load_cuda)
+on_demand("cpu", load_cpu)
 
 
 def _on_device(name: str, device: str, definition: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -179,6 +193,7 @@ block_transform = kernel_op(transform.block_transform, _transform_backward, _sav
 hadamard = kernel_op(transform.hadamard, _hadamard_backward, _save_order)
 fast_hadamard = kernel_op(transform.hadamard, _hadamard_backward, _save_order, "fast_hadamard")
 rope = kernel_op(rotate, _rope_backward, _save_operands)
+rms_norm = kernel_op(norm.rms_norm, _differentiate(norm.rms_norm, []), _save_inputs)
 transform_quantize = kernel_op(fused.transform_quantize)
 hadamard_quantize = kernel_op(fused.hadamard_quantize)
 norm_quantize = kernel_op(fused.norm_quantize)

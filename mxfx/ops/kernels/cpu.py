@@ -1,0 +1,372 @@
+"""The ops on a CPU by C kernels: one call of the host where a definition takes dozens.
+
+Rounding is bit-equal to the definition, for any number of rows. What sums (norms, transforms, products, attention) is
+taken only of steps of decoding, one token a text: a library too sums those in another order than a whole prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ctypes import byref
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from mxfx.formats import parse
+from mxfx.formats.stored import restore
+from mxfx.ops import packed
+from mxfx.ops.fused import _transformed
+from mxfx.ops.kernels import takes
+from mxfx.ops.kernels.build import library
+from mxfx.ops.kernels.library import _LIBRARY, kernel
+from mxfx.ops.kernels.structs import DTYPES, Before, CacheTensor, refused, rule_of, table_of, units_of
+from mxfx.ops.norm import rms_norm
+from mxfx.ops.rope import rope as rotate
+
+#: Texts whose next tokens are taken together row by row; more fill a GEMM.
+FEW = 16
+#: Numbers below which a second thread costs more than it saves.
+_SERIAL = 1 << 15
+_C = library()
+if isinstance(_C, str):
+    raise ImportError(_C)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a C kernel: ``run()`` makes it again, on the same tensors; ``reads`` and ``result`` are those."""
+
+    function: Callable[..., int]
+    arguments: tuple
+    reads: tuple[Tensor, ...]
+    result: Tensor
+
+    def run(self) -> None:
+        failed = self.function(*self.arguments)
+        if failed:
+            raise MemoryError(f"{self.function.__name__} found no memory, or numbers on no grid ({failed})")
+
+
+#: Where calls are written down, while somebody does; see ``recorded``.
+_LOG: list[list[Call]] = []
+
+
+@contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """The calls of C kernels made meanwhile."""
+    _LOG.append([])
+    try:
+        yield _LOG[-1]
+    finally:
+        _LOG.pop()
+
+
+def _called(function: Callable[..., int], arguments: tuple, reads: tuple, result: Tensor) -> int:
+    if _LOG:
+        _LOG[-1].append(Call(function, arguments, tuple(t for t in reads if t is not None), result))
+    return function(*arguments)
+
+
+def _few(x: Tensor) -> bool:
+    """A step of decoding: one token of few texts."""
+    return x.dim() > 1 and x.shape[-2] == 1 and x.shape[0] <= FEW
+
+
+def _threads(work: int) -> int:
+    return 1 if work < _SERIAL else torch.get_num_threads()
+
+
+def _run(x: Tensor, format: str | None, before: Before | None, *others: Tensor | None) -> Tensor:
+    """``mxfx_rows`` on a contiguous tensor; ``others`` are those that ``before`` points to."""
+    y, width = torch.empty_like(x), x.shape[-1]
+    if x.numel() == 0:
+        return y
+    arguments = (
+        *(x.data_ptr(), y.data_ptr(), x.numel() // width, width, x.dtype is torch.bfloat16),
+        None if before is None else byref(before),
+        None if format is None else rule_of(format, x.dtype),
+        _threads(x.numel()),
+    )
+    if _called(_C.mxfx_rows, arguments, (x, *others), y):
+        raise MemoryError("no memory for a row of a tensor")
+    return y
+
+
+def _matrix(x: Tensor, matrix: Tensor | None) -> tuple[int | None, int, tuple[int, int, int, int]] | None:
+    """Address of a transform, whether it is bfloat16, its order, blocks, heads and group; None if it is not taken."""
+    if matrix is None:
+        return None, 0, (0, 0, 1, 1)
+    if matrix.dtype not in DTYPES or not matrix.is_contiguous():
+        return None
+    shape = matrix.shape
+    heads = shape[0] if len(shape) == 4 else 1
+    group = x.shape[1] // heads if len(shape) == 4 else 1
+    sizes = (shape[-1], shape[-3] if len(shape) > 2 else 0, heads, group)
+    return matrix.data_ptr(), matrix.dtype is torch.bfloat16, sizes
+
+
+def _taken(*tensors: Tensor | None) -> bool:
+    return all(t is None or (t.dtype is tensors[0].dtype and t.is_contiguous()) for t in tensors)
+
+
+@lru_cache(maxsize=256)
+def _block(format: str) -> int:
+    return parse(format).block or 0
+
+
+def takes_rounding(x: Tensor, format: str, axis: int = -1) -> str | None:
+    """Why a quantizer stays with its definition."""
+    if x.dtype not in DTYPES:
+        return f"numbers are {x.dtype}"
+    return refused(format) if axis in (-1, x.dim() - 1) else f"blocks run along axis {axis}, not the last"
+
+
+@kernel("fake_quantize", "cpu", takes=takes_rounding, name="c-fake-quantize")
+def fake_quantize(x: Tensor, format: str, axis: int = -1) -> Tensor:
+    return _run(x.contiguous(), format, None)
+
+
+def takes_transform(x: Tensor, matrix: Tensor) -> str | None:
+    return None if x.dtype in DTYPES else f"numbers are {x.dtype}"
+
+
+@kernel("block_transform", "cpu", takes=takes_transform, name="c-block-transform")
+def block_transform(x: Tensor, matrix: Tensor) -> Tensor:
+    found = _matrix(x, matrix)
+    if not _few(x) or found is None:
+        return NotImplemented
+    address, narrow, sizes = found
+    return _run(
+        x.contiguous(), None, Before(None, None, None, None, address, 0, 0, 0, 0, 0, narrow, *sizes, 1, 1), matrix
+    )
+
+
+def takes_rope(x: Tensor, cos: Tensor, sin: Tensor) -> str | None:
+    return takes.rope(x, cos, sin) if x.dtype in DTYPES else f"numbers are {x.dtype}"
+
+
+@kernel("rope", "cpu", takes=takes_rope, name="c-rope")
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _turned(x, cos, sin, None, None)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, matrix: Tensor | None, format: str | None) -> Tensor:
+    """One token a text: rows are (batch, heads), those of the angles (batch | 1)."""
+    found = _matrix(x, matrix)
+    if not _few(x) or found is None or not _taken(x, cos, sin):
+        return NotImplemented
+    address, narrow, sizes = found
+    angles = (cos.data_ptr(), sin.data_ptr())
+    before = Before(None, None, *angles, address, 0, 0, 0, 0, 0, narrow, *sizes, x.shape[1], cos.shape[0])
+    return _run(x, format, before, cos, sin, matrix)
+
+
+def takes_rope_quantize(
+    x: Tensor, cos: Tensor, sin: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False
+) -> str | None:
+    return takes_rounding(x, format) or takes_rope(x, cos, sin)
+
+
+@kernel("rope_quantize", "cpu", takes=takes_rope_quantize, name="c-rope-quantize")
+def rope_quantize(
+    x: Tensor, cos: Tensor, sin: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False
+) -> Tensor:
+    out = _turned(x, cos, sin, matrix, format)
+    return fake_quantize(_transformed(rotate(x, cos, sin), matrix), format) if out is NotImplemented else out
+
+
+def takes_transform_quantize(x: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False) -> str | None:
+    return takes_rounding(x, format)
+
+
+@kernel("transform_quantize", "cpu", takes=takes_transform_quantize, name="c-transform-quantize")
+def transform_quantize(x: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False) -> Tensor:
+    found = _matrix(x, matrix)
+    if not _few(x) or found is None:
+        return fake_quantize(_transformed(x, matrix), format)
+    address, narrow, sizes = found
+    before = Before(None, None, None, None, address, 0, 0, 0, 0, 0, narrow, *sizes, 1, 1)
+    return _run(x.contiguous(), format, before, matrix)
+
+
+def takes_norm(
+    x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, gain_first: bool = False
+) -> str | None:
+    if x.dtype not in DTYPES:
+        return f"numbers are {x.dtype}"
+    same = weight is None or weight.dtype == x.dtype
+    return None if same else f"the gain is {weight.dtype}, numbers are {x.dtype}"
+
+
+@kernel("rms_norm", "cpu", takes=takes_norm, name="c-norm")
+def norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, gain_first: bool = False) -> Tensor:
+    if not _few(x) or not _taken(x, weight):
+        return NotImplemented
+    return _normalized(x, weight, None, None, (None, 0, (0, 0, 1, 1)), eps, offset, gain_first)
+
+
+def _normalized(
+    x: Tensor,
+    weight: Tensor | None,
+    matrix: Tensor | None,
+    format: str | None,
+    found: tuple[int | None, int, tuple[int, int, int, int]],
+    eps: float,
+    offset: float,
+    gain_first: bool,
+) -> Tensor:
+    address, narrow, sizes = found
+    gain = None if weight is None else weight.data_ptr()
+    flags = (1, gain_first, x.dtype is torch.bfloat16, narrow)
+    before = Before(gain, None, None, None, address, eps, offset, *flags, *sizes, 1, 1)
+    return _run(x, format, before, weight, matrix)
+
+
+def takes_norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    matrix: Tensor | None,
+    format: str,
+    eps: float,
+    offset: float = 0.0,
+    gain_first: bool = False,
+    hadamard: bool = False,
+) -> str | None:
+    return takes_norm(x, weight, eps) or takes_rounding(x, format)
+
+
+@kernel("norm_quantize", "cpu", takes=takes_norm_quantize, name="c-norm-quantize")
+def norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    matrix: Tensor | None,
+    format: str,
+    eps: float,
+    offset: float = 0.0,
+    gain_first: bool = False,
+    hadamard: bool = False,
+) -> Tensor:
+    found = _matrix(x, matrix)
+    if not _few(x) or found is None or not _taken(x, weight):
+        return fake_quantize(_transformed(rms_norm(x, weight, eps, offset, gain_first), matrix), format)
+    return _normalized(x, weight, matrix, format, found, eps, offset, gain_first)
+
+
+def takes_silu_mul_quantize(
+    gate: Tensor, up: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False
+) -> str | None:
+    if gate.dtype != up.dtype or gate.shape != up.shape:
+        return f"gate is {gate.dtype} {tuple(gate.shape)}, up is {up.dtype} {tuple(up.shape)}"
+    return takes_rounding(gate, format)
+
+
+@kernel("silu_mul_quantize", "cpu", takes=takes_silu_mul_quantize, name="c-silu-mul-quantize")
+def silu_mul_quantize(gate: Tensor, up: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False) -> Tensor:
+    found = _matrix(gate, matrix)
+    if not _few(gate) or found is None or not _taken(gate, up):
+        return fake_quantize(_transformed(F.silu(gate) * up, matrix), format)
+    address, narrow, sizes = found
+    before = Before(None, up.data_ptr(), None, None, address, 0, 0, 0, 0, 0, narrow, *sizes, 1, 1)
+    return _run(gate, format, before, up, matrix)
+
+
+def restored(codes: Tensor, scales: Tensor, format: str, width: int, dtype: torch.dtype) -> Tensor:
+    """``mxfx.formats.stored.restore`` of a whole weight, to the bit."""
+    fmt = parse(format)
+    if dtype not in DTYPES or fmt.bits not in (4, 8) or fmt.block is None:
+        return restore(codes, scales, fmt, width, dtype)
+    y = torch.empty((*codes.shape[:-1], width), dtype=dtype)
+    _, table, bits, _ = table_of(format)
+    rows = y.numel() // max(width, 1)
+    narrow, threads = dtype is torch.bfloat16, _threads(y.numel())
+    if _C.mxfx_restore(
+        *(codes.data_ptr(), scales.data_ptr(), y.data_ptr(), rows, width, fmt.block, bits, table, narrow, threads)
+    ):
+        raise MemoryError("no memory for a row of a weight")
+    return y
+
+
+def mx_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str) -> Tensor:
+    """``mxfx::mx_linear``: few rows that lie on a grid of integers meet the codes, their sum taken in float64."""
+    if not (codes.is_contiguous() and scales.is_contiguous() and codes.dim() == 2):
+        return packed.mx_linear(x, codes, scales, bias, format)
+    units, width = units_of(format), x.shape[-1]
+    if _few(x) and units is not None and width % 2 == 0 and x.dtype in DTYPES and _taken(x, bias):
+        y = x.new_empty((*x.shape[:-1], codes.shape[0]))
+        arguments = (
+            *(x.data_ptr(), codes.data_ptr(), scales.data_ptr(), None if bias is None else bias.data_ptr()),
+            *(y.data_ptr(), x.numel() // width, width, codes.shape[0], _block(format), units.table),
+            *(units.most, units.exponent, x.dtype is torch.bfloat16, torch.get_num_threads()),
+        )
+        if not _called(_C.mxfx_product, arguments, (x, codes, scales, bias), y):
+            return y
+    return F.linear(x, restored(codes, scales, format, width, x.dtype), bias)
+
+
+_LIBRARY.impl("mx_linear", mx_linear, "CPU")
+
+
+def attend_token(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    allowed: Tensor | None,
+    slots: Tensor,
+    scale: float,
+    formats: tuple[str | None, str | None],
+    softcap: float | None,
+    sinks: Tensor | None,
+    writes: bool,
+) -> Tensor:
+    """One token a text: ``k`` and ``v`` to their place, then ``q`` over all places, codes read as they lie.
+
+    The operands are those of ``mxfx.ops.cache.cached_attend``. ``NotImplemented`` for what it does not take.
+    """
+    keys, values, *scales = tensors
+    plain = type(q) is Tensor and not torch.compiler.is_compiling() and not _get_current_dispatch_mode_stack()
+    if not plain or q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        return NotImplemented
+    caches = []
+    for cache, own, x, format in zip((keys, values), scales, (k, v), formats, strict=True):
+        if cache.stride(3) != 1 or (format is None and cache.dtype != q.dtype):
+            return NotImplemented
+        of_format = (None, None, 0, 0)
+        if format is not None:
+            if own is None or own.stride(3) != 1 or table_of(format)[2] not in (4, 8) or refused(format):
+                return NotImplemented
+            _, *of_table = table_of(format)
+            of_format = (of_table[0], rule_of(format, q.dtype), *of_table[1:])
+        size = cache.element_size()
+        strides = (stride * size for stride in cache.stride()[:3])
+        own_strides = (0, 0, 0) if own is None else own.stride()[:3]
+        caches.append(
+            CacheTensor(
+                *(cache.data_ptr(), None if own is None else own.data_ptr()),
+                *(*strides, *own_strides, x.shape[-1], *of_format),
+            )
+        )
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    if sinks is not None:
+        sinks = sinks.to(q.dtype).contiguous()
+    if allowed is not None:
+        allowed = allowed.contiguous()
+    batch, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
+    y = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    arguments = (
+        *(q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr(), slots.data_ptr()),
+        None if allowed is None else allowed.data_ptr(),
+        0 if allowed is None or allowed.shape[0] == 1 else keys.shape[2],
+        *(byref(caches[0]), byref(caches[1]), None if sinks is None else sinks.data_ptr()),
+        *(batch, heads, kv_heads, keys.shape[2], scale, softcap or 0.0, writes),
+        *(q.dtype is torch.bfloat16, torch.get_num_threads()),
+    )
+    reads = (q, k, v, slots, allowed, sinks, *tensors)
+    if _called(_C.mxfx_attend, arguments, reads, y):
+        raise MemoryError("no memory for the scores of a token")
+    return y

@@ -1,0 +1,191 @@
+"""The C kernels: rounding equal to the definition to the bit, products equal to float64, steps close to definitions."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxfx.formats import parse
+from mxfx.formats.stored import codes_length, restore, scales_length, store
+from mxfx.ops import cached_attend, mx_linear, rms_norm, rope
+from mxfx.ops.cache import cache_bias, write_cache
+from mxfx.ops.fused import norm_quantize, rope_quantize, silu_mul_quantize, transform_quantize
+from mxfx.ops.kernels.build import library
+
+pytestmark = pytest.mark.skipif(isinstance(library(), str), reason=str(library()))
+
+FORMATS = (
+    *("mxint4@32", "mxint4@32/mse", "mxint8@16/ceil", "mxint2@32/rceil", "mxint4@24/mse", "mxint8@32/mse"),
+    *("mxfp4_e2m1@32", "mxfp4_e2m1@32/mse", "mxfp6_e3m2@32/even", "mxfp6_e2m3@16/mse", "mxfp8_e4m3@32/rceil"),
+    *("mxfp8_e5m2@32/mse", "mxfp4_e1m2@128/mse", "mxfp8_e3m4@32"),
+)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+
+
+def same_bits(found: Tensor, wanted: Tensor) -> bool:
+    nan = wanted.isnan()
+    return torch.equal(found.isnan(), nan) and torch.equal(bits(found)[~nan], bits(wanted)[~nan])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("text", FORMATS)
+def test_rounding_is_the_definition_to_the_bit(text: str, dtype: torch.dtype) -> None:
+    from mxfx.ops.kernels import cpu
+
+    generator = torch.Generator().manual_seed(1)
+    x = random(200, 166) * torch.exp2(torch.randint(-150, 128, (200, 1), generator=generator).float())
+    x[3], x[4, 5], x[5, 40], x[7] = 0, float("nan"), float("inf"), -0.0
+    x[8], x[9] = torch.finfo(dtype).max, -torch.finfo(dtype).max
+    x[10:40] = torch.randint(-9, 10, (30, 166), generator=generator) * 0.5
+    x[40:60] = random(20, 166) * torch.exp2(torch.randint(-9, 9, (20, 166), generator=generator).float())
+    x = x.to(dtype)
+    assert same_bits(cpu.fake_quantize(x, text), parse(text).fake_quantize(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("of_weight", ["mxint4@32/mse", "mxfp4_e2m1@32", "mxint4@16"])
+@pytest.mark.parametrize("of_input", ["mxint4@32/mse", "mxfp4_e2m1@32", "mxint8@32", "mxfp6_e2m3@32"])
+def test_products_of_codes_are_those_of_float64_rounded_once(of_weight: str, of_input: str, dtype: torch.dtype) -> None:
+    from mxfx.ops.kernels import cpu
+
+    fmt = parse(of_weight)
+    w = fmt.fake_quantize(random(101, 160))
+    codes, scales = store(w, fmt)
+    x = parse(of_input).fake_quantize(random(3, 1, 160, seed=2).to(dtype))
+    with cpu.recorded() as calls:
+        found = cpu.mx_linear(x, codes, scales, None, of_weight)
+    assert [call.function.__name__ for call in calls] == ["mxfx_product"]
+    assert torch.equal(found, (x.double() @ w.double().T).float().to(dtype))
+
+
+def test_a_row_that_lies_on_no_grid_and_a_broken_block_go_their_old_way() -> None:
+    from mxfx.ops.kernels import cpu
+
+    fmt = parse("mxint4@32")
+    w = fmt.fake_quantize(random(8, 64))
+    w[5, 40] = float("nan")
+    w = fmt.fake_quantize(w)
+    codes, scales = store(w, fmt)
+    for x in (random(1, 1, 64), fmt.fake_quantize(random(1, 1, 64)), fmt.fake_quantize(random(1, 5, 64))):
+        found, wanted = (f(x, codes, scales, None, "mxint4@32") for f in (cpu.mx_linear, mx_linear))
+        assert torch.equal(found.isnan(), wanted.isnan())
+        assert found[..., 5].isnan().all()
+        assert torch.allclose(found, wanted, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("text", ["mxint4@32", "mxfp4_e2m1@32", "mxint8@16", "mxfp8_e4m3@32"])
+def test_decoded_weights_are_those_of_the_definition_to_the_bit(text: str, dtype: torch.dtype) -> None:
+    from mxfx.ops.kernels import cpu
+
+    fmt = parse(text)
+    codes, scales = store(fmt.fake_quantize(random(40, 101)), fmt)
+    assert same_bits(cpu.restored(codes, scales, text, 101, dtype), restore(codes, scales, fmt, 101, dtype))
+
+
+def _close(found: Tensor, wanted: Tensor, text: str | None, share: float = 0.02) -> None:
+    """Equal but for rounding: of a quantized tensor a few codes may fall to the other side."""
+    assert found.shape == wanted.shape
+    differ = (found.float() - wanted.float()).abs() > 2e-2 * wanted.float().abs().amax()
+    assert differ.float().mean() <= (share if text else 0), differ.float().mean()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_step_through_fused_kernels_is_close_to_the_definitions(dtype: torch.dtype) -> None:
+    from mxfx.ops.kernels import cpu
+
+    text, width = "mxint4@32/mse", 96
+    x, up, gain = (random(2, 1, width, seed=seed).to(dtype) for seed in (1, 2, 3))
+    for matrix in (None, random(32, 32).to(dtype) / 6, random(3, 32, 32).to(dtype) / 6, random(6, 16, 16) / 4):
+        for eps, offset, first in ((1e-5, 0.0, False), (1e-6, 1.0, True)):
+            given = (x, gain[0, 0], matrix, text, eps, offset, first)
+            _close(cpu.norm_quantize(*given), norm_quantize(*given), text)
+        _close(cpu.silu_mul_quantize(x, up, matrix, text), silu_mul_quantize(x, up, matrix, text), text)
+        _close(cpu.transform_quantize(x, matrix, text), transform_quantize(x, matrix, text), text)
+    given = (x, gain[0, 0], 1e-5)
+    _close(cpu.norm(*given), rms_norm(*given), None)
+    heads = random(2, 6, 1, 64).to(dtype)
+    cos, sin = random(2, 1, 64, seed=5).to(dtype), random(2, 1, 64, seed=6).to(dtype)
+    assert torch.equal(cpu.rope(heads, cos, sin), rope(heads, cos, sin))
+    for matrix in (None, random(3, 2, 32, 32).to(dtype) / 6):
+        given = (heads, cos, sin, matrix, text)
+        _close(cpu.rope_quantize(*given), rope_quantize(*given), text)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "formats", [(None, None), ("mxint4@32", "mxint4@32"), ("mxint8@16", None), ("mxfp4_e2m1@32",) * 2]
+)
+@pytest.mark.parametrize(
+    ("window", "softcap", "sinks", "padded"),
+    [(None, None, False, False), (None, 20.0, True, True), (7, None, False, True)],
+)
+def test_a_token_over_a_cache_is_written_and_attends_as_by_definition(
+    formats: tuple, window: int | None, softcap: float | None, sinks: bool, padded: bool, dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from mxfx.ops.kernels import cpu
+
+    room, past = (7 if window else 24), 20
+    k, v = (random(2, 3, past + 1, 64, seed=seed).to(dtype) for seed in (1, 2))
+    found = [x if f is None else parse(f).fake_quantize(x) for x, f in zip((k, v), formats, strict=True)]
+    q, slots = random(2, 6, 1, 64, seed=3).to(dtype), torch.arange(past + 1)
+    mask = (torch.arange(24)[None] >= torch.tensor([[0], [15]])).long() if padded else torch.ones(2, 24).long()
+    results = []
+    for ours in (True, False):
+        caches = []
+        for x, text in zip(found, formats, strict=True):
+            fmt = None if text is None else parse(text)
+            sizes = (64, 0) if fmt is None else (codes_length(64, fmt), scales_length(64, fmt))
+            kind = dtype if fmt is None else torch.uint8
+            codes = torch.zeros(2, 3, room, sizes[0], dtype=kind)
+            scales = None if fmt is None else torch.zeros(2, 3, room, sizes[1], dtype=torch.uint8)
+            write_cache(codes, scales, x[:, :, :past], slots[:past], fmt)
+            caches.append((codes, scales))
+        (keys, of_keys), (values, of_values) = caches
+        new = [x[:, :, past:] for x in found]
+        allowed = cache_bias(mask, q, new[0], slots[past:], keys, True, window, None)
+        sink = random(6, seed=4) if sinks else None
+        given = (allowed, slots[past:], keys, values, of_keys, of_values)
+        if not ours:
+            monkeypatch.setattr("mxfx.ops.cache.load_cpu", lambda: "not here")
+        with cpu.recorded() as calls:
+            out = cached_attend(q, *new, *given, 0.125, True, window, None, softcap, sink, None, *formats, True)
+        assert len(calls) == int(ours)
+        results.append((out, *given[2:]))
+    _close(results[0][0], results[1][0], None)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(results[0][1:], results[1][1:], strict=True))
+
+
+def test_without_a_compiler_the_definitions_run_and_the_reason_is_said(tmp_path: Path) -> None:
+    program = "from mxfx.ops.kernels.build import library; print(library())"
+    for given, said in (
+        ({"PATH": str(tmp_path / "none")}, "no C compiler is installed here"),
+        ({"MXFX_CPU_KERNELS": "0"}, "turns the C kernels off"),
+        ({"CC": _failing(tmp_path), "MXFX_CACHE": str(tmp_path)}, "does not build the C kernels: it is Sunday"),
+    ):
+        ran = subprocess.run(
+            [sys.executable, "-c", program], env=os.environ | given, capture_output=True, text=True, check=True
+        )
+        assert said in ran.stdout
+
+
+def _failing(folder: Path) -> str:
+    script = folder / "cc"
+    script.write_text("#!/bin/sh\necho it is Sunday >&2\nexit 1\n")
+    script.chmod(0o755)
+    return str(script)
