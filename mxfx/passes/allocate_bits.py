@@ -7,17 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from mxfx.algorithms.allocation import Choice, allocate
 from mxfx.calibration.sensitivity import Operands, kl_of_rounding
+from mxfx.calibration.training import divergence, trainable
 from mxfx.formats import Format, parse
 from mxfx.graph.node import Annotation, info, layer_of, path_of
+from mxfx.graph.program import Program
 from mxfx.graph.regions import siblings
 from mxfx.ground.files import write_file
+from mxfx.ops.catalogue import spec
 from mxfx.rewrite import ALL, Context, Exact, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, ANNOTATED, LOWERED, WEIGHTS_ROUNDED, Fact
 
+#: Budgets that the curve is drawn through.
+_BUDGETS = 40
 _FORMATS = tuple(parse(f"mxint{bits}@32/mse") for bits in (3, 4, 5, 6, 8))
 
 
@@ -37,7 +43,8 @@ class AllocateBits(Pass):
     What each format costs at each linear is its share of KL to the float model, from one pass over calibration tokens
     with gradients (``mxfx.calibration.sensitivity``); the choice is a knapsack. Linears that read one tensor take one
     format, for their input is rounded once. Weight and input of a linear get the same format, where ``annotate`` gave
-    them one. The choice stands in the report; ``freeze`` writes it as the rules of an ``annotate`` that needs no data.
+    them one. The report has the choice, what it was predicted to cost and what it costs, and the curve of the best
+    choices over budgets; ``freeze`` writes the choice as the rules of an ``annotate`` that needs no data.
 
     bits: budget, mean bits of the chosen weights with their shared scales; linears that are not selected are outside.
     formats: what may be chosen.
@@ -81,10 +88,31 @@ class AllocateBits(Pass):
             for site, size in zip(sites, sizes, strict=True)
         ]
         chosen = allocate(items, self.bits * sum(sizes))
+        measured = self._measured(rw.program, sites, chosen, ctx)
         for site, index in zip(sites, chosen, strict=True):
             for linear in site:
                 _set(rw, linear, self.formats[index])
         self._account(rw, sites, items, chosen, sizes)
+        rw.record.details["measured_kl"] = measured
+
+    def _measured(self, program: Program, sites: list[list[fx.Node]], chosen: list[int], ctx: Context) -> float:
+        """KL in nats a token to the program as it is, on the same samples, where all sites are rounded as chosen."""
+        formats = {n.name: self.formats[i] for site, i in zip(sites, chosen, strict=True) for n in site}
+        whole = trainable(program, {}, ctx.device)[0]
+        rounded = program.copy()
+        rw = Rewriter(rounded, self.name)
+        for node in rounded.products():
+            if node.name in formats:
+                fmt = formats[node.name]
+                for operand in {"weight", "input"} & set(info(node).formats):
+                    source = spec(node).node_of(operand)
+                    assert source is not None
+                    new = rw.call(torch.ops.mxfx.fake_quantize.default, source, str(fmt), -1, like=node)
+                    spec(node).set(rw, operand, new)
+        other = trainable(rounded, {}, ctx.device)[0]
+        with torch.no_grad():
+            ids = ctx.tokens()[: self.samples].to(ctx.device)
+            return float(torch.stack([divergence(other(one), whole(one)) for one in ids.split(1)]).mean())
 
     def _sites(self, rw: Rewriter) -> list[list[fx.Node]]:
         """Linears that read one tensor and carry formats, together."""
@@ -113,21 +141,36 @@ class AllocateBits(Pass):
             for site, choices, index in zip(sites, items, chosen, strict=True)
         ]
         total = sum(sizes)
+        here = {"bits": sum(choices[i].cost for choices, i in zip(items, chosen, strict=True)) / total}
+        here["predicted_kl"] = sum(choices[i].loss for choices, i in zip(items, chosen, strict=True))
         uniform = {
             str(fmt): {"bits": fmt.bits_per_element, "predicted_kl": sum(choices[i].loss for choices in items)}
             for i, fmt in enumerate(self.formats)
         }
         toml = _rules(rows)
         rw.record.details |= {
-            "bits": sum(choices[i].cost for choices, i in zip(items, chosen, strict=True)) / total,
-            "predicted_kl": sum(choices[i].loss for choices, i in zip(items, chosen, strict=True)),
+            **here,
             "uniform": uniform,
+            "kl_over_bits": {"curve": _frontier(items, total), "points": {"chosen": here, **uniform}},
             "sites": rows,
             "sites_by_format": dict(Counter(row["format"] for row in rows)),
             "toml": toml,
         }
         if self.freeze is not None:
             write_file(self.freeze, toml.encode())
+
+
+def _frontier(items: list[list[Choice]], total: int) -> list[list[float]]:
+    """Bits and predicted KL of the best choices under budgets from the cheapest formats to the dearest."""
+    low, high = (sum(best(c.cost for c in choices) for choices in items) for best in (min, max))
+    found = []
+    for step in range(_BUDGETS + 1):
+        chosen = allocate(items, low + (high - low) * step / _BUDGETS)
+        costs, losses = zip(*((c[i].cost, c[i].loss) for c, i in zip(items, chosen, strict=True)), strict=True)
+        point = [sum(costs) / total, sum(losses)]
+        if not found or point != found[-1]:
+            found.append(point)
+    return found
 
 
 def _set(rw: Rewriter, linear: fx.Node, fmt: Format) -> None:

@@ -5,6 +5,7 @@ A pass leaves JSON values under names of its own choice; tables are found in the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,12 +19,37 @@ def decisions(passes: Sequence[Mapping[str, Any]]) -> Markup:
     return render("decisions.html", told=[_told(step["pass"], step["details"]) for step in passes if step["details"]])
 
 
-def _told(name: str, details: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]], list[tuple]]:
-    """The pass, what it says in words, and its tables; details that are a table themselves need no name."""
+def _told(name: str, details: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]], list[tuple], list[tuple]]:
+    """The pass, what it says in words, its tables and charts; details that are a table themselves need no name."""
     if _is_table(details):
-        return name, [], [("", *_rows(details))]
-    plain = [(key, _text(value)) for key, value in details.items() if not _is_table(value)]
-    return name, plain, [(key, *_rows(value)) for key, value in details.items() if _is_table(value)]
+        return name, [], [("", *_rows(details))], []
+    charts = [(key, *_chart(value)) for key, value in details.items() if _is_chart(value)]
+    rest = {key: value for key, value in details.items() if not _is_chart(value)}
+    plain = [(key, _text(value)) for key, value in rest.items() if not _is_table(value)]
+    return name, plain, [(key, *_rows(value)) for key, value in rest.items() if _is_table(value)], charts
+
+
+def _is_chart(value: Any) -> bool:
+    return isinstance(value, Mapping) and set(value) == {"curve", "points"}
+
+
+def _chart(value: Mapping[str, Any]) -> tuple[list[tuple[float, float]], list[tuple[str, float, float]], list[str]]:
+    """Places in percent, from the left and from the top, of a curve ``[[x, y], …]`` and of named points, which have
+    an x and a y in this order; y is drawn as its logarithm. Last the ends of both axes, as text.
+    """
+    curve = [(float(x), float(y)) for x, y in value["curve"]]
+    points = [(name, *map(float, point.values())) for name, point in value["points"].items()]
+    least = min((y for _, y in curve if y > 0), default=1.0)
+    xs = [x for x, _ in curve] + [x for _, x, _ in points]
+    ys = [math.log10(max(y, least)) for y in [y for _, y in curve] + [y for *_, y in points]]
+    left, right, low, high = min(xs), max(xs), min(ys), max(ys)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        up = (math.log10(max(y, least)) - low) / ((high - low) or 1.0)
+        return 100 * (x - left) / ((right - left) or 1.0), 100 * (1 - up)
+
+    ends = [f"{left:.3g}", f"{right:.3g}", f"{10**low:.3g}", f"{10**high:.3g}"]
+    return [place(*at) for at in curve], [(f"{name}: {x:.4g}, {y:.4g}", *place(x, y)) for name, x, y in points], ends
 
 
 def _is_table(value: Any) -> bool:

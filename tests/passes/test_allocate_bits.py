@@ -62,6 +62,18 @@ def test_the_budget_holds_and_costlier_sites_get_more_bits(program: Program) -> 
         assert {str(weights[path]) for path in row["linears"]} == {row["format"]}
 
 
+def test_the_report_has_what_the_choice_costs_and_the_curve_of_the_best_choices(program: Program) -> None:
+    details = apply(AllocateBits(bits=4.6, formats=FORMATS, samples=8), program, CTX).record.details
+    assert 0.3 < details["measured_kl"] / details["predicted_kl"] < 3
+    curve, points = details["kl_over_bits"]["curve"], details["kl_over_bits"]["points"]
+    bits, losses = zip(*curve, strict=True)
+    assert list(bits) == sorted(bits) and list(losses) == sorted(losses, reverse=True)
+    assert (bits[0], bits[-1]) == (3.25, 8.25) and points["chosen"]["bits"] == details["bits"]
+    # Uniform formats are no better than the best choice of as many bits or fewer.
+    for point in (points[str(fmt)] for fmt in FORMATS):
+        assert min(loss for at, loss in curve if at <= point["bits"]) <= point["predicted_kl"] * 1.05
+
+
 def test_weight_and_input_get_one_format_and_siblings_the_same(program: Program) -> None:
     done = apply(AllocateBits(bits=4.6, formats=FORMATS, samples=8), program, CTX)
     for node in done.program.nodes("linear"):

@@ -30,3 +30,19 @@ def test_tables_inside_details_stand_below_the_plain_values() -> None:
     assert "<li>winners: q_proj, kv_cache</li><li>baseline: 21.5</li>" in page
     assert page.index("baseline") < page.index("<p class='soft'>steps</p>")
     assert "<td class='path'>2</td><td>None</td>" in page
+
+
+def test_a_curve_with_named_points_is_drawn() -> None:
+    """The first point halfway along the axis of bits and, 0.1 between 1 and 0.01, halfway up."""
+    chart = {"curve": [[3, 1.0], [5, 0.01]], "points": {"<chosen>": {"bits": 4, "predicted_kl": 0.1}}}
+    page = decisions([_step(kl_over_bits=chart, bits=4.0)])
+    assert '<polyline points="0.0,0.0 400.0,200.0 "' in page
+    assert '<circle cx="200.0" cy="100.0" r="5" fill="var(--cut)"><title>&lt;chosen&gt;: 4, 0.1</title>' in page
+    assert "kl over bits: 0.01 to 1 (logarithmic) over 3 to 5" in page
+    assert "<li>bits: 4</li>" in page and "curve" not in page
+
+
+def test_a_curve_that_reaches_nothing_and_one_of_a_single_point_are_drawn_too() -> None:
+    zero = {"curve": [[3, 0.5], [5, 0.0]], "points": {"a": {"bits": 3, "kl": 0.0}}}
+    alone = {"curve": [[4, 0.5]], "points": {}}
+    assert "polyline" in decisions([_step(one=zero, other=alone, n=1)])
