@@ -81,7 +81,6 @@ PASSES: tuple[tuple[float, Draw], ...] = (
     (0.2, _pass("online-rotation", sites=(("linear",), ("kv_cache", "qk_matmul")), block=(0, 8, 16),
                 select=SELECTIONS)),
     (0.12, _pass("expand-attention", select=SELECTIONS)),
-    (0.1, _pass("transform-embedding", block=(8, 16, 128))),
     (0.35, _pass("gptq", refine=(1,), order=("block", "none"), exponents=("sweep", "rule"), asymmetric=(0.25,),
                  min_expert_tokens=(1, 8), quantized_inputs=(True, False), samples=(2,), max_layers=(1,),
                  activations=("cpu", "disk"), damp=(0.1,), select=SELECTIONS)),
