@@ -143,7 +143,7 @@ class AllocateBits(Pass):
         total = sum(sizes)
         here = {"bits": sum(choices[i].cost for choices, i in zip(items, chosen, strict=True)) / total}
         here["predicted_kl"] = sum(choices[i].loss for choices, i in zip(items, chosen, strict=True))
-        uniform = {
+        uniform: dict[str, dict[str, float]] = {
             str(fmt): {"bits": fmt.bits_per_element, "predicted_kl": sum(choices[i].loss for choices in items)}
             for i, fmt in enumerate(self.formats)
         }
@@ -151,7 +151,7 @@ class AllocateBits(Pass):
         rw.record.details |= {
             **here,
             "uniform": uniform,
-            "kl_over_bits": {"curve": _frontier(items, total), "points": {"chosen": here, **uniform}},
+            "kl_over_bits": {"curve": _frontier(items, total), "points": {"chosen": here} | uniform},
             "sites": rows,
             "sites_by_format": dict(Counter(row["format"] for row in rows)),
             "toml": toml,
@@ -163,7 +163,7 @@ class AllocateBits(Pass):
 def _frontier(items: list[list[Choice]], total: int) -> list[list[float]]:
     """Bits and predicted KL of the best choices under budgets from the cheapest formats to the dearest."""
     low, high = (sum(best(c.cost for c in choices) for choices in items) for best in (min, max))
-    found = []
+    found: list[list[float]] = []
     for step in range(_BUDGETS + 1):
         chosen = allocate(items, low + (high - low) * step / _BUDGETS)
         costs, losses = zip(*((c[i].cost, c[i].loss) for c, i in zip(items, chosen, strict=True)), strict=True)
