@@ -25,7 +25,7 @@ def _problem() -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
 
 @pytest.mark.parametrize("batch", [1 << 40, 1], ids=["one batch", "one by one"])
 def test_each_expert_is_solved_with_the_hessian_of_its_tokens(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
-    monkeypatch.setattr(module, "_BUDGET_CPU", batch)
+    monkeypatch.setattr(module, "SOLVED_AT_ONCE", {"cpu": batch})
     weight, hessian, _ = _problem()
     found = list(gptq_experts(weight, hessian, HITS, FORMAT, fewest=1, refine=1))
     for expert in range(3):
