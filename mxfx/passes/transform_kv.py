@@ -73,33 +73,35 @@ class TransformKv(Pass):
     select: Selector = ALL
 
     def foresee(self, rw: Rewriter) -> int | None:
-        chosen = filter(self.select, rw.program.nodes("attention"))
-        return sum(self._fits(rw, node) for node in chosen)
+        return len(self._chosen(rw))
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
-        chosen = [node for node in rw.program.nodes("attention") if self.select(node) and self._fits(rw, node)]
+        chosen = self._chosen(rw)
         moments = self._moments(rw.program, chosen, ctx)
-        for attention in chosen:
-            if self.keys:
+        for attention, wanted in chosen.items():
+            if "k" in wanted:
                 self._keys(rw, attention, moments)
-            if self.values:
+            if "v" in wanted:
                 self._values(rw, attention, moments)
 
-    def _fits(self, rw: Rewriter, attention: fx.Node) -> bool:
-        for name in (("k",) if self.keys else ()) + (("v",) if self.values else ()):
-            # Latent attention has values of another width than keys.
-            width = _operand(attention, name).meta["val"].shape[-1]
-            if fitting_order(width, self.block) is None:
-                order = self.block or width
-                rw.skip(attention, f"no Hadamard matrix of order {order} fits the head dimension {width} of {name}")
-                return False
-        return True
+    def _chosen(self, rw: Rewriter) -> dict[fx.Node, str]:
+        """Attention → which of its keys and values to transform: each by its own width."""
+        found: dict[fx.Node, str] = {}
+        for attention in filter(self.select, rw.program.nodes("attention")):
+            for name in ("k" if self.keys else "") + ("v" if self.values else ""):
+                width = _operand(attention, name).meta["val"].shape[-1]
+                if fitting_order(width, self.block) is None:
+                    order = self.block or width
+                    rw.skip(attention, f"no Hadamard matrix of order {order} fits the head dimension {width} of {name}")
+                else:
+                    found[attention] = found.get(attention, "") + name
+        return found
 
-    def _moments(self, program: Program, chosen: list[fx.Node], ctx: Context) -> dict[fx.Node, Tensor]:
+    def _moments(self, program: Program, chosen: dict[fx.Node, str], ctx: Context) -> dict[fx.Node, Tensor]:
         if self.kind == "hadamard":
             return {}
-        names = (("q", "k") if self.keys else ()) + (("v",) if self.values else ())
-        nodes = [_operand(attention, name) for attention in chosen for name in names]
+        # Queries are what keys are balanced against.
+        nodes = [_operand(a, name) for a, wanted in chosen.items() for name in wanted.replace("k", "qk")]
         return block_moments(
             program, {n: self._order(n.meta["val"].shape[-1]) for n in nodes}, ctx, ctx.tokens()[: self.samples]
         )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MiniCPM3Config
 
 from mxfx.graph.module import build
 from mxfx.graph.node import kind, path_of
-from mxfx.passes import Lower, TransformInputs, TransformKv
+from mxfx.graph.trace import trace
+from mxfx.passes import Lower, SplitFused, TransformInputs, TransformKv
 from mxfx.rewrite import apply
+from tests.programs import RAISE, passed
 
 FAMILIES = ["llama-tiny", "qwen2-tiny", "qwen3-tiny", "mistral-tiny", "gemma3-tiny", "phi3-tiny", "olmo2-tiny"]
 
@@ -63,3 +66,25 @@ def test_keys_alone(raised, preserved):
     assert len(record.matches) == 2
     values = [n for n in program.nodes("linear") if path_of(n).endswith("v_proj")]
     assert all(torch.equal(program.weights[program.weight_of(n)], before.weights[program.weight_of(n)]) for n in values)
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "wush"])
+@pytest.mark.parametrize(
+    ("values", "notes", "refused"),
+    [
+        (24, ["keys, {} 16", "values, {} 8 (16 does not divide 24)"], None),
+        (9, ["keys, {} 16"], "no Hadamard matrix of order 16 fits the head dimension 9 of v"),
+    ],
+)
+def test_latent_attention_s_keys_and_values_have_a_block_each(kind, values, notes, refused, preserved):
+    """Keys of 16 channels, assembled from a latent and a rotated part, and values of another width."""
+    torch.manual_seed(0)
+    config = MiniCPM3Config(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=131, kv_lora_rank=16, q_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=values,
+        initializer_range=0.1,
+    )  # fmt: skip
+    program = passed(trace(AutoModelForCausalLM.from_config(config).eval()), (*RAISE, SplitFused()))
+    _, record = preserved(TransformKv(kind=kind, block=16), program.twin(torch.float64))
+    assert [match.note for match in record.matches] == [note.format(kind) for note in notes] * 2
+    assert {skip.reason for skip in record.skips} == ({refused} if refused else set())
