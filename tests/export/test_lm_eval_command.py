@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mxfx.evaluation.compare import samples_in
 from tests.commands import Run
 from tests.local_model import save_model
 
@@ -63,6 +64,17 @@ metric_list:
   - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
 process_results: !function count.words
 """
+_COPY = """
+task: little_copy
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{question}}"
+generation_kwargs: {until: ["w0"], max_gen_toks: 6, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
 _COUNT = """
 def words(doc, results):
     (likelihood,) = results
@@ -77,7 +89,7 @@ def tasks(tmp_path: Path) -> Path:
     folder = tmp_path / "tasks"
     folder.mkdir()
     (folder / "count.py").write_text(_COUNT)
-    for name, text in (("quiz", _TASK), ("text", _TEXT)):
+    for name, text in (("quiz", _TASK), ("text", _TEXT), ("copy", _COPY)):
         (folder / f"{name}.yaml").write_text(text.replace("DATA", str(tmp_path / "rows.jsonl")))
     return folder
 
@@ -87,7 +99,7 @@ def test_lm_eval_finds_the_figures_of_mxfx_eval(name: str, mxfx: Run, tasks: Pat
     model = save_model(tmp_path / "llama")
     file = tmp_path / f"{name}.toml"
     file.write_text(_PIPELINE.replace("MODEL", str(model)).replace("FORMATS", _FILES[name]))
-    wanted = ("--eval", "little_quiz,little_text", "--include-path", tasks)
+    wanted = ("--eval", "little_quiz,little_text,little_copy", "--include-path", tasks)
     said = mxfx("run", file, *wanted, "--out", tmp_path / "out")
     assert said.code == 0, said.err
     results = json.loads((tmp_path / "out" / "results.json").read_text())["configs"]
@@ -96,9 +108,10 @@ def test_lm_eval_finds_the_figures_of_mxfx_eval(name: str, mxfx: Run, tasks: Pat
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", opened, "--device", "cpu"]
     command += [
         "--tasks",
-        "little_quiz,little_text",
+        "little_quiz,little_text,little_copy",
         "--include_path",
         str(tasks),
+        "--log_samples",
         "--output_path",
         str(tmp_path / "theirs"),
     ]
@@ -106,6 +119,10 @@ def test_lm_eval_finds_the_figures_of_mxfx_eval(name: str, mxfx: Run, tasks: Pat
         command, capture_output=True, text=True, timeout=400, env=os.environ | {"HF_HUB_OFFLINE": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    (answers,) = (tmp_path / "theirs").rglob("samples_little_copy_*.jsonl")
+    read = [json.loads(line)["resps"] for line in answers.read_text().splitlines()]
+    assert read == [sample["resps"] for sample in samples_in(tmp_path / "out" / name)["little_copy"]]
+    assert len({str(answer) for answer in read}) > len(read) // 2
     (written,) = (tmp_path / "theirs").rglob("results_*.json")
     theirs = json.loads(written.read_text())["results"]
     for task, metric in (("little_quiz", "acc"), ("little_quiz", "acc_norm"), ("little_text", "word_perplexity")):
