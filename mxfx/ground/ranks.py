@@ -99,9 +99,9 @@ def stop() -> None:
 
 def speaks() -> bool:
     """Whether this process is the one that says why a run ended: the first of those that ask. It can print again."""
-    sys.stderr = sys.__stderr__
     if _now.world == 1:
         return True
+    sys.stderr = sys.__stderr__
     from torch import distributed as dist
 
     try:

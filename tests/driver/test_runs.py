@@ -324,7 +324,7 @@ def test_what_an_earlier_run_left_does_not_stay(mxfx: Run, pipeline: Path, tmp_p
     pipeline.write_text(PIPELINE.replace("MODEL", str(tmp_path / "llama")).split('[[pass]]\nname = "round')[0])
     assert mxfx("run", pipeline, "--out", out).code == 0
     after = {path.name for path in (out / "p" / "ir").iterdir()}
-    assert "005_round-weights" in before and not any("round-weights" in name for name in after)
+    assert any("round-weights" in name for name in before) and not any("round-weights" in name for name in after)
 
 
 def test_compile_holds_passes_to_their_promises_unless_told_otherwise() -> None:

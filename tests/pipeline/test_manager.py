@@ -92,7 +92,7 @@ name = "annotate"
   weight = "mxint4@32"
 """
     with pytest.raises(
-        PassError, match=r"^p\.toml:9:\d+: pass 4 'annotate': annotate rule 2: match '\.\*nowhere' fits no node"
+        PassError, match=r"^p\.toml:9:\d+: pass 5 'annotate': annotate rule 2: match '\.\*nowhere' fits no node"
     ):
         PassManager().run(program("llama-tiny", "traced"), loads(text, "p.toml"))
 
