@@ -10,7 +10,7 @@ linears and all formats are measured in the same pass: the cost grows with the l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,20 +65,31 @@ class _Watched(fx.Interpreter):
         result = super().run_node(n)
         if n.name not in self._names:
             return result
-        args, _ = self.fetch_args_kwargs_from_env(n)
-        x, weight = args[0].detach(), args[1].detach()
+        (x, weight, *others), named = self.fetch_args_kwargs_from_env(n)
+        x, weight, exact = x.detach(), weight.detach(), result.detach()
+
+        def product(x: Tensor, weight: Tensor) -> Tensor:
+            return self.call_function(n.target, (x, weight, *others), named)
+
         if not result.requires_grad:
             result.requires_grad_()
-        result.register_hook(lambda gradient: self._add(n.name, x, weight, gradient))
+        result.register_hook(lambda gradient: self._add(n.name, product, x, weight, exact, gradient))
         return result
 
     @torch.no_grad()
-    def _add(self, name: str, x: Tensor, weight: Tensor, gradient: Tensor) -> None:
-        rows, gradient = x.flatten(0, -2), gradient.flatten(0, -2).float()
-        exact = rows @ weight.mT
+    def _add(
+        self,
+        name: str,
+        product: Callable[[Tensor, Tensor], Tensor],
+        x: Tensor,
+        weight: Tensor,
+        exact: Tensor,
+        gradient: Tensor,
+    ) -> None:
         for index, operands in enumerate(self._formats):
-            there = rows if operands.input is None else operands.input.fake_quantize(rows)
+            there = x if operands.input is None else operands.input.fake_quantize(x)
             w = weight if operands.weight is None else operands.weight.fake_quantize(weight)
-            change = (there @ w.mT).float() - exact.float()
-            each = (change * gradient).sum(-1).double()
+            # By the product itself: of a stack of experts each token reads its own.
+            change = product(there, w).float() - exact.float()
+            each = (change * gradient.float()).sum(-1).double()
             self._sums[name][:, index] += torch.stack([each.square().sum(), each.sum().square()]).cpu()

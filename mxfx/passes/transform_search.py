@@ -305,8 +305,10 @@ def _cost(candidate: str, width: int) -> int:
 
 def _error(program: Program, site: Site, x: Tensor, outputs: int, transform: BlockTransform | None) -> float:
     """Relative squared error, summed over rows, of about ``outputs`` channels, evenly spaced over all linears."""
+    x = x.flatten(0, -2)
     moved = x if transform is None else transform.activations(x)
-    weights = [program.weights[program.weight_of(linear)] for linear in site.linears]
+    # The channels of all experts of a stack: whichever a token reads, it is turned alike.
+    weights = [program.weights[program.weight_of(linear)].flatten(0, -2) for linear in site.linears]
     stride = max(1, sum(len(w) for w in weights) // outputs)
     wrong, right = torch.zeros(len(x), device=x.device), torch.zeros(len(x), device=x.device)
     inputs = {fmt: _rounded(moved, fmt) for fmt in {_format(linear, "input") for linear in site.linears}}

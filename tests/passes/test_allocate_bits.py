@@ -20,6 +20,7 @@ from mxfx.passes import AllocateBits, Annotate, Rule
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Context, Selector, apply
 from mxfx.runtime.causal_lm import emit
+from tests.mixtures import mixture, raised_mixture
 
 TOKENS = torch.randint(3, 128, (24, 48), generator=torch.Generator().manual_seed(0))
 FORMATS = tuple(parse(f"mxint{bits}@32/mse") for bits in (3, 4, 6, 8))
@@ -49,6 +50,23 @@ def test_the_predicted_divergence_is_what_rounding_one_weight_costs(program: Pro
     # Of the second layer, and two of the first: q, k, v, o, gate, up, down.
     for node in [*linears[:3:2], *linears[7:]]:
         assert 0.4 < predicted[node.name][0] / _measured(program, node.name, fmt, expected) < 2.5
+
+
+def test_an_expert_costs_what_the_tokens_that_read_it_lose() -> None:
+    """Once each token was multiplied by every expert of a stack, and their errors were added up."""
+    program = raised_mixture("mixtral")
+    stacks = list(program.nodes("expert_linear"))
+    fmt = parse("mxint5@32/mse")
+    predicted = kl_of_rounding(program, stacks, [Operands(fmt, None)], TOKENS, CTX)
+    expected = mixture("mixtral")(TOKENS).logits.detach()
+    for node in stacks:
+        other = program.copy()
+        weight = other.weight_of(next(n for n in other.nodes("expert_linear") if n.name == node.name))
+        other.weights.set(weight, fmt.fake_quantize(other.weights[weight]), "test")
+        with torch.no_grad():
+            measured = float(divergence(emit(other)(TOKENS), expected))
+        # What changes in the first layer makes the second choose other experts, which no gradient sees.
+        assert 0.3 < predicted[node.name][0] / measured < 2.5
 
 
 def test_the_budget_holds_and_costlier_sites_get_more_bits(program: Program) -> None:

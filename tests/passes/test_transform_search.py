@@ -11,6 +11,7 @@ from mxfx.graph.node import kind
 from mxfx.passes import Annotate, FuseNorm, Rule, TransformSearch
 from mxfx.passes import transform_search as module
 from mxfx.rewrite import Selector, apply
+from tests.mixtures import raised_mixture
 
 INT4 = parse("mxint4@16")
 CANDIDATES = ("none", "hadamard-16", "hadamard-32", "hadamard-full", "wush-16", "wush-32", "scaled-16")
@@ -63,3 +64,14 @@ def test_kept_decisions_are_not_searched_again(annotated, ctx, tmp_path, monkeyp
     monkeypatch.setattr(module, "_error", lambda *a: pytest.fail("searched again"))
     again = apply(pass_, before, ctx)
     assert {k: v for k, v in again.record.details.items() if k != "key"} == first.record.details
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_inputs_of_experts_get_a_transform_too(name, ctx):
+    rule = Rule(Selector(role="attention, mlp"), weight=INT4, input=INT4)
+    annotated = apply(Annotate(rule=(rule,)), raised_mixture(name)).program
+    done = apply(TransformSearch(candidates=("none", "hadamard-16", "wush-16")), annotated, ctx)
+    read = {n.args[0].name for n in done.program.nodes("expert_linear")}
+    errors = done.record.details["sites"]
+    assert any("experts" in path for site in errors.values() for path in site["linears"])
+    assert read and all(0 < error < 1 for site in errors.values() for error in site["errors"].values())
