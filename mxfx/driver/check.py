@@ -8,22 +8,28 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
+from mxfx.calibration.estimate import footprint
 from mxfx.config import Pipeline, check_order
 from mxfx.driver.matched import attention_lines, matched_lines, site_lines
 from mxfx.driver.pretrained import load_checked, load_meta_model
-from mxfx.graph.node import info, kind, layer_index
+from mxfx.graph.node import info, kind
 from mxfx.graph.program import Program
 from mxfx.graph.prove import Proof, prove
 from mxfx.graph.trace import bind, trace
 from mxfx.ground.errors import MxfxError
-from mxfx.passes import Annotate, InsertKvCache, QuantizeKvCache
+from mxfx.ops.catalogue import weights_of
+from mxfx.passes import Annotate, Gptq, InsertKvCache, QuantizeKvCache
 from mxfx.pipeline.manager import PassError, PassManager
 from mxfx.report.memory import memory
 from mxfx.rewrite import PassRecord, Rewriter, apply
+from mxfx.rewrite.lowering import lowered_copy
 from mxfx.rewrite.roles import roles_remembered
 from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.cache import cache_bytes, cache_specs
 
+_GB = 1e9
 _COUNTED = ("linear", "expert_linear", "attention", "rms_norm", "layer_norm", "rope", "embedding")
 
 
@@ -90,15 +96,34 @@ class Checked:
     def _tokens(self) -> int:
         return self.pipeline.calibration.samples * self.pipeline.calibration.length
 
+    def _streamed(self) -> str:
+        """What gptq's calibration takes, weights waiting on the host; see ``mxfx.calibration.estimate``."""
+        calibration, gptq = self.pipeline.calibration, next(p for p in self.pipeline.passes if isinstance(p, Gptq))
+        program = self.annotated
+        if "raised" not in program.facts:
+            program = PassManager().run(program, Pipeline([]).completed()).program
+        found = footprint(
+            lowered_copy(program, torch.device("cuda")),
+            [n.name for n in program.products() if "weight" in info(n).formats and "weight" in weights_of(n)],
+            (gptq.samples or calibration.samples, gptq.length or calibration.length),
+            device=torch.device("cuda"),
+            stored={},
+            batch_size=gptq.batch_size,
+            reference=gptq.asymmetric > 0,
+        )
+        elsewhere, waiting, here = (n / _GB for n in (found.device("cpu"), found.waiting, found.device("device")))
+        return (
+            f"gptq holds {elsewhere:.2f} GB on a GPU where {waiting:.2f} GB of activations wait on the host, "
+            f"or {here:.2f} GB with them"
+        )
+
     def _held(self, weights: int) -> Iterator[str]:
         program = self.annotated
         names = {spec.name for spec in self.pipeline.specs}
         model_gb = weights * program.dtype.itemsize / 1e9
         yield f"{model_gb:.2f} GB of weights in {str(program.dtype).removeprefix('torch.')}"
         if "gptq" in names:
-            widths = (n.meta["val"].shape[-1] for n in program.graph.nodes if kind(n) == "embedding")
-            layer_gb, states_gb = _largest_layer(program) * 4 / 1e9, self._tokens * max(widths, default=0) * 4 / 1e9
-            yield f"gptq holds one layer ({layer_gb:.2f} GB in float32) and {states_gb:.2f} GB of activations"
+            yield self._streamed()
         if "distill" in names:
             # Both models; of each tuned weight parameter, gradient and two moments in float32.
             yield f"distill holds {2 * model_gb + 16 * _planned(program) / 1e9:.2f} GB beside activations and logits"
@@ -146,12 +171,3 @@ def _planned(program: Program) -> int:
     """Weights that are to be rounded, counted once."""
     found = {program.weight_of(node) for node in program.products() if "weight" in info(node).formats}
     return sum(program.weights[name].numel() for name in found)
-
-
-def _largest_layer(program: Program) -> int:
-    sizes: Counter[int] = Counter()
-    for name, tensor in program.weights.items():
-        layer = layer_index(name)
-        if layer is not None:
-            sizes[layer] += tensor.numel()
-    return max(sizes.values(), default=0)

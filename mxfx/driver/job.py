@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mxfx.calibration.datasets import DatasetError, TokenSet
+from mxfx.calibration.estimate import host_bytes
 from mxfx.calibration.sources import SELF, calibration_tokens
 from mxfx.config.pipeline import CalibrationConfig, Pipeline
 from mxfx.driver.pretrained import check_fits, load_checked, load_tokenizer, refuse_offloaded
@@ -26,6 +27,8 @@ from mxfx.pipeline.manager import Instrument, PassManager, PipelineResult
 from mxfx.pipeline.probe import Probe, vocabulary
 from mxfx.rewrite import Context
 
+#: Of the host's free memory, what a model and its rewritten weights may take.
+_SHARE_OF_HOST = 0.5
 #: Real text as probe, where the pipeline names some: what a model does with random ids says little of its loss.
 _PROBE_SHAPE = (2, 64)
 
@@ -133,6 +136,10 @@ class Job:
     ) -> PipelineResult:
         """Run a pipeline over the model. Raises what ``PassManager.run`` raises."""
         ctx = self.context(pipeline, cache=cache, strict=strict)
+        size = sum(tensor.nbytes for tensor in self.program.weights.values())
+        # The model, and a float32 copy of it where each weight is changed.
+        if cache is not None and 3 * size > _SHARE_OF_HOST * host_bytes():
+            self.program.weights.keep_in_files(cache / "weights")
         return PassManager(instruments).run(self.program, pipeline, ctx, probe=probe or self.probe(pipeline))
 
 

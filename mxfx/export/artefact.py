@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from mxfx.graph.program import Program
@@ -42,6 +41,23 @@ _OPERATOR = frozenset(
 )
 #: Operands that make an op reach outside the program.
 _OUTSIDE_OPERANDS = frozenset({"filename", "path"})
+
+
+#: What safetensors calls them.
+_DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.int64: "I64",
+    torch.float64: "F64",
+}
 
 
 class ArtefactError(MxfxError, ValueError):
@@ -69,9 +85,9 @@ def save(program: Program, folder: Path | str, *, shard_bytes: int = SHARD_BYTES
     shards = _shards(program.weights, shard_bytes)
     sizes = {}
     for name, members in shards.items():
-        data = to_bytes({member: program.weights[member].detach().cpu().contiguous() for member in members})
-        sizes[name] = {"bytes": len(data)}
-        write_file(folder / name, data)
+        # Piece by piece, so that memory holds one weight at a time.
+        write_file(folder / name, safetensors_pieces({member: program.weights[member] for member in members}))
+        sizes[name] = {"bytes": (folder / name).stat().st_size}
     for stale in _stored(folder) - set(shards):
         (folder / stale).unlink()
     write_file(folder / PROGRAM, text)
@@ -134,6 +150,22 @@ def _lay_out(weights: dict[str, Tensor], layouts: object, path: Path) -> None:
             raise ArtefactError(f"{path}: 'layouts' must name weights, and all axes of each; it has {name!r}: {axes!r}")
         inverse = sorted(range(len(axes)), key=axes.__getitem__)
         weights[name] = tensor.permute(axes).contiguous().permute(inverse)
+
+
+def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file of ``tensors``: header, then the bytes of one after the other, the widest elements first."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header: dict[str, object] = {}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.itemsize
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        yield memoryview(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _shards(weights: Mapping[str, Tensor], limit: int) -> dict[str, list[str]]:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mxfx.graph.filed import Files, short
 from mxfx.ground.errors import MxfxError
 
 #: Bytes hashed as one leaf: small enough to share a weight among threads, large enough to be worth a task.
@@ -149,6 +151,8 @@ class WeightStore(Mapping[str, Tensor]):
         #: Tensors whose bytes are still on their way from a device.
         self._arriving: dict[str, Future[str]] = {}
         self.working = working
+        #: Where new weights lie, if not in memory.
+        self._files: Files | None = None
         self._ledger: list[WeightChange | _Pending] = []
 
     @property
@@ -265,7 +269,11 @@ class WeightStore(Mapping[str, Tensor]):
 
     def _set_beside(self, home: str, after: Tensor, device: torch.device) -> None:
         there = device.type == after.device.type
-        kept = after if there else torch.empty(after.shape, dtype=after.dtype, device=device)
+        if not there and self._files is not None:
+            after = short(after)
+            kept = self._files.empty(after.shape, after.dtype)
+        else:
+            kept = after if there else torch.empty(after.shape, dtype=after.dtype, device=device)
         self._tensors[home] = kept
         found = hash_beside(after, None if there else kept)
         self.trust_hash(home, found)
@@ -286,7 +294,15 @@ class WeightStore(Mapping[str, Tensor]):
 
     def _kept(self, tensor: Tensor) -> Tensor:
         """As stored: the order of its axes in memory does not tell by which arithmetic a pass came to it."""
-        return (tensor.to(self.working) if tensor.is_floating_point() else tensor).detach().contiguous()
+        found = (tensor.to(self.working) if tensor.is_floating_point() else tensor).detach().contiguous()
+        return self._files.hold(found) if self._files is not None and found.device.type == "cpu" else found
+
+    def keep_in_files(self, folder: Path) -> None:
+        """Let large new weights lie in mapped files under ``folder``, in bfloat16 where that loses nothing.
+
+        For models of which the host's memory would not hold a second copy. They go with this process.
+        """
+        self._files = Files(folder)
 
     def add_transposed(self, name: str, view: str) -> None:
         """Let ``view`` name the transposed tensor of a weight, last two axes swapped; both share their memory."""
@@ -335,6 +351,7 @@ class WeightStore(Mapping[str, Tensor]):
         """A store that shares tensors with this one until either is changed."""
         self._settle()
         twin = WeightStore(self._tensors, self._aliases, self.working, self.constants)
+        twin._files = self._files
         twin._hashes = self._hashes
         twin.ledger = list(self.ledger)
         return twin

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +47,19 @@ def parse_json(text: str | bytes, where: object) -> Any:
         raise DamagedFile(f"{where}: is not JSON ({reason_of(error)})") from error
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write ``data`` under a temporary name, flush it to the disk, rename it to ``path``, flush the folder.
+def write_file(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
+    """Write ``data``, whole or in pieces, under a temporary name, flush it, rename it to ``path``, flush the folder.
 
     A process killed at any moment leaves the old file or the new one. Raises ``WriteError`` if the disk is full or
     fails; nothing of the attempt stays.
     """
     partial = path.with_name(path.name + _SUFFIX)
+    size = 0
     try:
         with open(partial, "wb") as file:
-            file.write(data)
+            for piece in [data] if isinstance(data, bytes) else data:
+                size += len(piece)
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -66,7 +69,7 @@ def write_file(path: Path, data: bytes) -> None:
             partial.unlink(missing_ok=True)
         raise WriteError(
             error.errno,
-            f"could not write {len(data)} bytes: {error.strerror}; free space or choose another folder",
+            f"could not write {size} bytes: {error.strerror}; free space or choose another folder",
             str(path),
         ) from error
 
