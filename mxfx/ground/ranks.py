@@ -104,6 +104,8 @@ def speaks() -> bool:
     sys.stderr = sys.__stderr__
     from torch import distributed as dist
 
+    sys.stderr = sys.__stderr__
+
     try:
         store = dist.distributed_c10d._get_default_store()
         return int(store.add(f"mxfx-ended-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1)) == 1
