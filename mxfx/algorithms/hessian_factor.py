@@ -151,5 +151,8 @@ def _unit_inverse(lower: Tensor, dtype: torch.dtype) -> Tensor:
 
 def permute_symmetric(matrix: Tensor, order: Tensor) -> Tensor:
     """`matrix[g][order[g]][:, order[g]]` for a stack `(groups, n, n)` and orders `(groups, n)`."""
-    groups = torch.arange(matrix.shape[0], device=matrix.device)[:, None, None]
-    return matrix[groups, order[:, :, None], order[:, None, :]]
+    found = torch.empty_like(matrix)
+    for one, columns, out in zip(matrix, order, found, strict=True):
+        # Indexing by both axes at once would, on CUDA, spell out three matrices of int64 indices.
+        torch.index_select(one.index_select(0, columns), 1, columns, out=out)
+    return found
