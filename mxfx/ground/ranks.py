@@ -101,11 +101,9 @@ def speaks() -> bool:
     """Whether this process is the one that says why a run ended: the first of those that ask. It can print again."""
     if _now.world == 1:
         return True
-    sys.stderr = sys.__stderr__
     from torch import distributed as dist
 
     sys.stderr = sys.__stderr__
-
     try:
         store = dist.distributed_c10d._get_default_store()
         return int(store.add(f"mxfx-ended-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1)) == 1
