@@ -102,7 +102,10 @@ def run(
         bool, typer.Option("-v", "--verbose", help="What instruments found and why places were skipped, pass by pass.")
     ] = False,
 ) -> None:
-    """The whole job: trace, rewrite, evaluate; one table for all files."""
+    """The whole job: trace, rewrite, evaluate; one table for all files.
+
+    Over several processes, one a GPU: torchrun --nproc-per-node N -m mxfx run FILE … --device cuda
+    """
     from mxfx.compat.prepare import prepare
     from mxfx.driver.options import RunOptions
     from mxfx.evaluation.tasks import TaskOptions
