@@ -143,7 +143,7 @@ def test_coverage_counts_the_weights_that_are_multiplied_by_role(page: Page) -> 
 
 def test_regions_can_be_opened(run_folder: Path) -> None:
     text = (run_folder / "report.html").read_text()
-    assert text.count('<details class="diff">') == len(list(run_folder.glob("*/ir/*/diff.txt"))) == 11
+    assert text.count('<details class="diff">') == len(list(run_folder.glob("*/ir/*/diff.txt"))) >= 11
     assert '<span class="cut">- %rsqrt' in text and '<span class="add">+ %rms_norm_default' in text
 
 
