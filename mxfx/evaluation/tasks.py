@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mxfx.evaluation.results import EvaluationError
+from mxfx.ground.errors import MxfxError
 from mxfx.ground.nearest import did_you_mean
 
 
@@ -105,6 +106,8 @@ def run_task(
                 log_samples=True,
                 task_manager=manager,
             )
+        except MxfxError:
+            raise  # it says itself what is wrong, or that enough was seen
         except Exception as error:
             # Tasks are code of many hands, and so are their metrics.
             raise EvaluationError(f"--eval {name}: lm-eval stopped: {type(error).__name__}: {error}") from error

@@ -33,7 +33,7 @@ else:
     @triton.jit
     def _nibbles_kernel(halfwords_ptr, scale_ptr, out_ptr, PART: tl.constexpr):
         at = tl.program_id(0) * 4096 + tl.arange(0, 4096)
-        tl.store(out_ptr + at, nibbles(tl.load(halfwords_ptr + at), tl.load(scale_ptr + at), PART))
+        tl.store(out_ptr + at, nibbles(tl.load(halfwords_ptr + at), tl.load(scale_ptr + at), PART, tl.bfloat16))
 
     def _packed(text: str, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Codes, scales, and the float32 weight behind them; a zero block, blocks of many sizes."""

@@ -133,7 +133,7 @@ def _element_tile(units, scale, part: tl.constexpr, ROW: tl.constexpr, PLACES: t
     CODES: tl.constexpr = ROW.value.codes
     if ROW.value.halfwords:
         scale = tl.broadcast_to(scale, (PLACES, BLOCKS_PADDED, UNITS))
-        values = nibbles(units, scale, part)
+        values = nibbles(units, scale, part, dtype)
         tile = tl.reshape(values, (PLACES, BLOCKS_PADDED * UNITS))
     else:
         shift: tl.constexpr = 32 - ROW.value.bits * (part + 1)

@@ -146,8 +146,11 @@ def _four_bits(part):
 
 
 @triton.jit
-def nibbles(halfwords, scale, part: tl.constexpr):
-    """Integers number `part` of int16 halfwords, four to each, times bfloat16 scales of the same shape: bfloat16."""
+def nibbles(halfwords, scale, part: tl.constexpr, dtype: tl.constexpr):
+    """Integers number `part` of int16 halfwords, four to each, times bfloat16 scales of the same shape.
+
+    `dtype` is bfloat16; the interpreter, which cannot multiply tiles of it, may ask for float32.
+    """
     if _PACKS:
         values = tl.inline_asm_elementwise(
             _four_bits(part), "=r,r,r", [halfwords, scale], dtype=tl.bfloat16, is_pure=True, pack=2
@@ -155,7 +158,7 @@ def nibbles(halfwords, scale, part: tl.constexpr):
     else:
         # Beside 128 the last bits of a bfloat16 are units: 128 + (code + 8).
         shifted = (((halfwords.to(tl.int32) >> (4 * part)) & 0xF) ^ 0x4308).to(tl.int16).to(tl.bfloat16, bitcast=True)
-        values = ((shifted.to(tl.float32) - 136.0) * scale.to(tl.float32)).to(tl.bfloat16)
+        values = ((shifted.to(tl.float32) - 136.0) * scale.to(tl.float32)).to(dtype)
     return values
 
 

@@ -185,6 +185,6 @@ def _added(code, scale, x, part: tl.constexpr, total, CODES: tl.constexpr):
 def _added_of_four(code, scale, x, part: tl.constexpr, total):
     """The same for integers, number `part` of a halfword, and bfloat16."""
     scale = tl.broadcast_to(scale, code.shape)
-    weight = nibbles(code, scale, part)
+    weight = nibbles(code, scale, part, x.dtype)
     weight = tl.reshape(weight, (code.shape[0], code.shape[1], code.shape[2] * code.shape[3]))
     return tl.dot(weight, tl.permute(x, (0, 2, 1)), total)
