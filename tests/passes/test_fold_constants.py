@@ -16,6 +16,8 @@ from mxfx.rewrite import Rewriter, Selector, apply
 from mxfx.rewrite.rewriter import clean
 from tests.programs import RAISE, padded_batch, passed
 
+pytestmark = pytest.mark.usefixtures("definitions")
+
 WEIGHT = "model.layers.0.mlp.down_proj.weight"
 
 

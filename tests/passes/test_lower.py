@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from operator import getitem
 
 import pytest
@@ -17,7 +16,6 @@ from mxfx.graph.tiny import FAMILIES, tiny
 from mxfx.graph.trace import trace
 from mxfx.graph.verify import verify
 from mxfx.ops import RUNTIME_FUNCTIONS, find_op
-from mxfx.ops.kernels.library import load_cpu
 from mxfx.ops.providers import _PROVIDERS, Provider, provide
 from mxfx.passes import Lower, RotateQk, TransformInputs
 from mxfx.rewrite import FactError, apply, find_fact
@@ -27,14 +25,7 @@ from tests.programs import RAISE, config_a, padded_batch, passed, raised, traced
 aten = torch.ops.aten
 
 
-@pytest.fixture(autouse=True)
-def definitions() -> Iterator[None]:
-    """How a CPU lowers where no C kernel can be built."""
-    load_cpu()
-    held = list(_PROVIDERS)
-    _PROVIDERS[:] = [one for one in held if not one.name.startswith("c-")]
-    yield
-    _PROVIDERS[:] = held
+pytestmark = pytest.mark.usefixtures("definitions")
 
 
 def lowered(program: Program) -> Program:
