@@ -289,9 +289,11 @@ def test_the_graphs_of_a_run_end_with_the_one_that_is_saved(mxfx: Run, pipeline:
     assert last.parent.name.split("_")[1] in ("lower", "fold-constants")
     assert last.read_text() == to_text(emitted(load(folder / "model")))
     steps = json.loads((tmp_path / "out/results.json").read_text())["configs"][1]["passes"]
-    lower = next(step for step in steps if step["pass"] == "lower")["findings"]["numerics"]
-    assert (lower["promise"], lower["flipped"]) == ("local", 0)
-    assert lower["regions"] > 10 and lower["codes"] > 0
+    held = {step["pass"]: step["findings"].get("numerics", {}) for step in steps}
+    local = {name: found for name, found in held.items() if found.get("promise") == "local"}
+    assert "lower" in local and local["lower"]["regions"] > 10
+    assert any(found.get("codes") for found in local.values())
+    assert not any(found.get("flipped") for found in local.values())
 
 
 def test_a_wrong_fusion_is_stopped_with_its_name(mxfx: Run, pipeline: Path) -> None:
