@@ -142,8 +142,8 @@ def tokenizer(**special: str) -> PreTrainedTokenizerFast:
 
 
 def test_a_transform_that_does_not_fit_the_model_is_warned_of() -> None:
-    """Blocks of 32 on 72 channels; rotations of a residual stream that a LayerNorm with a mean reads."""
-    odd = tiny("llama-tiny", hidden_size=72, num_attention_heads=4, head_dim=18)
+    """Blocks of 32 on 75 channels, which share no divisor; rotations of a residual stream that a LayerNorm reads."""
+    odd = tiny("llama-tiny", hidden_size=75, num_attention_heads=3, num_key_value_heads=3, head_dim=26)
     text = '[[pass]]\nname="transform-inputs"\nblock=32\nselect="layers: 0; role: q_proj, k_proj, v_proj"\n'
     with pytest.warns(UserWarning, match=r"transform-inputs: did nothing: 0 matched"):
         mxfx.compile(odd, loads(text))

@@ -146,14 +146,18 @@ def test_what_needs_more_names_the_extra_that_brings_it(
     assert f"pip install '{extra}'" in " ".join((said.stdout + said.stderr).split())
 
 
+#: What only `mxfx serve` imports.
+_SERVER = ("protocol.py", "serve.py")
+
+
 def test_every_import_belongs_to_a_dependency() -> None:
-    """Exports may import what their extra brings; kernels ask for Triton before they import it."""
-    given, exported = (
+    """Exports and the server may import what their extra brings; kernels ask for Triton before they import it."""
+    given, exported, served = (
         {file.parts[0].removesuffix(".py") for found in _needed(*extras) for file in found.files or ()} | {"triton"}
-        for extras in ((), ("export",))
+        for extras in ((), ("export",), ("serve",))
     )
     for path in (_ROOT / "mxfx").rglob("*.py"):
-        allowed = exported if path.parent.name == "export" else given
+        allowed = exported if path.parent.name == "export" else served if path.name in _SERVER else given
         strange = _imported(path) - allowed - sys.stdlib_module_names - {"mxfx"}
         assert not strange, f"{path.relative_to(_ROOT)} imports {strange}"
 

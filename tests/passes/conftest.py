@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -13,8 +13,6 @@ from mxfx.graph.execute import execute
 from mxfx.graph.program import Program
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
-from mxfx.ops.kernels.library import load_cpu
-from mxfx.ops.providers import _PROVIDERS
 from mxfx.passes import RaiseAttention, RaiseNorm, RaiseRope
 from mxfx.rewrite import Context, Pass, PassRecord, apply
 
@@ -76,13 +74,3 @@ def preserved(
         return applied.program, applied.record
 
     return check
-
-
-@pytest.fixture
-def definitions() -> Iterator[None]:
-    """How a CPU lowers where no C kernel can be built."""
-    load_cpu()
-    held = list(_PROVIDERS)
-    _PROVIDERS[:] = [one for one in held if not one.name.startswith("c-")]
-    yield
-    _PROVIDERS[:] = held

@@ -17,6 +17,8 @@ from mxfx.config.pipeline import register_passes
 from mxfx.pipeline.opt import load_source
 from mxfx.rewrite import all_passes
 
+pytestmark = pytest.mark.usefixtures("definitions")
+
 FOLDER = Path(__file__).parents[1] / "filecheck"
 FILES = sorted(FOLDER.glob("*.mxir"))
 

@@ -29,6 +29,8 @@ from mxfx.pipeline.manager import PassManager
 from mxfx.pipeline.opt import opt_fragments, random_ids, read_passes
 from mxfx.rewrite import all_passes
 
+pytestmark = pytest.mark.usefixtures("definitions")
+
 FOLDER = Path(__file__).parents[1] / "filecheck" / "fragments"
 FILES = sorted(FOLDER.glob("*.mxir"))
 PASSES, AFTER = "// PASSES: ", "// AFTER\n"
