@@ -114,6 +114,11 @@ class Runner:
         for number, ids in enumerate(batches):
             self._store.put(number, dict.fromkeys(inputs) | {"input_ids": ids})
 
+    @property
+    def unpinned(self) -> str:
+        """Why some of the host's buffers are not pinned; empty where all are, or none need be."""
+        return self._transfers.buffers.refused
+
     def close(self) -> None:
         self.weights.forget()
         self._transfers.close()

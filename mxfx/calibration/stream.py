@@ -202,9 +202,10 @@ class _Stream:
 
     def close(self) -> None:
         self._closed = True
-        self._main.close()
-        if self._reference is not None:
-            self._reference.close()
+        for runner in filter(None, (self._main, self._reference)):
+            runner.close()
+            if runner.unpinned:
+                self._rw.warn(f"copies wait for the host: it pins no more memory for them ({runner.unpinned})")
 
     def layers(self) -> Iterator[LayerRun]:
         stages = [index for index, stage in enumerate(self._main.stages) if stage.measured]

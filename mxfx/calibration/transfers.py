@@ -51,7 +51,7 @@ class HostBuffers:
     """Host memory by size, pinned where a device copies from it; what is given back is used again.
 
     Pinning costs more than a copy, so that buffers stay until ``close``. Where no memory can be pinned any more, the
-    rest is not, and its copies wait for the host.
+    rest is not, and its copies wait for the host: ``refused`` says why.
     """
 
     def __init__(self, pinned: bool) -> None:
@@ -59,6 +59,7 @@ class HostBuffers:
         self._free: dict[int, list[Tensor]] = defaultdict(list)
         self._lock = Lock()
         self.bytes = 0
+        self.refused = ""
 
     def take(self, nbytes: int) -> Tensor:
         with self._lock:
@@ -68,8 +69,8 @@ class HostBuffers:
         if self._pinned:
             try:
                 return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError:
-                self._pinned = False
+            except RuntimeError as error:
+                self._pinned, self.refused = False, str(error).partition("\n")[0]
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def give(self, buffer: Tensor) -> None:

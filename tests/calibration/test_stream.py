@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from mxfx.calibration import transfers
 from mxfx.calibration.stages import cut
 from mxfx.calibration.statistics import Gram, StaleStatistics
 from mxfx.calibration.stream import StreamOptions, stream_layers, without_quantizers
+from mxfx.calibration.transfers import HostBuffers
 from mxfx.formats import parse
 from mxfx.graph.execute import execute
 from mxfx.graph.node import layer_of, path_of
@@ -120,6 +122,23 @@ def test_where_activations_wait_changes_nothing(placement: str) -> None:
     options = StreamOptions(batch_size=2, activations=placement)  # type: ignore[arg-type]
     here, there = _measure(rw, StreamOptions(batch_size=2)), _measure(rw, options)
     assert all(torch.equal(there[name], here[name]) for name in here)
+
+
+def test_memory_that_cannot_be_pinned_is_said_once_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def refuses(*size: object, pin_memory: bool = False, **rest: object) -> Tensor:
+        if pin_memory:
+            raise RuntimeError("no page is left\nat allocate")
+        return empty(*size, **rest)  # type: ignore[call-overload,no-any-return]
+
+    plain = _measure(_rewriter(_raised()), StreamOptions(batch_size=2))
+    monkeypatch.setattr(transfers, "HostBuffers", lambda pinned: HostBuffers(True))
+    monkeypatch.setattr(torch, "empty", refuses)
+    rw = _rewriter(_raised())
+    found = _measure(rw, StreamOptions(batch_size=2, activations="disk"))
+    assert rw.record.warnings == ["copies wait for the host: it pins no more memory for them (no page is left)"]
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
 def test_every_group_sees_the_rewrites_of_all_groups_before_it() -> None:
