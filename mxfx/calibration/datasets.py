@@ -207,12 +207,12 @@ def _folder(path: Path) -> Iterator[str]:
     files = sorted(path.glob("*.txt"))
     if not files:
         raise DatasetError(f"{path}: holds no .txt file; expected {_LOCAL_FORMS}")
-    return (_text(file) for file in files)
+    return (text_of(file) for file in files)
 
 
 def _file(path: Path) -> Iterator[str]:
     readers: dict[str, Callable[[Path], Iterator[str]]] = {
-        ".txt": lambda file: (_text(one) for one in (file,)),
+        ".txt": lambda file: (text_of(one) for one in (file,)),
         ".jsonl": _jsonl,
         ".parquet": _parquet,
     }
@@ -221,21 +221,27 @@ def _file(path: Path) -> Iterator[str]:
     return readers[path.suffix](path)
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """All of a file. Raises ``DatasetError`` for one that is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DatasetError(f"{path}: is not UTF-8 (byte {error.start}); convert it first") from error
 
 
-def _jsonl(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+def json_lines(path: Path) -> Iterator[tuple[int, object]]:
+    """Number and value of each line of a file that is not blank. Raises ``DatasetError``."""
+    for number, line in enumerate(text_of(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = parse_json(line, f"{path}:{number}")
+            yield number, parse_json(line, f"{path}:{number}")
         except DamagedFile as error:
             raise DatasetError(str(error)) from error
+
+
+def _jsonl(path: Path) -> Iterator[str]:
+    for number, row in json_lines(path):
         if not isinstance(row, dict) or not isinstance(row.get(_TEXT_KEY), str):
             has = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
             raise DatasetError(f'{path}:{number}: expected an object with a string "{_TEXT_KEY}", found {has}')

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mxfx.calibration.datasets import DatasetError, check_source, documents
-from mxfx.ground.files import DamagedFile, parse_json
+from mxfx.calibration.datasets import DatasetError, check_source, documents, json_lines, text_of
 
 _TEXT = "text"
 
@@ -60,7 +59,7 @@ def _documents(source: str) -> Rows:
 
 
 def _txt(rest: str) -> Rows:
-    lines = _read(_existing(rest)).splitlines()
+    lines = text_of(_existing(rest)).splitlines()
     return ((number, {_TEXT: line}) for number, line in enumerate(lines, start=1) if line), [_TEXT]
 
 
@@ -69,13 +68,7 @@ def _jsonl(rest: str) -> Rows:
     path = _existing(name)
 
     def rows() -> Iterator[tuple[int, Mapping[str, Any]]]:
-        for number, line in enumerate(_read(path).split("\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = parse_json(line, f"{path}:{number}")
-            except DamagedFile as error:
-                raise DatasetError(str(error)) from error
+        for number, row in json_lines(path):
             if not isinstance(row, dict):
                 raise DatasetError(f"{path}:{number}: expected an object, found {type(row).__name__}")
             yield number, row
@@ -110,10 +103,3 @@ def _existing(name: str) -> Path:
     if not path.is_file():
         raise DatasetError(f"{name}: no such file; expected jsonl:FILE[:FIELD] or txt:FILE")
     return path
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path}: is not UTF-8 (byte {error.start}); convert it first") from error
