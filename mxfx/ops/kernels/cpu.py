@@ -6,11 +6,12 @@ taken only of steps of decoding, one token a text: a library too sums those in a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from ctypes import byref
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,9 @@ from mxfx.ops.rope import rope as rotate
 FEW = 16
 #: Numbers below which a second thread costs more than it saves.
 _SERIAL = 1 << 15
+#: What ``Before`` says where there is no transform, and where nothing is turned.
+_NO_MATRIX: Mapping[str, Any] = {"heads": 1, "group": 1}
+_ONE_TURN: Mapping[str, Any] = {"turns": 1, "angles": 1}
 _C = library()
 if isinstance(_C, str):
     raise ImportError(_C)
@@ -97,17 +101,18 @@ def _run(x: Tensor, format: str | None, before: Before | None, *others: Tensor |
     return y
 
 
-def _matrix(x: Tensor, matrix: Tensor | None) -> tuple[int | None, int, tuple[int, int, int, int]] | None:
-    """Address of a transform, whether it is bfloat16, its order, blocks, heads and group; None if it is not taken."""
+def _matrix(x: Tensor, matrix: Tensor | None) -> Mapping[str, Any] | None:
+    """What ``Before`` says of a transform; None if it is not taken."""
     if matrix is None:
-        return None, 0, (0, 0, 1, 1)
+        return _NO_MATRIX
     if matrix.dtype not in DTYPES or not matrix.is_contiguous():
         return None
     shape = matrix.shape
     heads = shape[0] if len(shape) == 4 else 1
     group = x.shape[1] // heads if len(shape) == 4 else 1
-    sizes = (shape[-1], shape[-3] if len(shape) > 2 else 0, heads, group)
-    return matrix.data_ptr(), matrix.dtype is torch.bfloat16, sizes
+    blocks = shape[-3] if len(shape) > 2 else 0
+    of_matrix = {"matrix": matrix.data_ptr(), "matrix_bf16": matrix.dtype is torch.bfloat16}
+    return of_matrix | {"order": shape[-1], "blocks": blocks, "heads": heads, "group": group}
 
 
 def _taken(*tensors: Tensor | None) -> bool:
@@ -140,10 +145,7 @@ def block_transform(x: Tensor, matrix: Tensor) -> Tensor:
     found = _matrix(x, matrix)
     if not _few(x) or found is None:
         return NotImplemented
-    address, narrow, sizes = found
-    return _run(
-        x.contiguous(), None, Before(None, None, None, None, address, 0, 0, 0, 0, 0, narrow, *sizes, 1, 1), matrix
-    )
+    return _run(x.contiguous(), None, Before(**found, **_ONE_TURN), matrix)
 
 
 def takes_rope(x: Tensor, cos: Tensor, sin: Tensor) -> str | None:
@@ -160,9 +162,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, matrix: Tensor | None, format: 
     found = _matrix(x, matrix)
     if not _few(x) or found is None or not _taken(x, cos, sin):
         return NotImplemented
-    address, narrow, sizes = found
-    angles = (cos.data_ptr(), sin.data_ptr())
-    before = Before(None, None, *angles, address, 0, 0, 0, 0, 0, narrow, *sizes, x.shape[1], cos.shape[0])
+    before = Before(cos=cos.data_ptr(), sin=sin.data_ptr(), turns=x.shape[1], angles=cos.shape[0], **found)
     return _run(x, format, before, cos, sin, matrix)
 
 
@@ -189,9 +189,7 @@ def transform_quantize(x: Tensor, matrix: Tensor | None, format: str, hadamard: 
     found = _matrix(x, matrix)
     if not _few(x) or found is None:
         return fake_quantize(_transformed(x, matrix), format)
-    address, narrow, sizes = found
-    before = Before(None, None, None, None, address, 0, 0, 0, 0, 0, narrow, *sizes, 1, 1)
-    return _run(x.contiguous(), format, before, matrix)
+    return _run(x.contiguous(), format, Before(**found, **_ONE_TURN), matrix)
 
 
 def takes_norm(
@@ -207,7 +205,7 @@ def takes_norm(
 def norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, gain_first: bool = False) -> Tensor:
     if not _few(x) or not _taken(x, weight):
         return NotImplemented
-    return _normalized(x, weight, None, None, (None, 0, (0, 0, 1, 1)), eps, offset, gain_first)
+    return _normalized(x, weight, None, None, _NO_MATRIX, eps, offset, gain_first)
 
 
 def _normalized(
@@ -215,15 +213,21 @@ def _normalized(
     weight: Tensor | None,
     matrix: Tensor | None,
     format: str | None,
-    found: tuple[int | None, int, tuple[int, int, int, int]],
+    found: Mapping[str, Any],
     eps: float,
     offset: float,
     gain_first: bool,
 ) -> Tensor:
-    address, narrow, sizes = found
-    gain = None if weight is None else weight.data_ptr()
-    flags = (1, gain_first, x.dtype is torch.bfloat16, narrow)
-    before = Before(gain, None, None, None, address, eps, offset, *flags, *sizes, 1, 1)
+    before = Before(
+        gain=None if weight is None else weight.data_ptr(),
+        eps=eps,
+        offset=offset,
+        norm=1,
+        gain_first=gain_first,
+        gain_bf16=x.dtype is torch.bfloat16,
+        **found,
+        **_ONE_TURN,
+    )
     return _run(x, format, before, weight, matrix)
 
 
@@ -260,9 +264,7 @@ def norm_quantize(
 def takes_silu_mul_quantize(
     gate: Tensor, up: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False
 ) -> str | None:
-    if gate.dtype != up.dtype or gate.shape != up.shape:
-        return f"gate is {gate.dtype} {tuple(gate.shape)}, up is {up.dtype} {tuple(up.shape)}"
-    return takes_rounding(gate, format)
+    return takes.unlike(gate, up) or takes_rounding(gate, format)
 
 
 @kernel("silu_mul_quantize", "cpu", takes=takes_silu_mul_quantize, name="c-silu-mul-quantize")
@@ -270,9 +272,7 @@ def silu_mul_quantize(gate: Tensor, up: Tensor, matrix: Tensor | None, format: s
     found = _matrix(gate, matrix)
     if not _few(gate) or found is None or not _taken(gate, up):
         return fake_quantize(_transformed(F.silu(gate) * up, matrix), format)
-    address, narrow, sizes = found
-    before = Before(None, up.data_ptr(), None, None, address, 0, 0, 0, 0, 0, narrow, *sizes, 1, 1)
-    return _run(gate, format, before, up, matrix)
+    return _run(gate, format, Before(up=up.data_ptr(), **found, **_ONE_TURN), up, matrix)
 
 
 def restored(codes: Tensor, scales: Tensor, format: str, width: int, dtype: torch.dtype) -> Tensor:

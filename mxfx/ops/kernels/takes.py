@@ -90,12 +90,17 @@ def norm_quantize(
     return reason
 
 
+def unlike(gate: Tensor, up: Tensor) -> str | None:
+    """Why a gate and what it gates do not go together; None if they do."""
+    if gate.dtype != up.dtype or gate.shape != up.shape:
+        return f"gate is {gate.dtype} {tuple(gate.shape)}, up is {up.dtype} {tuple(up.shape)}"
+    return None
+
+
 def silu_mul_quantize(
     gate: Tensor, up: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False
 ) -> str | None:
-    if gate.dtype != up.dtype or gate.shape != up.shape:
-        return f"gate is {gate.dtype} {tuple(gate.shape)}, up is {up.dtype} {tuple(up.shape)}"
-    return _dtype(up) or _transform(up, matrix, format)
+    return unlike(gate, up) or _dtype(up) or _transform(up, matrix, format)
 
 
 def rope_quantize(
