@@ -47,10 +47,6 @@ class FuseNorm(NodePass):
     offset (Gemma's ``1 + g``) fold as they act. A norm that anything but a linear reads (q/k norms, norms before a
     residual sum) keeps its gain. Source: arXiv 2401.15024, §3.1 (RMSNorm commutes with rotations).
 
-    Options:
-        keep_tied: a norm whose linear shares its weight with an embedding stays as it is, so that one tensor stays one.
-        select: which norms.
-
     keep_tied: leave a norm alone whose linear shares its weight under another name.
     """
 

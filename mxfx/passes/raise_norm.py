@@ -34,8 +34,8 @@ class RaiseNorm(Pass):
         %y = mxfx.rms_norm(%x, @gain, eps)
 
     The gain may also be applied before the cast (OLMo 2), with an offset (Gemma), or be absent, and the root be a power
-    of -0.5. ATen's layer norm over
-    the last axis, and one that is spelled out (Cohere), become ``mxfx.layer_norm(%x, @gain, @bias, eps)``.
+    of -0.5. ATen's layer norm over the last axis, and one that is spelled out (Cohere), become
+    ``mxfx.layer_norm(%x, @gain, @bias, eps)``.
     """
 
     name: ClassVar[str] = "raise-norm"

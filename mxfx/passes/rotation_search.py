@@ -43,11 +43,10 @@ class RotationSearch(Pass):
         the operands of the winning types rotated and rotated back; record.details holds every step of the search
 
     Greedy forward over ``sites`` (the last name of a linear's path, ``kv_cache`` for keys and values, ``qk_matmul`` for
-    queries), all layers at once: each round
-    tries every remaining type on the calibration tokens with activations and caches quantized, keeps the one with
-    the lowest perplexity, and stops when that gains no more than ``improvement_eps``. ``samples`` and ``length``
-    limit the tokens. Winners are kept in ``cache_path`` under a key of program, tokens and options: later runs skip the
-    search; a file of another run is replaced with a warning.
+    queries), all layers at once: each round tries every remaining type on the calibration tokens with activations and
+    caches quantized, keeps the one with the lowest perplexity, and stops when that gains no more than
+    ``improvement_eps``. ``samples`` and ``length`` limit the tokens. Winners are kept in ``cache_path`` under a key of
+    program, tokens and options: later runs skip the search; a file of another run is replaced with a warning.
 
     sites: types to search: last names of linears' paths, or kv_cache.
     improvement_eps: fall of the perplexity that a round must exceed.

@@ -36,8 +36,7 @@ class TransformEmbedding(Pass):
     Embeddings have large channels, for which a block's scale is too coarse: on SmolLM2-135M the squared error of MXINT4
     is .0200 of the embedding, and .0122 in this basis; alone rounded, untuned, it costs .17 nats of KL instead of .30.
     The head stays tied, a row costs ``block`` · log ``block`` sums and nothing is stored. H is symmetric, so it undoes
-    itself. Only embeddings with a weight format are taken, or all
-    where nothing is annotated.
+    itself. Only embeddings with a weight format are taken, or all where nothing is annotated.
 
     block: order of the matrix, a power of two.
     """
