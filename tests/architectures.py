@@ -7,7 +7,12 @@ that are left; an architecture is decoder-only if it takes text alone and its lo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import json
+import os
+import resource
+import signal
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,6 +44,8 @@ SIZES: dict[str, object] = {
     "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_headdim": 16, "mamba_ngroups": 1, "mamba_dt_rank": 4,
 }  # fmt: skip
 _LAYERS = 2
+#: How much of a machine one may take.
+_MEMORY, _SECONDS = 8 << 30, 600
 #: Lists of layers that a configuration makes itself; they need as many layers as its pattern is long.
 _OF_LAYERS = ("layer_types", "layers_block_type", "mlp_layer_types", "hybrid_layer_ids")
 #: Changes of the sizes, tried in this order until one fits.
@@ -140,3 +147,28 @@ def _is_fixed(cls: type, name: str) -> bool:
 def _fields(cls: type) -> set[str]:
     annotated = {name for base in cls.__mro__ for name in inspect.get_annotations(base)}
     return annotated | set(inspect.signature(cls).parameters) | set(getattr(cls, "attribute_map", {}))
+
+
+def in_a_process(run: Callable[[], Any]) -> tuple[Any, str]:
+    """What ``run`` gives, through JSON, in a process of its own with bounds on memory and time; None, and why, if it
+    ends without.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+        signal.alarm(_SECONDS)
+        try:
+            said = [run(), ""]
+        except BaseException as error:
+            said = [None, f"{type(error).__name__}: {error}"]
+        with os.fdopen(writer, "w") as pipe:
+            json.dump(said, pipe)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    found, crash = json.loads(text) if text else (None, "the process was killed: memory or time")
+    return found, crash

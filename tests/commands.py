@@ -32,6 +32,7 @@ def mxfx(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         with pytest.raises(SystemExit) as exit_:
             cli.main()
         captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
         return Said(int(exit_.value.code or 0), captured.out, captured.err)
 
     return run

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import resource
-import signal
 import time
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +20,7 @@ from mxfx.passes import Distill
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Context, Pass
 from mxfx.rewrite.size import inner, multiplied, share_in_format
-from tests.architectures import VOCABULARY, NotCausal, Unbuilt, build
+from tests.architectures import VOCABULARY, NotCausal, Unbuilt, build, in_a_process
 
 CONFIGS = Path(__file__).parents[1] / "passes_configs"
 #: Name → file: round to nearest, layer by layer, tuned.
@@ -32,7 +29,6 @@ TOKENS = torch.randint(3, VOCABULARY, (4, 24), generator=torch.Generator().manua
 #: The least share of the layers' weights that A must take, and why a family has less: the products that stay float.
 LEAST = 0.9
 EXCUSED = {"gemma3n_text": "alternating updates and low-rank residuals mix streams: products of no role"}
-_MEMORY, _SECONDS = 8 << 30, 600
 
 
 @dataclass
@@ -91,21 +87,10 @@ def shortened(file: str) -> Pipeline:
 
 def apart(name: str) -> Outcome:
     """``outcome`` in a process of its own, with bounds on memory and time."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-        signal.alarm(_SECONDS)
+
+    def run() -> dict[str, Any]:
         warnings.simplefilter("ignore")
-        try:
-            found = outcome(name)
-        except BaseException as error:
-            found = Outcome(name, "CRASH", f"{type(error).__name__}: {error}")
-        os.write(writer, json.dumps(asdict(found)).encode()[:60000])
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        said = pipe.read()
-    os.waitpid(child, 0)
-    return Outcome(**json.loads(said)) if said else Outcome(name, "CRASH", "killed: memory or time")
+        return asdict(outcome(name))
+
+    found, crash = in_a_process(run)
+    return Outcome(**found) if found is not None else Outcome(name, "CRASH", crash)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import tomli
 
-from mxfx import cli
+from tests.commands import Run, Said
 from tests.local_model import save_model, save_texts
 
 CONFIGS = Path(__file__).parents[1] / "passes_configs"
@@ -32,30 +29,6 @@ name = "annotate"
 [[pass]]
 name = "round-weights"
 """
-
-
-@dataclass(frozen=True)
-class Said:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Said]
-
-
-@pytest.fixture
-def mxfx(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run ``mxfx …`` through its entry point."""
-
-    def run(*args: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["mxfx", *map(str, args)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        return Said(int(exit_.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
-from mxfx import cli
 from mxfx.config import RAISE_PASSES
 from mxfx.rewrite import Context, Exact, Lossy, Numerics, Pass, Rewriter
 from mxfx.rewrite.pass_ import _REGISTRY, register
+from tests.commands import Run
 from tests.local_model import save_model
 
 PIPELINE = r"""
@@ -75,30 +74,6 @@ def plugged_in() -> Iterator[None]:
     yield
     _REGISTRY.clear()
     _REGISTRY.update(known)
-
-
-@dataclass(frozen=True)
-class Said:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Said]
-
-
-@pytest.fixture
-def mxfx(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run ``mxfx …`` through its entry point."""
-
-    def run(*args: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["mxfx", *map(str, args)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        return Said(int(exit_.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")

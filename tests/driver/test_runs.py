@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mxfx as package
-from mxfx import cli
 from mxfx.config.emit import EmitConfig
 from mxfx.config.pipeline import CalibrationConfig, loads
 from mxfx.driver.job import Job
@@ -28,6 +26,7 @@ from mxfx.graph.tiny import tiny
 from mxfx.pipeline.emit import emitted
 from mxfx.rewrite import Context, Local, Lossy, Numerics, Pass, Rewriter
 from mxfx.rewrite.pass_ import _REGISTRY, register
+from tests.commands import Run
 from tests.local_model import save_model, save_texts
 from tests.programs import raised
 
@@ -89,31 +88,6 @@ def plugged_in() -> Iterator[None]:
     yield
     _REGISTRY.clear()
     _REGISTRY.update(known)
-
-
-@dataclass(frozen=True)
-class Said:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Said]
-
-
-@pytest.fixture
-def mxfx(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run ``mxfx …`` through its entry point."""
-
-    def run(*args: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["mxfx", *map(str, args)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return Said(int(exit_.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture

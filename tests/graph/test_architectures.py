@@ -5,10 +5,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import inspect
-import json
-import os
-import resource
-import signal
 from collections import Counter
 
 import pytest
@@ -18,16 +14,15 @@ from mxfx.graph.execute import execute
 from mxfx.graph.trace import trace
 from mxfx.graph.verify import verify
 from mxfx.ground.errors import MxfxError
-from tests.architectures import VOCABULARY, NotCausal, Unbuilt, build, every_name
+from tests.architectures import VOCABULARY, NotCausal, Unbuilt, build, every_name, in_a_process
 
 #: Length and padding of the rows: within and beyond windows and chunks of 8 tokens.
 ROWS = ((3, 0), (19, 0), (19, 5), (40, 7))
 TOLERANCE = 1e-5
 #: One for each structure: Conv1D, lists as indices, sinks, latent attention, convolutions, scans.
 FIXED = ("gpt2", "falcon", "gpt_oss", "deepseek_v3", "lfm2", "bamba")
-#: How many of the computed list must be equal, and how much of a machine one may take.
+#: How many of the computed list must be equal.
 EQUAL_AT_LEAST = 100
-_MEMORY, _SECONDS = 8 << 30, 600
 
 
 def sampled(count: int) -> tuple[str, ...]:
@@ -67,23 +62,8 @@ def verdict(name: str) -> tuple[str, str]:
 
 def apart(name: str) -> tuple[str, str]:
     """``verdict`` in a process of its own, with bounds on memory and time."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-        signal.alarm(_SECONDS)
-        try:
-            found = verdict(name)
-        except BaseException as error:
-            found = ("CRASH", f"{type(error).__name__}: {error}")
-        os.write(writer, json.dumps(found).encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        said = pipe.read()
-    os.waitpid(child, 0)
-    kind, why = json.loads(said) if said else ("CRASH", "the process was killed: memory or time")
+    found, crash = in_a_process(lambda: verdict(name))
+    kind, why = found if found is not None else ("CRASH", crash)
     return kind, why
 
 
