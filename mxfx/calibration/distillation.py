@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from mxfx.ground import ranks
 from mxfx.rewrite import Context
 
 _NORM = 1.0
-#: Of each parameter, what a checkpoint has.
+#: Of each parameter, what a checkpoint has; that of a run that averages also "average".
 _STATE = ("now", "first", "second", "best")
 
 
@@ -28,7 +29,8 @@ class Plan:
     ``steps`` of ``batch_size`` samples, each step in ``accumulate`` parts whose gradients are summed; ``learning_rate``
     in units of each parameter's root mean square, with a warm-up over a twentieth of the steps and a cosine to zero.
     After every ``check_every``-th step the held-out loss decides whether this state is the best so far; after every
-    ``checkpoint_every``-th the state is written.
+    ``checkpoint_every``-th the state is written. With ``average`` the mean of the states after the last so many steps,
+    older ones fading (``MovingAverage``), stands beside each state as another candidate.
     """
 
     steps: int
@@ -37,18 +39,21 @@ class Plan:
     accumulate: int = 1
     check_every: int = 0
     checkpoint_every: int = 0
+    average: int = 0
 
 
 @dataclass
 class History:
-    """Held-out losses by the number of steps done, and the best of them."""
+    """Held-out losses by the number of steps done, of states and of their moving averages, and the best of them all."""
 
     held_out: dict[int, float] = field(default_factory=dict)
+    averaged: dict[int, float] = field(default_factory=dict)
     best_step: int = 0
+    best_is_average: bool = False
 
     @property
     def best(self) -> float:
-        return self.held_out[self.best_step]
+        return (self.averaged if self.best_is_average else self.held_out)[self.best_step]
 
 
 class Update:
@@ -103,6 +108,41 @@ class Update:
         self._optimizer.step()
 
 
+class MovingAverage:
+    """Means of parameters over their last states: of all states at first, from ``reach`` on each older one weighs
+    ``1 - 1 / reach`` of the next (arXiv 1412.6980, §7.2, without its bias). On the parameters' device, in their dtype.
+
+    Not part of ``Update``'s recorded graph: of all parameters together it is a few launches, and its weight changes.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], reach: int) -> None:
+        self._parameters = list(parameters)
+        self._reach = reach
+        self.means = [torch.zeros_like(p, requires_grad=False) for p in self._parameters]
+
+    @torch.no_grad()
+    def add(self, step: int) -> None:
+        """Take in the state after ``step`` steps, of which the first is 1."""
+        torch._foreach_lerp_(self.means, self._parameters, 1 / min(step, self._reach))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The means stand in the parameters until the block ends, the parameters in the means."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        # Contents, not tensors: recorded graphs read and write these places.
+        for parameter, mean in zip(self._parameters, self.means, strict=True):
+            kept = parameter.clone()
+            parameter.copy_(mean)
+            mean.copy_(kept)
+
+
 class Distillation:
     """Tunes ``parameters`` so that ``loss`` of a batch falls; ``take`` gives its operands for chosen ones of
     ``count`` samples.
@@ -144,6 +184,7 @@ class Distillation:
         # A step of Adam moves every weight about alike; only against a weight's own scale does that mean the same.
         rates = [plan.learning_rate * float(p.detach().square().mean().sqrt()) for p in self._parameters.values()]
         self._update = Update(list(self._parameters.values()), rates, ctx.device)
+        self._average = MovingAverage(list(self._parameters.values()), plan.average) if plan.average else None
 
     def run(self) -> History:
         """Tune, and leave the best state in the parameters."""
@@ -174,6 +215,8 @@ class Distillation:
     def _one(self, step: int, batch: Tensor) -> None:
         self._gradients(batch)
         self._update(self._share(step))
+        if self._average is not None:
+            self._average.add(step + 1)
 
     def _share(self, step: int) -> float:
         """Of the learning rate, at a step."""
@@ -205,11 +248,18 @@ class Distillation:
             parameter.grad.copy_(total)
 
     def _judge(self, step: int) -> None:
+        self._compare(step, self.history.held_out)
+        if self._average is not None and step:
+            with self._average.in_place():
+                self._compare(step, self.history.averaged)
+
+    def _compare(self, step: int, losses: dict[int, float]) -> None:
+        """Enter the held-out loss of the parameters as they are; keep them if it is the least of all."""
+        best = self.history.best if self.history.held_out else math.inf
         # One decision for all ranks.
-        loss = ranks.from_all(self._check())
-        self.history.held_out[step] = loss
-        if step == 0 or loss < self.history.best:
-            self.history.best_step = step
+        losses[step] = ranks.from_all(self._check())
+        if step == 0 or losses[step] < best:
+            self.history.best_step, self.history.best_is_average = step, losses is self.history.averaged
             self._best = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
 
     def _save(self, step: int) -> None:
@@ -218,6 +268,9 @@ class Distillation:
             state = self._update.state[parameter]
             tensors |= {f"now/{name}": parameter.detach(), f"first/{name}": state["exp_avg"]}
             tensors |= {f"second/{name}": state["exp_avg_sq"]}
+        if self._average is not None:
+            means = zip(self._parameters, self._average.means, strict=True)
+            tensors |= {f"average/{name}": mean for name, mean in means}
         assert self._file is not None
         write_tensors(self._file, tensors, {"step": step, "history": asdict(self.history)})
 
@@ -236,6 +289,9 @@ class Distillation:
                     "exp_avg_sq": tensors[f"second/{name}"].to(parameter.device),
                 }
                 self._best[name] = tensors[f"best/{name}"]
+            if self._average is not None:
+                for name, mean in zip(self._parameters, self._average.means, strict=True):
+                    mean.copy_(tensors[f"average/{name}"])
         return step
 
     def _read(self) -> tuple[int, History, dict[str, Tensor]] | None:
@@ -245,11 +301,13 @@ class Distillation:
         try:
             tensors, about = read_tensors(self._file)
             step = int(about["step"])
-            held_out = {int(at): loss for at, loss in about["history"]["held_out"].items()}
+            past = about["history"]
+            held_out, averaged = ({int(at): loss for at, loss in past[of].items()} for of in ("held_out", "averaged"))
             shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
-            if any(tensors[f"{part}/{name}"].shape != shapes[name] for name in shapes for part in _STATE):
+            parts = _STATE if self._average is None else (*_STATE, "average")
+            if any(tensors[f"{part}/{name}"].shape != shapes[name] for name in shapes for part in parts):
                 raise ValueError("a tensor of another shape")
-            history = History(held_out, int(about["history"]["best_step"]))
+            history = History(held_out, averaged, int(past["best_step"]), bool(past["best_is_average"]))
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"the checkpoint {self._file} cannot be read ({type(error).__name__}: {error}); remove it to begin anew"

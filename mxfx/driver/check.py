@@ -20,7 +20,7 @@ from mxfx.graph.prove import Proof, prove
 from mxfx.graph.trace import bind, trace
 from mxfx.ground.errors import MxfxError
 from mxfx.ops.catalogue import weights_of
-from mxfx.passes import Annotate, Gptq, InsertKvCache, QuantizeKvCache
+from mxfx.passes import Annotate, Distill, Gptq, InsertKvCache, QuantizeKvCache
 from mxfx.pipeline.manager import PassError, PassManager
 from mxfx.report.memory import memory
 from mxfx.rewrite import PassRecord, Rewriter, apply
@@ -124,9 +124,11 @@ class Checked:
         yield f"{model_gb:.2f} GB of weights in {str(program.dtype).removeprefix('torch.')}"
         if "gptq" in names:
             yield self._streamed()
-        if "distill" in names:
-            # Both models; of each tuned weight parameter, gradient and two moments in float32.
-            yield f"distill holds {2 * model_gb + 16 * _planned(program) / 1e9:.2f} GB beside activations and logits"
+        for distill in (p for p in self.pipeline.passes if isinstance(p, Distill)):
+            # Both models; of each tuned weight parameter, gradient, two moments and what is averaged in float32.
+            each = 20 if distill.average else 16
+            held = 2 * model_gb + each * _planned(program) / 1e9
+            yield f"distill holds {held:.2f} GB beside activations and logits"
 
 
 def check(pipeline: Pipeline, *, trust_remote_code: bool = False, numbers: bool = False) -> Checked:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mxfx.calibration import training
-from mxfx.calibration.distillation import Update
+from mxfx.calibration.distillation import MovingAverage, Update
 from mxfx.calibration.training import GradientStep, divergence, trainable
 from mxfx.formats import parse
 from mxfx.graph.program import Program
@@ -117,6 +117,26 @@ def test_recorded_updates_are_those_of_a_cpu() -> None:
     assert steps == [5.0, 5.0]
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_moving_average_is_the_plain_mean_until_its_reach_and_then_forgets(device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in range(9)]
+    parameter = torch.nn.Parameter(torch.empty(2, 3, dtype=torch.float64, device=device))
+    average = MovingAverage([parameter], 4)
+    wanted = torch.zeros(2, 3, dtype=torch.float64)
+    for step, state in enumerate(states, start=1):
+        with torch.no_grad():
+            parameter.copy_(state)
+        average.add(step)
+        wanted = torch.stack(states[:step]).mean(0) if step <= 4 else 0.75 * wanted + 0.25 * state
+        torch.testing.assert_close(average.means[0].cpu(), wanted, rtol=0, atol=1e-14)
+    place = parameter.data_ptr()
+    with average.in_place():
+        torch.testing.assert_close(parameter.detach().cpu(), wanted, rtol=0, atol=1e-14)
+        assert parameter.data_ptr() == place
+    assert torch.equal(parameter.detach().cpu(), states[-1])
 
 
 def test_a_parameter_stands_behind_its_grid_and_everything_else_is_constant() -> None:

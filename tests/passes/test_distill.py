@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mxfx.calibration import staged, teacher
+from mxfx.calibration.distillation import Distillation
 from mxfx.calibration.staged import Staged
 from mxfx.calibration.training import deterministic, divergence
 from mxfx.config import Pipeline
@@ -107,7 +108,7 @@ def test_a_program_without_its_float_model_is_refused(programs) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("steps", 0), ("learning_rate", 0.0), ("held_out", 1.0), ("batch_size", 0)]
+    ("option", "value"), [("steps", 0), ("learning_rate", 0.0), ("held_out", 1.0), ("batch_size", 0), ("average", -1)]
 )
 def test_options_out_of_range_are_named(option: str, value: float) -> None:
     with pytest.raises(ValueError, match=option):
@@ -309,13 +310,43 @@ def test_the_state_that_is_kept_is_the_best_of_those_looked_at(unrounded) -> Non
     assert details["held_out_kl"]["after"] == min(looked.values()) == looked[details["best_step"]]
 
 
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learning rate that does not fall: states swing around their mean to the end."""
+    monkeypatch.setattr(Distillation, "_share", lambda *_: 1.0)
+
+
+def test_an_average_is_taken_where_it_is_nearer_than_any_state(unrounded, steady) -> None:
+    options = {"steps": 24, "batch_size": 8, "learning_rate": 1e-2, "checks": 2}
+    plain, done = (_distill(unrounded, **options, average=reach) for reach in (0, 12))
+    details = done.record.details
+    assert details["held_out_by_step"] == plain.record.details["held_out_by_step"]
+    assert sorted(details["averaged_by_step"]) == ["12", "24"]
+    assert details["best_is_average"] and not plain.record.details["best_is_average"]
+    after = details["held_out_kl"]["after"]
+    assert after == details["averaged_by_step"][str(details["best_step"])] < min(details["held_out_by_step"].values())
+    expected = tiny("llama-tiny")(TOKENS[-3:]).logits
+    with torch.no_grad():
+        found = divergence(emit(done.program)(TOKENS[-3:]), expected)
+    assert float(found) == pytest.approx(after, rel=1e-4)
+
+
+def test_an_average_over_one_step_is_the_state_itself(unrounded) -> None:
+    options = {"steps": 12, "batch_size": 8, "learning_rate": 1e-2, "checks": 3}
+    plain, done = (_distill(unrounded, **options, average=reach) for reach in (0, 1))
+    details = done.record.details
+    assert details["averaged_by_step"] == {at: kl for at, kl in details["held_out_by_step"].items() if at != "0"}
+    assert not details["best_is_average"] and _bytes(done.program) == _bytes(plain.program)
+
+
 class _Killed(Exception):
     pass
 
 
-def test_a_killed_run_resumed_ends_with_the_same_bytes(unrounded, tmp_path: Path) -> None:
+@pytest.mark.parametrize("average", [0, 5])
+def test_a_killed_run_resumed_ends_with_the_same_bytes(unrounded, tmp_path: Path, steady, average: int) -> None:
     start, quantized = unrounded
-    pass_ = Distill(steps=12, batch_size=8, learning_rate=1e-2, checkpoint_every=4, checks=3)
+    pass_ = Distill(steps=12, batch_size=8, learning_rate=1e-2, checkpoint_every=4, checks=3, average=average)
 
     def kill(items, what, *_):
         for item in items:
@@ -323,9 +354,9 @@ def test_a_killed_run_resumed_ends_with_the_same_bytes(unrounded, tmp_path: Path
                 raise _Killed
             yield item
 
-    def run(folder: Path, **options) -> Program:
+    def run(folder: Path, **options):
         ctx = Context(tokens=lambda: TOKENS, reference=start, cache=tmp_path / folder, **options)
-        return apply(pass_, quantized, ctx).program
+        return apply(pass_, quantized, ctx)
 
     whole = run(Path("whole"))
     with pytest.raises(_Killed):
@@ -334,7 +365,9 @@ def test_a_killed_run_resumed_ends_with_the_same_bytes(unrounded, tmp_path: Path
     steps: list[int] = []
     resumed = run(Path("killed"), progress=lambda items, *_: (steps.append(i) or i for i in items))
     assert steps[-4:] == [8, 9, 10, 11]
-    assert _bytes(resumed) == _bytes(whole)
+    assert resumed.record.details == whole.record.details
+    assert whole.record.details["best_is_average"] == bool(average)
+    assert _bytes(resumed.program) == _bytes(whole.program)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: data[:-9] + b"\x00" + data[-8:]])

@@ -287,7 +287,7 @@ def _print(result: Result, warnings: list[str]) -> None:
         error = "" if d.kl_stderr is None else f" ± {d.kl_stderr:.4f}"
         print(f"    {name:14} × {d.ratio:.4f}  KL {d.kl:.4f}{error}  99 % {d.p99:.2f}  agree {d.agreement:.4f}")
     for of, details in result.details.items():
-        shown = {key: details[key] for key in ("held_out_by_step", "bits") if key in details}
+        shown = {key: details[key] for key in ("held_out_by_step", "averaged_by_step", "bits") if key in details}
         print(f"    {of}: {json.dumps(shown)}")
     for warning in warnings:
         print(f"    warning: {warning}")
