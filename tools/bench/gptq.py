@@ -6,9 +6,11 @@
     python -m tools.bench.gptq --shape llama-3-8b --layers 4 --places device/device cpu/device cpu/cpu …
 
 Prints machine and versions, then one row a method: seconds end to end (median of ``--repeat``, and the first run,
-which compiles kernels), ratio to the floor, and the peak of allocated device memory, the model included where it lies
-there. The floor is the time that the forward pass and one Hessian per distinct input would take at the rate of a large
-matrix product on the same device, nothing else counted. ``--places`` says where mxfx finds the weights and where its
+which compiles kernels and pins host memory), of a layer behind the first in the first run ("later s": nothing of that
+is in it), ratio to the floor, and the peak of allocated device memory, the model included where it lies there.
+"model s" is a first run of all layers of the shape: what was measured, and the layers left out at "later s" each.
+The floor is the time that the forward pass and one Hessian per distinct input would take at the rate of a large matrix
+product on the same device, nothing else counted. ``--places`` says where mxfx finds the weights and where its
 activations wait; each row then also gives the ratio to the first, and what ``mxfx check`` expects of memory. With
 ``--shape`` weights and tokens are random, so only times mean anything; ``--layers`` takes that many of its layers,
 which are all alike. What the roundings are worth is
@@ -22,12 +24,14 @@ import copy
 import cProfile
 import gc
 import json
+import os
 import pstats
 import resource
 import statistics
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,6 +65,8 @@ _SHAPES = {
     "llama-3-70b": (8192, 28672, 80, 64, 128256),
     "tiny": (128, 256, 2, 8, 1024),
 }
+#: When the layers of the last run of mxfx began, and when the last one ended.
+_BEGAN: list[float] = []
 
 
 def main() -> None:
@@ -80,7 +86,9 @@ def main() -> None:
             rows.append({"method": name, **_measured(prepare, floor, program.layers, args)})
         except Exception as error:
             # One failing method must not cost the figures of the others.
-            traceback.print_exc()
+            traceback.print_exc(file=sys.__stderr__)
+            if ranks.world() > 1:  # the others would wait for this process
+                raise
             rows.append({"method": f"{name}: {type(error).__name__}", "s": float("nan")})
         print(rows[-1], flush=True)
     whole = [row for row in rows if len(row) == max(map(len, rows))]
@@ -91,13 +99,14 @@ def main() -> None:
     if args.profile:
         prepare = next(iter(_methods(model, program, ids, args).values()))
         _profile(prepare(), prepare(), args)
+    ranks.stop()
 
 
 def _methods(
     model: nn.Module, program: Program, ids: Tensor, args: argparse.Namespace
 ) -> dict[str, Callable[[], Callable[[], object]]]:
     """Name → what prepares a run, untimed, and returns the run."""
-    ctx = Context(device=torch.device(args.device), tokens=lambda: ids)
+    ctx = Context(device=torch.device(args.device), tokens=lambda: ids, progress=_layers)
 
     def mxfx(place: str, **own: Any) -> Callable[[], object]:
         weights, activations = place.split("/")
@@ -162,13 +171,24 @@ def _seconds(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
+def _layers(items: Iterable, description: str, total: int | None = None) -> Iterator:
+    """A progress bar that remembers when each layer began; the host waits for the device in every layer by itself."""
+    _BEGAN.clear()
+    for item in items:
+        _BEGAN.append(time.perf_counter())
+        yield item
+    _BEGAN.append(time.perf_counter())
+
+
 def _measured(
     prepare: Callable[[], Callable[[], object]], floor: float, layers: int, args: argparse.Namespace
 ) -> dict[str, object]:
     times, peak, expected, waited = [], float("nan"), float("nan"), ""
+    later = float("nan")
     on_cuda = args.device != "cpu"
     for _ in range(args.repeat):
         work = prepare()
+        _BEGAN.clear()
         if on_cuda:
             gc.collect()
             torch.cuda.empty_cache()
@@ -178,6 +198,8 @@ def _measured(
         times.append(_seconds(lambda work=work, results=results: results.append(work()), args.device))
         if on_cuda:
             peak = torch.cuda.max_memory_allocated() / 1e9
+        if len(times) == 1 and len(_BEGAN) > 2:
+            later = (_BEGAN[-1] - _BEGAN[1]) / (len(_BEGAN) - 2)
         for applied in results:
             if isinstance(applied, Applied):
                 details = applied.record.details
@@ -192,6 +214,8 @@ def _measured(
         "first s": times[0],
         "least s": min(times),
         "s a layer": median / layers,
+        "later s": later,
+        "model s": times[0] + (_all_layers(args, layers) - layers) * later,
         "x floor": median / floor,
         "peak GB": peak,
         "expected GB": expected,
@@ -200,13 +224,17 @@ def _measured(
     }
 
 
+def _all_layers(args: argparse.Namespace, layers: int) -> int:
+    return _SHAPES[args.shape][2] if args.shape else layers
+
+
 def _profile(work: Callable[[], object], again: Callable[[], object], args: argparse.Namespace) -> None:
     """Where the host spends one more run of mxfx, by cumulative and by own time; on CUDA the kernels of another."""
     profile = cProfile.Profile()
     profile.enable()
     _seconds(work, args.device)
     profile.disable()
-    with args.profile.open("w") as file:
+    with (args.profile if ranks.is_first() else Path(os.devnull)).open("w") as file:
         found = pstats.Stats(profile, stream=file)
         found.sort_stats("cumulative").print_stats(60)
         found.sort_stats("tottime").print_stats(40)
