@@ -62,6 +62,9 @@ def test_run_prints_one_table_for_all_files_and_writes_the_results(
     rows = {config["name"]: config["figures"] for config in results["configs"]}
     assert list(rows) == ["float", "tutorial_a_rtn", "p"]
     assert rows["float"]["ratio"] == 1
+    spent = results["time"]
+    parts = {"check and trace", "load and prove", "annotate", "instruments", "save and prove", "evaluation of wikitext"}
+    assert parts <= set(spent) and all(spent[name]["processor_seconds"] > 0 for name in parts)
     assert rows["tutorial_a_rtn"]["bits_per_weight"] < rows["p"]["bits_per_weight"] < 32
     assert all(row["word_perplexity"] > 1 for row in rows.values())
     matched = {step["pass"]: step["matched"] for step in results["configs"][2]["passes"]}

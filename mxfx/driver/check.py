@@ -131,8 +131,10 @@ class Checked:
             yield f"distill holds {held:.2f} GB beside activations and logits"
 
 
-def check(pipeline: Pipeline, *, trust_remote_code: bool = False, numbers: bool = False) -> Checked:
-    """Options and facts, and the rules against the graph traced on the meta device.
+def check(
+    pipeline: Pipeline, *, trust_remote_code: bool = False, numbers: bool = False, traced: Program | None = None
+) -> Checked:
+    """Options and facts, and the rules against the graph traced on the meta device, or ``traced`` already.
 
     ``numbers`` loads the weights and compares the program with the model, beyond every window that it names.
 
@@ -144,8 +146,8 @@ def check(pipeline: Pipeline, *, trust_remote_code: bool = False, numbers: bool 
     check_order(pipeline)
     started = time.perf_counter()
     settings = pipeline.model
-    model = load_meta_model(name, settings.dtype, revision=settings.revision, trust_remote_code=trust_remote_code)
-    program = trace(model, name=str(name))
+    of_hub = {"revision": settings.revision, "trust_remote_code": trust_remote_code}
+    program = traced or trace(load_meta_model(name, settings.dtype, **of_hub), name=str(name))
     seconds = time.perf_counter() - started
     last = max((i for i, p in enumerate(passes) if isinstance(p, Annotate)), default=-1)
     head = pipeline.replace(specs=pipeline.specs[: last + 1])
@@ -154,7 +156,7 @@ def check(pipeline: Pipeline, *, trust_remote_code: bool = False, numbers: bool 
     refuse_hopeless(pipeline, annotated, last + 1)
     proof = None
     if numbers:
-        loaded = load_checked(name, settings.dtype, revision=settings.revision, trust_remote_code=trust_remote_code)
+        loaded = load_checked(name, settings.dtype, **of_hub)
         proof = prove(bind(program, loaded.model), loaded.model, limit=sys.maxsize)
     return Checked(pipeline, program, annotated, seconds, proof, () if result is None else result.records)
 

@@ -26,6 +26,7 @@ from mxfx.evaluation.scoring import FloatLogits
 from mxfx.evaluation.suite import Evaluation, Suite
 from mxfx.graph.program import Program
 from mxfx.ground import ranks
+from mxfx.ground.clock import Clock, part
 from mxfx.ground.files import write_json
 from mxfx.ops.kernels.packed import inexact_count
 from mxfx.pipeline.instruments import Numbers, Verify
@@ -83,14 +84,20 @@ class RunSummary:
     out: Path | None
 
 
+#: Name, dtype and revision of a model.
+_Key = tuple[str, str, str | None]
+
+
 @dataclass
 class _Model:
     """A job that several pipelines share, and the row that they are compared with.
 
-    ``suite`` is what they are evaluated on, ``reference`` the float model's logits there; None where nothing is.
+    ``meta`` is its program without weights; ``suite`` is what they are evaluated on, ``reference`` the float model's
+    logits there; None where nothing is.
     """
 
     job: Job
+    meta: Program
     suite: Suite | None = None
     reference: FloatLogits | None = None
     baseline: str = ""
@@ -103,8 +110,9 @@ def run(pipelines: Sequence[Named], options: RunOptions) -> RunSummary:
     raise after.
     """
     outcomes: list[Outcome] = []
-    models: dict[tuple[str, str], _Model] = {}
+    models: dict[_Key, _Model] = {}
     with ExitStack() as stack:
+        clock = stack.enter_context(Clock().running())
         mine = options.out is not None and ranks.is_first()
         directory = stack.enter_context(RunDirectory(options.out)) if mine else None
         for named in pipelines:
@@ -113,7 +121,7 @@ def run(pipelines: Sequence[Named], options: RunOptions) -> RunSummary:
             if directory is not None:
                 if options.save:
                     _write_card(outcomes, directory.pipeline(named.name))
-                directory.write_results(document(outcomes, options))
+                directory.write_results(document(outcomes, options, clock))
     warnings = tuple(f"{o.name}: {warning}" for o in outcomes for warning in o.warnings)
     tasks = tuple(
         (outcome.name, *row)
@@ -126,16 +134,18 @@ def run(pipelines: Sequence[Named], options: RunOptions) -> RunSummary:
     )
 
 
-def _model_of(
-    pipeline: Pipeline, models: dict[tuple[str, str], _Model], outcomes: list[Outcome], options: RunOptions
-) -> _Model:
+def _model_of(pipeline: Pipeline, models: dict[_Key, _Model], outcomes: list[Outcome], options: RunOptions) -> _Model:
     """The loaded model of a pipeline; the first time also the row of its float form."""
-    checked = check(pipeline, trust_remote_code=options.trust_remote_code)
-    name, dtype = key = (str(pipeline.model_source()), pipeline.model.dtype)
+    name, dtype, _ = key = (str(pipeline.model_source()), pipeline.model.dtype, pipeline.model.revision)
+    known = models[key].meta if key in models else None
+    with part("check and trace"):
+        checked = check(pipeline, trust_remote_code=options.trust_remote_code, traced=known)
     if key not in models:
         options.say(f"loading {name} in {dtype}")
         trust = options.trust_remote_code
-        models[key] = _loaded(Job.load(pipeline, checked.program, options.device, trust_remote_code=trust), options)
+        with part("load and prove"):
+            job = Job.load(pipeline, checked.program, options.device, trust_remote_code=trust)
+            models[key] = _loaded(job, checked.program, options)
         if options.float_row:
             # A run over several models or precisions has a float row for each.
             models[key].baseline = "float" if len(models) == 1 else f"float {Path(name).name} {dtype}"
@@ -143,10 +153,10 @@ def _model_of(
     return models[key]
 
 
-def _loaded(job: Job, options: RunOptions) -> _Model:
+def _loaded(job: Job, meta: Program, options: RunOptions) -> _Model:
     wanted = options.wanted()
     if wanted is None:
-        return _Model(job)
+        return _Model(job, meta)
     longest = job.program.source.config.get("max_position_embeddings")
     suite = Suite(wanted, job.tokenizer, longest, None if job.texts is None else job.texts.chat)
     pipeline = Pipeline([]).completed().emitted(job.device.type)
@@ -157,7 +167,7 @@ def _loaded(job: Job, options: RunOptions) -> _Model:
             return as_causal_lm(job.run(pipeline).program, job.device)
 
     reference = FloatLogits(float_model)
-    return _Model(job, suite, reference)
+    return _Model(job, meta, suite, reference)
 
 
 def _float_outcome(model: _Model, options: RunOptions) -> Outcome:
@@ -202,7 +212,7 @@ def _outcome(
     logits = logits_of(program, ids, job.device)
     warnings += [problem] if (problem := not_finite(logits)) else []
     if folder is not None and options.save:
-        with ranks.alone():
+        with ranks.alone(), part("save and prove"):
             _save(result.portable, job, folder)
             check_saved(folder.model, logits, ids, job.device, named.pipeline.emit)
     del logits
@@ -319,13 +329,16 @@ def _row(outcome: Outcome, baseline: EvalResult | None) -> Row:
     return Row(outcome.name, warnings=len(outcome.warnings), **row)
 
 
-def document(outcomes: Sequence[Outcome], options: RunOptions) -> dict[str, object]:
-    """``results.json``: versions, machine, and for each pipeline its figures, passes, coverage, evaluation."""
+def document(outcomes: Sequence[Outcome], options: RunOptions, clock: Clock) -> dict[str, object]:
+    """``results.json``: versions, machine, where the time went until now, and for each pipeline its figures, passes,
+    coverage, evaluation.
+    """
     figures = {row.name: row for row in rows(outcomes)}
     return {
         "mxfx": metadata.version("mxfx"),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "lm-eval")},
         "machine": {"platform": platform.platform(), "device": options.device, "cores": os.cpu_count()},
+        "time": {name: vars(spent) for name, spent in clock.parts.items()},
         "configs": [_as_json(outcome, figures[outcome.name]) for outcome in outcomes],
     }
 

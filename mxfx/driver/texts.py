@@ -20,6 +20,7 @@ from mxfx.evaluation.evaluate import Domain
 from mxfx.graph.program import Program
 from mxfx.graph.tensor_file import read_tensors, tensors_hash, write_tensors
 from mxfx.graph.trace import trace
+from mxfx.ground.clock import part
 from mxfx.ground.files import DamagedFile, cache_home
 from mxfx.ground.progress import track
 from mxfx.pipeline.manager import PassManager
@@ -58,23 +59,25 @@ class FloatTexts:
         file = self._cache / f"self-{key}.safetensors"
         found = _read(file)
         if found is None:
-            found = self_samples(
-                self._there(), self._tokenizer, samples=samples, length=length, seed=seed, progress=track
-            )
+            with part("own samples"):
+                found = self_samples(
+                    self._there(), self._tokenizer, samples=samples, length=length, seed=seed, progress=track
+                )
             write_tensors(file, {"ids": found})
             self._release()
         return found
 
     def chat(self, limit_tokens: int | None, max_length: int) -> Domain:
         """The domain ``chat``; see ``chat_domain``."""
-        found = chat_domain(
-            self._there,
-            self._tokenizer,
-            model_key=self.key,
-            limit_tokens=limit_tokens,
-            max_length=max_length,
-            cache=self._cache,
-        )
+        with part("chat answers"):
+            found = chat_domain(
+                self._there,
+                self._tokenizer,
+                model_key=self.key,
+                limit_tokens=limit_tokens,
+                max_length=max_length,
+                cache=self._cache,
+            )
         self._release()
         return found
 

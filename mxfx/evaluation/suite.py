@@ -16,6 +16,7 @@ from mxfx.evaluation.scoring import FloatLogits
 from mxfx.evaluation.tasks import TaskResult, run_task
 from mxfx.evaluation.wanted import CHAT, WIKITEXT, Wanted, kind, title
 from mxfx.ground import ranks
+from mxfx.ground.clock import part
 from mxfx.ground.files import write_file
 
 #: ``(limit_tokens, max_length)`` to the domain of the float model's own answers.
@@ -73,10 +74,12 @@ class Suite:
     def run(self, model: Any, reference: FloatLogits | None = None) -> Evaluation:
         """Measure everything; `reference` asks for the divergence from the float model."""
         wanted = self._wanted
-        domains = {
-            domain.name: measure(model, domain, self._tokenizer, batch_size=wanted.batch_size, reference=reference)
-            for domain in self._domains
-        }
+        domains = {}
+        for domain in self._domains:
+            with part(f"evaluation of {domain.name}"):
+                domains[domain.name] = measure(
+                    model, domain, self._tokenizer, batch_size=wanted.batch_size, reference=reference
+                )
         tasks = {
             # lm-eval asks and scores by itself.
             name: ranks.from_first(

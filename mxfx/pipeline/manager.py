@@ -17,6 +17,7 @@ from mxfx.config.emit import EMIT_PASSES, PORTABLE, emit_start
 from mxfx.config.order import check_order
 from mxfx.config.pipeline import RAISE_PASSES, Pipeline
 from mxfx.graph.program import Program
+from mxfx.ground.clock import part
 from mxfx.ground.errors import MxfxError
 from mxfx.pipeline.agree import agree
 from mxfx.pipeline.probe import Probe
@@ -220,7 +221,8 @@ class PassManager:
         try:
             for instrument in self.instruments:
                 _timed(step.run, instrument, instrument.before, step)
-            _apply(step)
+            with part(step.pass_.name):
+                _apply(step)
             assert step.after is not None
             agree(step.before, step.after, step.title)
             for instrument in inner:
@@ -243,7 +245,8 @@ def _tell(instrument: Instrument, step: Step, error: Exception) -> None:
 def _timed(run: Run, instrument: Instrument, hook: Callable[[_About], None], about: _About) -> None:
     started = time.perf_counter()
     try:
-        hook(about)
+        with part("instruments"):
+            hook(about)
     finally:
         name = type(instrument).__name__
         run.costs[name] = run.costs.get(name, 0.0) + time.perf_counter() - started

@@ -16,13 +16,16 @@ from torch import nn
 import mxfx as package
 from mxfx.config.emit import EmitConfig
 from mxfx.config.pipeline import CalibrationConfig, loads
+from mxfx.driver import check
 from mxfx.driver.job import Job
 from mxfx.driver.pretrained import ModelError, load_checked, refuse_offloaded
 from mxfx.driver.proof import ProofError, check_saved, logits_of
 from mxfx.driver.run_directory import RunDirectory, RunError
 from mxfx.export.artefact import load, save
+from mxfx.graph.program import Program
 from mxfx.graph.text import to_text
 from mxfx.graph.tiny import tiny
+from mxfx.graph.trace import trace
 from mxfx.pipeline.emit import emitted
 from mxfx.rewrite import Context, Local, Lossy, Numerics, Pass, Rewriter
 from mxfx.rewrite.pass_ import _REGISTRY, register
@@ -177,6 +180,24 @@ def test_a_second_run_into_one_directory_is_refused(mxfx: Run, pipeline: Path, t
     assert (said.code, "another run writes to" in said.err) == (2, True)
     with RunDirectory(tmp_path / "out"), pytest.raises(RunError), RunDirectory(tmp_path / "out"):
         pass
+
+
+def test_a_model_that_several_pipelines_share_is_traced_once(
+    mxfx: Run, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced: list[str] = []
+
+    def counted(model: nn.Module, *, name: str) -> Program:
+        traced.append(name)
+        return trace(model, name=name)
+
+    monkeypatch.setattr(check, "trace", counted)
+    (tmp_path / "again.toml").write_text(pipeline.read_text())
+    said = mxfx("run", pipeline, tmp_path / "again.toml", "--out", tmp_path / "out")
+    assert said.code == 0, said.err
+    assert len(traced) == 1
+    first, again = (to_text(load(tmp_path / "out" / name / "model")) for name in ("p", "again"))
+    assert again.replace("again.toml", "p.toml") == first
 
 
 # What a run warns of: in the table, in results.json, in the exit code under --strict.

@@ -54,6 +54,38 @@ def test_no_gain_no_rotation(annotated, preserved):
     assert all("input" in info(n).formats for n in program.nodes("linear") if path_of(n) != "lm_head")
 
 
+# What is rotated → its perplexity; every round but the second gains.
+UNEVEN = {"": 9.0, "q": 8.0, "d": 8.5, "k": 8.6, "dq": 8.2, "kq": 8.3, "dkq": 7.0}
+
+
+@pytest.mark.parametrize(("patience", "winners", "rounds"), [(0, "q", 2), (1, "qdk", 3), (5, "qdk", 3)])
+def test_patience_looks_beyond_a_round_that_gains_nothing(
+    annotated, ctx, monkeypatch, patience: int, winners: str, rounds: int
+):
+    def scorer(*_):
+        return lambda rotated: UNEVEN["".join(sorted(site[0] for site in rotated))]
+
+    monkeypatch.setattr(module, "_scorer", scorer)
+    found = apply(RotationSearch(sites=SITES, patience=patience), annotated, ctx).record.details
+    assert "".join(site[0] for site in found["winners"]) == winners
+    assert found["perplexity"] == UNEVEN["".join(sorted(winners))]
+    assert len(found["steps"]) == rounds
+    assert [step["winner"] for step in found["steps"] if step["winner"]] == found["winners"]
+
+
+def test_what_patience_did_not_find_better_is_not_rotated(annotated, ctx, monkeypatch):
+    monkeypatch.setattr(module, "_scorer", lambda *_: lambda rotated: 9.0 if len(rotated) == 1 else 10.0)
+    found = apply(RotationSearch(sites=SITES, patience=2), annotated, ctx).record
+    assert len(found.details["winners"]) == 1 and found.details["perplexity"] == 9.0
+    assert [step["winner"] is None for step in found.details["steps"]] == [False, True, True]
+    assert {skip.path.rsplit(".", 1)[-1] for skip in found.skips} >= {"down_proj"}
+
+
+def test_patience_below_nothing_is_refused():
+    with pytest.raises(ValueError, match="patience"):
+        RotationSearch(patience=-1)
+
+
 def test_later_runs_read_the_winners_and_search_nothing(annotated, ctx, tmp_path, monkeypatch):
     pass_ = RotationSearch(sites=SITES, cache_path=tmp_path / "made" / "winners.json", improvement_eps=-1e9)
     first = apply(pass_, annotated, ctx)
