@@ -14,18 +14,19 @@ from mxfx.compat.tutorial import from_pass_args, unwrapped
 from mxfx.config.pipeline import Pipeline
 from mxfx.driver.job import Job, default_instruments
 from mxfx.driver.pretrained import load_tokenizer
-from mxfx.pipeline.manager import Instrument
+from mxfx.export.folder import MxfxForCausalLM
+from mxfx.pipeline.manager import Instrument, PipelineResult
 from mxfx.rewrite import PassRecord
-from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm
 
 
 def quantize_module_transform_pass(
     model: nn.Module, pass_args: Mapping[str, Any], *, instruments: Sequence[Instrument] | None = None
-) -> tuple[EmittedCausalLM, dict[str, Any]]:
+) -> tuple[MxfxForCausalLM, dict[str, Any]]:
     """Compile ``model`` as ``pass_args`` says; returns ``(model, {})`` like the tutorial's function of that name.
 
-    The returned model has ``.config``, ``.device``, ``generate`` and goes into ``HFLM(pretrained=…)`` as it is. Unlike
-    in the tutorial the model given is not changed. Calibration data come from the hub, or from the local file that
+    The returned model has ``.config``, ``.device``, ``generate`` and goes into ``HFLM(pretrained=…)`` as it is;
+    ``save_pretrained`` writes a folder that ``AutoModelForCausalLM`` opens once mxfx is imported. Unlike in the tutorial
+    the model given is not changed. Calibration data come from the hub, or from the local file that
     ``[gptq] dataset`` names. Every pass is held to its promise and the graph is verified; ``instruments=()`` leaves
     that out. Passes run on the ``device`` of ``[gptq]`` or ``[rotation_search]``, else on the first CUDA device there
     is; the result comes back to where the model given lies. A collector that listens to the model goes over to it.
@@ -47,10 +48,15 @@ def quantize_module_transform_pass(
         pipeline, default_instruments(pipeline) if instruments is None else instruments
     )
     say_warnings(done.records)
-    emitted = as_causal_lm(done.program, home)
+    emitted = saveable(done, home)
     if collector is not None:
         collector.listen(emitted)
     return emitted, {}
+
+
+def saveable(done: PipelineResult, home: torch.device) -> MxfxForCausalLM:
+    """The model of a pipeline's result, on ``home``; emitted there unless the emit stage has run for it."""
+    return MxfxForCausalLM(done.portable, home, ready=done.program)
 
 
 def device_of(pass_args: Mapping[str, Any], home: torch.device) -> torch.device:

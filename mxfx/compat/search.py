@@ -11,23 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from mxfx.compat.emitter import SITES as ALL_MATMUL_TYPES
-from mxfx.compat.quantize import device_of, job_of, say_warnings
+from mxfx.compat.quantize import device_of, job_of, saveable, say_warnings
 from mxfx.compat.table import Table
 from mxfx.compat.tutorial import from_pass_args
 from mxfx.config import Pipeline
 from mxfx.config.locate import Cursor
 from mxfx.driver.job import Job, default_instruments
 from mxfx.driver.search import Found
+from mxfx.export.folder import MxfxForCausalLM
 from mxfx.ground.files import read_json, write_json
 from mxfx.pipeline.manager import PipelineResult
-from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm
 
 __all__ = ["ALL_MATMUL_TYPES", "rotation_search_transform_pass"]
 
 
 def rotation_search_transform_pass(
     network: nn.Module, pass_args: Mapping[str, Any]
-) -> tuple[EmittedCausalLM, dict[str, Any]]:
+) -> tuple[MxfxForCausalLM, dict[str, Any]]:
     """Quantize as ``base_quantize_args`` say, search on ``calib_loader``, emit with what won.
 
     ``pass_args``: ``base_quantize_args``, ``calib_loader`` (``[(ids, target), …]``, samples of one length), and the
@@ -64,11 +64,11 @@ def rotation_search_transform_pass(
     pipeline = pipeline.emitted(home.type) if device.type == home.type else pipeline
     first, second = _run(network, pipeline, device, _samples(pass_args["calib_loader"]))
     say_warnings([*first.records, *second.records])
-    found, program = Found.of(second), second.program
+    found = Found.of(second)
     results = _summary(found, eps, tuple(types or ALL_MATMUL_TYPES))
     if output is not None:
         _write(Path(output), results, kept)
-    return as_causal_lm(program, home), results
+    return saveable(second, home), results
 
 
 def _samples(loader: Sequence[Any]) -> Tensor:

@@ -60,13 +60,19 @@ not import mxfx itself is told to by `trust_remote_code=True`, which runs the th
 
 
 class MxfxForCausalLM(EmittedCausalLM):
-    """An emitted model that is opened from, and saved to, its folder; ``program`` is what the folder holds."""
+    """An emitted model that is opened from, and saved to, its folder; ``program`` is what the folder holds.
+
+    ``ready`` is what the emit stage made of it for the device, where that has run.
+    """
 
     config_class = MxfxConfig
 
-    def __init__(self, program: Program, device: torch.device | str = "cpu") -> None:
-        super().__init__(emitted(program, device))
+    def __init__(
+        self, program: Program, device: torch.device | str = "cpu", *, ready: Program | None = None
+    ) -> None:
+        super().__init__(emitted(program if ready is None else ready, device))
         self.program = program
+        self._kernels = torch.device(device).type
         #: The model card of the folder that it was opened from, which has a run's figures.
         self.card: bytes | None = None
         self.config = config_of(program)
@@ -87,6 +93,24 @@ class MxfxForCausalLM(EmittedCausalLM):
         card = Path(folder) / _CARD_FILE
         model.card = card.read_bytes() if card.is_file() else None
         return (model, _NOTHING_ODD) if options.get("output_loading_info") else model
+
+    def to(self, *args: Any, **kwargs: Any) -> MxfxForCausalLM:
+        """Move to a device; for one of another type the program is emitted anew, since kernels are a device's own.
+
+        Caches made before are not taken afterwards. Raises ``TypeError`` for another dtype.
+        """
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        if device is not None and device.type not in (self._kernels, "meta"):
+            self._take(emitted(self.program, device))
+            self._kernels = device.type
+        super().to(*args, **kwargs)
+        return self
+
+    def cuda(self, device: int | torch.device | str | None = None) -> MxfxForCausalLM:
+        return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
+
+    def cpu(self) -> MxfxForCausalLM:
+        return self.to("cpu")
 
     def save_pretrained(  # type: ignore[override]
         self,

@@ -37,10 +37,14 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, program: Program) -> None:
         config, generation = configs_of(program)
         super().__init__(config)
-        self.specs = cache_specs(program)
+        self._take(program)
         config.use_cache = bool(self.specs)
         self.generation_config = generation
         self.generation_config.use_cache = bool(self.specs)
+
+    def _take(self, program: Program) -> None:
+        """Let an emitted program be what runs."""
+        self.specs = cache_specs(program)
         self.graph = build(program)
         self._storages: list[Storage] = []
         self.eval()
@@ -173,7 +177,8 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
         """Raises ``TypeError``: the folder would open as a model with other weights."""
         raise TypeError(
             "save_pretrained would write the weights of a graph under the name of an architecture that lacks their "
-            "rewrites; `mxfx run --out DIR` saves an emitted model, mxfx.load(DIR) opens it"
+            "rewrites; `mxfx run --out DIR` saves an emitted model, mxfx.load(DIR) opens it, and "
+            "mxfx.export.folder.MxfxForCausalLM(program) saves itself"
         )
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
