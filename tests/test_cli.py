@@ -134,6 +134,15 @@ def test_config_show_prints_the_pipeline_of_a_tutorial_file(mxfx: Run, name: str
     assert said.out.index('"raise-norm"') < said.out.index('"annotate"')
 
 
+def test_config_show_takes_a_file_that_only_collects(mxfx: Run, tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("[token_collector]\ntarget_nsamples = 4\nseqlen = 16\nsave_path = 'c.pt'\n")
+    said = mxfx("config", "show", file)
+    assert said.code == 0 and f"mxfx collect SOURCE --model M --config {file}" in said.out and tomli.loads(said.out)
+    file.write_text(file.read_text().replace("seqlen", "seqln"))
+    assert (said := mxfx("config", "show", file)).code == 2 and "seqlen" in said.err
+
+
 def test_config_show_applies_overrides(mxfx: Run, pipeline: Path) -> None:
     said = mxfx("config", "show", pipeline, "--set", "calibration.samples=8")
     assert "samples = 8" in said.out

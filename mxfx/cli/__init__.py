@@ -193,7 +193,13 @@ def config_show(
 ) -> None:
     """The pipeline that a file stands for, raise and emit stages included, as canonical TOML."""
     from mxfx.compat.prepare import prepare
+    from mxfx.compat.tutorial import only_collects
     from mxfx.driver.options import RunOptions
+
+    if only_collects(file):
+        sys.stdout.write(f"# no pipeline, but a collector: mxfx collect SOURCE --model M --config {file}\n")
+        sys.stdout.write(file.read_text())
+        return
 
     ((_, pipeline),) = prepare([file], RunOptions(model=model, device=device, overrides=tuple(set_)))
     from mxfx.config import to_toml

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mxfx.compat.selectors import Chosen, shadowed
+from mxfx.compat.selectors import WHY_NOT_PROBS, Chosen, shadowed
 from mxfx.compat.table import Table
 from mxfx.compat.widths import Written, read_format
 from mxfx.config.locate import Cursor, KeyPath, Mark
@@ -182,8 +182,7 @@ class Emitter:
             dataset = _dataset(table.take("calib_data", str, "wikitext2"))
             self._set_calibration(table, dataset=dataset, samples=samples, length=length)
         else:
-            self._check_calib_data(table)
-            raw |= self._part_of_calibration(table, samples, length)
+            raw |= {"samples": samples, "length": length, **self._own_data(table, samples, length)}
         raw |= _given(table, {"improvement_eps": ("improvement_eps", float)})
         cached, file = table.take("cache_winners", bool, True), table.take("cache_path", str)
         if file is None and self.gptq is not None and "checkpoint_dir" in self.gptq:
@@ -194,24 +193,22 @@ class Emitter:
         if sites is not None:
             raw["sites"] = _check_sites(table, sites)
         table.close()
-        sources = {"samples": "calib_nsamples", "length": "calib_seqlen", "sites": "matmul_types"}
+        sources = {
+            "dataset": "calib_data",
+            "samples": "calib_nsamples",
+            "length": "calib_seqlen",
+            "sites": "matmul_types",
+        }
         marks: dict[KeyPath, Mark] = {(): _mark(table.at)}
         marks |= {(key,): _mark(table.at / sources.get(key, key)) for key in raw}
         return [self._spec("rotation-search", raw, marks)]
 
-    def _part_of_calibration(self, table: Table, samples: int, length: int) -> dict[str, Any]:
-        """The search scores on the tokens that GPTQ calibrates on: what it asks for beyond them is not there."""
-        have = self.calibration
-        for key, wanted, there in (("calib_nsamples", samples, have.samples), ("calib_seqlen", length, have.length)):
-            if wanted > there and key in table:
-                table.warn(key, f"{key} = {wanted}, and [gptq] calibrates on {there}: the search scores on those")
-        return {"samples": min(samples, have.samples), "length": min(length, have.length)}
-
-    def _check_calib_data(self, table: Table) -> None:
-        dataset = table.take("calib_data", str)
-        if dataset is not None and _dataset(dataset) != self.calibration.dataset:
-            problem = f"calib_data = {dataset!r}, and [gptq] calibrates on {self.calibration.dataset!r}"
-            table.fail("calib_data", problem, "one calibration set for the pipeline")
+    def _own_data(self, table: Table, samples: int, length: int) -> dict[str, str]:
+        """The data set that the search reads, unless its samples are some of those that GPTQ calibrates on."""
+        have, named = self.calibration, table.take("calib_data", str)
+        dataset = str(have.dataset) if named is None else _dataset(named)
+        shared = dataset == have.dataset and samples <= have.samples and length <= have.length
+        return {} if shared else {"dataset": dataset}
 
     def _online_rotations(self) -> list[PassSpec]:
         specs = []
@@ -299,5 +296,5 @@ def _check_sites(table: Table, sites: tuple[str, ...]) -> list[str]:
             at = table.at / "matmul_types" / index
             raise at.error(f"unknown matmul type {site!r}", f"one of {listed(SITES)}", did_you_mean(site, SITES))
     if "av_matmul" in sites:
-        table.warn("matmul_types", "av_matmul is not rotated: its axis is as long as the text")
+        table.warn("matmul_types", f"av_matmul is not rotated: {WHY_NOT_PROBS}")
     return [site for site in sites if site != "av_matmul"]

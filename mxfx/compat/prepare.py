@@ -54,6 +54,8 @@ def _with_data(pipeline: Pipeline, data: str) -> Pipeline:
     from mxfx.calibration.sources import SELF
     from mxfx.config.overrides import apply_overrides
 
+    if any(spec.name == "rotation-search" and "dataset" in spec.options for spec in pipeline.specs):
+        pipeline = apply_overrides(pipeline, [f"pass.rotation-search.dataset={json.dumps(data)}"])
     named = [source for source in pipeline.calibration.sources if source != SELF]
     if len(named) == 1 and SELF in pipeline.calibration.sources and data != SELF:
         sources = [source if source == SELF else data for source in pipeline.calibration.sources]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mxfx.calibration.collector import collector_of
 from mxfx.compat.tutorial import from_pass_args, unwrapped
@@ -73,13 +73,7 @@ def device_of(pass_args: Mapping[str, Any], home: torch.device) -> torch.device:
 def job_of(model: nn.Module, pipeline: Pipeline, device: torch.device) -> Job:
     """The job of a model in memory; the tokenizer of the model that is named reads calibration data when asked."""
     job = Job.of_model(model, device)
-
-    def tokens() -> Tensor:
-        if job.tokenizer is None and not str(pipeline.calibration.dataset).endswith(".pt"):
-            job.tokenizer = load_tokenizer(pipeline.model.name or job.program.source.name)
-        return job.tokens(pipeline.calibration)
-
-    job.given = tokens
+    job.late_tokenizer = lambda: load_tokenizer(pipeline.model.name or job.program.source.name)
     return job
 
 

@@ -51,6 +51,9 @@ def rotation_search_transform_pass(
     output = pass_args.get("output_json")
     kept = output is not None and bool(pass_args.get("cache_winners", False))
     search: dict[str, Any] = {
+        # The samples are given: of no data set of its own.
+        "calib_nsamples": 1,
+        "calib_seqlen": 1,
         "improvement_eps": eps,
         "cache_winners": kept,
         "score_phase": pass_args.get("score_phase"),

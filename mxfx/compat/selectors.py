@@ -43,6 +43,8 @@ _REFUSED = {
 }
 #: Stages that a rotation can stand at -> site of ``online-rotation``.
 _ROTATED = {"kv_cache": "kv_cache", "qk_matmul": "qk_matmul"}
+#: A rounding error of the rotated row spreads over all its positions on the way back, those that are hidden included.
+WHY_NOT_PROBS = "rounded in a rotated basis, probabilities reach tokens that come later, and the model reads ahead"
 #: A module of the dialect's families that is a whole decoder layer, and one that is an MLP.
 _LAYER, _MLP = "model.layers.0", "model.layers.0.mlp"
 
@@ -177,6 +179,14 @@ def _read_qk_norm(chosen: Chosen) -> list[Chosen]:
 def _read_attention(chosen: Chosen) -> None:
     table = chosen.table
     turning, chosen.rotated = bool(chosen.rotated), ()
+    for operand in ("data_in", "weight"):
+        # Mase reads neither here; 16 bits, as one of its files has them, is what happens anyway.
+        if read_format(table, operand, chosen.family) is not None:
+            table.fail(
+                f"{operand}_{'width' if chosen.family == 'mxint' else 'exponent_width'}",
+                f"{table.what} is an attention, which multiplies by no {operand} of its own",
+                f"selectors of its projections, or the tables {options.listed(_STAGES)}",
+            )
     for stage, key in _STAGES.items():
         inner = table.table(stage)
         if inner is None:
@@ -203,8 +213,8 @@ def _read_stage(chosen: Chosen, inner: Table, stage: str, key: str, family: str,
     if rotate and not turning:
         inner.fail("rotate", f"{stage} can only rotate where name is 'mxint_rotate' or 'mxfp_rotate'")
     if rotate and stage not in _ROTATED:
-        # Mase does the same for every length of which it has no Hadamard matrix.
-        chosen.table.warn(stage, f"{stage} is quantized without a rotation: its axis is as long as the text")
+        # Mase too leaves it out, with a warning, at every length of which it has no Hadamard matrix.
+        chosen.table.warn(stage, f"{stage} is quantized without a rotation: {WHY_NOT_PROBS}")
     elif rotate:
         chosen.rotated += (_ROTATED[stage],)
     return formats

@@ -69,6 +69,15 @@ def load_any(path: str | Path) -> Pipeline:
     return from_tutorial(document.value, document.root) if is_tutorial(document) else from_document(document)
 
 
+def only_collects(path: str | Path) -> bool:
+    """Whether all that a file of the dialect has is a ``[token_collector]``, which is checked. Raises ``ConfigError``."""
+    document = read_toml(path)
+    if COLLECTOR not in document.value or not document.value.keys() <= {"by", COLLECTOR}:
+        return False
+    _read_collector(Table(f"[{COLLECTOR}]", document.value[COLLECTOR], document.root / COLLECTOR))
+    return True
+
+
 def is_tutorial(document: Document) -> bool:
     """Whether a file is in the dialect: it has ``by``, or selectors or blocks and no ``[[pass]]``."""
     raw = document.value

@@ -38,13 +38,15 @@ class Job:
     """A model on a device, and what all runs over it share.
 
     ``program`` is the float reference: traced, with weights, no pass run. ``given`` are calibration ids that the
-    caller brings (None: a tokenizer reads the data set that a pipeline names). ``warnings`` are about the model itself;
+    caller brings (None: a tokenizer reads the data set that a pipeline names; it is ``late_tokenizer()`` where there is
+    none yet, and only data sets that are no tokens ask for it). ``warnings`` are about the model itself;
     ``texts`` are what it writes; ``progress`` shows long steps.
     """
 
     program: Program
     device: torch.device
     tokenizer: Any = None
+    late_tokenizer: Callable[[], Any] | None = None
     given: Callable[[], Tensor] | None = None
     warnings: tuple[str, ...] = ()
     texts: FloatTexts | None = None
@@ -80,6 +82,9 @@ class Job:
     def tokens(self, calibration: CalibrationConfig) -> Tensor:
         """Calibration ids, int64 ``(samples, length)``. Raises ``DatasetError``."""
         if calibration not in self._token_sets:
+            written = all(str(source).endswith(".pt") for source in calibration.sources)
+            if self.tokenizer is None and self.late_tokenizer is not None and not written:
+                self.tokenizer = self.late_tokenizer()
             read = partial(
                 calibration_tokens,
                 calibration.sources,
@@ -121,8 +126,12 @@ class Job:
         )
         if self.given is not None:
             made.tokens = self._given
-        elif self.tokenizer is not None:
+        elif self.tokenizer is not None or self.late_tokenizer is not None:
             made.tokens = lambda: self.tokens(pipeline.calibration)
+        if self.tokenizer is not None or self.late_tokenizer is not None:
+            made.read = lambda dataset, samples, length: self.tokens(
+                CalibrationConfig(dataset, samples, length, pipeline.calibration.seed)
+            )
         return made
 
     def run(

@@ -19,6 +19,8 @@ from mxfx.rewrite.size import inner, multiplied, share_in_format
 
 #: Reasons of one pass that are told in full.
 _REASONS = 6
+#: Different notes of one pass that are told.
+_NOTES = 16
 
 
 def matched_lines(program: Program, records: Sequence[PassRecord]) -> Iterator[str]:
@@ -69,9 +71,16 @@ def site_lines(program: Program, passes: Sequence[Pass], records: Sequence[PassR
             sites, record = pass_.foresee(rw), rw.record
         if sites is not None and pass_.name != Annotate.name:
             reasons = Counter((_called(nodes.get(skip.node), ""), _plain(skip.reason)) for skip in record.skips)
-            told = [f"; {count} {who} not: {reason}" for (who, reason), count in reasons.most_common(_REASONS)]
+            told = [f" ({_counted(notes)})"] if (notes := [] if ran.get(pass_.name) else _notes(record)) else []
+            told += [f"; {count} {who} not: {reason}" for (who, reason), count in reasons.most_common(_REASONS)]
             more = f"; and {len(reasons) - _REASONS} other reasons" if len(reasons) > _REASONS else ""
             yield f"{pass_.name}: {sites or 'no'} sites{''.join(told).replace('  ', ' ')}{more}"
+
+
+def _notes(record: PassRecord) -> list[str]:
+    """What is foreseen of each site, unless there is too much to tell."""
+    notes = [match.note for match in record.matches if match.note]
+    return notes if len(set(notes)) <= _NOTES else []
 
 
 def _ragged(program: Program) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
@@ -51,13 +52,16 @@ class OnlineRotation(Pass):
     block: int = 0
     select: Selector = ALL
 
+    def foresee(self, rw: Rewriter) -> int | None:
+        return sum(len(list(fitting(rw, node, self.block, site))) for node, site in self._places(rw.program))
+
     def run(self, rw: Rewriter, ctx: Context) -> None:
-        for node in rw.program.nodes():
-            if not self.select(node):
-                continue
-            for site in self.sites:
-                if site in sites_of(node):
-                    rotate_operands(rw, node, self.block, site)
+        for node, site in self._places(rw.program):
+            rotate_operands(rw, node, self.block, site)
+
+    def _places(self, program: Program) -> list[tuple[fx.Node, str]]:
+        selected = filter(self.select, program.nodes())
+        return [(node, site) for node in selected for site in self.sites if site in sites_of(node)]
 
 
 def sites_of(node: fx.Node) -> dict[str, tuple[str, ...]]:
@@ -77,6 +81,17 @@ def rotated_operands(node: fx.Node, site: str | None = None) -> tuple[str, ...]:
 
 def rotate_operands(rw: Rewriter, node: fx.Node, block: int, site: str | None = None) -> None:
     """Rotate, and rotate back, every annotated operand at a site; formats move to the rotated tensors."""
+    for operand, source, order in fitting(rw, node, block, site):
+        annotation = info(node).formats[operand]
+        spec(node).set(rw, operand, _rotated_back(rw, source, order, annotation, node))
+        rest = {o: a for o, a in info(node).formats.items() if o != operand}
+        rw.set_info(node, replace(info(node), formats=MappingProxyType(rest)))
+
+
+def fitting(
+    rw: Rewriter, node: fx.Node, block: int, site: str | None = None
+) -> Iterator[tuple[str, fx.Node, int]]:
+    """The operands that a rotation can stand at, what gives them, and the order that it gets; each is matched."""
     found = rotated_operands(node, site)
     if not found:
         rw.skip(node, "no operand to rotate carries a format")
@@ -88,10 +103,7 @@ def rotate_operands(rw: Rewriter, node: fx.Node, block: int, site: str | None = 
         if order is None:
             rw.skip(node, f"{operand}: no Hadamard matrix of order {block or width} fits its {width} channels")
         elif rw.match(node, note=f"{operand}, order {order_words(width, block, order)}"):
-            annotation = info(node).formats[operand]
-            spec(node).set(rw, operand, _rotated_back(rw, source, order, annotation, node))
-            rest = {o: a for o, a in info(node).formats.items() if o != operand}
-            rw.set_info(node, replace(info(node), formats=MappingProxyType(rest)))
+            yield operand, source, order
 
 
 def _rotated_back(rw: Rewriter, source: fx.Node, order: int, annotation: Annotation, reader: fx.Node) -> fx.Node:

@@ -19,13 +19,15 @@ from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
 from mxfx.ops.catalogue import spec
 from mxfx.ops.quantize import fake_quantize
-from mxfx.passes.online_rotation import rotate_operands, rotated_operands
+from mxfx.passes.online_rotation import fitting, rotate_operands, rotated_operands
 from mxfx.rewrite import Close, Context, Numerics, Pass, Rewriter, register
 from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, ANNOTATED, KV_QUANTIZED, LOWERED, ROTATED_ONLINE, Fact
 from mxfx.rewrite.lowering import lowered_copy
 
 #: Sites of attention; all others are the last names of linears' paths.
 _ATTENTION = ("qk_matmul", "kv_cache")
+#: What a data set of the search's own gives where nothing is said, as Mase's.
+_SAMPLES, _LENGTH = 32, 1024
 _ALL_SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj", *_ATTENTION)
 
 
@@ -45,18 +47,19 @@ class RotationSearch(Pass):
     Greedy forward over ``sites`` (the last name of a linear's path, ``kv_cache`` for keys and values, ``qk_matmul`` for
     queries), all layers at once: each round tries every remaining type on the calibration tokens with activations and
     caches quantized, keeps the one with the lowest perplexity, and stops when that gains no more than
-    ``improvement_eps``. ``samples`` and ``length`` limit the tokens. Of a thousand tokens the perplexity of a model
-    that rounding has all but broken moves by a tenth with the last bits of a sum: there ``patience`` looks further.
-    Winners are kept in ``cache_path`` under a key of program, tokens and options: later runs skip the search; a file
-    of another run is replaced with a warning.
+    ``improvement_eps``. ``samples`` and ``length`` limit the tokens; with ``dataset`` they are those of another data
+    set than the run's. Of a thousand tokens the perplexity of a model that rounding has all but broken moves by a tenth
+    with the last bits of a sum: there ``patience`` looks further. Winners are kept in ``cache_path`` under a key of
+    program, tokens and options: later runs skip the search; a file of another run is replaced with a warning.
 
     sites: types to search: last names of linears' paths, or kv_cache.
     improvement_eps: fall of the perplexity that a round must exceed.
     patience: rounds in a row without such a fall that are gone through before the search stops; types after the last
         fall are not rotated.
     cache_path: file that keeps the winners; not given: the run's cache.
-    samples: calibration samples to take; not given: all.
-    length: tokens to take of each sample; not given: all.
+    dataset: data set to score on; not given: the run's calibration tokens.
+    samples: calibration samples to take; not given: all, or 32 of ``dataset``.
+    length: tokens to take of each sample; not given: all, or 1024 of ``dataset``.
     block: order of the Hadamard matrices, or the largest that divides it and the axis; 0 for the whole axis.
     """
 
@@ -69,6 +72,7 @@ class RotationSearch(Pass):
     improvement_eps: float = 0.0
     patience: int = 0
     cache_path: Path | None = None
+    dataset: str | None = None
     samples: int | None = None
     length: int | None = None
     block: int = 0
@@ -77,12 +81,18 @@ class RotationSearch(Pass):
         if self.patience < 0:
             raise ValueError(f"'patience' is {self.patience}, must be at least 0")
 
+    def foresee(self, rw: Rewriter) -> int | None:
+        members = {site: _members(rw.program, site) for site in self.sites}
+        return sum(
+            len(list(fitting(rw, node, self.block, _place(site)))) for site, nodes in members.items() for node in nodes
+        )
+
     def run(self, rw: Rewriter, ctx: Context) -> None:
         members = {site: nodes for site in self.sites if (nodes := _members(rw.program, site))}
         for site in self.sites:
             if site not in members and self.sites != _ALL_SITES:
                 rw.warn(f"no {site} carries a format: it is not searched")
-        tokens = ctx.tokens()[: self.samples, : self.length]
+        tokens = self._tokens(ctx)
         key = self._key(rw.program, ctx, tokens)
         file = self._file(ctx, key)
         found, unusable = load_decisions(file, key)
@@ -100,6 +110,11 @@ class RotationSearch(Pass):
                     rotate_operands(rw, node, self.block, _place(site))
                 else:
                     rw.skip(node, f"{site}: rotating it lowered the perplexity too little", done=True)
+
+    def _tokens(self, ctx: Context) -> Tensor:
+        if self.dataset is None:
+            return ctx.tokens()[: self.samples, : self.length]
+        return ctx.read(self.dataset, self.samples or _SAMPLES, self.length or _LENGTH)
 
     def _search(
         self, program: Program, members: dict[str, list[fx.Node]], ctx: Context, tokens: Tensor

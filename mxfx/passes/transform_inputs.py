@@ -94,7 +94,8 @@ class TransformInputs(Pass):
     select: Selector = ALL
 
     def foresee(self, rw: Rewriter) -> int | None:
-        return sum(self._fits(rw, site) for site in sites(rw, self.select))
+        found = [site for site in sites(rw, self.select) if self._fits(rw, site)]
+        return sum(rw.match(site.linears[0], note=self._words(site)) for site in found)
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         found = [site for site in sites(rw, self.select) if self._fits(rw, site)]
@@ -105,7 +106,7 @@ class TransformInputs(Pass):
         generator = ctx.generator("transform-inputs")
         for site in found:
             transform = self._transform(rw, site, moments, generator)
-            note = _describe(self.kind, transform, order_words(site.width, self.block, self._order(site)))
+            note = _describe(self._words(site), transform)
             if rw.match(site.linears[0], note=f"{note}; {len(site.linears)} linears"):
                 insert(rw, site, transform, plain=self.kind == "hadamard" and not self.signs)
                 rw.record.details[site.name] = _account(self.kind, site, transform)
@@ -124,6 +125,9 @@ class TransformInputs(Pass):
         order = fitting_order(site.width, self.block)
         assert order is not None
         return order
+
+    def _words(self, site: Site) -> str:
+        return f"{self.kind} {order_words(site.width, self.block, self._order(site))}"
 
     def _transform(
         self, rw: Rewriter, site: Site, moments: dict[fx.Node, Tensor], generator: torch.Generator
@@ -196,11 +200,9 @@ def insert(rw: Rewriter, site: Site, transform: BlockTransform, *, plain: bool) 
         rw.set_info(linear, info(linear).with_note(_NOTE, new.name))
 
 
-def _describe(kind: str, transform: BlockTransform, order: str) -> str:
+def _describe(words: str, transform: BlockTransform) -> str:
     fallen = int(transform.fell_back.sum())
-    return f"{kind} {order}" + (
-        f", {fallen} of {len(transform.fell_back)} blocks fell back to Hadamard" if fallen else ""
-    )
+    return words + (f", {fallen} of {len(transform.fell_back)} blocks fell back to Hadamard" if fallen else "")
 
 
 def _account(kind: str, site: Site, transform: BlockTransform) -> dict[str, object]:

@@ -73,7 +73,10 @@ class TransformKv(Pass):
     select: Selector = ALL
 
     def foresee(self, rw: Rewriter) -> int | None:
-        return len(self._chosen(rw))
+        chosen = self._chosen(rw)
+        for attention, wanted in chosen.items():
+            rw.match(attention, note=" and ".join(self._words(attention, name) for name in wanted))
+        return len(chosen)
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         chosen = self._chosen(rw)
@@ -110,7 +113,7 @@ class TransformKv(Pass):
         q, k = _operand(attention, "q"), _operand(attention, "k")
         heads, width = k.meta["val"].shape[1], k.meta["val"].shape[-1]
         block = self._order(width)
-        if not rw.match(attention, note=f"keys, {self.kind} {order_words(width, self.block, block)}"):
+        if not rw.match(attention, note=self._words(attention, "k")):
             return
         if self.kind == "hadamard":
             for position in (0, 1):
@@ -143,7 +146,7 @@ class TransformKv(Pass):
         assert isinstance(region, ValueRegion)
         heads, width = region.rows.shape
         block = self._order(width)
-        if not rw.match(attention, note=f"values, {self.kind} {order_words(width, self.block, block)}"):
+        if not rw.match(attention, note=self._words(attention, "v")):
             return
         shape = (heads, width // block, block, block)
         if self.kind == "hadamard":
@@ -154,6 +157,11 @@ class TransformKv(Pass):
             found = self._solve(rw, attention, "values", moments[_operand(attention, "v")], against)
             basis = (found.matrix.reshape(shape), found.inverse.reshape(shape))
         rotate_values(rw, region, basis)
+
+    def _words(self, attention: fx.Node, name: str) -> str:
+        width = _operand(attention, name).meta["val"].shape[-1]
+        what = "keys" if name == "k" else "values"
+        return f"{what}, {self.kind} {order_words(width, self.block, self._order(width))}"
 
     def _order(self, width: int) -> int:
         order = fitting_order(width, self.block)

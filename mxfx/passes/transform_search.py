@@ -102,6 +102,10 @@ class TransformSearch(Pass):
         if not 0.0 < self.held_out < 1.0:
             raise ValueError(f"transform-search: held_out must lie between 0 and 1, got {self.held_out}")
 
+    def foresee(self, rw: Rewriter) -> int | None:
+        found = self._sites(rw)
+        return sum(rw.match(site.linears[0], note=self._choice(site.width)) for site in found)
+
     def run(self, rw: Rewriter, ctx: Context) -> None:
         found = self._sites(rw)
         if not found:
@@ -119,6 +123,10 @@ class TransformSearch(Pass):
         rw.record.details.update({name: decisions[name] for name in ("sites", "check")})
         chosen = {name: decision["chosen"] for name, decision in decisions["sites"].items()}
         self._insert_all(rw, found, chosen, moments)
+
+    def _choice(self, width: int) -> str:
+        fit = [_fitted(candidate, width) for candidate in self.candidates if _misfit(candidate, width) is None]
+        return f"{width} channels: one of {' '.join(fit)}"
 
     def _sites(self, rw: Rewriter) -> list[Site]:
         """Where at least one candidate fits; the others are skipped."""

@@ -31,6 +31,10 @@ def _no_tokens() -> Tensor:
     )
 
 
+def _no_reader(dataset: str, samples: int, length: int) -> Tensor:
+    raise MissingCalibration(f"this pass reads {dataset!r} and the run has no tokenizer: run it over a model's folder")
+
+
 def _nowhere(option: tuple) -> str | None:
     return None
 
@@ -44,7 +48,7 @@ class Context:
     """Everything around one run of a pipeline.
 
     ``tokens`` gives calibration ids, int64 ``(samples, length)``, and raises ``MissingCalibration`` if there are
-    none. ``cache`` is the folder for results that later runs reuse (None: nothing is kept). ``progress`` wraps an
+    none; ``read(dataset, samples, length)`` gives those of another data set. ``cache`` is the folder for results that later runs reuse (None: nothing is kept). ``progress`` wraps an
     iterable of long steps and shows a bar. ``strict`` turns every fallback that a pass would warn of into an error
     (``StrictError``), so that the run ends with a non-zero exit code. ``reference`` is the program before the first
     pass, the float model that later passes may compare with. ``where`` gives the place of an option in the pipeline
@@ -54,6 +58,7 @@ class Context:
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     tokens: Callable[[], Tensor] = _no_tokens
+    read: Callable[[str, int, int], Tensor] = _no_reader
     cache: Path | None = None
     strict: bool = False
     progress: Callable[..., Iterator] = _silent

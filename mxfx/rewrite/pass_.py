@@ -78,6 +78,8 @@ class Pass(ABC):
     def foresee(self, rw: Rewriter) -> int | None:
         """How many sites the pass would rewrite, as far as the graph alone says; the others are skipped with reasons.
 
+        Sites that are matched to ``rw`` with a note are told with it, such as the block that each axis gets.
+
         None: it cannot be told before the passes before it ran. The program stays as it is. Raises an error of the
         family where the pass is sure to fail, whatever the passes before it do: it is said before weights are read.
         """
@@ -114,7 +116,7 @@ class NodePass(Pass):
         """Rewrite one node."""
 
     def foresee(self, rw: Rewriter) -> int | None:
-        return sum(1 for _ in self._sites(rw))
+        return sum(rw.match(node, note=self.note(node)) for node in self._sites(rw))
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         for node in self._sites(rw):

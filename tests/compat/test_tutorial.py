@@ -266,6 +266,8 @@ def test_sixteen_bits_and_more_leave_the_operand_as_it_is() -> None:
     text = selector(LINEAR.replace("4", "16") + INPUT)
     assert options_of(pipeline_of(text), "annotate")["rule"] == [{"match": "m", "input": "mxint4@32/ceil"}]
     assert names_of(pipeline_of(selector(LINEAR.replace("4", "32")))) == RAISE
+    of_all = attention(qk_matmul=INPUT).replace("'mxint'\n", "'mxint'\n" + (LINEAR + INPUT).replace("4", "16")[15:])
+    assert options_of(pipeline_of(of_all), "annotate")["rule"] == [{"match": "a", "q": "mxint4@32/ceil"}]
     cache = attention(kv_cache="data_in_width = 16\ndata_in_block_size = 32", qk_matmul=INPUT)
     assert options_of(pipeline_of(cache), "annotate")["rule"] == [{"match": "a", "q": "mxint4@32/ceil"}]
     float_weights = with_gptq().replace("weight_width = 4", "weight_width = 16")
@@ -304,7 +306,7 @@ def test_norms_of_queries_and_keys_become_a_rule_of_their_own() -> None:
 def test_queries_rotate_and_probabilities_are_only_quantized() -> None:
     text = attention("mxint_rotate", qk_matmul=INPUT, kv_cache=INPUT)
     assert options_of(pipeline_of(text), "online-rotation") == {"select": "a", "sites": ["qk_matmul", "kv_cache"]}
-    with pytest.warns(DialectWarning, match="av_matmul is quantized without a rotation"):
+    with pytest.warns(DialectWarning, match="av_matmul is quantized without a rotation: .* the model reads ahead"):
         found = pipeline_of(attention("mxint_rotate", av_matmul=INPUT))
     assert "online-rotation" not in names_of(found)
 
@@ -316,10 +318,17 @@ def test_the_search_keeps_its_decisions_beside_gptq_s_checkpoints() -> None:
     assert "cache_path" not in off
 
 
-def test_a_search_that_asks_for_more_tokens_than_gptq_has_says_so() -> None:
-    with pytest.warns(DialectWarning, match="calib_seqlen = 2048, and .gptq. calibrates on 256"):
-        found = options_of(pipeline_of(with_search("calib_seqlen = 2048\n")), "rotation-search")
-    assert found == {"samples": 32, "length": 256}
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("calib_nsamples = 8\ncalib_seqlen = 256\n", {"samples": 8, "length": 256}),
+        ("calib_seqlen = 2048\n", {"samples": 32, "length": 2048, "dataset": "wikitext2"}),
+        ("calib_data = 'file:c.pt'\n", {"samples": 32, "length": 1024, "dataset": "c.pt"}),
+    ],
+)
+def test_a_search_has_tokens_of_its_own_unless_they_are_gptq_s(asked: str, found: dict) -> None:
+    """GPTQ's are 128 samples of 256 tokens of wikitext2."""
+    assert options_of(pipeline_of(with_search(asked)), "rotation-search") == found
 
 
 def test_no_search_at_all_means_the_rule_of_the_format() -> None:
@@ -339,7 +348,8 @@ def test_rotating_quantizers_become_online_rotations() -> None:
 
 
 def test_the_sites_of_a_rotation_search_are_kept() -> None:
-    found = options_of(pipeline_of(with_search("matmul_types = ['q_proj', 'kv_cache']\n")), "rotation-search")
+    text = with_search("calib_seqlen = 256\nmatmul_types = ['q_proj', 'kv_cache']\n")
+    found = options_of(pipeline_of(text), "rotation-search")
     assert found == {"samples": 32, "length": 256, "sites": ["q_proj", "kv_cache"]}
 
 
@@ -385,6 +395,7 @@ def test_a_rotation_search_alone_brings_its_calibration() -> None:
         (selector("name = 'minifloat'\n" + FLOAT_INPUT, r"model\.layers\.\d+"), "3:1", "residual stream"),
         (selector(LINEAR.replace("mxint", "mxint_rotate")), "3:1", "unless the input is quantized"),
         (attention(kv_cache="data_in_width = 4"), "8:1", "lacks the key 'data_in_block_size'"),
+        (attention().replace("'mxint'\n", "'mxint'\n" + INPUT), "4:1", "multiplies by no data_in of its own"),
         (attention(kv_cache="bypas = true"), "9:1", "did you mean 'bypass'?"),
         (attention(kv_cache=""), "8:1", "gives no format"),
         (attention(kv_cache=INPUT + "rotate = true"), "11:1", "'mxint_rotate' or 'mxfp_rotate'"),
@@ -396,7 +407,6 @@ def test_a_rotation_search_alone_brings_its_calibration() -> None:
         (with_gptq().replace("format = 'mxint'\n", ""), "2:1", "lacks the key 'format'"),
         (with_gptq("percdamp = 0.1\n"), "4:1", "unknown key 'percdamp'"),
         (with_search("matmul_types = ['q_porj']"), "13:17", "did you mean 'q_proj'?"),
-        (with_search("calib_data = 'c4'"), "13:1", "[gptq] calibrates on 'wikitext2'"),
         (with_search("score_phase = 'decode'"), "13:1", "one precision for prefill and decode"),
         (with_search("improvement_epsilon = 0.0"), "13:1", "did you mean 'improvement_eps'?"),
     ],
