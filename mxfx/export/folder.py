@@ -67,9 +67,7 @@ class MxfxForCausalLM(EmittedCausalLM):
 
     config_class = MxfxConfig
 
-    def __init__(
-        self, program: Program, device: torch.device | str = "cpu", *, ready: Program | None = None
-    ) -> None:
+    def __init__(self, program: Program, device: torch.device | str = "cpu", *, ready: Program | None = None) -> None:
         super().__init__(emitted(program if ready is None else ready, device))
         self.program = program
         self._kernels = torch.device(device).type

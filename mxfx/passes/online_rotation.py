@@ -88,9 +88,7 @@ def rotate_operands(rw: Rewriter, node: fx.Node, block: int, site: str | None = 
         rw.set_info(node, replace(info(node), formats=MappingProxyType(rest)))
 
 
-def fitting(
-    rw: Rewriter, node: fx.Node, block: int, site: str | None = None
-) -> Iterator[tuple[str, fx.Node, int]]:
+def fitting(rw: Rewriter, node: fx.Node, block: int, site: str | None = None) -> Iterator[tuple[str, fx.Node, int]]:
     """The operands that a rotation can stand at, what gives them, and the order that it gets; each is matched."""
     found = rotated_operands(node, site)
     if not found:

@@ -123,6 +123,23 @@ def test_queries_and_the_cache_round_in_a_rotated_basis() -> None:
     assert hadamard(16).shape == (16, 16)
 
 
+def rotated_mxfp4(x: Tensor) -> Tensor:
+    """E2M1 in blocks of 16, its scale 2^(⌊log2 max⌋ - 2), in the basis of a Hadamard matrix of the whole axis."""
+    h = hadamard(x.shape[-1]).to(x.dtype)
+    turned = (x @ h).unflatten(-1, (-1, 16))
+    scale = torch.exp2(turned.abs().amax(-1, keepdim=True).log2().floor() - 2)
+    return (minifloat(turned / scale, 2, 1) * scale).flatten(-2) @ h.mT
+
+
+def test_row_11_mxfp_rotate_of_queries() -> None:
+    model = tiny("llama-tiny", dtype=torch.float32)
+    attend_with(model, q=rotated_mxfp4)
+    floats = "data_in_exponent_width = 2\ndata_in_frac_width = 1\ndata_in_block_size = 16\n"
+    actual = emitted(tiny("llama-tiny", dtype=torch.float32), attention("mxfp_rotate", qk_matmul=floats))
+    assert (actual - reference(model)).norm() < 1e-6 * actual.norm()
+    assert (actual - reference(tiny("llama-tiny", dtype=torch.float32))).norm() > 1e-3 * actual.norm()
+
+
 def test_composite_modules() -> None:
     """Norms by input and gain, norms of queries and keys, the input of SiLU, the embedding."""
     text = (

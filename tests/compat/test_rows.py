@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
-import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mxfx  # noqa: F401  (the Auto classes open what it saves)
 from mxfx.compat import load_quant_config, quantize_module_transform_pass
+from mxfx.compat.table import DialectWarning
 from mxfx.export.folder import MxfxForCausalLM
+from mxfx.pipeline.manager import PassManager, StepResult
+from mxfx.rewrite import PassRecord
 from mxfx.runtime.causal_lm import EmittedCausalLM
-from tests.local_model import save_model, save_texts
+from mxfx.graph.tiny import tiny
+from tests.local_model import save_model
+from tests.reference.mase_hooks import rotated_mxint
 
 CONFIG_A = Path(__file__).parents[2] / "passes_configs" / "tutorial_a_rtn.toml"
 IDS = torch.arange(3, 20)[None]
@@ -29,6 +35,68 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+LINEARS = """
+['model\\.layers\\.\\d+\\.(self_attn|mlp)\\.(q|k|v|o|gate|up|down)_proj']
+name = "mxint"
+weight_block_size = 32
+weight_width = 4
+data_in_block_size = 32
+data_in_width = WIDTH
+gptq = true
+"""
+GPTQ = """
+by = "regex_name"
+[gptq]
+format = "mxint"
+dataset = "file:gptq.pt"
+nsamples = 4
+seqlen = 16
+cali_batch_size = 4
+checkpoint_dir = "kept"
+KEYS
+[gptq.weight_config]
+weight_block_size = 32
+weight_width = 4
+"""
+SEARCH = """
+[rotation_search]
+calib_data = "file:search.pt"
+calib_nsamples = 3
+calib_seqlen = 24
+matmul_types = ["q_proj", "down_proj"]
+"""
+
+
+@pytest.fixture
+def compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[MxfxForCausalLM, dict[str, PassRecord]]]:
+    """Compiles a text of the dialect in a folder that holds two collected sets; gives what each pass did."""
+    monkeypatch.chdir(tmp_path)
+    for name, seed, shape in (("gptq", 0, (4, 16)), ("search", 1, (3, 24))):
+        ids = torch.randint(3, 128, shape, generator=torch.Generator().manual_seed(seed))
+        torch.save({"loader": [(row[None], row[None]) for row in ids]}, f"{name}.pt")
+    kept: list[StepResult] = []
+    run = PassManager.run
+
+    def remember(self, *args, **kwargs):
+        result = run(self, *args, **kwargs)
+        kept.extend(result.steps)
+        return result
+
+    monkeypatch.setattr(PassManager, "run", remember)
+
+    def compile_(text: str, width: int = 4, keys: str = "") -> tuple[MxfxForCausalLM, dict[str, PassRecord]]:
+        Path("c.toml").write_text(text.replace("WIDTH", str(width)).replace("KEYS", keys))
+        kept.clear()
+        emitted, _ = quantize_module_transform_pass(
+            tiny("llama-tiny", dtype=torch.float32), load_quant_config("c.toml")
+        )
+        return emitted, {step.record.name: step.record for step in kept}
+
+    return compile_
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -61,3 +129,75 @@ class TestRow17SavePretrained:
             assert for_cuda is not graph and emitted.cuda(0).graph is for_cuda
         assert emitted.cpu().graph is not for_cuda
         assert torch.equal(logits(emitted), before)
+
+
+def test_row_6_the_search_scores_on_tokens_of_its_own(compiled) -> None:
+    _, records = compiled(GPTQ + SEARCH + LINEARS)
+    assert records["rotation-search"].details["tokens"] == 3 * 24
+    assert len(torch.load("gptq.pt", weights_only=True)["loader"]) == 4
+
+
+class TestRow8FilesOfMase:
+    def test_its_layer_files_are_named_and_stay(self, compiled) -> None:
+        Path("kept").mkdir()
+        save_file({"model.layers.0.mlp.up_proj.weight": torch.ones(2, 2)}, "kept/quantized_model_layer_0.safetensors")
+        before = Path("kept/quantized_model_layer_0.safetensors").read_bytes()
+        with pytest.warns(UserWarning, match=r"kept holds quantized_model_layer_0.safetensors .* of another tool"):
+            emitted, _ = compiled(GPTQ + LINEARS)
+        assert Path("kept/quantized_model_layer_0.safetensors").read_bytes() == before
+        Path("kept/quantized_model_layer_0.safetensors").unlink()
+        assert torch.equal(logits(compiled(GPTQ + LINEARS)[0]), logits(emitted))
+
+    def test_its_decisions_are_left_alone_with_a_warning(self, compiled) -> None:
+        theirs = {"winners": ["q_proj"], "final_ppl": 1.0, "baseline_ppl": 2.0}
+        Path("kept").mkdir()
+        Path("kept/rotation_decisions.json").write_text(json.dumps(theirs))
+        with pytest.warns(UserWarning, match=r"rotation_decisions\.json is no file of mxfx: searching again"):
+            _, records = compiled(GPTQ + SEARCH + LINEARS)
+        assert json.loads(Path("kept/rotation_decisions.json").read_text()) == theirs
+        assert records["rotation-search"].details["perplexity"] != 1.0
+
+
+class TestRow9OneCheckpointFolder:
+    @pytest.mark.parametrize(("keys", "resumed"), [("quantized_inputs = false", 2), ("quantized_inputs = true", 0)])
+    def test_formats_of_activations_ask_for_no_second_gptq(self, compiled, keys: str, resumed: int) -> None:
+        first, _ = compiled(GPTQ + LINEARS, 4, keys)
+        second, records = compiled(GPTQ + LINEARS, 8, keys)
+        assert records["gptq"].details["resumed_layers"] == resumed
+        assert not torch.equal(logits(first), logits(second))
+
+
+class TestRow11Rotation:
+    """Queries: `test_operands.py`. Probabilities: why they are rounded where they are, on plain tensors."""
+
+    SEQ = 16
+
+    def attended(self, rounded: Callable[[Tensor], Tensor], later: float) -> Tensor:
+        """What the first token reads of values, the later ones of which are ``later``."""
+        scores = torch.randn(self.SEQ, self.SEQ, generator=torch.Generator().manual_seed(0))
+        hidden = torch.ones(self.SEQ, self.SEQ, dtype=torch.bool).triu(1)
+        probs = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        values = torch.ones(self.SEQ, 1)
+        values[9:] = later
+        return (rounded(probs) @ values)[8]
+
+    def test_rotated_probabilities_read_tokens_that_come_later(self) -> None:
+        def rotated(probs: Tensor) -> Tensor:
+            return rotated_mxint(probs, 4, 16)
+
+        assert (self.attended(rotated, 1.0) - self.attended(rotated, 100.0)).abs() > 0.1
+        assert torch.equal(self.attended(lambda p: p, 1.0), self.attended(lambda p: p, 100.0))
+
+    def test_so_they_are_rounded_as_they_are_and_it_is_said(self, compiled) -> None:
+        attention = "by = 'regex_name'\n['model\\.layers\\.\\d+\\.self_attn$']\nname = 'NAME'\n"
+        for stage in ("qk_matmul", "kv_cache", "softmax", "rope"):
+            attention += f"['model\\.layers\\.\\d+\\.self_attn$'.{stage}]\nbypass = true\n"
+        attention += "['model\\.layers\\.\\d+\\.self_attn$'.av_matmul]\ndata_in_width = 4\ndata_in_block_size = 16\n"
+        with pytest.warns(DialectWarning, match="the model reads ahead"):
+            emitted, _ = compiled(attention.replace("NAME", "mxint_rotate"))
+        plain, _ = compiled(attention.replace("NAME", "mxint"))
+        assert torch.equal(logits(emitted), logits(plain))
+        changed = IDS.clone()
+        changed[0, -1] += 1
+        with torch.no_grad():
+            assert torch.equal(emitted(changed).logits[:, :-1], logits(emitted)[:, :-1])

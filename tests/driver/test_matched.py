@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from mxfx.driver.matched import attention_lines, matched_lines, site_lines
 from mxfx.formats import parse
+from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
-from mxfx.passes import Annotate, FuseNorm, Gptq, RaiseAttention, Rule, TransformInputs
+from mxfx.passes import (
+    Annotate,
+    FuseNorm,
+    Gptq,
+    OnlineRotation,
+    RaiseAttention,
+    RotationSearch,
+    Rule,
+    TransformInputs,
+    TransformKv,
+)
 from mxfx.rewrite import apply
 from tests.architectures import build
 from tests.mixtures import raised_mixture
@@ -49,6 +60,25 @@ def test_passes_say_where_they_work_and_why_not() -> None:
         "2 down_proj not: no Hadamard matrix of order 20 fits its 96 input channels"
     )
     assert gptq == "gptq: 6 sites"
+
+
+def test_the_block_that_each_axis_gets_is_told_before_a_run() -> None:
+    model = tiny("llama-tiny", layers=1, hidden_size=80, intermediate_size=176, head_dim=48)
+    m4 = parse("mxint4@32")
+    rules = Annotate((Rule(role="attention, mlp", weight=m4, input=m4), Rule(role="attention", kv=m4)))
+    program = apply(rules, passed(trace(model), RAISE)).program
+    passes = (TransformInputs(block=32), TransformKv(block=32), RotationSearch(sites=("down_proj",)), OnlineRotation())
+    inputs, kv, search, online = site_lines(program, passes, [])
+    assert inputs == (
+        "transform-inputs: 4 sites (2 hadamard 16 (32 does not divide 80), 1 hadamard 32, "
+        "1 hadamard 16 (32 does not divide 176))"
+    )
+    assert kv == (
+        "transform-kv: 1 sites (1 keys, hadamard 16 (32 does not divide 48) and values, hadamard 16 "
+        "(32 does not divide 48))"
+    )
+    assert search == "rotation-search: 1 sites (1 input, order 176)"
+    assert online.startswith("online-rotation: 7 sites (5 input, order 80, 1 input, order 192, 1 input, order 176)")
 
 
 def test_an_attention_that_a_model_spells_out_is_warned_of() -> None:

@@ -16,7 +16,7 @@ from tests.programs import RAISE, passed
 
 M4 = parse("mxint4@32")
 #: Hidden size, intermediate size, head dimension: of several models in use, and of none.
-SIZES = [(576, 1536, 64), (640, 96, 80), (80, 48, 96), (48, 144, 48)]
+SIZES = [(576, 1536, 64), (640, 96, 80), (80, 48, 96), (48, 144, 48), (176, 80, 48)]
 
 
 def program(hidden: int, intermediate: int, head: int) -> Program:
