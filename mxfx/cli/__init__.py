@@ -197,10 +197,8 @@ def config_show(
     from mxfx.driver.options import RunOptions
 
     if only_collects(file):
-        sys.stdout.write(f"# no pipeline, but a collector: mxfx collect SOURCE --model M --config {file}\n")
-        sys.stdout.write(file.read_text())
+        typer.echo(f"# no pipeline, but a collector: mxfx collect SOURCE --model M --config {file}\n{file.read_text()}")
         return
-
     ((_, pipeline),) = prepare([file], RunOptions(model=model, device=device, overrides=tuple(set_)))
     from mxfx.config import to_toml
 

@@ -25,8 +25,8 @@ def quantize_module_transform_pass(
     """Compile ``model`` as ``pass_args`` says; returns ``(model, {})`` like the tutorial's function of that name.
 
     The returned model has ``.config``, ``.device``, ``generate`` and goes into ``HFLM(pretrained=…)`` as it is;
-    ``save_pretrained`` writes a folder that ``AutoModelForCausalLM`` opens once mxfx is imported. Unlike in the tutorial
-    the model given is not changed. Calibration data come from the hub, or from the local file that
+    ``save_pretrained`` writes a folder that ``AutoModelForCausalLM`` opens once mxfx is imported. Unlike in the
+    tutorial the model given is not changed. Calibration data come from the hub, or from the local file that
     ``[gptq] dataset`` names. Every pass is held to its promise and the graph is verified; ``instruments=()`` leaves
     that out. Passes run on the ``device`` of ``[gptq]`` or ``[rotation_search]``, else on the first CUDA device there
     is; the result comes back to where the model given lies. A collector that listens to the model goes over to it.
