@@ -70,7 +70,7 @@ def load_any(path: str | Path) -> Pipeline:
 
 
 def only_collects(path: str | Path) -> bool:
-    """Whether a file of the dialect has nothing but a ``[token_collector]``, which is checked. Raises ``ConfigError``."""
+    """Whether a file has nothing but a ``[token_collector]``, which is checked. Raises ``ConfigError``."""
     document = read_toml(path)
     if COLLECTOR not in document.value or not document.value.keys() <= {"by", COLLECTOR}:
         return False

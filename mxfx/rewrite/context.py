@@ -47,12 +47,13 @@ def _silent(items: Iterable[_T], description: str, total: int | None = None) -> 
 class Context:
     """Everything around one run of a pipeline.
 
-    ``tokens`` gives calibration ids, int64 ``(samples, length)``, and raises ``MissingCalibration`` if there are
-    none; ``read(dataset, samples, length)`` gives those of another data set. ``cache`` is the folder for results that later runs reuse (None: nothing is kept). ``progress`` wraps an
-    iterable of long steps and shows a bar. ``strict`` turns every fallback that a pass would warn of into an error
-    (``StrictError``), so that the run ends with a non-zero exit code. ``reference`` is the program before the first
-    pass, the float model that later passes may compare with. ``where`` gives the place of an option in the pipeline
-    file, as ``FILE:LINE``, for records of who decided what; None where nobody knows.
+    ``tokens`` gives calibration ids, int64 ``(samples, length)``, and raises ``MissingCalibration`` if there are none;
+    ``read(dataset, samples, length)`` gives those of another data set. ``cache`` is the folder for results that later
+    runs reuse (None: nothing is kept). ``progress`` wraps an iterable of long steps and shows a bar. ``strict`` turns
+    every fallback that a pass would warn of into an error (``StrictError``), so that the run ends with a non-zero exit
+    code. ``reference`` is the program before the first pass, the float model that later passes may compare with.
+    ``where`` gives the place of an option in the pipeline file, as ``FILE:LINE``, for records of who decided what; None
+    where nobody knows.
     """
 
     seed: int = 0

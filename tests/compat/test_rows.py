@@ -16,10 +16,10 @@ import mxfx  # noqa: F401  (the Auto classes open what it saves)
 from mxfx.compat import load_quant_config, quantize_module_transform_pass
 from mxfx.compat.table import DialectWarning
 from mxfx.export.folder import MxfxForCausalLM
+from mxfx.graph.tiny import tiny
 from mxfx.pipeline.manager import PassManager, StepResult
 from mxfx.rewrite import PassRecord
 from mxfx.runtime.causal_lm import EmittedCausalLM
-from mxfx.graph.tiny import tiny
 from tests.local_model import save_model
 from tests.reference.mase_hooks import rotated_mxint
 
