@@ -65,14 +65,14 @@ def _with_data(pipeline: Pipeline, data: str) -> Pipeline:
 
 
 def _override(pipelines: dict[str, Pipeline], assignment: str) -> None:
-    """Apply one assignment to every pipeline that has the pass it names; one that none has is an error."""
-    from mxfx.config.overrides import NoSuchPass, apply_overrides
+    """Apply one assignment to every pipeline that has a place for it; one that none has is an error."""
+    from mxfx.config.overrides import NoPlaceHere, apply_overrides
 
-    missing: list[NoSuchPass] = []
+    missing: list[NoPlaceHere] = []
     for name, pipeline in pipelines.items():
         try:
             pipelines[name] = apply_overrides(pipeline, [assignment])
-        except NoSuchPass as error:
+        except NoPlaceHere as error:
             missing.append(error)
     if len(missing) == len(pipelines):
         raise missing[0]

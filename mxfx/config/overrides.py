@@ -19,8 +19,8 @@ _PART = re.compile(r"([A-Za-z0-9_-]+)((?:\[\d+\])*)(?:\.|$)")
 _FORMS = "TABLE.KEY=VALUE, pass.NAME.KEY=VALUE or pass[INDEX].KEY=VALUE"
 
 
-class NoSuchPass(ConfigError):
-    """An assignment names a pass that the pipeline does not have; another pipeline of the same run may."""
+class NoPlaceHere(ConfigError):
+    """The pipeline has not what an assignment sets: the pass, sources to share; another of the same run may."""
 
 
 def apply_overrides(pipeline: Pipeline, assignments: Iterable[str], source: str = "--set") -> Pipeline:
@@ -91,7 +91,9 @@ def _set_setting(pipeline: Pipeline, table: str, key: str, raw: object, at: Curs
     try:
         new = dataclasses.replace(old, **{key: value})
     except ValueError as error:
-        raise at.error(str(error)) from error
+        kind = NoPlaceHere if key == "shares" and len(pipeline.calibration.sources) == 1 else ConfigError
+        found = at.error(str(error))
+        raise kind(found.place, found.problem, found.expected, found.hint) from error
     marks: Mapping[KeyPath, Mark] = {**pipeline.root.marks, (table, key): at.marks[()]}
     changes: dict[str, Any] = {table: new, "root": Cursor(pipeline.root.source, marks)}
     return pipeline.replace(**changes)
@@ -115,5 +117,5 @@ def _chosen(pipeline: Pipeline, which: str | int, at: Cursor) -> set[int]:
     chosen = {i for i, name in enumerate(names) if name == which}
     if not chosen:
         error = at.error(f"the pipeline has no pass {which!r}", listing, did_you_mean(which, names), of_key=True)
-        raise NoSuchPass(error.place, error.problem, error.expected, error.hint)
+        raise NoPlaceHere(error.place, error.problem, error.expected, error.hint)
     return chosen

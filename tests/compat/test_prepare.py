@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from mxfx.compat.prepare import prepare
+from mxfx.config.errors import ConfigError
 from mxfx.driver.options import RunOptions
 from tests.local_model import save_texts
 
@@ -17,3 +20,16 @@ def test_data_stands_for_the_files_data_set_and_leaves_what_the_model_writes(tmp
     assert (mixed.calibration.sources, mixed.calibration.shares) == ((str(texts), "self"), (1.0, 3.0))
     ((_, alone),) = prepare([file], RunOptions(model="a/b", data="self"))
     assert (alone.calibration.sources, alone.calibration.shares) == (("self",), ())
+
+
+def test_an_assignment_is_for_the_files_that_have_a_place_for_it(tmp_path: Path) -> None:
+    for name, text in (("one", 'dataset = "wikitext2"'), ("two", 'dataset = ["wikitext2", "self"]')):
+        (tmp_path / f"{name}.toml").write_text(f'[calibration]\n{text}\n[[pass]]\nname = "fuse-norm"\n')
+    options = RunOptions(model="a/b", overrides=("calibration.shares=[1,8]",))
+    found = prepare([tmp_path / "one.toml", tmp_path / "two.toml"], options)
+    assert [pipeline.calibration.shares for _, pipeline in found] == [(), (1.0, 8.0)]
+    with pytest.raises(ConfigError, match="expected a positive number for each source"):
+        prepare([tmp_path / "one.toml"], options)
+    three = RunOptions(model="a/b", overrides=("calibration.shares=[1,8,2]",))
+    with pytest.raises(ConfigError, match="expected a positive number for each source"):
+        prepare([tmp_path / "one.toml", tmp_path / "two.toml"], three)
