@@ -102,24 +102,31 @@ def self_samples(
     opening = user_turn(tokenizer)
     if opening is not None and len(opening) < length:
         starts.append(opening)
-    wanted = [len(range(kind, samples, len(starts))) for kind in range(len(starts))]
     size = batch_size or batch_of(model, length)
     generator = torch.Generator(model.device).manual_seed(seed)
-    kinds = []
-    for start, count in zip(starts, wanted, strict=True):
-        # On a GPU parts of one size share a cache and its recorded steps.
-        own = size if model.device.type != "cuda" else -(-count // -(-max(count, 1) // size))
-        parts = [
-            sample(model, [start] * len(rows), length - len(start), generator, progress=progress)
-            for rows in torch.arange(count).split(max(own, 1))
-            if len(rows)
-        ]
-        begun = torch.tensor(start, dtype=torch.int64).expand(count, -1)
-        kinds.append(torch.cat([begun, torch.cat(parts)], dim=1) if parts else begun.new_empty(0, length))
     result = torch.empty(samples, length, dtype=torch.int64)
-    for kind, ids in enumerate(kinds):
-        result[kind :: len(kinds)] = ids
+    for rows in _batches(samples, len(starts), size, by_kind=model.device.type == "cuda"):
+        prompts = [starts[row % len(starts)] for row in rows]
+        found = sample(model, prompts, length - min(map(len, prompts)), generator, progress=progress)
+        for row, prompt, ids in zip(rows, prompts, found, strict=True):
+            result[row] = torch.cat([torch.tensor(prompt), ids[: length - len(prompt)]])
     return result
+
+
+def _batches(samples: int, kinds: int, size: int, *, by_kind: bool) -> list[list[int]]:
+    """Samples that are written together, at most ``size``, of kinds that alternate.
+
+    On a GPU those of one kind, in parts of one size, which share a cache and its recorded steps; on a CPU a step of few
+    rows costs little less than one of many.
+    """
+    if not by_kind:
+        return [list(range(samples)[start : start + size]) for start in range(0, samples, size)]
+    found = []
+    for kind in range(kinds):
+        rows = range(kind, samples, kinds)
+        part = -(-len(rows) // -(-max(len(rows), 1) // size))
+        found += [list(rows[start : start + part]) for start in range(0, len(rows), part)] if rows else []
+    return found
 
 
 def batch_of(model: Any, length: int) -> int:

@@ -32,8 +32,8 @@ _log = logging.getLogger(__name__)
 class FloatTexts:
     """Texts of one float model of transformers, which keeps its keys and values between tokens.
 
-    ``device`` is where it writes: on a GPU as the emitted graph of ``program`` (None: traced here), whose steps are
-    replayed, where it has a cache.
+    ``device`` is where it writes, as the emitted graph of ``program`` (None: traced here) where that has a cache: its
+    steps are replayed on a GPU and taken by C kernels on a CPU.
     ``cache`` (None: the user's) keeps what it wrote under a hash of its weights: a later run reads it.
     """
 
@@ -61,7 +61,7 @@ class FloatTexts:
         if found is None:
             with part("own samples"):
                 found = self_samples(
-                    self._there(), self._tokenizer, samples=samples, length=length, seed=seed, progress=track
+                    self.emitted(), self._tokenizer, samples=samples, length=length, seed=seed, progress=track
                 )
             write_tensors(file, {"ids": found})
             self._release()
@@ -71,7 +71,7 @@ class FloatTexts:
         """The domain ``chat``; see ``chat_domain``."""
         with part("chat answers"):
             found = chat_domain(
-                self._there,
+                self.emitted,
                 self._tokenizer,
                 model_key=self.key,
                 limit_tokens=limit_tokens,
@@ -88,11 +88,6 @@ class FloatTexts:
             self._key = tensors_hash(self._model.state_dict())
         return self._key
 
-    def _there(self) -> nn.Module:
-        if self._device.type == "cpu" and not _multiplies_short_floats():
-            return copy.deepcopy(self._model).float()
-        return self.emitted() if self._device.type == "cuda" else self._model.to(self._device)
-
     def _release(self) -> None:
         """Give a GPU's memory back now: recorded steps and their caches hold each other, up to half of it."""
         if self._device.type == "cuda":
@@ -100,16 +95,17 @@ class FloatTexts:
             torch.cuda.empty_cache()
 
     def emitted(self) -> nn.Module:
-        """The float model as a graph whose steps are replayed on a GPU; itself, with a warning, where it has no cache.
+        """The float model as its emitted graph; itself, with a warning, where that has no cache.
 
-        Transformers' cache is copied with each token and its heads with each layer: several times slower.
+        Transformers' cache is copied with each token and its heads with each layer: on a GPU several times slower.
         """
-        program = PassManager().run(self._program(), Pipeline([]).completed()).program
-        model = as_causal_lm(program, self._device)
+        wide = self._device.type == "cpu" and not _multiplies_short_floats()
+        program = self._program().twin(torch.float32) if wide else self._program()
+        model = as_causal_lm(PassManager().run(program, Pipeline([]).completed()).program, self._device)
         if model.specs:
             return model
         _log.warning("the float model's graph has no cache of keys and values: it writes its texts slowly")
-        return self._model.to(self._device)
+        return copy.deepcopy(self._model).float() if wide else self._model.to(self._device)
 
 
 def _multiplies_short_floats() -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mxfx.calibration.datasets import DatasetError, load_tokens
-from mxfx.calibration.sampling import drawn, sample, self_samples, start_token, user_turn
+from mxfx.calibration.sampling import _batches, drawn, sample, self_samples, start_token, user_turn
 from mxfx.calibration.sources import calibration_tokens, split_by_share
 from mxfx.driver.texts import FloatTexts
 from mxfx.runtime.causal_lm import EmittedCausalLM
@@ -123,6 +123,12 @@ def test_a_batch_more_or_less_only_cuts_the_work(model) -> None:
     one, two = (self_samples(model, byte_tokenizer(), samples=6, length=16, seed=4, batch_size=2) for _ in range(2))
     assert torch.equal(one, two)
     assert not torch.equal(one, self_samples(model, byte_tokenizer(), samples=6, length=16, seed=5, batch_size=2))
+
+
+def test_on_a_cpu_both_kinds_grow_together_and_on_a_gpu_each_for_itself() -> None:
+    assert _batches(5, 2, 3, by_kind=False) == [[0, 1, 2], [3, 4]]
+    assert _batches(9, 2, 3, by_kind=True) == [[0, 2, 4], [6, 8], [1, 3], [5, 7]]
+    assert _batches(1, 2, 3, by_kind=True) == [[0]]
 
 
 def test_samples_are_written_once_and_found_by_the_model_s_hash(model, tmp_path: Path) -> None:

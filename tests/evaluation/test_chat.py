@@ -49,7 +49,7 @@ def test_answers_are_made_once(model, tmp_path: Path) -> None:
     first = FloatTexts(model, byte_tokenizer(), "cpu", tmp_path).chat(200, 256)
 
     class Silent(FloatTexts):
-        def _there(self):
+        def emitted(self):
             raise AssertionError("the answers are there already")
 
     again = Silent(model, byte_tokenizer(), "cpu", tmp_path).chat(200, 256)
