@@ -26,6 +26,8 @@ _NVFP4 = "nvfp4-pack-quantized"
 def refuse(given: Plain) -> str | None:
     if given.lost:
         return given.lost[0]
+    if given.turned:
+        return f"the source model keeps {next(iter(given.turned))} as (in, out): its blocks run along the first axis"
     if not given.formats:
         return "no weight is rounded; --to hf writes a plain model"
     if given.mixed:

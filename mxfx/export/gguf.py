@@ -35,6 +35,8 @@ def refuse(given: Plain) -> str | None:
         return f"the input of {path} in {fmt}: a GGUF reader rounds activations by its own rules (leave `input` out)"
     if given.config.model_type not in GGUF_SUPPORTED_ARCHITECTURES:
         return f"transformers reads no GGUF of architecture {given.config.model_type!r}, so it could not be proved"
+    if given.turned:
+        return f"the source model keeps {next(iter(given.turned))} as (in, out): its blocks run along the first axis"
     if given.mixed:
         return f"the parts of {given.mixed[0]} are in several formats: it stores one for the whole"
     odd = next(((n, f) for n, f in given.formats.items() if _type_of(f, given.state[n]) is None), None)

@@ -23,8 +23,8 @@ def write(given: Plain, folder: Path, tokenizer: Any) -> tuple[str, ...]:
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     notes = []
-    if given.formats:
-        notes.append(f"{len(given.formats)} weights lie on their grids, stored in {given.program.dtype}")
+    if rounded := len(given.formats) + len(given.turned):
+        notes.append(f"{rounded} weights lie on their grids, stored in {given.program.dtype}")
     if given.inputs:
         notes.append(f"the inputs of {len(given.inputs)} linears are in full precision: a plain model rounds none")
     return tuple(notes)

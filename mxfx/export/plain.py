@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from mxfx.export.errors import ExportError
 from mxfx.export.unpack import unpacked
 from mxfx.formats import E8M0, Encoded, Format, ScaleRule
 from mxfx.graph.execute import execute
+from mxfx.graph.experts import TRANSPOSED
 from mxfx.graph.node import info, kind, op_name, path_of, paths_of
 from mxfx.graph.program import Program
 from mxfx.graph.weights import WeightStore
@@ -41,6 +42,8 @@ class Plain:
     inputs: module path → format of its quantized input.
     lost: what the source model does not do and the program does, one sentence each.
     mixed: parameters whose parts lie on grids of several formats: none of them is the whole parameter's.
+    turned: parameter → format, for those that the source model keeps as ``(…, in, out)``: blocks along the axis before
+    the last.
     """
 
     program: Program
@@ -50,6 +53,7 @@ class Plain:
     inputs: Mapping[str, Format]
     lost: tuple[str, ...]
     mixed: tuple[str, ...] = ()
+    turned: Mapping[str, Format] = field(default_factory=dict)
 
     def model(self) -> nn.Module:
         """The source model with this state, without its computed buffers: to be saved, not run.
@@ -106,7 +110,8 @@ def plain(program: Program) -> Plain:
     rounded = _rounded(program)
     formats = {name: fmt for name, fmt in rounded.items() if name in state and fmt is not None}
     mixed = tuple(name for name, fmt in rounded.items() if fmt is None)
-    return Plain(program, config, state, formats, _inputs(program), tuple(_lost(program)), mixed)
+    turned = {n.removesuffix(TRANSPOSED): f for n, f in rounded.items() if n.endswith(TRANSPOSED) and f is not None}
+    return Plain(program, config, state, formats, _inputs(program), tuple(_lost(program)), mixed, turned)
 
 
 def on_grid(weight: Tensor, fmt: Format) -> Encoded:
@@ -147,8 +152,12 @@ def _state(program: Program, skeleton: nn.Module) -> dict[str, Tensor]:
         twin = next((n for n, p in names.items() if p is parameter and n in program.weights), None)
         if name in program.weights or twin is not None:
             tensor = program.weights[name if name in program.weights else twin]
+        elif f"{name}{TRANSPOSED}" in program.weights:
+            tensor = program.weights[f"{name}{TRANSPOSED}"].mT
         elif name in parts(program):
             tensor = whole(program, name)
+        elif f"{name}{TRANSPOSED}" in parts(program):
+            tensor = whole(program, f"{name}{TRANSPOSED}").mT
         elif (neutral := _neutral(skeleton, name, parameter)) is not None:
             tensor = neutral
         else:

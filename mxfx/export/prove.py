@@ -21,7 +21,7 @@ def same_values(given: Plain, read: Mapping[str, Tensor]) -> dict[str, object]:
         if not torch.equal(tensor.cpu(), expected):
             wrong = int((tensor.cpu() != expected).sum())
             raise ExportError(f"{name} reads back with {wrong} of {expected.numel()} elements changed")
-    quantized = sum(name in given.formats for name in read)
+    quantized = sum(name in given.formats or name in given.turned for name in read)
     return {"tensors bit-equal": len(read), "of them quantized": quantized}
 
 

@@ -174,23 +174,38 @@ def settle_masks(program: Program) -> None:
         mask = given["mask"]
         if not isinstance(mask, fx.Node) or mask.meta["val"].dim() == 2:
             continue
-        source = _behind(mask)
-        if source.target is _position_mask:
-            _, given["mask"], given["causal"], given["window"], given["chunk"] = operands(source).values()
-        elif source.meta["val"].dtype == torch.bool:
-            given["mask"] = source
+        known = mask_of(mask)
+        if known is not None:
+            given |= known
         elif given["bias"] is None:
             given["mask"], given["bias"] = None, mask
         else:
             raise TraceError(f"{node.name} adds a mask and a bias to its scores that cannot be told apart")
-        defaults = [a.default_value for a in _attention._schema.arguments]
-        used = list(given.values())
-        while len(used) > _NEEDED and used[-1] is defaults[len(used) - 1]:
-            used.pop()
-        node.args = tuple(used)
+        node.args = without_defaults(given)
 
 
-def _behind(mask: fx.Node) -> fx.Node:
+def mask_of(mask: fx.Node) -> dict[str, object] | None:
+    """The operands of ``mxfx::attention`` that say a mask of four axes; None for numbers that no such mask is behind.
+
+    ``mask`` is boolean, True where a query may attend, or zero there and the least number elsewhere.
+    """
+    source = boolean_behind(mask)
+    if source.target is _position_mask:
+        found = operands(source)
+        return {name: found[name] for name in ("mask", "causal", "window", "chunk")}
+    return {"mask": source} if source.meta["val"].dtype == torch.bool else None
+
+
+def without_defaults(given: dict[str, object]) -> tuple:
+    """Operands of ``mxfx::attention``, in order, up to the last one that its default does not say."""
+    defaults = [a.default_value for a in _attention._schema.arguments]
+    used = list(given.values())
+    while len(used) > _NEEDED and used[-1] is defaults[len(used) - 1]:
+        used.pop()
+    return tuple(used)
+
+
+def boolean_behind(mask: fx.Node) -> fx.Node:
     """The boolean mask behind casts, whole slices and ``where(allowed, 0, least)``; ``mask`` itself if none is."""
     node = mask
     while True:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from mxfx.config import loads
 from mxfx.export import target as module
@@ -21,6 +22,7 @@ from mxfx.graph.program import Program
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
 from mxfx.pipeline.manager import PassManager
+from tests.architectures import build
 
 _ROUNDED = """
 [[pass]]
@@ -46,7 +48,10 @@ _KEYS = '[[pass]]\nname = "rotate-qk"\n'
 @cache
 def _model(family: str):
     """In bfloat16 as a loaded model is: weights are cast, rotary frequencies are not."""
-    model = tiny(family)
+    return _in_bfloat16(tiny(family))
+
+
+def _in_bfloat16(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     return model
@@ -74,6 +79,26 @@ def test_a_plain_model_opens_with_the_rounded_weights(weight: str, family: str, 
     assert written.checks["relative error of float32 logits"] <= 1e-5
     assert written.checks["of them quantized"] >= 8
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+#: An architecture that stores weights as ``(in, out)`` → how many of them a rule by role takes: all, or the experts'.
+_TURNED = {"gpt2": 8, "gpt_oss": 12}
+
+
+@cache
+def _turned(name: str) -> Program:
+    model = _in_bfloat16(build(name))
+    rules = "".join(f"[[pass.rule]]\nrole = '{role}'\nweight = 'mxint4@16'\n" for role in ("attention", "mlp"))
+    text = f'[[pass]]\nname = "annotate"\n{rules}[[pass]]\nname = "round-weights"\n'
+    return PassManager().run(trace(model), loads(text).completed()).program
+
+
+@pytest.mark.parametrize("name", _TURNED)
+def test_weights_that_the_source_keeps_turned_are_written_as_it_keeps_them(name: str, tmp_path: Path) -> None:
+    written = export(_turned(name), tmp_path / "out", "hf")
+    assert written.checks["of them quantized"] == _TURNED[name]
+    with pytest.raises(ExportError, match=r"as \(in, out\): its blocks run along the first axis"):
+        export(_turned(name), tmp_path / "other", "compressed-tensors")
 
 
 @pytest.mark.parametrize(

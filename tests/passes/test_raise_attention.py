@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import fx
 
 from mxfx.graph.execute import execute
+from mxfx.graph.node import operands
 from mxfx.graph.program import Program
 from mxfx.graph.tiny import FAMILIES
+from mxfx.graph.trace import trace
 from mxfx.passes import RaiseAttention, RaiseNorm, RaiseRope
 from mxfx.rewrite import Context, FactError, Rewriter, apply
 from mxfx.rewrite.rewriter import clean
+from tests.architectures import VOCABULARY, build
 from tests.filecheck import check_printed
 from tests.programs import padded_batch, passed, raised, traced
 
@@ -31,11 +36,15 @@ def with_own_attention(*, additive: bool = False, dropout: float = 0.0, scale: f
     for node in program.nodes("attention"):
         q, k, v = node.args[:3]
         repeated = [_repeat(rw, source, node) for source in (k, v)]
-        mask = rw.call(aten.mul.Tensor, q, 0.0, like=node) if additive else None
+        mask = _number_of_each_key(rw, k, node) if additive else None
         own = rw.call(SDPA, q, *repeated, mask, dropout, not additive, scale=scale, like=node, val=node.meta["val"])
         rw.replace(node, own)
     clean(program)
     return program
+
+
+def _number_of_each_key(rw: Rewriter, k: fx.Node, like: fx.Node) -> fx.Node:
+    return rw.call(aten.transpose.int, rw.call(aten.mean.dim, k, [1, 3], True, like=like), 2, 3, like=like)
 
 
 def _repeat(rw: Rewriter, source: fx.Node, like: fx.Node) -> fx.Node:
@@ -64,7 +73,7 @@ def test_a_model_s_own_sdpa_is_raised_with_its_heads_unrepeated_and_no_bit_chang
         """
         CHECK: %[[Q:.+]] = mxfx.rope({{.*}}bf16[batch, 4, seq, 16]
         CHECK: %[[K:.+]] = mxfx.rope({{.*}}bf16[batch, 2, seq, 16]
-        CHECK: mxfx.attention(%[[Q]], %[[K]], %transpose_2, None, 0.25, True)
+        CHECK: mxfx.attention(%[[Q]], %[[K]], %transpose_2, None, 0.25)
         CHECK-NOT: scaled_dot_product_attention
         CHECK-NOT: aten.expand
         CHECK: return
@@ -77,15 +86,67 @@ def test_the_scale_that_sdpa_takes_by_default_is_written_out() -> None:
     assert {n.args[4] for n in program.nodes("attention")} == {16**-0.5}
 
 
-@pytest.mark.parametrize(
-    ("given", "reason"), [({"additive": True}, "its mask is additive"), ({"dropout": 0.1}, "dropout 0.1")]
-)
-def test_attention_that_the_dialect_cannot_express_is_skipped_with_the_reason(given: dict, reason: str) -> None:
-    program = with_own_attention(**given)
+def test_attention_with_dropout_is_skipped_with_the_reason() -> None:
+    program = with_own_attention(dropout=0.1)
     rw = Rewriter(program.copy(), "raise-attention")
     RaiseAttention().run(rw, Context())
     assert rw.record.matches == [] and len(rw.record.skips) == 2
-    assert all(reason in skip.reason for skip in rw.record.skips)
+    assert all("dropout 0.1" in skip.reason for skip in rw.record.skips)
+
+
+def test_a_mask_that_is_added_becomes_a_bias_and_no_bit_changes() -> None:
+    program = with_own_attention(additive=True)
+    applied = apply(RaiseAttention(), program)
+    assert all(operands(node)["bias"] is not None for node in applied.program.nodes("attention"))
+    ids, _, _ = padded_batch()
+    assert torch.equal(execute(applied.program, ids), execute(program, ids))
+
+
+#: An architecture that spells its attention out → what its attention reads beside queries, keys and values.
+SPELLED_OUT = {
+    "bloom": {"mask": "attention_mask", "causal": True, "bias": "(batch, 4, 1, seq)"},
+    "codegen": {"mask": "attention_mask", "causal": True, "bias": ""},
+    "falcon": {"mask": "attention_mask", "causal": True, "bias": ""},
+    "gpt_neox_japanese": {"mask": "attention_mask", "causal": True, "bias": ""},
+    "gptj": {"mask": "attention_mask", "causal": True, "bias": ""},
+    "trocr": {"mask": "attention_mask", "causal": True, "bias": ""},
+    "xglm": {"mask": "attention_mask", "causal": True, "bias": ""},
+}
+
+
+@pytest.mark.parametrize("name", SPELLED_OUT)
+def test_products_around_a_softmax_are_the_same_function_as_one_node(name: str) -> None:
+    """In float64 against the trace, in float32 against transformers; padding on the left."""
+    model = build(name)
+    traced = trace(model, proven=False)
+    program = passed(traced, (RaiseNorm(), RaiseRope(), RaiseAttention()))
+    found = [operands(node) for node in program.nodes("attention")]
+    assert len(found) == 2 and not any(n.target is aten.softmax.int for n in program.graph.nodes)
+    for given in found:
+        said = {"mask": given["mask"].name, "causal": given["causal"], "bias": described(given["bias"], program)}
+        assert said == SPELLED_OUT[name]
+    ids = torch.randint(3, VOCABULARY, (2, 19), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    takes = "position_ids" in inspect.signature(model.forward).parameters
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False, **({"position_ids": positions} if takes else {}))
+    torch.testing.assert_close(execute(program, ids, None, mask)[mask.bool()], expected.logits[mask.bool()])
+    wide = [one.copy() for one in (traced, program)]
+    for one in wide:
+        one.dtype = torch.float64
+    before, after = (execute(one, ids, None, mask)[mask.bool()] for one in wide)
+    assert float((after - before).norm() / before.norm()) < 1e-14
+
+
+def described(bias: fx.Node | None, program: Program) -> str:
+    if bias is None:
+        return ""
+    batch, seq = (
+        str(size) for size in program.graph.find_nodes(op="placeholder", target="input_ids")[0].meta["val"].shape
+    )
+    return str(tuple(bias.meta["val"].shape)).replace(batch, "batch").replace(seq, "seq")
 
 
 def test_the_other_raise_passes_come_first() -> None:
