@@ -18,8 +18,6 @@ from mxfx.graph.regions.spelled import Spelled, Term, spelled
 from mxfx.rewrite import Close, Context, Numerics, Pass, Rewriter, register
 from mxfx.rewrite.facts import ATTENTION_RAISED, NORMS_RAISED, RAISED, ROPES_RAISED, Fact, Selected
 
-_HOW = {aten.scaled_dot_product_attention.default: "from scaled_dot_product_attention"}
-
 
 @register
 @dataclass(frozen=True)
@@ -58,8 +56,13 @@ class RaiseAttention(Pass):
             found = spelled(node)
             if isinstance(found, Refusal):
                 rw.skip(node, f"attention of the model's own, which stays as it is: {found.reason}")
-            elif found is not None and rw.match(node, note=_HOW.get(node.target, "from products around a softmax")):
+            elif found is not None and rw.match(node, note=_how(node)):
                 _put_together(rw, node, found)
+
+
+def _how(end: fx.Node) -> str:
+    called = end.target is aten.scaled_dot_product_attention.default
+    return "from scaled_dot_product_attention" if called else "from products around a softmax"
 
 
 def _put_together(rw: Rewriter, end: fx.Node, found: Spelled) -> None:
