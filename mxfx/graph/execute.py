@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, fx
 
 from mxfx.graph.node import op_name
 from mxfx.graph.program import Program, compute_dtype
+from mxfx.graph.weights import version
 from mxfx.ops.fused import FUSED
 
 _cast = torch.ops.mxfx.cast.default
@@ -26,7 +27,7 @@ class CastCache:
 
     def __init__(self, limit: int = 1 << 29) -> None:
         self.limit = limit
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self._known: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._bytes = 0
 
     def __call__(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -34,13 +35,19 @@ class CastCache:
         if tensor.dtype == dtype:
             return tensor
         known = self._known.get(id(tensor))
-        if known is not None and known[0] is tensor and known[1].dtype == dtype:
-            return known[1]
+        if known is not None and known[0] is tensor and known[1] == version(tensor) and known[2].dtype == dtype:
+            return known[2]
         cast = tensor.to(dtype)
         if self._bytes + cast.nbytes <= self.limit:
             self._bytes += cast.nbytes
-            self._known[id(tensor)] = (tensor, cast)
+            self._known[id(tensor)] = (tensor, version(tensor), cast)
         return cast
+
+    def keep_only(self, tensors: Collection[Tensor]) -> None:
+        """Forget the casts of all other tensors."""
+        wanted = {id(tensor) for tensor in tensors}
+        self._known = {key: found for key, found in self._known.items() if key in wanted}
+        self._bytes = sum(cast.nbytes for *_, cast in self._known.values())
 
 
 def execute(
@@ -65,13 +72,13 @@ def execute(
     if not quantize:
         _check_unfused(program)
     given = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
-    last_reader = _last_readers(program.graph)
+    last_reader = last_readers(program.graph)
     env: dict[fx.Node, object] = {}
     with torch.no_grad():
         for node in program.graph.nodes:
             if node.op == "output":
                 return env[node.args[0]]
-            value = _value(program, node, env, given, quantize, casts)
+            value = call(program, node, env, given, quantize, casts)
             env[node] = value if observe is None or node.op == "get_attr" else observe(node, value)
             for operand in last_reader.get(node, ()):
                 del env[operand]
@@ -114,21 +121,22 @@ def value_of(program: Program, node: fx.Node) -> Tensor:
         if one not in env:
             for operand in one.all_input_nodes:
                 compute(operand)
-            env[one] = _value(program, one, env, {}, True, None)
+            env[one] = call(program, one, env, {}, True, None)
         return env[one]
 
     with torch.no_grad():
         return compute(node)
 
 
-def _value(
+def call(
     program: Program,
     node: fx.Node,
-    env: dict[fx.Node, object],
-    given: dict,
-    quantize: bool,
-    casts: CastCache | None,
+    env: Mapping[fx.Node, object],
+    given: Mapping[str, object],
+    quantize: bool = True,
+    casts: CastCache | None = None,
 ) -> object:
+    """The value of one node from those of its operands and the inputs that are ``given`` by name."""
     if node.op == "placeholder":
         return given.get(str(node.target))
     if node.op == "get_attr":
@@ -153,7 +161,7 @@ def _check_unfused(program: Program) -> None:
         )
 
 
-def _last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+def last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """Node → operands that nobody needs once it has run."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     result: dict[fx.Node, list[fx.Node]] = {}

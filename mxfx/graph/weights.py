@@ -53,6 +53,11 @@ class _Pending:
         return WeightChange(self.pass_name, self.weight, self.before(), self.after(), error)
 
 
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written in place, where torch counts it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def tensor_hash(tensor: Tensor, into: Tensor | None = None) -> str:
     """Blake2b (16 hex digits) over dtype, shape and bytes; ``meta`` for tensors without data.
 
@@ -147,7 +152,7 @@ class WeightStore(Mapping[str, Tensor]):
         self.constants = constants
         self._aliases = dict(aliases or {})
         #: By identity, without keeping tensors alive that nobody else holds.
-        self._hashes: dict[int, tuple[weakref.ref[Tensor], str | Future[str]]] = {}
+        self._hashes: dict[int, tuple[weakref.ref[Tensor], int, str | Future[str]]] = {}
         #: Tensors whose bytes are still on their way from a device.
         self._arriving: dict[str, Future[str]] = {}
         self.working = working
@@ -208,27 +213,35 @@ class WeightStore(Mapping[str, Tensor]):
         return tensor.to(self.working) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
     def hash(self, name: str) -> str:
+        """Of the tensor behind a name, computed once as long as nobody writes the tensor in place."""
         tensor = self.behind(name)
+        known = self._known_hash(tensor)
+        if known is None:
+            self.trust_hash(name, tensor_hash(self[name]))
+        elif isinstance(known, Future):
+            self.trust_hash(name, known.result())
+        return str(self._hashes[id(tensor)][-1])
+
+    def _known_hash(self, tensor: Tensor) -> str | Future[str] | None:
         known = self._hashes.get(id(tensor))
         if known is None or known[0]() is not tensor:
-            self.trust_hash(name, tensor_hash(self[name]))
-        elif isinstance(known[1], Future):
-            self.trust_hash(name, known[1].result())
-        return str(self._hashes[id(tensor)][1])
+            return None
+        # One that is on its way is being written.
+        return known[2] if isinstance(known[2], Future) or known[1] == version(tensor) else None
 
     def hash_later(self, name: str) -> Callable[[], str]:
         """What gives the hash of the tensor that stands behind a name now; it is computed beside the work."""
         tensor = self.behind(name)
-        known = self._hashes.get(id(tensor))
-        found = known[1] if known is not None and known[0]() is tensor else hash_beside(self[name])
-        if known is None or found is not known[1]:
+        known = self._known_hash(tensor)
+        found = hash_beside(self[name]) if known is None else known
+        if known is None:
             self.trust_hash(name, found)
         return found.result if isinstance(found, Future) else lambda: found
 
     def trust_hash(self, name: str, found: str | Future[str]) -> None:
         """Take ``found`` for the hash of a weight, without computing it."""
         tensor = self.behind(name)
-        self._hashes[id(tensor)] = (weakref.ref(tensor), found)
+        self._hashes[id(tensor)] = (weakref.ref(tensor), version(tensor), found)
 
     def set(
         self, name: str, tensor: Tensor, by: str, *, kept_on: torch.device | None = None, was: Tensor | None = None

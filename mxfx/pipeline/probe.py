@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mxfx.graph.execute import execute
+from mxfx.graph.execute import Observer
 from mxfx.graph.node import kind
 from mxfx.graph.program import Program
+from mxfx.graph.replay import Replay
 
 
 @dataclass
 class Probe:
     """A few token ids, and the logits of the programs that were asked for last.
 
-    ``batch`` × ``length`` random ids unless ``ids`` (int64 ``(batch, seq)``) are given. Logits of a program are
-    computed once: the program after one pass is the program before the next.
+    ``batch`` × ``length`` random ids unless ``ids`` (int64 ``(batch, seq)``) are given. What one program computed is
+    not computed again for the next: the program after one pass is the program before the next, and a pass leaves most
+    of it as it was.
     """
 
     seed: int = 0
@@ -26,6 +29,7 @@ class Probe:
     length: int = 16
     ids: Tensor | None = None
     _known: list[tuple[Program, Tensor]] = field(default_factory=list, repr=False)
+    _replay: Replay = field(default_factory=Replay, repr=False)
 
     def tokens(self, program: Program) -> Tensor:
         """int64 ``(batch, seq)`` on the device of the program's weights."""
@@ -33,18 +37,25 @@ class Probe:
             generator = torch.Generator().manual_seed(self.seed)
             self.ids = torch.randint(vocabulary(program), (self.batch, self.length), generator=generator)
         device = next((t.device for t in program.weights.values()), torch.device("cpu"))
-        return self.ids.to(device)
+        if self.ids.device != device:
+            self.ids = self.ids.to(device)
+        return self.ids
+
+    def run(
+        self, program: Program, *, observe: Observer | None = None, twins: Mapping[str, str] | None = None
+    ) -> Tensor:
+        """Logits ``(batch, seq, vocabulary)`` in the program's dtype; see ``Replay.run``. Raises ``ValueError`` for a
+        program on the meta device.
+        """
+        logits = self._replay.run(program, self.tokens(program), observe=observe, twins=twins)
+        if observe is None:
+            self._known = [*self._known[-1:], (program, logits)]
+        return logits
 
     def logits(self, program: Program) -> Tensor:
-        """``(batch, seq, vocabulary)`` in the program's dtype. Raises ``ValueError`` for a program on the meta
-        device.
-        """
-        for known, logits in self._known:
-            if known is program:
-                return logits
-        logits = execute(program, self.tokens(program))
-        self._known = [*self._known[-1:], (program, logits)]
-        return logits
+        """``run``, once for each of the last two programs."""
+        known = next((logits for known, logits in self._known if known is program), None)
+        return self.run(program) if known is None else known
 
 
 def vocabulary(program: Program) -> int:
@@ -58,6 +69,9 @@ def vocabulary(program: Program) -> int:
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """‖actual − expected‖_F / ‖expected‖_F in float64; infinite if either is not finite where the other is."""
     a, b = actual.double(), expected.double()
+    error = float((a - b).norm() / b.norm().clamp_min(1e-300))
+    if math.isfinite(error):
+        return error
     same = torch.isfinite(a) == torch.isfinite(b)
     if not bool(same.all()):
         return math.inf

@@ -69,6 +69,39 @@ class NudgeLocal(Nudge):
     numerics: ClassVar = Local(1e-2)
 
 
+@dataclass(frozen=True)
+class Unrecorded(Pass):
+    """Change the ε of a norm behind the Rewriter's back, which then counts nothing as touched."""
+
+    name: ClassVar[str] = "unrecorded"
+    numerics: ClassVar = Exact()
+
+    def run(self, rw, ctx):
+        next(rw.program.nodes("rms_norm")).update_arg(2, 0.5)
+
+
+@dataclass(frozen=True)
+class InPlace(Pass):
+    """Write a weight that the program before shares."""
+
+    name: ClassVar[str] = "in-place"
+    numerics: ClassVar = Lossy()
+
+    def run(self, rw, ctx):
+        rw.weights["model.layers.0.mlp.up_proj.weight"].mul_(1.0)
+
+
+@dataclass(frozen=True)
+class Same(Pass):
+    """Records a node as touched, and leaves it."""
+
+    name: ClassVar[str] = "same"
+    numerics: ClassVar = Close(1e-9)
+
+    def run(self, rw, ctx):
+        rw.touch(next(rw.program.nodes("linear")))
+
+
 @pytest.fixture(autouse=True)
 def plugged_in():
     """The wrong passes are registered as a plug-in would be, for one test."""
@@ -127,6 +160,25 @@ def test_a_scale_of_the_whole_tensor_that_moves_by_a_hair_flips_no_code(program)
     rotated = "annotate{rule=[{match='.*_proj',input=nvfp4}]},transform-inputs,insert-fake-quant,lower"
     result = PassManager([Numbers()]).run(program("llama-tiny", "raised"), from_text(rotated))
     assert result.steps[-1].findings["numerics"]["flipped"] <= 20
+
+
+def test_a_change_that_no_record_tells_of_is_caught_too(program):
+    with pytest.raises(NumericsError, match=r"'unrecorded' promises bit-equal"):
+        PassManager([Numbers()]).run(program("llama-tiny", "raised"), [Unrecorded()])
+
+
+def test_a_weight_written_in_place_is_named(program):
+    source = program("llama-tiny", "raised")
+    own = source.copy()
+    own.weights = own.weights.cast(torch.float64).cast(torch.float32)
+    with pytest.raises(VerifyError, match=r"'in-place' wrote weight 'model.layers.0.mlp.up_proj.weight' in place"):
+        PassManager([Verify()]).run(own, [InPlace()])
+
+
+def test_the_same_calls_are_not_run_on_a_twin(program, monkeypatch):
+    monkeypatch.setattr("mxfx.pipeline.instruments.numerics.execute", None)
+    found = PassManager([Numbers()]).run(program("llama-tiny", "raised"), [Same()]).steps[0].findings
+    assert found["numerics"] == {"promise": "close", "error": 0.0}
 
 
 def test_local_compares_region_by_region(program):

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, fx
 
 from mxfx.config.pipeline import BudgetConfig
-from mxfx.graph.execute import CastCache, executable, execute
+from mxfx.graph.execute import executable
 from mxfx.graph.node import kind, layer_of, path_of
 from mxfx.graph.program import Program
 from mxfx.ground.errors import CheckError
 from mxfx.ops.catalogue import spec
 from mxfx.pipeline.manager import Instrument, Run, Step
-from mxfx.pipeline.probe import mean_kl, sqnr
+from mxfx.pipeline.probe import Probe, mean_kl, sqnr
 from mxfx.rewrite import Close, Lossy
 
 
@@ -40,23 +40,20 @@ class Ledger(Instrument):
     _reference: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _logits: Tensor | None = field(default=None, repr=False)
     _reason: str | None = field(default=None, repr=False)
-    _casts: CastCache = field(default_factory=CastCache, repr=False)
 
     def enter(self, run: Run) -> None:
         self._logits = None
-        self._casts = CastCache()
         self._reference.clear()
         self._reason = executable(run.source)
 
     def exit(self, run: Run) -> None:
         self._logits = None
-        self._casts = CastCache()
         self._reference.clear()
 
     def before(self, step: Step) -> None:
         """Record the float program right before the first lossy pass: raised, not yet rounded, so that names agree."""
         if self._logits is None and self._reason is None and isinstance(step.pass_.numerics, Lossy):
-            self._logits, self._reference = residual_stream(step.before, step.run.probe.tokens(step.before))
+            self._logits, self._reference = residual_stream(step.before, step.run.probe)
 
     def after(self, step: Step) -> None:
         if not isinstance(step.pass_.numerics, Lossy):
@@ -72,9 +69,8 @@ class Ledger(Instrument):
         if reason is not None:
             step.findings["ledger"] = {"unmeasured": reason}
             return
-        ids = step.run.probe.tokens(step.after)
-        logits, values = residual_stream(step.after, ids, self._casts)
-        entry = self._entry(logits, values, ids)
+        logits, values = residual_stream(step.after, step.run.probe)
+        entry = self._entry(logits, values, step.run.probe.tokens(step.after))
         step.findings["ledger"] = entry
         self._hold(step, entry)
 
@@ -104,7 +100,7 @@ class Ledger(Instrument):
                 )
 
 
-def residual_stream(program: Program, ids: Tensor, casts: CastCache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+def residual_stream(program: Program, probe: Probe) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits, and values by ``layer/operand``: results of linears and attention, and the residual stream after
     a layer.
     """
@@ -116,7 +112,7 @@ def residual_stream(program: Program, ids: Tensor, casts: CastCache | None = Non
             values[wanted[node.name]] = value
         return value
 
-    return execute(program, ids, observe=observe, casts=casts), values
+    return probe.run(program, observe=observe), values
 
 
 def _labels(program: Program) -> dict[str, str]:
