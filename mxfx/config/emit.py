@@ -13,7 +13,9 @@ FUSIONS = ("fuse-hadamard-quant", "fuse-norm-quant", "fuse-activation-quant", "f
 PORTABLE = frozenset({"insert-kv-cache", "pack-weights"})
 
 #: Every pass that the stage may hold. A new one stands here and in ``emit_stage``.
-EMIT_PASSES = frozenset({*PORTABLE, "unpack-weights", *FUSIONS, "lower", "multiply-in-fp8", "fold-constants"})
+EMIT_PASSES = frozenset(
+    {*PORTABLE, "unpack-weights", *FUSIONS, "lower", "multiply-in-fp8", "fuse-quant-linear", "fold-constants"}
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def emit_stage(settings: EmitConfig, device: str) -> list[tuple[str, Mapping[str
     stage += [(name, {}) for name in FUSIONS]
     stage.append(("lower", {"device": target}))
     if target == "cuda":
-        stage.append(("multiply-in-fp8", {}))
+        stage += [("multiply-in-fp8", {}), ("fuse-quant-linear", {})]
     return [*stage, ("fold-constants", {})]
 
 

@@ -10,11 +10,17 @@ import torch
 from torch import Tensor, fx
 
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, compute_dtype
+from mxfx.ops.kernels import packed
 from mxfx.rewrite.operands import readers_of, weight_format
 from mxfx.rewrite.size import packed_bits
 
 #: Ops that decode a packed weight while they run, by what they call its codes and their own input.
-_DECODING = ("mx_linear", "mx_expert_linear", "mx_linear_e4m3")
+_DECODING = (
+    "mx_linear",
+    "mx_expert_linear",
+    "mx_linear_e4m3",
+    *(op.name().partition("::")[2] for op in packed.MULTIPLYING.values()),
+)
 
 
 @dataclass(frozen=True)
@@ -105,9 +111,9 @@ class _Sizes:
         name = getattr(node.target, "__name__", "").partition(".")[0]
         if node.op != "call_function" or name not in _DECODING:
             return 0
-        in_e4m3 = name == "mx_linear_e4m3"
-        codes = node.args[2] if in_e4m3 else [node.args[1]]
-        width = node.args[0].meta["val"].shape[-1]
+        in_e4m3 = name not in ("mx_linear", "mx_expert_linear")
+        codes = node.args[{"mx_linear_e4m3": 2}.get(name, 0)] if in_e4m3 else [node.args[1]]
+        width = node.args[5 if name.endswith("_quantize_linear") else 0].meta["val"].shape[-1]
         rows: int = sum(part.meta["val"].shape[:-1].numel() for part in codes)
         val = node.meta["val"]
         return rows * width * (1 if in_e4m3 else self._dtypes.get(val.dtype, val.dtype).itemsize)

@@ -202,3 +202,72 @@ else:
         payload, row_scales = packed_cuda.transform_quantize_e4m3(x, torch.eye(32).repeat(2, 1, 1), "mxint4@32")
         assert int(packed.inexact_rows(x.device)) == before + 1
         assert fp8.from_rows(payload, row_scales, torch.float32)[1].tolist() == [1.0] * 32 + [0.0] * 32
+
+    def _values(codes: torch.Tensor, units: torch.Tensor, block: int) -> torch.Tensor:
+        """What `multiply_integers` takes, as float64."""
+        parts = codes.view(*units.shape, 2, block // 2).transpose(-1, -2).reshape(*units.shape, block).double()
+        return (parts * torch.exp2(units.double() - 127)[..., None]).flatten(-2)
+
+    def _calls(dtype: torch.dtype, rows: int) -> list[tuple[str, tuple]]:
+        generator = torch.Generator().manual_seed(rows)
+        x, gate = (torch.randn(rows, 2, 96, generator=generator).to(dtype) for _ in range(2))
+        x[0, 1], x[-1, 0, :32] = x[0, 1] * 64, 0
+        weight, shared = torch.rand(96, generator=generator).to(dtype), hadamard_matrix(32, dtype)
+        own = (torch.randn(3, 32, 32, generator=generator) / 6).to(dtype)
+        beside = torch.cat((gate, x), -1)[..., 96:]
+        return [
+            ("fake_quantize", (x, "mxint4@32/mse", -1)),
+            ("fake_quantize", (beside, "mxfp4_e2m1@32/even", -1)),
+            ("transform_quantize", (x, own, "mxint4@32")),
+            ("transform_quantize", (x, shared, "mxint4@16", True)),
+            ("norm_quantize", (x, weight, None, "mxint4@32", 1e-5)),
+            ("norm_quantize", (x, weight, shared, "mxint4@16", 1e-5, 1.0, True, True)),
+            ("norm_quantize", (x, weight, own, "mxint4@32/mse", 1e-5)),
+            ("norm_quantize", (beside, None, own, "mxint4@32/mse", 1e-5)),
+            ("silu_mul_quantize", (gate, x, None, "mxfp6_e2m3@32")),
+            ("silu_mul_quantize", (gate, x, own, "mxint4@32")),
+        ]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("rows", [1, 5])
+    def test_quantizers_give_few_rows_as_integers(rows, dtype):
+        before = int(packed.inexact_rows(torch.device("cpu")))
+        for name, args in _calls(dtype, rows):
+            wanted = getattr(cuda, name)(*args)
+            codes, units = packed_cuda.integers(name, *args)
+            block = parse(next(a for a in args if isinstance(a, str))).block
+            found = _values(codes, units, block)
+            assert torch.equal(found, wanted.double().view(found.shape)), (name, args[2:])
+        assert int(packed.inexact_rows(torch.device("cpu"))) == before
+
+    def test_a_block_that_is_not_a_number_makes_its_rows_none_and_what_int8_does_not_hold_is_counted():
+        x = torch.ones(3, 64)
+        x[1, 40] = float("nan")
+        codes, units = packed_cuda.integers("fake_quantize", x, "mxint4@32", -1)
+        assert units.tolist() == [[121, 121], [121, 254], [121, 121]] and not codes[1, 32:].any()
+        before = int(packed.inexact_rows(x.device))
+        tiny = torch.full((1, 64), 2.0**-126)
+        tiny[0, 3] = 2.0**-127
+        packed_cuda.integers("fake_quantize", tiny, "mxint4@32", -1)
+        assert int(packed.inexact_rows(x.device)) == before + 1
+
+    @pytest.mark.parametrize("residual", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_a_quantizer_and_its_linears_are_one_op(dtype, residual):
+        for name, args in _calls(dtype, 3):
+            text = next(a for a in args if isinstance(a, str)).partition("/")[0].replace("mxfp4_e2m1", "mxint4")
+            text = text.replace("mxfp6_e2m3", "mxint4")
+            weights = [_packed(text, n, 96)[:2] for n in (7, 4, 2, 5)]
+            codes, scales = [w[0] for w in weights], [w[1] for w in weights]
+            biases = [torch.randn(n).to(dtype) for n in (7, 4, 2, 5)] if name == "norm_quantize" else []
+            added = torch.randn(3, 2, 18).to(dtype) if residual else None
+            given = (codes, scales, biases, added, text, *args)
+            got = getattr(packed_cuda, f"{name}_linear")(*given)
+            x = getattr(cuda, name)(*args).double()
+            parts = [
+                F.linear(x, restore(c, s, parse(text), 96, torch.float64), biases[i].double() if biases else None)
+                for i, (c, s) in enumerate(weights)
+            ]
+            wanted = torch.cat(parts, -1).to(dtype) + (0 if added is None else added)
+            tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+            torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)

@@ -91,14 +91,15 @@ def test_a_weight_whose_rows_span_too_many_octaves_stays() -> None:
     assert torch.equal(logits(after), logits(before))
 
 
-def test_a_quantizer_that_only_they_read_gives_rows_itself() -> None:
+def test_a_quantizer_that_only_they_read_and_what_is_added_to_them_are_one_op_with_them() -> None:
     quantized = passed(raised("llama-tiny"), config_a(parse("mxint4@16"), parse("mxint4@16"), kv=None))
     program = emitted(quantized.twin(torch.bfloat16), "cpu", EmitConfig(device="cuda", packed=True))
-    calls = [str(n.target) for n in program.graph.nodes if "e4m3" in str(n.target) and "linear" not in str(n.target)]
-    assert calls == [
-        f"mxfx_kernels.{name}_e4m3.default"
+    calls = [n for n in program.graph.nodes if n.target in packed.MULTIPLYING.values()]
+    assert [str(n.target) for n in calls] == [
+        f"mxfx_kernels.{name}_linear.default"
         for name in ("norm_quantize", "fake_quantize", "norm_quantize", "silu_mul_quantize") * 2
     ]
+    assert [n.args[3] is None for n in calls] == [True, False] * 4
     verify(program)
     again = read(to_text(program), program.weights)
     assert torch.equal(logits(again), logits(program))
@@ -107,6 +108,6 @@ def test_a_quantizer_that_only_they_read_gives_rows_itself() -> None:
 def test_the_emit_stage_for_a_gpu_ends_with_it() -> None:
     quantized = passed(raised("llama-tiny"), config_a(parse("mxint4@16"), parse("mxint4@16"), kv=None))
     program = emitted(quantized.twin(torch.bfloat16), "cpu", EmitConfig(device="cuda", packed=True))
-    assert sum(1 for n in program.graph.nodes if n.target is packed.LINEAR_E4M3) == 8
+    assert sum(1 for n in program.graph.nodes if n.target in packed.MULTIPLYING.values()) == 8
     expected = emitted(quantized.twin(torch.bfloat16), "cpu", EmitConfig(device="cuda"))
     assert torch.equal(logits(program), logits(expected))

@@ -1,9 +1,10 @@
 """Decoding on a GPU: a step of D beside the emitted bf16 graph, generated text beside Hugging Face's, and the cache.
 
-    python -m tools.bench.decode [--quick] [--json FILE] [--rehearse]
+    python -m tools.bench.decode [--quick] [--json FILE] [--rehearse] [--only-steps] [--e4m3]
 
 The model is random, of Llama-3.2-1B's shape. D is W4 A4 KV4 MXINT4 blocks of 32 with online transforms, weights and
-cache packed. A step is the replay of a recorded graph; text is what `generate` returns, greedy, host included.
+cache packed. A step is the replay of a recorded graph, and `kernels` how many it launches; with `--e4m3` few rows meet
+codes as E4M3 and not as integers; text is what `generate` returns, greedy, host included.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaForCausalLM
 
@@ -23,6 +25,7 @@ from mxfx.formats import parse
 from mxfx.graph.program import Program
 from mxfx.graph.trace import trace
 from mxfx.ops.cache import write_cache
+from mxfx.ops.kernels import limits
 from mxfx.passes import RaiseAttention, RaiseNorm, RaiseRope, RoundWeights
 from mxfx.passes.annotate import Annotate, Rule
 from mxfx.passes.fuse_norm import FuseNorm
@@ -32,7 +35,7 @@ from mxfx.pipeline.emit import emitted
 from mxfx.rewrite import Selector, apply
 from mxfx.runtime.cache import cache_bytes
 from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm
-from tools.bench.measuring import finish, kernel_ms, options
+from tools.bench.measuring import arguments_of, finish, kernel_ms
 from tools.bench.prefill import RandomTransforms, llama
 
 FORMAT = parse("mxint4@32/mse")
@@ -99,6 +102,7 @@ def steps(
                 "ms": ms,
                 "tokens/s": batch / ms * 1e3,
                 "over bf16": ms / base[batch],
+                "kernels": _launched(step) if device == "cuda" else "",
             }
         cache = cache_bytes(lm.specs, 1, LONG)
         yield {
@@ -107,6 +111,7 @@ def steps(
             "ms": "",
             "tokens/s": f"{cache / 1e6:.1f} MB",
             "over bf16": "",
+            "kernels": "",
         }
 
 
@@ -136,6 +141,7 @@ def texts(
             "ms": seconds / new * 1e3,
             "tokens/s": new / seconds,
             "over bf16": "",
+            "kernels": "",
         }
 
 
@@ -188,7 +194,23 @@ def attention(device: str) -> Iterator[dict[str, object]]:
             print(f"{name}: {str(error).splitlines()[0]}")
     fastest = min(ms for name, ms in found.items() if name.startswith("SDPA"))
     for name, ms in found.items():
-        yield {"what": "attention of a step, 32k", "of": name, "ms": ms, "tokens/s": "", "over bf16": ms / fastest}
+        yield {
+            "what": "attention of a step, 32k",
+            "of": name,
+            "ms": ms,
+            "tokens/s": "",
+            "over bf16": ms / fastest,
+            "kernels": "",
+        }
+
+
+def _launched(step: Callable[[], object]) -> int:
+    """Kernels of one call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    kinds = ("Memcpy", "Memset")
+    return sum(e.device_type == DeviceType.CUDA and not e.name.startswith(kinds) for e in profile.events() or ())
 
 
 def _with_backend(backend: SDPBackend, call: Callable[[], object]) -> object:
@@ -219,7 +241,12 @@ def _seconds(call: Callable[[], object], device: str) -> float:
 
 
 def main() -> None:
-    given = options(__doc__ or "", rehearsal=True)
+    parser = arguments_of(__doc__ or "")
+    parser.add_argument("--rehearse", action="store_true", help="everything once, tiny, on the CPU; times say nothing")
+    parser.add_argument("--only-steps", action="store_true", help="neither texts nor attention alone")
+    parser.add_argument("--e4m3", action="store_true", help="few rows as E4M3, not as integers")
+    given = parser.parse_args()
+    limits.INTEGER_ROWS = 0 if given.e4m3 else limits.INTEGER_ROWS
     device = "cpu" if given.rehearse else "cuda"
     layers = 2 if given.rehearse else 16
     model = llama(layers, device)
@@ -231,7 +258,9 @@ def main() -> None:
         lambda: steps(lms, device, batches, context),
         lambda: texts(model, lms, device, new, compiled=not given.rehearse and not given.quick),
     ]
-    if not given.rehearse:
+    if given.only_steps:
+        parts = parts[:1]
+    elif not given.rehearse:
         parts.insert(0, lambda: attention(device))
     started = time.perf_counter()
     lms = models(program, device)

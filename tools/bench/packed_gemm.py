@@ -1,6 +1,7 @@
 """Products of MX operands on one GPU beside bfloat16's: are they exact, what do they cost?
 
-    python -m tools.bench.packed_gemm [--part exact|sums|many|few …] [--operands FILE] [--json FILE] [--rehearse]
+    python -m tools.bench.packed_gemm [--part exact|sums|many|few|together|tilings …] [--operands FILE] [--json FILE]
+        [--rehearse]
 
 `exact`: every kernel beside its definition. `sums`: rows whose FP8 product differs from float64's, with and without
 the tensor cores' fast sums; with `--operands` also on recorded ones (safetensors: `NAME/x`, `NAME/codes`,
@@ -15,6 +16,7 @@ import itertools
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,9 @@ from mxfx.formats.stored import restore, store
 from mxfx.ops import fp8
 from mxfx.ops.kernels.packed import inexact_count
 from tools.bench.measuring import arguments_of, kernel_ms, machine, require_cuda, table, write
+
+if TYPE_CHECKING:
+    from mxfx.ops.kernels.integer_triton import Tiling
 
 ops = torch.ops.mxfx_kernels
 
@@ -73,10 +78,12 @@ def exact(device: str) -> Iterator[dict[str, object]]:
         width, channels, fmt = 1536, 208, parse(text)
         codes, scales = packed_weight(channels, width, text, device)
         host = restore(codes.cpu(), scales.cpu(), fmt, width, dtype)
-        worst, differing = 0.0, 0
-        for rows in (1, 2, 8, 9, 300):
+        worst, differing, fused = 0.0, 0, 0.0
+        for rows in (1, 2, 8, 16, 300):
             x = rounded(rows, width, "mxint4@32/mse", dtype, device)
             wanted = F.linear(x.double(), host.to(device).double())
+            both = ops.fake_quantize_linear([codes], [scales], [], None, text, x, "mxint4@32/mse", -1).double()
+            fused = max(fused, float((both - wanted).abs().max() / wanted.abs().max()))
             got = ops.mx_linear(x, codes, scales, None, text).double()
             worst = max(worst, float((got - wanted).abs().max() / wanted.abs().max()))
             if fp8.carries(fmt):
@@ -92,6 +99,7 @@ def exact(device: str) -> Iterator[dict[str, object]]:
             "format": text,
             "dtype": str(dtype).removeprefix("torch."),
             "largest error / largest entry": worst,
+            "the same, quantizer too": fused,
             "E4M3 bytes unlike the CPU's": differing,
             "weights unlike the CPU's": int((expanded.cpu() != host).sum()),
             "inexact rows": inexact_count(),
@@ -198,9 +206,101 @@ def few(device: str, counts: tuple[int, ...]) -> Iterator[dict[str, object]]:
             }
 
 
+def together(device: str, counts: tuple[int, ...]) -> Iterator[dict[str, object]]:
+    """Few rows times all linears that read one input, none of them in the cache, by each way there is."""
+    text = "mxint4@32"
+    for (model, (name, width, channels)), rows in itertools.product(
+        ((m, s) for m, shapes in SHAPES.items() for s in shapes), counts
+    ):
+        size = sum(channels) * width
+        x = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
+        codes, units = as_integers(x, text)
+        payload, factors = ops.fake_quantize_e4m3(x, text, -1)
+
+        def plain(width=width, channels=channels) -> tuple:
+            return ([torch.randn(n, width, device=device, dtype=torch.bfloat16) for n in channels],)
+
+        def small(width=width, channels=channels) -> tuple:
+            return tuple(zip(*(packed_weight(n, width, text, device) for n in channels), strict=True))
+
+        def wide(weights, x=x) -> None:
+            for w in weights:
+                F.linear(x, w)
+
+        out = torch.empty(rows, sum(channels), device=device, dtype=torch.bfloat16)
+        ways: dict[str, Callable[..., object]] = {
+            "codes": lambda c, s, a=codes, u=units, o=out: in_integers(a, u, c, s, o, text),
+            "E4M3, one by one": lambda c, s, p=payload, f=factors: ops.mx_linear_e4m3(
+                p, f, list(c), list(s), [], text, torch.bfloat16
+            ),
+            "quantizer too": lambda c, s, x=x: ops.fake_quantize_linear(list(c), list(s), [], None, text, x, text, -1),
+        }
+        base = kernel_ms(rotating(plain, 2 * size, wide))
+        found = {way: kernel_ms(rotating(small, size // 2, call)) for way, call in ways.items()}
+        yield {
+            "linears": f"{model} {name}",
+            "rows": rows,
+            "bf16 µs": base * 1e3,
+            **{f"{way} µs": ms * 1e3 for way, ms in found.items()},
+            **{f"{way} / bf16": ms / base for way, ms in found.items()},
+            "codes GB/s": size * parse(text).bits_per_element / 8 / found["codes"] / 1e6,
+        }
+
+
+def as_integers(x: Tensor, text: str) -> tuple[Tensor, Tensor]:
+    """Rows of `x`, rounded, as the product in integers takes them."""
+    from mxfx.ops.kernels.packed_cuda import integers
+
+    return integers("fake_quantize", x, text, -1)
+
+
+def in_integers(x: Tensor, units: Tensor, codes: tuple, scales: tuple, out: Tensor, text: str) -> None:
+    from mxfx.ops.kernels.integer_triton import multiply_integers
+
+    multiply_integers(x, units, codes, scales, [], None, parse(text), out)
+
+
+def tilings_of(width: int, rows: int) -> Iterator[Tiling]:
+    """Those whose threads all have work, and registers for it."""
+    from mxfx.ops.kernels.integer_triton import Tiling
+
+    most = min(width // 32, 256)
+    for channels, each, blocks, warps in itertools.product(
+        (1, 2, 4, 8), (1, 2, 4, 8, 16), (most, most // 2, most // 4), (1, 2, 4, 8)
+    ):
+        of_a_thread = blocks // (32 * warps)
+        if of_a_thread and each <= rows and (each > 1 or rows == 1) and each * channels * of_a_thread <= 64:
+            yield Tiling(channels, each, blocks, warps)
+
+
+def tilings(device: str, counts: tuple[int, ...]) -> Iterator[dict[str, object]]:
+    """The best five tilings of the product in integers for each of the 1B shape's inputs and each number of rows."""
+    from mxfx.ops.kernels import integer_triton
+
+    chosen, text = integer_triton.tiling_for, "mxint4@32"
+    for (name, width, channels), rows in itertools.product(SHAPES["1B"], counts):
+        size = sum(channels) * width
+        codes, units = as_integers(torch.randn(rows, width, device=device, dtype=torch.bfloat16), text)
+        out = torch.empty(rows, sum(channels), device=device, dtype=torch.bfloat16)
+        sets = [[packed_weight(n, width, text, device) for n in channels] for _ in range(-(-2 * CACHE // size))]
+        operands = itertools.cycle([tuple(zip(*s, strict=True)) for s in sets])
+
+        def product(operands=operands, codes=codes, units=units, out=out) -> None:
+            in_integers(codes, units, *next(operands), out, text)
+
+        found: dict[Tiling, float] = {}
+        for tiling in tilings_of(width, rows):
+            integer_triton.tiling_for = lambda *_, tiling=tiling: tiling  # type: ignore[assignment]
+            found[tiling] = kernel_ms(product, seconds=0.001)
+        integer_triton.tiling_for = chosen
+        now = kernel_ms(product, seconds=0.001)
+        for tiling, ms in sorted(found.items(), key=lambda item: item[1])[:5]:
+            yield {"linears": name, "rows": rows, "tiling": str(tiling), "µs": ms * 1e3, "chosen now": now * 1e3}
+
+
 def main() -> None:
     parser = arguments_of("Products of MX operands beside bfloat16's")
-    parser.add_argument("--part", nargs="*", default=["exact", "sums", "many", "few"])
+    parser.add_argument("--part", nargs="*", default=["exact", "sums", "many", "few", "together"])
     parser.add_argument("--operands", type=Path, help="recorded operands for 'sums' (safetensors)")
     parser.add_argument("--rehearse", action="store_true", help="'exact' alone, on the CPU: that it runs")
     arguments = parser.parse_args()
@@ -212,6 +312,8 @@ def main() -> None:
         "exact": lambda: exact(device),
         "sums": lambda: sums(device, arguments.operands),
         "many": lambda: many(device, 2048 if arguments.quick else 16384),
+        "together": lambda: together(device, (1, 16) if arguments.quick else (1, 2, 4, 8, 16)),
+        "tilings": lambda: tilings(device, (1, 16) if arguments.quick else (1, 4, 16)),
         "few": lambda: few(device, (1, 16) if arguments.quick else (1, 4, 8, 16, 64)),
     }
     rows: list[dict[str, object]] = []

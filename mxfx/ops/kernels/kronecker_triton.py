@@ -19,8 +19,8 @@ from torch import Tensor
 from mxfx.algorithms.hadamard import kronecker_orders, kronecker_signs
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
+from mxfx.ops.kernels.matrix_triton import quantize_blocks
 from mxfx.ops.kernels.rounding_triton import as_stored, grid_of, narrowed
-from mxfx.ops.kernels.transform_triton import quantize_blocks
 
 #: Elements of a thread of a short row and of a long one: fewer warps have more registers, which two products need.
 PER_THREAD = (32, 64)

@@ -22,6 +22,8 @@ MAX_ROW = 16384
 #: Rows that meet packed codes in ordinary arithmetic, and on tensor cores; from there on expanding the weight pays.
 FEW_ROWS = 2
 SOME_ROWS = 16
+#: Rows of codes that meet packed codes in integer arithmetic.
+INTEGER_ROWS = 16
 #: Largest number of FP8 E4M3.
 E4M3_MAX = 448.0
 
@@ -109,6 +111,19 @@ def takes_few_rows(fmt: Format, rows: int) -> bool:
 def takes_some_rows(fmt: Format, rows: int, dtype: torch.dtype) -> bool:
     """Whether tensor cores multiply so many rows with codes that are decoded as they arrive."""
     return fmt.bits in (4, 8) and rows <= SOME_ROWS and dtype != torch.float32
+
+
+@lru_cache(maxsize=256)
+def takes_integers(weight: Format, x: Format, rows: int, width: int) -> bool:
+    """Whether few rows of codes meet 4-bit integers as they lie: int8 holds all that a block of `x` may have."""
+    if rows > INTEGER_ROWS or weight.block != x.block or not takes_packed(weight, width) or x.block is None:
+        return False
+    element = x.element
+    if isinstance(element, FloatElement):
+        holds = element.max_exponent - element.min_exponent + element.mantissa_bits <= 6
+    else:
+        holds = x.bits <= 7
+    return holds and weight.bits == 4 and not isinstance(weight.element, FloatElement) and x.block % 16 == 0
 
 
 def takes_e4m3_rows(width: int) -> bool:

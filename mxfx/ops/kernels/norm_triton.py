@@ -19,10 +19,11 @@ from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
 from mxfx.ops.kernels.addressing import as_rows, is_walkable
 from mxfx.ops.kernels.fp8_triton import as_power, largest_bits, octaves_of, power_below, scale_below, too_far
+from mxfx.ops.kernels.integer_triton import Integers, blocks_to_integers, count_lost, place
+from mxfx.ops.kernels.matrix_triton import load_matrix, multiply, quantize_blocks, terms_of
 from mxfx.ops.kernels.packed_triton import to_e4m3
 from mxfx.ops.kernels.quantize_triton import row_offset
 from mxfx.ops.kernels.rounding_triton import as_stored, grid_of
-from mxfx.ops.kernels.transform_triton import load_matrix, multiply, quantize_blocks, terms_of
 
 ELEMENTS_PER_THREAD = 16
 STAGES = 2
@@ -40,13 +41,16 @@ def norm_triton(
     signs: bool,
     fmt: Format | None,
     e4m3: tuple[Tensor, Tensor, Tensor] | None = None,
+    integers: Integers | None = None,
 ) -> Tensor:
     """`rms_norm`, then `matrix` (b, b) on each block, then `fmt`; contiguous, shape and dtype of `x`.
 
     `x` is (..., hidden), bfloat16, float16 or float32; each of `matrix` and `fmt` may be None, the block of
-    `fmt` divides b, and b divides hidden. With `e4m3`, which is what `rows_to_e4m3` writes to, the result is put there.
+    `fmt` divides b, and b divides hidden. With `e4m3`, which is what `rows_to_e4m3` writes to, or
+    `integers`, as `integer_triton` takes them, the result is put there.
     """
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if e4m3 is None else e4m3[0]
+    written = e4m3 or integers
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if written is None else written[0]
     if out.numel() == 0:
         return out
     if not is_walkable(x):
@@ -55,7 +59,7 @@ def norm_triton(
     gain = "none" if weight is None else "first" if gain_first else "last"
     terms = 0 if matrix is None else terms_of(matrix.dtype, x.dtype, signs)
     launch = _launch(x.shape, x.stride(), x.dtype, x.device, block, terms, signs, gain, float(offset), eps, fmt)
-    rest = (out, out) if e4m3 is None else e4m3[1:]
+    rest = (out, out) if written is None else written[1:]
     launch(x, x if weight is None else weight.contiguous(), x if matrix is None else matrix.contiguous(), out, *rest)
     return out
 
@@ -217,5 +221,13 @@ def _norm_kernel(
             tl.store(scales_ptr + row, as_power(scale), mask=row < rows)
             if tl.max(too_far(scales, scale, OCTAVES), axis=0) > 0:
                 tl.atomic_add(inexact_ptr, tl.full([], 1, tl.int64))
+        elif y_ptr.dtype.element_ty == tl.int8:
+            y, unit, lost = blocks_to_integers(tl.where(here, y.to(tl.float32), 0.0), FORMAT_BLOCK)
+            block = tl.arange(0, TILE)[:, None] * (B // FORMAT_BLOCK) + tl.arange(0, PADDED // FORMAT_BLOCK)[None, :]
+            target = y_ptr + row.to(tl.int64) * length + tl.arange(0, TILE)[:, None] * B
+            tl.store(target + place(lane, FORMAT_BLOCK)[None, :], y, mask=here)
+            at = scales_ptr + row.to(tl.int64) * (length // FORMAT_BLOCK) + block
+            tl.store(at, unit.to(tl.uint8), mask=(block * FORMAT_BLOCK < length) & (row < rows))
+            count_lost(inexact_ptr, tl.reshape(tl.where(row < rows, lost, 0), (1, TILE * PADDED // FORMAT_BLOCK)))
         else:
             tl.store(target, y.to(narrow), mask=here)

@@ -144,6 +144,38 @@ ROUNDING = {
     for name in ("fake_quantize", "transform_quantize", "hadamard_quantize", "norm_quantize", "silu_mul_quantize")
 }
 
+
+def _multiplying(name: str) -> torch._ops.OpOverload:
+    """`mxfx_kernels::<name>_linear`: linears of what a quantizer of that name gives, side by side, and a residual."""
+    quantizer = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def definition(
+        codes: list[Tensor],
+        scales: list[Tensor],
+        biases: list[Tensor],
+        residual: Tensor | None,
+        weights: str,
+        *operands,
+    ) -> Tensor:
+        x = quantizer(*operands)
+        given: list[Tensor | None] = [*biases] or [None] * len(codes)
+        parts = [packed.mx_linear(x, c, s, b, weights) for c, s, b in zip(codes, scales, given, strict=True)]
+        y = torch.cat(parts, -1)
+        return y if residual is None else residual + y
+
+    def fake(
+        codes: list, scales: list, biases: list, residual: Tensor | None, weights: str, x: Tensor, *rest
+    ) -> Tensor:
+        return x.new_empty((*x.shape[:-1], sum(c.shape[0] for c in codes)))
+
+    arguments = str(quantizer._schema).partition("(")[2].rpartition(" -> ")[0]
+    own = "Tensor[] codes, Tensor[] scales, Tensor[] biases, Tensor? residual, str weights"
+    return _define(f"{name}_linear", f"({own}, {arguments} -> Tensor", definition, fake)
+
+
+#: The op that gives a quantizer's result as rows of E4M3 → the op that multiplies it too.
+MULTIPLYING = {rounding: _multiplying(quantizer.name().partition("::")[2]) for quantizer, rounding in ROUNDING.items()}
+
 for _device in ("cpu", "cuda"):
     provide(Provider("packed", "mx_linear", _device, LINEAR))
     provide(Provider("packed", "mx_expert_linear", _device, EXPERT_LINEAR))

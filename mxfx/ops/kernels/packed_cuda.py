@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,18 @@ from mxfx.ops.fp8 import E4M3, from_rows
 from mxfx.ops.kernels import takes
 from mxfx.ops.kernels.cuda import if_it_fits
 from mxfx.ops.kernels.fp8_triton import align_rows, rows_to_e4m3
-from mxfx.ops.kernels.limits import DTYPES, takes_e4m3_rows, takes_few_rows, takes_packed, takes_some_rows
+from mxfx.ops.kernels.integer_triton import multiply_integers
+from mxfx.ops.kernels.limits import (
+    DTYPES,
+    takes_e4m3_rows,
+    takes_few_rows,
+    takes_integers,
+    takes_packed,
+    takes_some_rows,
+)
 from mxfx.ops.kernels.norm_triton import norm_triton
 from mxfx.ops.kernels.norm_triton import row_scales as row_scales_of_norm
-from mxfx.ops.kernels.packed import inexact_rows
+from mxfx.ops.kernels.packed import ROUNDING, inexact_rows
 from mxfx.ops.kernels.packed_triton import expand, expand_to_e4m3, multiply_rows
 from mxfx.ops.kernels.skinny_triton import multiply_some_rows
 from mxfx.ops.kernels.transform_triton import transform_triton
@@ -202,6 +211,75 @@ def mx_linear_e4m3(
             multiply(rows, c, s, bias, fmt, part, factors)
         return out
     return _product(rows, factors, codes, scales, biases, fmt, dtype).view(out_shape)
+
+
+def _multiplying(name: str) -> Callable[..., Tensor]:
+    """`<name>_linear`: of few rows codes meet codes; of more, rows of E4M3 an FP8 GEMM."""
+
+    def run(
+        codes: list[Tensor],
+        scales: list[Tensor],
+        biases: list[Tensor],
+        residual: Tensor | None,
+        weights: str,
+        *operands: Any,
+    ) -> Tensor:
+        given = dict(zip(_OPERANDS[name], operands, strict=False))
+        x, fmt = operands[0], _format(weights)
+        if x.numel() == 0 or x.dtype not in DTYPES:
+            return NotImplemented
+        rows = x.numel() // x.shape[-1]
+        if takes_integers(fmt, _format(given["format"]), rows, x.shape[-1]):
+            found = integers(name, *operands)
+            if found is not NotImplemented:
+                out = torch.empty((*x.shape[:-1], sum(c.shape[0] for c in codes)), dtype=x.dtype, device=x.device)
+                flat, rest = out.view(rows, -1), None if residual is None else residual.reshape(rows, -1).contiguous()
+                multiply_integers(found[0], found[1], codes, scales, biases, rest, fmt, flat)
+                return out
+        e4m3 = getattr(torch.ops.mxfx_kernels, f"{name}_e4m3")(*operands)
+        out = torch.ops.mxfx_kernels.mx_linear_e4m3(*e4m3, codes, scales, biases, weights, x.dtype)
+        return out if residual is None else residual + out
+
+    return run
+
+
+_OPERANDS = {q.name().partition("::")[2]: [a.name for a in q._schema.arguments] for q in ROUNDING}
+fake_quantize_linear = _multiplying("fake_quantize")
+transform_quantize_linear = _multiplying("transform_quantize")
+hadamard_quantize_linear = _multiplying("hadamard_quantize")
+norm_quantize_linear = _multiplying("norm_quantize")
+silu_mul_quantize_linear = _multiplying("silu_mul_quantize")
+
+
+@if_it_fits
+def integers(name: str, *operands: Any) -> tuple[Tensor, Tensor]:
+    """What a quantizer gives of few rows, as `multiply_integers` takes it: int8 (m, k), uint8 (m, k / block)."""
+    given = dict(zip(_OPERANDS[name], operands, strict=False))
+    x, fmt, matrix = operands[0], _format(given["format"]), given.get("matrix")
+    block = None if matrix is None else matrix.shape[-1]
+    if name == "hadamard_quantize" or not _folds(x, fmt, block) or getattr(takes, name)(*operands):
+        return NotImplemented
+    if given.get("axis", -1) not in (-1, x.dim() - 1):
+        return NotImplemented
+    assert fmt.block is not None
+    rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    codes = torch.empty((*x.shape[:-1], width), dtype=torch.int8, device=x.device)
+    units = torch.empty((rows, width // fmt.block), dtype=torch.uint8, device=x.device)
+    written = (codes, units, inexact_rows(x.device))
+    signs = bool(given.get("hadamard", False))
+    if name == "norm_quantize":
+        weight, eps = given["weight"], given["eps"]
+        offset, gain_first = given.get("offset", 0.0), given.get("gain_first", False)
+        if matrix is not None and matrix.dim() == 3:
+            gain = (eps, weight, float(offset) if gain_first else 0.0)
+            transform_triton(x, matrix, False, fmt, norm=gain, integers=written)
+        else:
+            norm_triton(x, weight, eps, offset, gain_first, matrix, signs, fmt, integers=written)
+    elif name == "silu_mul_quantize":
+        transform_triton(given["up"], matrix, signs, fmt, gate=x, integers=written)
+    else:
+        transform_triton(x, matrix, signs, fmt, integers=written)
+    return codes.view(rows, width), units
 
 
 def _product(

@@ -25,8 +25,10 @@ from mxfx.formats import Format
 from mxfx.ops.kernels.activation_triton import rotate, silu_times
 from mxfx.ops.kernels.addressing import Rows, as_rows, is_walkable
 from mxfx.ops.kernels.fp8_triton import blocks_to_e4m3
-from mxfx.ops.kernels.quantize_triton import row_index
-from mxfx.ops.kernels.rounding_triton import as_stored, grid_of, quantize_tile
+from mxfx.ops.kernels.integer_triton import Integers, blocks_to_integers, count_lost, place
+from mxfx.ops.kernels.matrix_triton import load_matrix, multiply, quantize_blocks, terms_of
+from mxfx.ops.kernels.quantize_triton import row_index, row_offset
+from mxfx.ops.kernels.rounding_triton import as_stored, grid_of
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ TILINGS = {
     ("two terms", 64): Tiling(4096, 32, 1),
     ("two terms", 128): Tiling(8192, 64, 1, registers=255),
 }
+#: Rows of a tile where there are few: as many as a product takes.
+FEW = 16
 #: Blocks that nothing multiplies share a tile up to this width: as many bytes as a line of memory.
 GROUP_WIDTH = 64
 
@@ -73,8 +77,9 @@ def transform_triton(
     *,
     gate: Tensor | None = None,
     angles: tuple[Tensor, Tensor] | None = None,
-    norm: tuple[Tensor, Tensor | None, float] | None = None,
+    norm: tuple[Tensor | float, Tensor | None, float] | None = None,
     e4m3: tuple[Tensor, Tensor] | None = None,
+    integers: Integers | None = None,
 ) -> Tensor:
     """`x_B @ matrix` per block, then `fmt`; contiguous, same shape and dtype as `x`.
 
@@ -86,15 +91,18 @@ def transform_triton(
         fmt: rounds the result (after it is rounded to x's dtype); its block divides b. None leaves it.
         gate: like `x`; x becomes `silu(gate) * x`.
         angles: cos and sin, (batch | 1, seq, n); x (batch, heads, seq, n) becomes `rope(x, cos, sin)`.
-        norm: float32 factors of the rows, `x.shape[:-1]`; those of the channels, (n,) or None for 1; what to add to the
-            latter. They meet the product in float32, without the roundings of `rms_norm`. Only with (n / b, b, b).
+        norm: float32 factors of the rows, `x.shape[:-1]`, or the `eps` of few rows, of which each program finds them;
+            factors of the channels, (n,) or None for 1; what to add to the latter. They meet the product in float32,
+            without the roundings of `rms_norm`. Only with (n / b, b, b).
         e4m3: where to put the rounded result instead, as `align_rows` takes it: E4M3 bytes like `x`, and an exponent a
             block. Blocks are powers of two from 16, and x has three axes at most.
+        integers: the same, as `integer_triton` takes it; of so few rows that one tile holds them.
     """
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if e4m3 is None else e4m3[0]
+    written = e4m3 or integers
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if written is None else written[0]
     if out.numel() == 0:
         return out
-    before, first, second, one_angle, offset = "none", x, x, False, 0.0
+    before, first, second, one_angle, offset, eps = "none", x, x, False, 0.0, None
     if gate is not None:
         before = "silu"
         if gate.stride() != x.stride():
@@ -109,21 +117,21 @@ def transform_triton(
         before, one_angle = "rope", angles[0].shape[0] == 1
         first, second = (t.to(x.dtype).contiguous() for t in angles)
     elif norm is not None:
-        first, gain, offset = norm
+        factors, gain, offset = norm
+        first, eps = (factors, None) if isinstance(factors, Tensor) else (x, factors)
         before = "scale" if gain is None else "norm"
         second = x if gain is None else gain.contiguous()
     kind, terms = None, 0
     if matrix is not None:
         matrix, kind = matrix.contiguous(), matrix.shape
         terms = 2 if before == "norm" else terms_of(matrix.dtype, x.dtype, signs)
-    launch = _launch(x.shape, x.stride(), x.dtype, x.device, kind, terms, signs, fmt, before, one_angle, offset)
-    launch(x, first, second, x if matrix is None else matrix, out, out if e4m3 is None else e4m3[1])
+    few = integers is not None
+    launch = _launch(
+        x.shape, x.stride(), x.dtype, x.device, kind, terms, signs, fmt, before, one_angle, offset, eps, few
+    )
+    rest = (out, out) if written is None else (written[1], written[1] if integers is None else integers[2])
+    launch(x, first, second, x if matrix is None else matrix, out, *rest)
     return out
-
-
-def terms_of(matrix: torch.dtype, x: torch.dtype, signs: bool) -> int:
-    """In how many terms `load_matrix` gives a matrix to `multiply` (three of tf32 count as 2)."""
-    return 1 if signs or matrix == x != torch.float32 else 2
 
 
 @lru_cache(maxsize=KEPT_SHAPES)
@@ -139,6 +147,8 @@ def _launch(
     before: str,
     one_angle: bool,
     offset: float,
+    eps: float | None,
+    few: bool,
 ) -> Launch:
     length, own = shape[-1], matrix is not None and len(matrix) > 2
     block = matrix[-1] if matrix is not None else fmt.block if fmt and fmt.block else length
@@ -170,6 +180,8 @@ def _launch(
         blocks //= 2
     parts //= blocks
     tile = max(tiling.elements // (padded * tiling.blocks), tiling.min_rows if matrix is not None else 1)
+    if few:
+        tile = FEW
     tiles, columns = triton.cdiv(rows.count, tile), heads * parts
     return Launch(
         _transform_kernel,
@@ -189,6 +201,8 @@ def _launch(
             "ROW": length if before == "rope" else 0,
             "FORMAT_BLOCK": padded if fmt is None or fmt.block == width else fmt.block,
             "BEFORE": before,
+            "SQUARES": 0 if eps is None else triton.next_power_of_2(rows.count),
+            "EPS": eps,
             "OWN": own,
             "TERMS": terms,
             "SIGNS": signs,
@@ -212,66 +226,21 @@ def _side_by_side(blocks: int, block: int) -> int:
 
 
 @triton.jit
-def load_matrix(
-    matrix_ptr,
-    gain,
-    B: tl.constexpr,
-    PADDED: tl.constexpr,
-    SIGNS: tl.constexpr,
-    TERMS: tl.constexpr,
-    NARROW: tl.constexpr,
+def _row_factors(
+    x_ptr, row, rows, length, size1, size2, stride0, stride1, stride2, COUNT: tl.constexpr, EPS: tl.constexpr
 ):
-    """Two (…, PADDED, PADDED) terms of (B, B) matrices that `multiply` takes, zero outside them.
-
-    `matrix_ptr`: where one begins, or (n, 1, 1) such places. Of a Hadamard matrix the signs; `gain` (PADDED,), float32
-    or None, multiplies the rows of any other.
-    """
-    line = tl.arange(0, PADDED)
-    inside = (line < B)[:, None] & (line < B)[None, :]
-    matrix = tl.load(matrix_ptr + line[:, None] * B + line, mask=inside, other=0.0)
-    high = matrix
-    if TERMS > 1 or SIGNS:
-        matrix = matrix.to(tl.float32)
-        if SIGNS:
-            matrix = tl.where(matrix > 0, 1.0, tl.where(matrix < 0, -1.0, 0.0))
-        if gain is not None:
-            matrix *= gain[:, None]
-        high = matrix
-        if SIGNS or tl.bfloat16 == NARROW:
-            high = matrix.to(NARROW)
-    low = high
-    if TERMS > 1 and tl.bfloat16 == NARROW:
-        low = (matrix - high.to(tl.float32)).to(NARROW)
-    return high, low
-
-
-@triton.jit
-def multiply(x, high, low, SCALE: tl.constexpr, SIGNS: tl.constexpr, TERMS: tl.constexpr):
-    """`x` (rows, PADDED), of its own dtype, times the matrix of `load_matrix`; float32."""
-    if x.dtype == tl.float32:
-        product = tl.dot(x, high, input_precision="tf32x3")
-    elif TERMS == 1:
-        product = tl.dot(x, high)
-    elif x.dtype == tl.bfloat16:
-        product = tl.dot(x, high, tl.dot(x, low))
-    else:
-        product = tl.dot(x.to(tl.float32), high, input_precision="tf32x3")
-    if SIGNS:
-        product *= SCALE
-    return product
-
-
-@triton.jit
-def quantize_blocks(x, FORMAT_BLOCK: tl.constexpr, GRID: tl.constexpr, dtype: tl.constexpr):
-    """`quantize_tile` of a tile whose rows hold one or several blocks of the format."""
-    rows: tl.constexpr = x.shape[0]
-    width: tl.constexpr = x.shape[1]
-    if width == FORMAT_BLOCK:
-        y = quantize_tile(x, GRID, dtype)
-    else:
-        y = quantize_tile(tl.reshape(x, (rows * (width // FORMAT_BLOCK), FORMAT_BLOCK)), GRID, dtype)
-        y = tl.reshape(y, (rows, width))
-    return y
+    """`rsqrt(mean(x²) + EPS)` of each of few whole rows, for rows number `row`; float32."""
+    CHUNK: tl.constexpr = 2048 // COUNT
+    which = tl.arange(0, COUNT)
+    start = row_offset(which, size1, size2, stride0, stride1, stride2)
+    squares = tl.zeros((COUNT, CHUNK), tl.float32)
+    for at in range(0, length, CHUNK):
+        lane = at + tl.arange(0, CHUNK)
+        there = (which < rows)[:, None] & (lane < length)[None, :]
+        x = tl.load(x_ptr + start[:, None] + lane[None, :], mask=there, other=0.0).to(tl.float32)
+        squares += x * x
+    factor = tl.rsqrt(tl.sum(squares, axis=1) / length + EPS)
+    return tl.sum(tl.where(row[:, None] == which[None, :], factor[None, :], 0.0), axis=1)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
@@ -282,6 +251,7 @@ def _transform_kernel(
     matrix_ptr,
     y_ptr,
     blocks_ptr,
+    inexact_ptr,
     rows,
     columns,
     head_stride,
@@ -304,6 +274,8 @@ def _transform_kernel(
     ROW: tl.constexpr,
     FORMAT_BLOCK: tl.constexpr,
     BEFORE: tl.constexpr,
+    SQUARES: tl.constexpr,
+    EPS: tl.constexpr,
     OWN: tl.constexpr,
     TERMS: tl.constexpr,
     SIGNS: tl.constexpr,
@@ -379,7 +351,13 @@ def _transform_kernel(
             if BLOCKS > 1:
                 x = tl.reshape(x, (BLOCKS * TILE, PADDED))
         if BEFORE == "scale" or BEFORE == "norm":
-            x *= tl.load(first_ptr + row, mask=row < rows, other=0.0)[:, None]
+            if SQUARES > 0:
+                length = parts * (BLOCKS * WIDTH)
+                x *= _row_factors(x_ptr, row, rows, length, size1, size2, stride0, stride1, stride2, SQUARES, EPS)[
+                    :, None
+                ]
+            else:
+                x *= tl.load(first_ptr + row, mask=row < rows, other=0.0)[:, None]
         y = as_stored(x.to(tl.float32), narrow)
         if GRID is not None:
             y = quantize_blocks(y, FORMAT_BLOCK, GRID, narrow)
@@ -390,5 +368,16 @@ def _transform_kernel(
             block = ((target + channel) // FORMAT_BLOCK)[:, None] + part[None, :]
             tl.store(blocks_tile + block, scale.to(tl.uint8), mask=here)
             tl.store(y_tile + (target + channel)[:, None] + lane[None, :], y, mask=inside)
+        elif y_ptr.dtype.element_ty == tl.int8:
+            y, unit, lost = blocks_to_integers(tl.where(inside, y.to(tl.float32), 0.0), FORMAT_BLOCK)
+            part = tl.arange(0, PADDED // FORMAT_BLOCK)
+            block = ((target + channel) // FORMAT_BLOCK)[:, None] + part[None, :]
+            tl.store(
+                blocks_tile + block,
+                unit.to(tl.uint8),
+                mask=(row < rows)[:, None] & (part * FORMAT_BLOCK < WIDTH)[None, :],
+            )
+            tl.store(y_tile + (target + channel)[:, None] + place(lane, FORMAT_BLOCK)[None, :], y, mask=inside)
+            count_lost(inexact_ptr, lost)
         else:
             tl.store(y_tile + (target + channel)[:, None] + lane[None, :], y.to(narrow), mask=inside)
