@@ -12,7 +12,6 @@ a model whose activations are rounded. `inexact`: rows that E4M3 did not hold.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
