@@ -13,6 +13,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Not what this machine happens to be faster with.
+os.environ.setdefault("MXFX_CPU_ROWS", "16")
 
 import torch
 

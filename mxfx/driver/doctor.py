@@ -35,6 +35,8 @@ def lines() -> Iterator[str]:
     yield f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads, {_instructions()}"
     missing = load_cpu()
     yield "C kernels for decoding on the CPU: " + ("built" if missing is None else f"none, definitions run ({missing})")
+    if missing is None:
+        yield f"packed products on the CPU: {few_rows()}"
     if not torch.cuda.is_available():
         yield "cuda: no device; definitions and CPU kernels run"
     for index in range(torch.cuda.device_count()):
@@ -49,6 +51,21 @@ def lines() -> Iterator[str]:
         folder = Path(os.environ.get(variable, default)).expanduser()
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
         yield f"cache {folder}: {size / 1e9:.2f} GB"
+
+
+def few_rows(format: str = "mxint4@32") -> str:
+    """How many rows of a step meet packed codes as they lie on this CPU; more meet the decoded weight."""
+    import torch
+
+    from mxfx.ops.kernels.cpu import few_rows as rows
+    from mxfx.ops.kernels.crossing import VARIABLE, kept_in
+
+    dtypes = (torch.bfloat16, torch.float32)
+    said = ", ".join(f"{rows(format, dtype)} in {str(dtype).removeprefix('torch.')}" for dtype in dtypes)
+    source = (
+        f"{VARIABLE} says so" if VARIABLE in os.environ else f"measured, kept in {kept_in(format, dtypes[0]).parent}"
+    )
+    return f"rows of {format} that meet the codes at once: {said} ({source}); more are decoded first"
 
 
 def _instructions() -> str:

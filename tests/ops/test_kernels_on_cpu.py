@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -169,6 +170,58 @@ def test_a_token_over_a_cache_is_written_and_attends_as_by_definition(
         results.append((out, *given[2:]))
     _close(results[0][0], results[1][0], None)
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(results[0][1:], results[1][1:], strict=True))
+
+
+def test_how_many_rows_meet_codes_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mxfx.ops.kernels import crossing
+
+    monkeypatch.setenv("MXFX_CACHE", str(tmp_path))
+    monkeypatch.delenv(crossing.VARIABLE)
+    taken, clock = {"codes": 0, "decoded": 0}, [0.0]
+    monkeypatch.setattr(crossing.time, "perf_counter", lambda: clock[0])
+
+    def way(name: str, seconds: float) -> crossing.Product:
+        def run(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, format: str) -> torch.Tensor:
+            taken[name] += 1
+            clock[0] += seconds * (x.shape[0] if name == "codes" else 1)
+            return x
+
+        return run
+
+    def found(dtype: torch.dtype = torch.float32) -> int:
+        crossing.rows_of.cache_clear()
+        return crossing.rows_of("mxint4@32", dtype, way("codes", 0.001), way("decoded", 0.006))
+
+    assert found() == 4 and taken["codes"] == 20
+    assert found() == 4 and taken["codes"] == 20, "it was measured again"
+    (kept,) = (tmp_path / "kernels").glob("rows-*.json")
+    assert json.loads(kept.read_text())["rows"] == 4
+    kept.write_text('{"rows": ')
+    assert found() == 4 and taken["codes"] == 40, "a damaged file is measured anew"
+    assert found(torch.bfloat16) == 4 and len(list((tmp_path / "kernels").glob("rows-*.json"))) == 2
+    monkeypatch.setenv(crossing.VARIABLE, "3")
+    assert found() == 3
+    monkeypatch.setenv(crossing.VARIABLE, "few")
+    with pytest.raises(crossing.BadRows, match="MXFX_CPU_ROWS is 'few'; expected a number of rows"):
+        found()
+    crossing.rows_of.cache_clear()
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_more_rows_than_this_cpu_is_faster_with_meet_the_decoded_weight(rows: int, monkeypatch) -> None:
+    from mxfx.ops.kernels import cpu, crossing
+
+    monkeypatch.setenv(crossing.VARIABLE, str(rows))
+    crossing.rows_of.cache_clear()
+    fmt = parse("mxint4@32")
+    codes, scales = store(fmt.fake_quantize(random(24, 64)), fmt)  # type: ignore[misc]
+    for batch in (1, 2, 3):
+        with cpu.recorded() as calls:
+            y = torch.ops.mxfx_kernels.mx_linear(
+                fmt.fake_quantize(random(batch, 1, 64, seed=1)), codes, scales, None, "mxint4@32"
+            )
+        assert len(calls) == int(batch <= rows) and y.shape == (batch, 1, 24)
+    crossing.rows_of.cache_clear()
 
 
 def test_without_a_compiler_the_definitions_run_and_the_reason_is_said(tmp_path: Path) -> None:

@@ -34,9 +34,8 @@ def main() -> None:
     device = torch.device(args.device)
     program = api.load(args.saved)
     tokenizer = load_tokenizer(str(args.saved))
-    ids = load_tokens(str(args.text), tokenizer, samples=max(args.tokens // args.length, 1), length=args.length).to(
-        device
-    )
+    samples = max(args.tokens // args.length, 1)
+    ids = load_tokens(args.text, tokenizer, samples=samples, length=args.length, seed=0).ids.to(device)
     simulation = _model(unpacked(program), device, packed=False)
     wanted = _logits(simulation, ids, args.batch)
     rows: list[dict[str, object]] = [_row("simulation, once more", wanted, _logits(simulation, ids, args.batch), 0)]

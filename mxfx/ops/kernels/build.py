@@ -62,7 +62,7 @@ def _which(name: str | None) -> str | None:
 def _built(compiler: str, flags: tuple[str, ...], source: str) -> Path:
     """The shared library of a source, from the cache or compiled. Raises ``OSError``, ``SubprocessError``."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_PATIENCE).stdout
-    key = "\n".join((source, version, *flags, platform.machine(), _processor()))
+    key = "\n".join((source, version, *flags, platform.machine(), processor()))
     target = cache_home() / "kernels" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
     if target.is_file():
         return target
@@ -78,7 +78,7 @@ def _built(compiler: str, flags: tuple[str, ...], source: str) -> Path:
     return target
 
 
-def _processor() -> str:
+def processor() -> str:
     """What `native` means: a home folder may be shared by machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

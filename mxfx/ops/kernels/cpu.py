@@ -24,6 +24,7 @@ from mxfx.ops import packed
 from mxfx.ops.fused import _transformed
 from mxfx.ops.kernels import takes
 from mxfx.ops.kernels.build import library
+from mxfx.ops.kernels.crossing import rows_of
 from mxfx.ops.kernels.library import _LIBRARY, kernel
 from mxfx.ops.kernels.structs import DTYPES, Before, CacheTensor, refused, rule_of, table_of, units_of
 from mxfx.ops.norm import rms_norm
@@ -292,20 +293,46 @@ def restored(codes: Tensor, scales: Tensor, format: str, width: int, dtype: torc
 
 
 def mx_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str) -> Tensor:
-    """``mxfx::mx_linear``: few rows that lie on a grid of integers meet the codes, their sum taken in float64."""
+    """``mxfx::mx_linear``: few rows that lie on a grid of integers meet the codes, their sum taken in float64.
+
+    How few is what this machine is faster with (``crossing``).
+    """
     if not (codes.is_contiguous() and scales.is_contiguous() and codes.dim() == 2):
         return packed.mx_linear(x, codes, scales, bias, format)
-    units, width = units_of(format), x.shape[-1]
-    if _few(x) and units is not None and width % 2 == 0 and x.dtype in DTYPES and _taken(x, bias):
-        y = x.new_empty((*x.shape[:-1], codes.shape[0]))
-        arguments = (
-            *(x.data_ptr(), codes.data_ptr(), scales.data_ptr(), None if bias is None else bias.data_ptr()),
-            *(y.data_ptr(), x.numel() // width, width, codes.shape[0], _block(format), units.table),
-            *(units.most, units.exponent, x.dtype is torch.bfloat16, torch.get_num_threads()),
-        )
-        if not _called(_C.mxfx_product, arguments, (x, codes, scales, bias), y):
+    takes = units_of(format) is not None and x.shape[-1] % 2 == 0 and x.dtype in DTYPES and _taken(x, bias)
+    if takes and x.dim() > 1 and x.shape[-2] == 1 and x.shape[0] <= few_rows(format, x.dtype):
+        y = _by_codes(x, codes, scales, bias, format)
+        if y is not None:
             return y
-    return F.linear(x, restored(codes, scales, format, width, x.dtype), bias)
+    return F.linear(x, restored(codes, scales, format, x.shape[-1], x.dtype), bias)
+
+
+def few_rows(format: str, dtype: torch.dtype) -> int:
+    """How many rows of a step of decoding meet codes of a format as they lie."""
+    return rows_of(format, dtype, _measured_by_codes, _measured_decoded)
+
+
+def _measured_by_codes(x: Tensor, codes: Tensor, scales: Tensor, format: str) -> Tensor:
+    y = _by_codes(x, codes, scales, None, format)
+    assert y is not None
+    return y
+
+
+def _measured_decoded(x: Tensor, codes: Tensor, scales: Tensor, format: str) -> Tensor:
+    return F.linear(x, restored(codes, scales, format, x.shape[-1], x.dtype))
+
+
+def _by_codes(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str) -> Tensor | None:
+    """Rows times codes; None for rows that lie on no grid of few integers."""
+    units, width = units_of(format), x.shape[-1]
+    assert units is not None
+    y = x.new_empty((*x.shape[:-1], codes.shape[0]))
+    arguments = (
+        *(x.data_ptr(), codes.data_ptr(), scales.data_ptr(), None if bias is None else bias.data_ptr()),
+        *(y.data_ptr(), x.numel() // width, width, codes.shape[0], _block(format), units.table),
+        *(units.most, units.exponent, x.dtype is torch.bfloat16, torch.get_num_threads()),
+    )
+    return None if _called(_C.mxfx_product, arguments, (x, codes, scales, bias), y) else y
 
 
 _LIBRARY.impl("mx_linear", mx_linear, "CPU")
