@@ -6,6 +6,7 @@ width of an MX block cost little at run time and decide how well both operands f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -80,13 +81,7 @@ def wush(
     b = second_moment_x.shape[-1]
     device = second_moment_x.device
     mix = hadamard_matrix(b, torch.float64, device) if mixing is None else mixing.to(device, torch.float64)
-    lower_x, info_x = torch.linalg.cholesky_ex(_with_ridge(second_moment_x, eps))
-    lower_w, info_w = torch.linalg.cholesky_ex(_with_ridge(second_moment_w, eps))
-    indefinite = (info_x != 0) | (info_w != 0)
-    identity = torch.eye(b, dtype=torch.float64, device=device)
-    lower_x = torch.where(indefinite[:, None, None], identity, lower_x)
-    lower_w = torch.where(indefinite[:, None, None], identity, lower_w)
-
+    lower_x, lower_w, indefinite = _factors(second_moment_x, second_moment_w, eps)
     _, singular, right = torch.linalg.svd(lower_w.mT @ lower_x)
     root = singular.sqrt()
     whiten = torch.linalg.solve_triangular(lower_x.mT, right.mT, upper=True)
@@ -98,6 +93,54 @@ def wush(
     matrix = torch.where(fell_back[:, None, None], mix, matrix)
     inverse = torch.where(fell_back[:, None, None], mix.mT, inverse)
     return BlockTransform(matrix, inverse, condition, fell_back)
+
+
+def expected_error(
+    second_moment_x: Tensor, second_moment_w: Tensor, width: int, quantized: int, eps: float = 1e-4
+) -> float:
+    """What rounding both operands in the basis of `wush` adds to their product, up to a factor that all orders share.
+
+    In that basis every channel of a block has the second moment m = tr S / b, of activations and of weights. A block of
+    a format rounds all its channels by a step that its largest sets, so a channel's error is that largest m times the
+    m of what it is multiplied by: Σ over the format's blocks of max m · Σ m.
+
+    Args:
+        second_moment_x, second_moment_w, eps: as `wush` takes them.
+        width: channels of a row; `blocks * b` is a multiple of it.
+        quantized: channels of a block of the formats.
+    """
+    b = second_moment_x.shape[-1]
+    lower_x, lower_w, indefinite = _factors(second_moment_x, second_moment_w, eps)
+    plain = (_mean_diagonal(second_moment_x) * _mean_diagonal(second_moment_w)).sqrt()
+    balanced = torch.linalg.svdvals(lower_w.mT @ lower_x).mean(-1)
+    spread = torch.where(indefinite, plain, balanced).repeat_interleave(b).reshape(-1, width)
+    by_block = torch.nn.functional.pad(spread, (0, -width % quantized)).unflatten(-1, (-1, quantized))
+    return float((by_block.amax(-1) * by_block.sum(-1)).sum())
+
+
+def best_order(
+    second_moment_x: Tensor,
+    second_moment_w: Tensor,
+    orders: Sequence[int],
+    width: int,
+    quantized: int,
+    eps: float = 1e-4,
+) -> int:
+    """The order of blocks of the least `expected_error`; the moments are those of a common multiple of `orders`."""
+    if len(orders) == 1:
+        return orders[0]
+
+    def error(order: int) -> float:
+        return expected_error(narrow(second_moment_x, order), narrow(second_moment_w, order), width, quantized, eps)
+
+    return min(orders, key=error)
+
+
+def narrow(moments: Tensor, block: int) -> Tensor:
+    """The diagonal blocks `(n / block, block, block)` of wider ones `(n / b, b, b)`."""
+    wide = moments.shape[-1]
+    tiles = moments.reshape(-1, wide // block, block, wide // block, block)
+    return tiles.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, block, block)
 
 
 def apply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
@@ -170,11 +213,25 @@ def zigzag_permutation(magnitude: Tensor, block: int) -> Tensor:
     return order[ranks.T.reshape(-1)]
 
 
+def _factors(second_moment_x: Tensor, second_moment_w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Lower Cholesky factors of both, with their ridge, and which blocks have none: identities stand there."""
+    lower_x, info_x = torch.linalg.cholesky_ex(_with_ridge(second_moment_x, eps))
+    lower_w, info_w = torch.linalg.cholesky_ex(_with_ridge(second_moment_w, eps))
+    indefinite = (info_x != 0) | (info_w != 0)
+    identity = torch.eye(second_moment_x.shape[-1], dtype=torch.float64, device=second_moment_x.device)
+    factors = (torch.where(indefinite[:, None, None], identity, lower) for lower in (lower_x, lower_w))
+    return *factors, indefinite
+
+
 def _with_ridge(moment: Tensor, eps: float) -> Tensor:
     moment = moment.double()
     moment = 0.5 * (moment + moment.mT)
-    ridge = eps * moment.diagonal(dim1=-2, dim2=-1).mean(-1)
+    ridge = eps * _mean_diagonal(moment)
     return moment + torch.diag_embed(ridge[:, None].expand(-1, moment.shape[-1]))
+
+
+def _mean_diagonal(moment: Tensor) -> Tensor:
+    return moment.double().diagonal(dim1=-2, dim2=-1).mean(-1)
 
 
 def _check_moments(x: Tensor, w: Tensor) -> None:

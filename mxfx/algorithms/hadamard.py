@@ -61,10 +61,24 @@ def fitting_order(width: int, wanted: int = 0) -> int | None:
     return next((d for d in range(top, least - 1, -1) if top % d == 0 and has_hadamard(d)), None)
 
 
-def order_words(width: int, wanted: int, order: int) -> str:
-    """`order`, with the reason where it is another one than was `wanted`."""
-    if order == (wanted or width):
-        return str(order)
+def orders_near(width: int, wanted: int) -> tuple[int, ...]:
+    """The orders that blocks on an axis may take: `wanted` alone if it fits, else all that divide the axis and lie
+    between half and twice of it, and the `fitting_order`.
+
+    A transform that is fitted to an axis need not keep within the blocks of a format, as `fitting_order` does.
+    Empty: no order fits.
+    """
+    fitting = fitting_order(width, wanted)
+    near = () if not wanted or fitting == wanted else range(-(-wanted // 2), 2 * wanted + 1)
+    orders = {d for d in near if width % d == 0 and d >= LEAST_ORDER and has_hadamard(d)}
+    return tuple(sorted(orders | ({fitting} if fitting else set())))
+
+
+def order_words(width: int, wanted: int, *orders: int) -> str:
+    """`orders`, with the reason where they are others than was `wanted`."""
+    order = " or ".join(map(str, orders))
+    if orders == (wanted or width,):
+        return order
     reason = f"{wanted} does not divide {width}" if wanted and width % wanted else f"no matrix of {wanted or width}"
     return f"{order} ({reason})"
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import lcm
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
 
-from mxfx.algorithms.block_transform import BlockTransform, apply_blocks, wush
-from mxfx.algorithms.hadamard import fitting_order, hadamard_matrix, order_words, random_signs
+from mxfx.algorithms.block_transform import BlockTransform, apply_blocks, best_order, narrow, wush
+from mxfx.algorithms.hadamard import fitting_order, hadamard_matrix, order_words, orders_near, random_signs
 from mxfx.calibration.moments import block_moments
 from mxfx.graph.node import info, kind, layer_of, op_name, path_of
 from mxfx.graph.program import Program
@@ -67,13 +68,14 @@ class TransformInputs(Pass):
     Both operands of each GEMM are what later passes quantize, so it can run in 4 bits. ``hadamard`` takes T = H (block
     Hadamard, arXiv 2509.23202), ``wush`` the data-aware T in closed form from second moments of activations and of all
     weights that read them (arXiv 2512.00956); blocks whose T is conditioned worse than ``max_condition`` get H.
-    ``block`` is the order of T, 0 the whole axis (``hadamard`` only); where it does not divide an axis, the largest
-    order that divides both (16 on 80 channels for 32), which is said. Sites are the linears whose input carries a
-    format, or all linears of decoder layers where nothing is annotated yet. ``samples`` limits the calibration samples
-    that moments are taken over.
+    ``block`` is the order of T, 0 the whole axis (``hadamard`` only). On an axis that it does not divide ``hadamard``
+    takes the largest order that divides both (16 on 80 channels for 32), ``wush`` that of the least expected error
+    among those from half to twice of it that divide the axis (16, 20 or 40); which is said. Sites are the linears whose
+    input carries a format, or all linears of decoder layers where nothing is annotated yet. ``samples`` limits the
+    calibration samples that moments are taken over.
 
     kind: a Hadamard matrix, or the data-aware transform in closed form.
-    block: order of the transform, or the largest that divides it and the axis; 0 for the whole axis (hadamard only).
+    block: order of the transform, or one near it that divides the axis; 0 for the whole axis (hadamard only).
     signs: draw random signs by the run's seed.
     damping: added to second moments, as a fraction of their mean diagonal.
     max_condition: condition number above which a block gets a Hadamard matrix.
@@ -95,25 +97,25 @@ class TransformInputs(Pass):
 
     def foresee(self, rw: Rewriter) -> int | None:
         found = [site for site in sites(rw, self.select) if self._fits(rw, site)]
-        return sum(rw.match(site.linears[0], note=self._words(site)) for site in found)
+        return sum(rw.match(site.linears[0], note=self._words(site, *self._orders(site))) for site in found)
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         found = [site for site in sites(rw, self.select) if self._fits(rw, site)]
         moments: dict[fx.Node, Tensor] = {}
         if self.kind == "wush":
-            blocks = {site.source: self._order(site) for site in found}
+            blocks = {site.source: lcm(*self._orders(site)) for site in found}
             moments = block_moments(rw.program, blocks, ctx, ctx.tokens()[: self.samples], by_head=False)
         generator = ctx.generator("transform-inputs")
         for site in found:
             transform = self._transform(rw, site, moments, generator)
-            note = _describe(self._words(site), transform)
+            note = _describe(self._words(site, transform.matrix.shape[-1]), transform)
             if rw.match(site.linears[0], note=f"{note}; {len(site.linears)} linears"):
                 insert(rw, site, transform, plain=self.kind == "hadamard" and not self.signs)
                 rw.record.details[site.name] = _account(self.kind, site, transform)
 
     def _fits(self, rw: Rewriter, site: Site) -> bool:
         reason = None
-        if fitting_order(site.width, self.block) is None:
+        if not self._orders(site):
             reason = f"no Hadamard matrix of order {self.block or site.width} fits its {site.width} input channels"
         elif self.kind == "wush" and not self.block:
             reason = "a data-aware transform needs block > 0"
@@ -121,26 +123,30 @@ class TransformInputs(Pass):
             rw.skip(site.linears[0], reason)
         return reason is None
 
-    def _order(self, site: Site) -> int:
+    def _orders(self, site: Site) -> tuple[int, ...]:
+        if self.kind == "wush":
+            return orders_near(site.width, self.block)
         order = fitting_order(site.width, self.block)
-        assert order is not None
-        return order
+        return () if order is None else (order,)
 
-    def _words(self, site: Site) -> str:
-        return f"{self.kind} {order_words(site.width, self.block, self._order(site))}"
+    def _words(self, site: Site, *orders: int) -> str:
+        return f"{self.kind} {order_words(site.width, self.block, *orders)}"
 
     def _transform(
         self, rw: Rewriter, site: Site, moments: dict[fx.Node, Tensor], generator: torch.Generator
     ) -> BlockTransform:
-        block = self._order(site)
-        mixing = hadamard_matrix(block, torch.float64)
-        if self.signs:
-            mixing = random_signs(block, generator, torch.float64)[:, None] * mixing
-        if self.kind == "wush":
-            return wush(
-                moments[site.source], weight_moments(rw.program, site, block), self.damping, self.max_condition, mixing
-            )
-        return orthogonal(mixing.expand(site.width // block, block, block))
+        orders = self._orders(site)
+        if self.kind == "hadamard":
+            (block,) = orders
+            return orthogonal(self._mixing(block, generator).expand(site.width // block, block, block))
+        of_x, of_w = moments[site.source], weight_moments(rw.program, site, lcm(*orders))
+        block = best_order(of_x, of_w, orders, site.width, self.block, self.damping)
+        mixing = self._mixing(block, generator)
+        return wush(narrow(of_x, block), narrow(of_w, block), self.damping, self.max_condition, mixing)
+
+    def _mixing(self, block: int, generator: torch.Generator) -> Tensor:
+        matrix = hadamard_matrix(block, torch.float64)
+        return random_signs(block, generator, torch.float64)[:, None] * matrix if self.signs else matrix
 
 
 def sites(rw: Rewriter, select: Selector) -> list[Site]:

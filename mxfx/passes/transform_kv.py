@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import lcm
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
 
-from mxfx.algorithms.block_transform import BlockTransform, wush
-from mxfx.algorithms.hadamard import fitting_order, hadamard_matrix, order_words
+from mxfx.algorithms.block_transform import BlockTransform, best_order, narrow, wush
+from mxfx.algorithms.hadamard import fitting_order, hadamard_matrix, order_words, orders_near
 from mxfx.calibration.moments import block_moments
 from mxfx.graph.node import info, kind, operands, path_of
 from mxfx.graph.program import Program
@@ -28,6 +29,8 @@ from mxfx.rewrite.facts import (
     Selected,
 )
 
+_NAMES = {"k": "keys", "v": "values"}
+
 
 @register
 @dataclass(frozen=True)
@@ -45,12 +48,12 @@ class TransformKv(Pass):
 
     ``hadamard`` takes T = H; ``wush`` (arXiv 2512.00956) balances keys against the queries of their group, and values
     against the columns of the output projection that read them. ``block`` is the order of T within a head, 0 all of it;
-    where it does not divide the head dimension, the largest order that divides both, which the record says. Keys and
+    where it does not divide the head dimension, one near it as in ``transform-inputs``, which the record says. Keys and
     values are chosen by ``keys`` and ``values``; a value region with other readers is skipped. ``samples`` limits the
     calibration samples that moments are taken over.
 
     kind: a Hadamard matrix, or the data-aware transform in closed form.
-    block: order of the transform within a head, or the largest that divides it and the head; 0 for the whole head.
+    block: order of the transform within a head, or one near it that divides the head; 0 for the whole head.
     keys: transform keys, and queries against them.
     values: transform values.
     damping: added to second moments, as a fraction of their mean diagonal.
@@ -75,7 +78,8 @@ class TransformKv(Pass):
     def foresee(self, rw: Rewriter) -> int | None:
         chosen = self._chosen(rw)
         for attention, wanted in chosen.items():
-            rw.match(attention, note=" and ".join(self._words(attention, name) for name in wanted))
+            orders = {name: self._orders(_operand(attention, name).meta["val"].shape[-1]) for name in wanted}
+            rw.match(attention, note=" and ".join(self._words(attention, name, *orders[name]) for name in wanted))
         return len(chosen)
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
@@ -93,7 +97,7 @@ class TransformKv(Pass):
         for attention in filter(self.select, rw.program.nodes("attention")):
             for name in ("k" if self.keys else "") + ("v" if self.values else ""):
                 width = _operand(attention, name).meta["val"].shape[-1]
-                if fitting_order(width, self.block) is None:
+                if not self._orders(width):
                     order = self.block or width
                     rw.skip(attention, f"no Hadamard matrix of order {order} fits the head dimension {width} of {name}")
                 else:
@@ -105,23 +109,26 @@ class TransformKv(Pass):
             return {}
         # Queries are what keys are balanced against.
         nodes = [_operand(a, name) for a, wanted in chosen.items() for name in wanted.replace("k", "qk")]
-        return block_moments(
-            program, {n: self._order(n.meta["val"].shape[-1]) for n in nodes}, ctx, ctx.tokens()[: self.samples]
-        )
+        blocks = {n: lcm(*self._orders(n.meta["val"].shape[-1])) for n in nodes}
+        return block_moments(program, blocks, ctx, ctx.tokens()[: self.samples])
 
     def _keys(self, rw: Rewriter, attention: fx.Node, moments: dict[fx.Node, Tensor]) -> None:
         q, k = _operand(attention, "q"), _operand(attention, "k")
         heads, width = k.meta["val"].shape[1], k.meta["val"].shape[-1]
-        block = self._order(width)
-        if not rw.match(attention, note=self._words(attention, "k")):
-            return
         if self.kind == "hadamard":
+            (block,) = self._orders(width)
+            if not rw.match(attention, note=self._words(attention, "k", block)):
+                return
             for position in (0, 1):
                 new = rw.call(torch.ops.mxfx.hadamard.default, attention.args[position], block, like=attention)
                 rw.set_operand(attention, position, new)
             return
         of_group = moments[q].unflatten(0, (heads, -1)).mean(1)
-        found = self._solve(rw, attention, "keys", moments[k], of_group).stored_as(rw.program.dtype)
+        solved = self._solve(rw, attention, "k", moments[k], of_group)
+        if solved is None:
+            return
+        found = solved.stored_as(rw.program.dtype)
+        block = found.matrix.shape[-1]
         shape = (heads, width // block, block, block)
         matrices = (found.inverse.mT.reshape(shape), found.matrix.reshape(shape))
         for position, (side, matrix) in enumerate(zip("qk", matrices, strict=True)):
@@ -145,32 +152,41 @@ class TransformKv(Pass):
             return
         assert isinstance(region, ValueRegion)
         heads, width = region.rows.shape
-        block = self._order(width)
-        if not rw.match(attention, note=self._words(attention, "v")):
-            return
-        shape = (heads, width // block, block, block)
         if self.kind == "hadamard":
-            matrix = hadamard_matrix(block, torch.float64).expand(shape)
-            basis = (matrix, matrix.mT)
-        else:
-            against = _output_moments(rw.program, region, block)
-            found = self._solve(rw, attention, "values", moments[_operand(attention, "v")], against)
-            basis = (found.matrix.reshape(shape), found.inverse.reshape(shape))
-        rotate_values(rw, region, basis)
+            (block,) = self._orders(width)
+            if rw.match(attention, note=self._words(attention, "v", block)):
+                matrix = hadamard_matrix(block, torch.float64).expand(heads, width // block, block, block)
+                rotate_values(rw, region, (matrix, matrix.mT))
+            return
+        against = _output_moments(rw.program, region, lcm(*self._orders(width)))
+        found = self._solve(rw, attention, "v", moments[_operand(attention, "v")], against)
+        if found is not None:
+            block = found.matrix.shape[-1]
+            shape = (heads, width // block, block, block)
+            rotate_values(rw, region, (found.matrix.reshape(shape), found.inverse.reshape(shape)))
 
-    def _words(self, attention: fx.Node, name: str) -> str:
+    def _words(self, attention: fx.Node, name: str, *orders: int) -> str:
         width = _operand(attention, name).meta["val"].shape[-1]
-        what = "keys" if name == "k" else "values"
-        return f"{what}, {self.kind} {order_words(width, self.block, self._order(width))}"
+        return f"{_NAMES[name]}, {self.kind} {order_words(width, self.block, *orders)}"
 
-    def _order(self, width: int) -> int:
+    def _orders(self, width: int) -> tuple[int, ...]:
+        if self.kind == "wush":
+            return orders_near(width, self.block)
         order = fitting_order(width, self.block)
-        assert order is not None
-        return order
+        return () if order is None else (order,)
 
-    def _solve(self, rw: Rewriter, attention: fx.Node, what: str, first: Tensor, second: Tensor) -> BlockTransform:
-        found = wush(first.flatten(0, 1), second.flatten(0, 1), self.damping, self.max_condition)
-        rw.record.details[f"{path_of(attention)} {what}"] = {
+    def _solve(
+        self, rw: Rewriter, attention: fx.Node, name: str, first: Tensor, second: Tensor
+    ) -> BlockTransform | None:
+        """The transform of keys (``k``) or values (``v``); None where the bisect limit is reached."""
+        width = _operand(attention, name).meta["val"].shape[-1]
+        both = (first.flatten(0, 1), second.flatten(0, 1))
+        block = best_order(*both, self._orders(width), width, self.block, self.damping)
+        if not rw.match(attention, note=self._words(attention, name, block)):
+            return None
+        of_first, of_second = (narrow(moment, block) for moment in both)
+        found = wush(of_first, of_second, self.damping, self.max_condition)
+        rw.record.details[f"{path_of(attention)} {_NAMES[name]}"] = {
             "worst_condition": float(found.condition.max()),
             "fallen_back_blocks": int(found.fell_back.sum()),
         }

@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from mxfx.algorithms.block_transform import BlockTransform, smoothing_scales, wush
-from mxfx.algorithms.hadamard import fitting_order, hadamard_matrix
+from mxfx.algorithms.block_transform import BlockTransform, best_order, narrow, smoothing_scales, wush
+from mxfx.algorithms.hadamard import fitting_order, hadamard_matrix, orders_near
 from mxfx.calibration.decisions import load_decisions, store_decisions
 from mxfx.calibration.keys import Keys, digest, environment, token_key
 from mxfx.calibration.moments import block_moments, samples
@@ -69,7 +69,7 @@ class TransformSearch(Pass):
     (or the run's cache) under a key of program, tokens and options.
 
     candidates: what is tried at each input: see above; an axis that B does not divide gets the largest order that
-        divides both.
+        divides both, or with wush the best of those near B.
     rows: held-out tokens that score a candidate.
     outputs: output channels, about, that score a candidate.
     held_out: share of the calibration samples that scores, between 0 and 1.
@@ -125,7 +125,7 @@ class TransformSearch(Pass):
         self._insert_all(rw, found, chosen, moments)
 
     def _choice(self, width: int) -> str:
-        fit = [_fitted(candidate, width) for candidate in self.candidates if _misfit(candidate, width) is None]
+        fit = [_fitted(c, width, *_orders(c, width)) for c in self.candidates if _misfit(c, width) is None]
         return f"{width} channels: one of {' '.join(fit)}"
 
     def _sites(self, rw: Rewriter) -> list[Site]:
@@ -149,8 +149,8 @@ class TransformSearch(Pass):
 
     def _moments(self, program: Program, found: list[Site], ctx: Context, tokens: Tensor) -> dict[fx.Node, Tensor]:
         """Second moments in the widest block that any candidate asks for; smaller blocks are their diagonals."""
-        wanted = [block for kind, block in map(_parse, self.candidates) if kind in ("wush", "scaled") and block]
-        widest = {s.source: lcm(*(fitting_order(s.width, block) or 1 for block in wanted)) for s in found}
+        wanted = [c for c in self.candidates if _parse(c)[0] in ("wush", "scaled")]
+        widest = {s.source: lcm(*(order for c in wanted for order in _orders(c, s.width))) for s in found}
         return block_moments(program, widest, ctx, tokens, by_head=False)
 
     def _decide(
@@ -163,13 +163,14 @@ class TransformSearch(Pass):
         for site in ctx.progress(found, "transform search", len(found)):
             x = seen.pop(site.source)
             scorer = partial(_error, program, site, x.float().to(ctx.device), self.outputs)
-            errors, skipped = {}, {}
+            errors, skipped, blocks = {}, {}, {}
             for candidate in self.candidates:
                 made = self._make(candidate, program, site, moments[site.source])
                 if isinstance(made, str):
                     skipped[candidate] = made
                 else:
                     errors[candidate] = scorer(made)
+                    blocks[candidate] = 0 if made is None else made.matrix.shape[-1]
             if not all(map(math.isfinite, errors.values())):
                 raise ValueError(f"transform-search: {site.name}: its input is not finite: errors are {errors}")
             chosen = min(errors, key=errors.__getitem__)
@@ -178,9 +179,13 @@ class TransformSearch(Pass):
                 "errors": errors,
                 "skipped": skipped,
                 "linears": [path_of(n) for n in site.linears],
-                "multiplications_per_token": _cost(chosen, site.width),
+                "blocks": blocks,
             }
-        return {"sites": decisions, "check": self._check(program, found, decisions, moments, held)}
+        check = self._check(program, found, decisions, moments, held)
+        for site in found:
+            decision = decisions[site.name]
+            decision["multiplications_per_token"] = site.width * decision["blocks"][decision["chosen"]]
+        return {"sites": decisions, "check": check}
 
     def _check(
         self,
@@ -222,15 +227,19 @@ class TransformSearch(Pass):
         kind, wanted = _parse(candidate)
         if kind == _NONE:
             return None
-        block = fitting_order(site.width, wanted)
-        if block is None:
+        orders = _orders(candidate, site.width)
+        if not orders:
             return _misfit(candidate, site.width)
+        if kind == "wush":
+            wide = lcm(*orders)
+            of_x, of_w = narrow(moments, wide), weight_moments(program, site, wide)
+            block = best_order(of_x, of_w, orders, site.width, wanted, self.damping)
+            return wush(narrow(of_x, block), narrow(of_w, block), self.damping, self.max_condition)
+        (block,) = orders
         hadamard = hadamard_matrix(block, torch.float64)
         blocks = hadamard.expand(site.width // block, block, block)
         if kind == "hadamard":
             return orthogonal(blocks)
-        if kind == "wush":
-            return wush(_narrow(moments, block), weight_moments(program, site, block), self.damping, self.max_condition)
         energy = moments.diagonal(dim1=-2, dim2=-1).flatten()
         of_weight = weight_moments(program, site, block).diagonal(dim1=-2, dim2=-1).flatten()
         scale = smoothing_scales(energy.sqrt(), of_weight.sqrt()).reshape(-1, block)
@@ -249,7 +258,10 @@ class TransformSearch(Pass):
                 rw.skip(site.linears[0], "no transform is best here", done=True)
             elif isinstance(made, str):
                 raise ValueError(f"transform-search: {site.name}: {candidate} was decided, but {made}")
-            elif rw.match(site.linears[0], note=f"{_fitted(candidate, site.width)}; {len(site.linears)} linears"):
+            elif rw.match(
+                site.linears[0],
+                note=f"{_fitted(candidate, site.width, made.matrix.shape[-1])}; {len(site.linears)} linears",
+            ):
                 insert(rw, site, made, plain=candidate.startswith("hadamard"))
 
     def _key(self, program: Program, found: list[Site], ctx: Context) -> str:
@@ -281,34 +293,30 @@ def _parse(candidate: str) -> tuple[str, int]:
 def _misfit(candidate: str, width: int) -> str | None:
     """Why a candidate cannot transform an axis of ``width`` channels; None if it can."""
     kind, block = _parse(candidate)
-    if kind == _NONE or fitting_order(width, block) is not None:
+    if kind == _NONE or _orders(candidate, width):
         return None
     return f"no Hadamard matrix of order {block or width} fits {width} channels"
 
 
-def _fitted(candidate: str, width: int) -> str:
-    """A candidate with the order that it has on an axis of ``width`` channels, where that is another."""
+def _orders(candidate: str, width: int) -> tuple[int, ...]:
+    """The orders that a candidate may take on an axis of ``width`` channels; data choose where there are several."""
+    kind, wanted = _parse(candidate)
+    if kind == "wush":
+        return orders_near(width, wanted)
+    order = None if kind == _NONE else fitting_order(width, wanted)
+    return () if order is None else (order,)
+
+
+def _fitted(candidate: str, width: int, *orders: int) -> str:
+    """A candidate with the orders that it has on an axis of ``width`` channels, where they are others."""
     _, wanted = _parse(candidate)
-    order = fitting_order(width, wanted)
-    return candidate if order is None or order == (wanted or width) else f"{candidate} as {order}"
+    return candidate if orders in ((), (wanted or width,)) else f"{candidate} as {' or '.join(map(str, orders))}"
 
 
 def _logits(program: Program, ids: Tensor, ctx: Context) -> Tensor:
     module = build(lowered_copy(program, ctx.device)).to(ctx.device)
     with torch.no_grad():
         return torch.cat([module(one.to(ctx.device)) for one in ids.split(1)])
-
-
-def _narrow(moments: Tensor, block: int) -> Tensor:
-    """Diagonal blocks ``(n / block, block, block)`` of wider ones."""
-    wide = moments.shape[-1]
-    tiles = moments.reshape(-1, wide // block, block, wide // block, block)
-    return tiles.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, block, block)
-
-
-def _cost(candidate: str, width: int) -> int:
-    kind, block = _parse(candidate)
-    return 0 if kind == _NONE else width * (fitting_order(width, block) or 0)
 
 
 def _error(program: Program, site: Site, x: Tensor, outputs: int, transform: BlockTransform | None) -> float:
