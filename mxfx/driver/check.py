@@ -7,10 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from mxfx.calibration.datasets import check_source, collected_ids
 from mxfx.calibration.estimate import footprint
+from mxfx.calibration.sources import SELF, split_by_share
 from mxfx.config import Pipeline, check_order
 from mxfx.driver.matched import attention_lines, matched_lines, site_lines
 from mxfx.driver.pretrained import load_checked, load_meta_model
@@ -20,7 +23,7 @@ from mxfx.graph.prove import Proof, prove
 from mxfx.graph.trace import bind, trace
 from mxfx.ground.errors import MxfxError
 from mxfx.ops.catalogue import weights_of
-from mxfx.passes import Annotate, Distill, Gptq, InsertKvCache, QuantizeKvCache
+from mxfx.passes import Annotate, Distill, Gptq, InsertKvCache, QuantizeKvCache, RotationSearch
 from mxfx.pipeline.manager import PassError, PassManager
 from mxfx.report.memory import memory
 from mxfx.rewrite import PassRecord, Rewriter, apply
@@ -138,12 +141,13 @@ def check(
 
     ``numbers`` loads the weights and compares the program with the model, beyond every window that it names.
 
-    Raises ``ConfigError``, which cites the line, ``ModelError``, ``TraceError``, and ``PassError`` for a rule that
-    fits nothing.
+    Raises ``ConfigError``, which cites the line, ``DatasetError``, ``ModelError``, ``TraceError``, and ``PassError``
+    for a rule that fits nothing.
     """
     passes = pipeline.passes
     name = pipeline.model_source()
     check_order(pipeline)
+    check_data(pipeline)
     started = time.perf_counter()
     settings = pipeline.model
     of_hub = {"revision": settings.revision, "trust_remote_code": trust_remote_code}
@@ -159,6 +163,27 @@ def check(
         loaded = load_checked(name, settings.dtype, **of_hub)
         proof = prove(bind(program, loaded.model), loaded.model, limit=sys.maxsize)
     return Checked(pipeline, program, annotated, seconds, proof, () if result is None else result.records)
+
+
+def check_data(pipeline: Pipeline) -> None:
+    """Raise ``DatasetError`` for a data set that no run could read: an unknown name, a file that is not there, and one
+    of token ids that holds fewer than are asked for. Texts are not read.
+    """
+    calibration = pipeline.calibration
+    if calibration.dataset is not None:
+        counts = split_by_share(calibration.samples, calibration.shares or [1.0] * len(calibration.sources))
+        for source, count in zip(calibration.sources, counts, strict=True):
+            _check_source(source, count, calibration.length)
+    for pass_ in pipeline.passes:
+        if isinstance(pass_, RotationSearch) and pass_.dataset is not None:
+            _check_source(pass_.dataset, *pass_.asked)
+
+
+def _check_source(source: str, samples: int, length: int) -> None:
+    if source.endswith(".pt"):
+        collected_ids(Path(source), samples, length)
+    elif source != SELF:
+        check_source(source)
 
 
 def refuse_hopeless(pipeline: Pipeline, program: Program, start: int) -> None:

@@ -114,7 +114,12 @@ class RotationSearch(Pass):
     def _tokens(self, ctx: Context) -> Tensor:
         if self.dataset is None:
             return ctx.tokens()[: self.samples, : self.length]
-        return ctx.read(self.dataset, self.samples or _SAMPLES, self.length or _LENGTH)
+        return ctx.read(self.dataset, *self.asked)
+
+    @property
+    def asked(self) -> tuple[int, int]:
+        """Samples, and tokens of each, to read of a ``dataset``."""
+        return self.samples or _SAMPLES, self.length or _LENGTH
 
     def _search(
         self, program: Program, members: dict[str, list[fx.Node]], ctx: Context, tokens: Tensor

@@ -50,7 +50,9 @@ class SplitFused(Pass):
     A part is what plays one role (``q_proj``, ``gate_proj``, see ``mxfx.rewrite.roles``), and gets its name; rules that
     name the fused module still take all of them. Parts may lie interleaved (heads × 3 × head_dim): each weight is made
     of the rows, in whatever order, that its part reads, and the views behind it go with the layout. Rows are cut, never
-    inputs, so blocks of a format are as they were. Experts' stacked weights stay as they are.
+    inputs, so blocks of a format are as they were. Experts' stacked weights stay as they are. The parts are emitted as
+    they are: a product that is joined again sums in another order, its readers copy the slices that are not contiguous,
+    and what is saved has one weight a module, which other libraries read by its name.
     """
 
     name: ClassVar[str] = "split-fused"

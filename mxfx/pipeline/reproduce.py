@@ -41,6 +41,7 @@ def fails(case: Case, program: Program, reference: Program | None) -> Exception 
     ctx = Context(seed=case.seed, reference=reference)
     if tokens is not None:
         ctx.tokens = lambda: tokens
+        ctx.read = lambda *wanted: tokens
     stop = StopPoint(1, case.limit) if case.limit is not None else None
     probe = Probe(seed=case.seed, ids=case.ids)
     try:

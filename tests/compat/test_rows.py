@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mxfx  # noqa: F401  (the Auto classes open what it saves)
-from mxfx.compat import load_quant_config, quantize_module_transform_pass
+from mxfx.calibration.datasets import DatasetError
+from mxfx.compat import load_any, load_quant_config, quantize_module_transform_pass
 from mxfx.compat.table import DialectWarning
+from mxfx.driver.check import check
 from mxfx.export.folder import MxfxForCausalLM
 from mxfx.graph.tiny import tiny
 from mxfx.pipeline.manager import PassManager, StepResult
@@ -131,10 +133,37 @@ class TestRow17SavePretrained:
         assert torch.equal(logits(emitted), before)
 
 
-def test_row_6_the_search_scores_on_tokens_of_its_own(compiled) -> None:
+def test_row_6_the_search_scores_on_tokens_of_its_own(compiled, capsys) -> None:
     _, records = compiled(GPTQ + SEARCH + LINEARS)
-    assert records["rotation-search"].details["tokens"] == 3 * 24
-    assert len(torch.load("gptq.pt", weights_only=True)["loader"]) == 4
+    found = records["rotation-search"].details
+    assert found["tokens"] == 3 * 24
+    # Row 16: a line a round, with its perplexity, in what is no terminal.
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rotation search: ")]
+    assert len(said) == len(found["steps"])
+    assert said[0] == f"rotation search: nothing rotated, perplexity {found['baseline']:.4f} (2 steps)"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("gptq.pt", "nowhere.pt"), "nowhere.pt: no such file"),
+        (("search.pt", "nowhere.pt"), "nowhere.pt: no such file"),
+        (("calib_seqlen = 24", "calib_seqlen = 25"), "0 of 3 samples have 25 tokens or more"),
+        (("file:gptq.pt", "wikitext3"), "wikitext3"),
+    ],
+)
+def test_row_10_check_reads_the_collected_files(compiled, folder: Path, change: tuple[str, str], said: str) -> None:
+    text = (GPTQ + SEARCH + LINEARS).replace("WIDTH", "4").replace("KEYS", f"model_name = '{folder}'")
+    Path("c.toml").write_text(text.replace(*change))
+    with pytest.raises(DatasetError, match=said):
+        check(load_any("c.toml"))
+
+
+def test_row_10_what_check_takes(compiled, folder: Path) -> None:
+    Path("c.toml").write_text(
+        (GPTQ + SEARCH + LINEARS).replace("WIDTH", "4").replace("KEYS", f"model_name = '{folder}'")
+    )
+    assert any(line.startswith("rotation-search: 4 sites (") for line in check(load_any("c.toml")).lines())
 
 
 class TestRow8FilesOfMase:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -49,13 +50,14 @@ class Numbers(Instrument):
         self._tokens_asked = False
         if not isinstance(step.pass_.numerics, Close):
             return
-        inner = step.ctx.tokens
+        step.ctx = replace(step.ctx, tokens=self._noticed(step.ctx.tokens), read=self._noticed(step.ctx.read))
 
-        def asked() -> Tensor:
+    def _noticed(self, inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def asked(*wanted: Any) -> Tensor:
             self._tokens_asked = True
-            return inner()
+            return inner(*wanted)
 
-        step.ctx = replace(step.ctx, tokens=asked)
+        return asked
 
     def after(self, step: Step) -> None:
         step.findings["numerics"] = self._check(step)

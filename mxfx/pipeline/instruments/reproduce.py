@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -27,13 +29,14 @@ class Reproduce(Instrument):
         self._tokens = None
 
     def before(self, step: Step) -> None:
-        given = step.ctx.tokens
+        step.ctx = replace(step.ctx, tokens=self._kept(step.ctx.tokens), read=self._kept(step.ctx.read))
 
-        def asked() -> Tensor:
-            self._tokens = given()
+    def _kept(self, given: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def asked(*wanted: Any) -> Tensor:
+            self._tokens = given(*wanted)
             return self._tokens
 
-        step.ctx = replace(step.ctx, tokens=asked)
+        return asked
 
     def failed(self, step: Step, error: Exception) -> None:
         run = step.run
