@@ -19,8 +19,8 @@ from mxfx.ops.kernels.limits import has_triton
 from mxfx.rewrite import Rewriter
 from mxfx.rewrite.lowering import lower_calls
 
-#: Rows of logits that are in float32 at one time.
-_ROWS = 2048
+#: Rows of logits that are in float32 at one time: on a CPU so few that memory is used again instead of given out anew.
+_ROWS = {"cuda": 2048, "cpu": 64}
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
@@ -141,7 +141,8 @@ class _Divergence(torch.autograd.Function):
             return found.mean()
         total = actual.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(actual)
-        parts = (t.flatten(0, -2).split(_ROWS) for t in (actual, expected, gradient))
+        most = _ROWS.get(actual.device.type, _ROWS["cpu"])
+        parts = (t.flatten(0, -2).split(most) for t in (actual, expected, gradient))
         for a, e, g in zip(*parts, strict=True):
             log_a, log_e = a.float().log_softmax(-1), e.float().log_softmax(-1)
             share = log_e.exp()

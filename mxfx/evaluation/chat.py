@@ -128,9 +128,10 @@ def _answer(
     ends = _ends(model, tokenizer)
     generator = torch.Generator(model.device).manual_seed(0)
     size = batch_of(model, longest + max(map(len, prompts)))
+    mean = min(_MEAN_ANSWER, longest)
     found: list[list[int]] = []
     while sum(map(len, found)) < wanted:
-        chosen = [prompts[(len(found) + i) % len(prompts)] for i in range(min(size, -(-wanted // _MEAN_ANSWER)))]
+        chosen = [prompts[(len(found) + i) % len(prompts)] for i in range(min(size, -(-wanted // mean)))]
         rows = sample(model, chosen, longest, generator, stop=ends, progress=progress)
         found += [_until(row.tolist(), ends) for row in rows]
     total = 0

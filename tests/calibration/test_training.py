@@ -31,7 +31,7 @@ def _reference(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 
 
 def test_divergence_and_its_gradient_whatever_rows_are_taken_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "_ROWS", 3)
+    monkeypatch.setattr(training, "_ROWS", {"cpu": 3})
     generator = torch.Generator().manual_seed(0)
     actual = torch.randn(2, 5, 11, generator=generator, requires_grad=True)
     expected = torch.randn(2, 5, 11, generator=generator)

@@ -67,3 +67,15 @@ def test_a_damaged_file_is_made_again(model, tmp_path: Path) -> None:
 def test_a_model_without_a_chat_template_is_refused(model) -> None:
     with pytest.raises(EvaluationError, match="no chat template"):
         chat_domain(lambda: model, byte_tokenizer(chat=False), model_key="m")
+
+
+def test_a_small_budget_of_short_answers_is_written_in_one_go(model) -> None:
+    """Answers are of at most 64 tokens, of which seven are 400."""
+    steps: list[int] = []
+
+    def counted(items, what, total):
+        steps.append(total)
+        return iter(items)
+
+    assert _domain(model, progress=counted).tokens == 400
+    assert steps[0] == 64 and len(steps) <= 2
