@@ -8,15 +8,15 @@ from torch import Tensor, fx
 from mxfx.graph.node import kind, op_name, operands
 
 #: Ops of the dialect that look at more than one token, or at where a token stands.
-_ACROSS = frozenset({"arange", "mixer", "places", "position_mask", "real_tokens"})
+_ACROSS = frozenset({"arange", "places", "position_mask", "real_tokens"})
 _ATTENTION = frozenset({"attention", "cached_attention"})
 #: Ops that only rename, reorder or copy axes, or look something up for each token.
 _SHAPES = """view _unsafe_view reshape flatten unflatten transpose permute t unsqueeze squeeze expand expand_as alias
 contiguous clone split split_with_sizes chunk unbind getitem repeat repeat_interleave new_zeros new_ones new_full
-zeros_like ones_like full_like sym_size to _to_copy embedding item scalar_tensor"""
+zeros_like ones_like full_like sym_size to _to_copy embedding item scalar_tensor view_as"""
 #: Ops with an axis ``dim`` along which they mix, cut or join.
 _ALONG = """softmax _softmax log_softmax _log_softmax cumsum cumprod sum mean amax amin max min argmax argmin topk
-sort std var norm logsumexp prod slice select narrow cat stack gather scatter slice_scatter select_scatter index_select
+sort std var norm logsumexp prod slice select narrow cat concat stack gather scatter slice_scatter select_scatter index_select
 flip roll any all var_mean std_mean"""
 _PRODUCTS = "linear matmul mm bmm addmm baddbmm _grouped_mm"
 _NORMS = "layer_norm native_layer_norm rms_norm _fused_rms_norm"
@@ -33,6 +33,8 @@ def mixes_tokens(node: fx.Node, length: object) -> str | None:
         return None
     if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "mxfx":
         # Numbers of channels or experts are no positions.
+        if kind(node) == "mixer":
+            return "it mixes tokens through a state of its own"
         counted = kind(node) != "arange" or not all(isinstance(bound, int) for bound in node.args[1:])
         return "it counts positions by itself" if kind(node) in _ACROSS and counted else None
     if not any(_has(val, length) for operand in node.all_input_nodes for val in _tensors(operand)):

@@ -21,6 +21,7 @@ import mxfx.ops  # noqa: F401  (registers the dialect)
 from mxfx.graph.constants import KeepLiterals, store_literals
 from mxfx.graph.errors import TraceError
 from mxfx.graph.experts import experts_forward, find_weight, settle_experts
+from mxfx.graph.fake import sizes_text
 from mxfx.graph.functional import make_functional
 from mxfx.graph.linears import settle_linears
 from mxfx.graph.masks import attention_forward, mask_forward, settle_masks
@@ -35,6 +36,7 @@ from mxfx.graph.weights import WeightStore
 
 _INTERFACE = "mxfx"
 _MAX_BATCH = 4096
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 #: Entry of a source's configuration that holds how the model wants to generate.
 GENERATION = "generation_config"
 
@@ -251,13 +253,17 @@ def _make_optional(program: Program) -> None:
         if kind(node) != "attention":
             node.update_arg(0, input_ids)
         position = {"attention": 3, "position_mask": 1}.get(kind(node))
-        if position is not None and _before_casts(node.args[position]) is real:
+        if position is not None and _before_copies(node.args[position]) is real:
             # Either takes the mask as it is given: as numbers, as bool, or not at all.
             node.update_arg(position, attention_mask)
 
 
-def _before_casts(node: object) -> object:
-    while isinstance(node, fx.Node) and node.target is torch.ops.aten.to.dtype:
+def _before_copies(node: object) -> object:
+    """The value behind casts and views in its own shape."""
+    while isinstance(node, fx.Node) and (
+        node.target is torch.ops.aten.to.dtype
+        or (node.target in _VIEWS and sizes_text(node.meta["val"]) == sizes_text(node.args[0].meta["val"]))
+    ):
         node = node.args[0]
     return node
 

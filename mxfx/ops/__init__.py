@@ -2,7 +2,7 @@
 
 import mxfx.ops.kernels  # noqa: F401  (last: kernels are providers of the ops above)
 from mxfx.ops.arange import arange
-from mxfx.ops.attention import attend, attention, attention_bias, places, position_mask
+from mxfx.ops.attention import at_slots, attend, attention, attention_bias, places, position_mask
 from mxfx.ops.cache import cache_bias, cached_attend, cached_attention
 from mxfx.ops.cast import cast
 from mxfx.ops.dialect import all_ops, define, find_op
@@ -20,6 +20,7 @@ from mxfx.ops.transform import block_transform, hadamard
 RUNTIME_FUNCTIONS = frozenset(
     {
         arange,
+        at_slots,
         attend,
         attention_bias,
         cache_bias,
@@ -38,6 +39,7 @@ __all__ = [
     "RUNTIME_FUNCTIONS",
     "all_ops",
     "arange",
+    "at_slots",
     "attend",
     "attention",
     "attention_bias",

@@ -63,9 +63,21 @@ def position_mask(tokens: Tensor, mask: Tensor | None, causal: bool, window: int
 
 
 @define("places")
-def places(tokens: Tensor, of: str) -> Tensor:
-    """Places of the ``queries`` or of the ``keys`` of a batch ``(batch, seq)`` without a cache: int64 ``(seq,)``."""
-    return torch.arange(tokens.shape[1], device=tokens.device)
+def places(tokens: Tensor, of: str, slots: Tensor | None = None) -> Tensor:
+    """Places of the ``queries`` or of the ``keys`` of a batch ``(batch, seq)``: int64 ``(seq,)``.
+
+    With a cache, queries stand at the ``slots`` of the new tokens.
+    """
+    return torch.arange(tokens.shape[1], device=tokens.device) if slots is None else slots
+
+
+@define("at_slots")
+def at_slots(x: Tensor, slots: Tensor | None) -> Tensor:
+    """What ``x``, ``(batch | 1, heads | 1, places, places)`` over a whole text, says of the queries at ``slots``.
+
+    ``slots`` is int64 ``(queries,)``; None for all of them, in a call without a cache.
+    """
+    return x if slots is None else x.index_select(-2, slots)
 
 
 def attend(

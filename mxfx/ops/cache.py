@@ -69,8 +69,11 @@ def cache_bias(
     """Boolean mask ``(batch | 1, 1, seq, places)``, True where a query may attend; see ``cached_attend``.
 
     None where nothing is hidden, or only by causality. Without a cache it is ``attention_bias``. ``mask`` is
-    ``(batch, slots)``, nonzero where a token is real; a query that may attend to nothing attends to itself.
+    ``(batch, slots)``, nonzero where a token is real; a query that may attend to nothing attends to itself. A ready
+    mask, ``(batch | 1, heads | 1, seq, slots)``, is all that is hidden.
     """
+    if mask is not None and mask.dim() == 4:
+        return mask
     if keys is None or slots is None:
         return attention_bias(mask, q, k, causal, window, chunk)
     room, one = keys.shape[2], known_true(q.shape[-2] == 1)
@@ -130,7 +133,12 @@ def cached_attend(
     tensors = (keys, values, key_scales, value_scales)
     caches = ((keys, key_scales, k, formats[0]), (values, value_scales, v, formats[1]))
     one, limited = known_true(q.shape[2] == 1), window is not None or chunk is not None
-    if one and bias is None and q.is_cpu and load_cpu() is None:
+    if bias is not None and limited:
+        held = slots_held(slots, keys.shape[2])
+        bias = bias.index_select(-1, (held if one else torch.cat((held, slots))).clamp_min(0))
+    # Kernels take one mask for all heads and add nothing to scores.
+    plain = bias is None and (allowed is None or known_true(allowed.shape[1] == 1))
+    if one and plain and q.is_cpu and load_cpu() is None:
         from mxfx.ops.kernels.cpu import attend_token
 
         texts = (key_format, value_format)
@@ -151,11 +159,11 @@ def cached_attend(
         return attend(q, k, v, allowed, scale, False, softcap, sinks, bias)
     if known_true(q.shape[2] == keys.shape[2]) and not limited:
         return attend(q, k, v, allowed, scale, causal, softcap, sinks, bias)
-    if one and kernels is not None and bias is None:
+    if one and kernels is not None and plain:
         _, attend_token = kernels
         return attend_token(q, tensors, allowed, slots, scale, v.shape[-1], *formats, softcap, sinks)
     k, v = (read_cache(c, s, x, f) for c, s, x, f in caches)
-    if not one or sinks is not None or bias is not None:
+    if not one or sinks is not None or not plain:
         return attend(q, k, v, allowed, scale, False, softcap, sinks, bias)
     # The query heads of a group are rows that meet the same keys.
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
@@ -215,9 +223,10 @@ def cached_attention(
     ``q`` is ``(batch, heads, seq, width)``; ``k`` and ``v`` are ``(batch, kv_heads, seq, width)`` of the same tokens,
     which take ``slots``, int64 ``(seq,)``, consecutive. ``keys`` and ``values`` are ``(batch, kv_heads, room, width)``;
     with a format, bytes of codes beside E8M0 ``scales``, as ``store`` gives (k and v lie on that grid). ``mask`` is
-    ``(batch, slots)``. ``writes=False`` reads what another layer wrote. With several tokens and no window, ``room``
+    ``(batch, slots)``, or ready, ``(batch | 1, heads | 1, seq, slots)``; ``bias`` is over slots too, with one row or
+    ``seq``. ``writes=False`` reads what another layer wrote. With several tokens and no window, ``room``
     ends with the last of ``slots``, or ``mask`` hides what is behind it. Without a cache it is ``attention``, where the
-    other operands are explained; ``bias`` is over places, so it goes with neither a window nor a chunk.
+    other operands are explained.
     """
     allowed = cache_bias(mask, q, k, slots, keys, causal, window, chunk)
     return cached_attend(

@@ -25,7 +25,7 @@ def positions(input_ids: Tensor, position_ids: Tensor | None, attention_mask: Te
 @define("real_tokens")
 def real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """The tokenizer's mask for a model that computes with it: int64 ``(batch, seq)``, all ones where none is given."""
-    return torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(torch.int64)
 
 
 @define("length")

@@ -10,12 +10,17 @@ from torch import fx
 
 from mxfx.formats import Format, parse
 from mxfx.formats.stored import codes_length, scales_length, stores
-from mxfx.graph.node import operands
+from mxfx.graph.node import kind, operands
 from mxfx.graph.program import NOMINAL_MODEL
 from mxfx.graph.tokenwise import mixes_tokens
 from mxfx.ops.catalogue import spec
 from mxfx.rewrite import Context, Exact, Numerics, Pass, Rewriter, register
 from mxfx.rewrite.facts import LOWERED, RAISED, Fact
+from mxfx.rewrite.own_masks import OwnMasks
+
+
+#: Note of a program that can have no cache, and why.
+NO_CACHE = "no-kv-cache"
 
 
 @register
@@ -37,6 +42,13 @@ class InsertKvCache(Pass):
     graph is what it was, to the bit. Keys and values that are rounded onto a format with E8M0 scales are kept as its
     codes and scales, ``u8``. Layers that read the same keys and values share a cache. If anything in the model but
     attention lets tokens see each other, nothing is changed: no cache holds its state.
+
+    Tokens that the model numbers itself (attention temperatures by place) get the numbers of their slots. A mask or a
+    bias that the model makes itself (ALiBi, masks of other shapes), from padding and places alone, is made for all
+    tokens of the cache, and ``at_slots`` takes the rows of the new ones::
+
+        %b = …(%input_ids, %attention_mask)                   %t = mxfx.real_tokens(%input_ids, %attention_mask)
+        %o = mxfx.attention(%q, %k, %v, None, s, …, %b)       %b = mxfx.at_slots(…(%t, %attention_mask), %slots)
     """
 
     name: ClassVar[str] = "insert-kv-cache"
@@ -46,32 +58,64 @@ class InsertKvCache(Pass):
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         found = [node for node in rw.program.nodes("attention") if node.target is torch.ops.mxfx.attention.default]
-        reason = _refused(rw, found)
+        masks = OwnMasks(rw)
+        reason = _refused(rw, found, masks)
         if reason is not None or not found:
             for node in found:
                 rw.skip(node, reason)
+            if not any(rw.program.nodes("cached_attention")):
+                rw.program.notes[NO_CACHE] = reason or "no attention in it is one node (raise-attention says why)"
             return
-        inputs = _Inputs(rw)
+        inputs, counters = _Inputs(rw), _counters(rw)
         for node in found:
             if rw.match(node):
-                _insert(rw, node, inputs)
+                _insert(rw, node, inputs, masks)
+        ids = next(n for n in rw.graph.nodes if n.op == "placeholder")
+        for node in counters:
+            given = (ids, "queries", inputs.slots)
+            rw.replace(node, rw.call(torch.ops.mxfx.places.default, *given, like=node, val=node.meta["val"]))
 
 
-def _refused(rw: Rewriter, found: list[fx.Node]) -> str | None:
+def _refused(rw: Rewriter, found: list[fx.Node], masks: OwnMasks) -> str | None:
     """Why a program can have no cache; None if it can."""
     length = next(n for n in rw.graph.nodes if n.op == "placeholder").meta["val"].shape[1]
-    for node in rw.program.nodes():
+    makers = masks.makers([value for node in found for value in _own(node)])
+    served = makers.union(_counters(rw))
+    others = [node for node in rw.program.nodes() if node not in served]
+    # What has a state is the better reason.
+    for node in sorted(others, key=lambda node: kind(node) != "mixer"):
         reason = mixes_tokens(node, length)
         if reason is not None:
             return f"{node.name}: {reason}, and no cache holds its state"
-    mask = [n for n in rw.graph.nodes if n.op == "placeholder"][2]
     for node in found:
-        given = operands(node)
-        if not given["causal"]:
+        if not operands(node)["causal"] and not _own(node):
             return f"{node.name} sees later tokens"
-        if given["mask"] not in (None, mask) or given["bias"] is not None:
-            return f"{node.name} has a mask or a bias of the model's own making, which covers the tokens of one call"
+        causal = bool(operands(node)["causal"])
+        for value in _own(node):
+            reason = masks.refused(value, causal)
+            if reason is not None:
+                return f"{node.name}: {reason}"
     return None
+
+
+def _counters(rw: Rewriter) -> list[fx.Node]:
+    """Nodes that number the tokens of a call, which are those at ``slots``."""
+    length = str(next(n for n in rw.graph.nodes if n.op == "placeholder").meta["val"].shape[1])
+
+    def counts(node: fx.Node) -> bool:
+        given = operands(node)
+        end = given["end"]
+        text = isinstance(end, fx.Node) and str(end.meta["val"]) == length
+        return text and given["start"] == 0 and given["step"] == 1
+
+    return [node for node in rw.program.nodes("arange") if counts(node)]
+
+
+def _own(attention: fx.Node) -> list[fx.Node]:
+    """The mask and the bias that the model makes itself."""
+    given = operands(attention)
+    values = (given["mask"], given["bias"])
+    return [value for value in values if isinstance(value, fx.Node) and value.op != "placeholder"]
 
 
 class _Inputs:
@@ -123,8 +167,14 @@ def _format(source: fx.Node) -> Format | None:
     return fmt if fmt is not None and stores(fmt) else None
 
 
-def _insert(rw: Rewriter, node: fx.Node, inputs: _Inputs) -> None:
+def _insert(rw: Rewriter, node: fx.Node, inputs: _Inputs, masks: OwnMasks) -> None:
     given = operands(node)
+    for name in ("mask", "bias"):
+        if given[name] in _own(node):
+            given[name] = masks.rows(given[name], inputs.slots, node)
+            if name == "mask":
+                # A ready mask is all that is hidden: its layer has no ring.
+                given |= {"window": None, "chunk": None}
     limits = [int(given[name]) for name in ("window", "chunk") if given[name] is not None]  # type: ignore[call-overload]
     ((keys, values), scales, formats), first = inputs.of(given["k"], given["v"], min(limits, default=None))
     new = rw.call(

@@ -18,6 +18,7 @@ from mxfx.graph.node import kind, op_name, operands, path_of
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, compute_dtype
 from mxfx.ops import (
     arange,
+    at_slots,
     attend,
     attention_bias,
     cache_bias,
@@ -39,7 +40,7 @@ from mxfx.rewrite.rewriter import Rewriter, clean
 aten = torch.ops.aten
 
 #: Ops that stay calls of their definitions, which take the device from an operand.
-_AS_THEY_ARE = {op.__name__: op for op in (arange, mixer, places, position_mask, positions, real_tokens)}
+_AS_THEY_ARE = {op.__name__: op for op in (arange, at_slots, mixer, places, position_mask, positions, real_tokens)}
 
 #: Ops that lowering itself spells out: no kernel stands for them.
 _STRUCTURE = frozenset({"cast", "attention", "expert_linear", "cached_attention", *_AS_THEY_ARE})

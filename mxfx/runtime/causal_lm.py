@@ -12,9 +12,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mxfx.graph.module import build
 from mxfx.graph.program import Program
 from mxfx.graph.trace import GENERATION
+from mxfx.ops import real_tokens
+from mxfx.passes.insert_kv_cache import NO_CACHE
 from mxfx.pipeline.emit import emitted
 from mxfx.runtime.cache import CacheError, KVCache, Storage, cache_specs
 from mxfx.runtime.decode import records, replayed
+
+
+_COUNTS = (real_tokens, torch.ops.mxfx.real_tokens.default)
 
 
 def emit(program: Program, device: torch.device | str = "cpu") -> fx.GraphModule:
@@ -46,6 +51,9 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
         """Let an emitted program be what runs."""
         self.specs = cache_specs(program)
         self.graph = build(program)
+        self._no_cache = program.notes.get(NO_CACHE)
+        # A mask of the model's own making is as long as the tokenizer's.
+        self._counts_tokens = any(n.target in _COUNTS for n in program.graph.nodes)
         self._storages: list[Storage] = []
         self.eval()
 
@@ -88,8 +96,8 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
         """An empty cache, for ``past_key_values``; ``room`` tokens are allocated at once. Raises ``CacheError``."""
         if not self.specs:
             raise CacheError(
-                "this graph has no cache: something in it but attention looks at other tokens, or it was lowered "
-                "before insert-kv-cache; call with use_cache=False"
+                f"this graph has no cache: {self._no_cache or 'it was lowered before insert-kv-cache'}; "
+                "call with use_cache=False"
             )
         return KVCache(self.specs, self.device, room, self._storages)
 
@@ -110,6 +118,8 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
         if mask is not None and mask.device.type == "cpu" and not cache.padded:
             cache.padded = not bool(mask.all())
             mask = mask if cache.padded else None
+        if mask is None and self._counts_tokens:
+            mask = ids.new_ones((batch, total))
         storage = cache.reserve(batch, seq)
         if seq == 1 and records(self.device):
             logits = replayed(self.graph, storage, ids, positions, mask, cache.length)

@@ -1,0 +1,132 @@
+"""Masks and biases of a model's own making, as functions of padding and places: what they are over a whole cache.
+
+A model computes them for the tokens of one call. With a cache they are computed for all tokens that it holds, from the
+tokenizer's mask over them, and the rows of the new tokens are taken.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from mxfx.graph.execute import call, runtime_weight
+from mxfx.graph.node import kind
+from mxfx.graph.program import NOMINAL_MODEL
+from mxfx.rewrite.rewriter import Rewriter
+
+_sym_size = torch.ops.aten.sym_size.int
+#: Ops that read of the ids no more than how many there are and where they lie.
+_SIZES = frozenset({"arange", "places", "position_mask", "real_tokens"})
+#: Tokens of the text on which a mask shows whether it hides later ones: more than a window or a chunk of a tiny model.
+_SHOWN = 24
+
+
+class OwnMasks:
+    """What attention of one program is given beside the tokenizer's mask."""
+
+    def __init__(self, rw: Rewriter) -> None:
+        self._rw = rw
+        inputs = {n.target: n for n in rw.graph.nodes if n.op == "placeholder"}
+        self._ids, self._mask = inputs["input_ids"], inputs["attention_mask"]
+        self._known: dict[fx.Node, fx.Node] = {}
+        self._tokens: fx.Node | None = None
+
+    def makers(self, values: list[fx.Node]) -> set[fx.Node]:
+        """The nodes that only help to make ``values``."""
+        found = {n for value in values for n in self._closure(value)}
+        for node in reversed(self._rw.graph.nodes):
+            if node in found and any(user not in found and kind(user) != "attention" for user in node.users):
+                found.discard(node)
+        return found
+
+    def refused(self, value: fx.Node, causal: bool) -> str | None:
+        """Why a value cannot be made for the tokens of a cache; None if it can."""
+        for node in self._closure(value):
+            if kind(node) == "positions":
+                return f"{value.name} depends on position ids, of which a call gives those of new tokens alone"
+            if node.target is _sym_size:
+                if self._axis(node) is None:
+                    return f"{value.name} depends on a size that is neither the batch's nor the text's"
+            elif self._ids in node.all_input_nodes and kind(node) not in _SIZES:
+                return f"{value.name} depends on what the tokens are, which no cache holds"
+        return None if causal or self._hides_later(value) else f"{value.name} lets tokens see later ones"
+
+    def rows(self, value: fx.Node, slots: fx.Node, like: fx.Node) -> fx.Node:
+        """``value`` over all tokens of a cache, of which the rows at ``slots`` are kept."""
+        whole = self._made(value, like)
+        if value.meta["val"].shape[-2] == 1:
+            return whole
+        if whole not in self._known:
+            self._known[whole] = self._rw.call(
+                torch.ops.mxfx.at_slots.default, whole, slots, like=like, val=value.meta["val"]
+            )
+        return self._known[whole]
+
+    def _closure(self, value: fx.Node) -> list[fx.Node]:
+        """``value`` and all that it is computed from, sizes as they are."""
+        found: dict[fx.Node, None] = {}
+        left = [value]
+        while left:
+            node = left.pop()
+            if node.op != "call_function" or node in found:
+                continue
+            found[node] = None
+            if node.target is not _sym_size:
+                left.extend(node.all_input_nodes)
+        return list(found)
+
+    def _axis(self, size: fx.Node) -> int | None:
+        """The axis of the ids that is as long as ``size``."""
+        sizes = [str(one) for one in self._ids.meta["val"].shape]
+        text = str(size.meta["val"])
+        return sizes.index(text) if text in sizes else None
+
+    def _made(self, node: fx.Node, like: fx.Node) -> fx.Node:
+        """A copy of ``node`` that is computed from all tokens of a cache."""
+        if node.op == "get_attr" or node is self._mask:
+            return node
+        if node is self._ids:
+            if self._tokens is None:
+                val = node.meta["val"]
+                self._tokens = self._rw.call(torch.ops.mxfx.real_tokens.default, node, self._mask, like=like, val=val)
+            return self._tokens
+        if node not in self._known:
+            args: tuple = (self._ids, self._axis(node)) if node.target is _sym_size else node.args
+            args, kwargs = fx.map_arg((args, node.kwargs), lambda n: self._made(n, like))
+            self._known[node] = self._rw.call(node.target, *args, like=like, val=node.meta["val"], **kwargs)
+        return self._known[node]
+
+    def _hides_later(self, value: fx.Node) -> bool:
+        """Whether no token of a short text, padded or not, sees a later one."""
+        ids = torch.ones(2, _SHOWN, dtype=torch.int64)
+        padded = ids.clone()
+        padded[0, :5] = 0
+        return all(_hides_later(self._evaluated(value, ids, mask)) for mask in (None, padded))
+
+    def _evaluated(self, value: fx.Node, ids: Tensor, mask: Tensor | None) -> Tensor:
+        program = self._rw.program
+        env: dict[fx.Node, object] = {self._ids: ids, self._mask: mask}
+
+        def compute(node: fx.Node) -> object:
+            if node not in env:
+                if node.op == "get_attr":
+                    env[node] = runtime_weight(program, str(node.target)).to(ids.device)
+                elif node.target is _sym_size:
+                    env[node] = ids.shape[self._axis(node) or 0]
+                else:
+                    for operand in node.all_input_nodes:
+                        compute(operand)
+                    env[node] = call(program, node, env, {})
+            return env[node]
+
+        with torch.no_grad():
+            result = compute(value)
+        assert isinstance(result, Tensor)
+        return result
+
+
+def _hides_later(value: Tensor) -> bool:
+    if value.shape[-2] == 1:
+        return False
+    seen = value if value.dtype == torch.bool else value > torch.finfo(NOMINAL_MODEL).min / 2
+    return not bool(seen.triu(1).any())
