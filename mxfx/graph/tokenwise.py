@@ -16,8 +16,8 @@ contiguous clone split split_with_sizes chunk unbind getitem repeat repeat_inter
 zeros_like ones_like full_like sym_size to _to_copy embedding item scalar_tensor view_as"""
 #: Ops with an axis ``dim`` along which they mix, cut or join.
 _ALONG = """softmax _softmax log_softmax _log_softmax cumsum cumprod sum mean amax amin max min argmax argmin topk
-sort std var norm logsumexp prod slice select narrow cat concat stack gather scatter slice_scatter select_scatter index_select
-flip roll any all var_mean std_mean"""
+sort std var norm logsumexp prod slice select narrow cat concat stack gather scatter slice_scatter select_scatter
+index_select flip roll any all var_mean std_mean"""
 _PRODUCTS = "linear matmul mm bmm addmm baddbmm _grouped_mm"
 _NORMS = "layer_norm native_layer_norm rms_norm _fused_rms_norm"
 _POINTWISE = """where masked_fill type_as glu rsub multiply divide true_divide subtract polar complex view_as_complex

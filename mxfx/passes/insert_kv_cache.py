@@ -18,7 +18,6 @@ from mxfx.rewrite import Context, Exact, Numerics, Pass, Rewriter, register
 from mxfx.rewrite.facts import LOWERED, RAISED, Fact
 from mxfx.rewrite.own_masks import OwnMasks
 
-
 #: Note of a program that can have no cache, and why.
 NO_CACHE = "no-kv-cache"
 

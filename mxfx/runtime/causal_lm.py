@@ -18,7 +18,6 @@ from mxfx.pipeline.emit import emitted
 from mxfx.runtime.cache import CacheError, KVCache, Storage, cache_specs
 from mxfx.runtime.decode import records, replayed
 
-
 _COUNTS = (real_tokens, torch.ops.mxfx.real_tokens.default)
 
 
