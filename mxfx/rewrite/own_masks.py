@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, fx
+from torch.ops import aten
 
 from mxfx.graph.execute import call, runtime_weight
 from mxfx.graph.node import kind
 from mxfx.graph.program import NOMINAL_MODEL
 from mxfx.rewrite.rewriter import Rewriter
 
-_sym_size = torch.ops.aten.sym_size.int
 #: Ops that read of the ids no more than how many there are and where they lie.
 _SIZES = frozenset({"arange", "places", "position_mask", "real_tokens"})
 #: Tokens of the text on which a mask shows whether it hides later ones: more than a window or a chunk of a tiny model.
@@ -44,7 +44,7 @@ class OwnMasks:
         for node in self._closure(value):
             if kind(node) == "positions":
                 return f"{value.name} depends on position ids, of which a call gives those of new tokens alone"
-            if node.target is _sym_size:
+            if node.target is aten.sym_size.int:
                 if self._axis(node) is None:
                     return f"{value.name} depends on a size that is neither the batch's nor the text's"
             elif self._ids in node.all_input_nodes and kind(node) not in _SIZES:
@@ -71,7 +71,7 @@ class OwnMasks:
             if node.op != "call_function" or node in found:
                 continue
             found[node] = None
-            if node.target is not _sym_size:
+            if node.target is not aten.sym_size.int:
                 left.extend(node.all_input_nodes)
         return list(found)
 
@@ -91,7 +91,7 @@ class OwnMasks:
                 self._tokens = self._rw.call(torch.ops.mxfx.real_tokens.default, node, self._mask, like=like, val=val)
             return self._tokens
         if node not in self._known:
-            args: tuple = (self._ids, self._axis(node)) if node.target is _sym_size else node.args
+            args: tuple = (self._ids, self._axis(node)) if node.target is aten.sym_size.int else node.args
             args, kwargs = fx.map_arg((args, node.kwargs), lambda n: self._made(n, like))
             self._known[node] = self._rw.call(node.target, *args, like=like, val=node.meta["val"], **kwargs)
         return self._known[node]
@@ -111,7 +111,7 @@ class OwnMasks:
             if node not in env:
                 if node.op == "get_attr":
                     env[node] = runtime_weight(program, str(node.target)).to(ids.device)
-                elif node.target is _sym_size:
+                elif node.target is aten.sym_size.int:
                     env[node] = ids.shape[self._axis(node) or 0]
                 else:
                     for operand in node.all_input_nodes:
