@@ -32,7 +32,7 @@ from mxfx.ops.kernels.packed import inexact_count
 from mxfx.pipeline.instruments import Numbers, Verify
 from mxfx.pipeline.manager import PipelineResult
 from mxfx.report.memory import memory
-from mxfx.report.results import coverage_json, pass_json
+from mxfx.report.results import coverage_json, instruments_json, pass_json
 from mxfx.report.table import DomainRow, Row, card_table
 from mxfx.report.weight_history import History
 from mxfx.rewrite.size import bits_per_weight
@@ -352,6 +352,7 @@ def _as_json(outcome: Outcome, row: Row) -> dict[str, object]:
         "figures": vars(row),
         "warnings": outcome.warnings,
         "passes": [pass_json(step) for step in steps] if outcome.file else [],
+        "time": instruments_json(outcome.result) if outcome.file else None,
         "coverage": coverage_json(outcome.result) if outcome.file else None,
         "memory": memory(outcome.result.program).to_json(),
         "evaluation": None if outcome.evaluation is None else outcome.evaluation.to_json(),

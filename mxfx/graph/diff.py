@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from mxfx.graph.program import Program
 from mxfx.graph.text import Line, Printout
@@ -89,10 +90,12 @@ def _kept(known: Mapping[str, Line], line: Line) -> str:
     return f"  {line.text}" if _whole(before) == _whole(line) else f"~ {line.text}"
 
 
+@lru_cache(maxsize=1 << 16)
 def _whole(line: Line) -> str:
     return f"{line.path}: {_PASSES.sub('', line.text)}"
 
 
+@lru_cache(maxsize=1 << 16)
 def _structure(line: Line) -> str:
     """The line without the names of the values that it reads."""
     head, equals, rest = _whole(line).partition(" = ")

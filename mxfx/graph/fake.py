@@ -23,13 +23,32 @@ class FakeRunner:
     def __init__(self, mode: FakeTensorMode) -> None:
         self.mode = mode
         self._known: dict[Hashable, object] = {}
+        #: Fake value by identity, held → its shape, strides and dtype in words, which are slow to ask for.
+        self._said: dict[int, tuple[Tensor, Hashable]] = {}
 
     def run(self, node: fx.Node) -> object:
         """The fake result of a ``call_function`` node. Raises what the op raises for operands that do not fit."""
-        key = (node.target, _key(node.args), _key(node.kwargs))
+        key = (node.target, self._key(node.args), self._key(node.kwargs))
         if key not in self._known:
             self._known[key] = self._run(node)
         return self._known[key]
+
+    def _key(self, operand: object) -> Hashable:
+        if isinstance(operand, fx.Node):
+            return self._key(operand.meta["val"])
+        if isinstance(operand, Tensor):
+            known = self._said.get(id(operand))
+            if known is None or known[0] is not operand:
+                said = (sizes_text(operand), tuple(map(size_text, operand.stride())), operand.dtype)
+                known = self._said[id(operand)] = (operand, said)
+            return known[1]
+        if isinstance(operand, list | tuple):
+            return (type(operand).__name__, *map(self._key, operand))
+        if isinstance(operand, dict):
+            return tuple((k, self._key(v)) for k, v in operand.items())
+        if isinstance(operand, torch.SymInt):
+            return ("SymInt", size_text(operand))
+        return (type(operand).__name__, str(operand))
 
     def _run(self, node: fx.Node) -> object:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
@@ -62,20 +81,6 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
     """The mode of the graph's fake values; None if it has none."""
     vals = (n.meta.get("val") for n in graph.nodes)
     return next((v.fake_mode for v in vals if isinstance(v, FakeTensor)), None)
-
-
-def _key(operand: object) -> Hashable:
-    if isinstance(operand, fx.Node):
-        return _key(operand.meta["val"])
-    if isinstance(operand, Tensor):
-        return (sizes_text(operand), tuple(map(size_text, operand.stride())), operand.dtype)
-    if isinstance(operand, list | tuple):
-        return (type(operand).__name__, *map(_key, operand))
-    if isinstance(operand, dict):
-        return tuple((k, _key(v)) for k, v in operand.items())
-    if isinstance(operand, torch.SymInt):
-        return ("SymInt", size_text(operand))
-    return (type(operand).__name__, str(operand))
 
 
 __all__ = ["FakeRunner", "fake_mode_of", "size_text", "sizes_text"]

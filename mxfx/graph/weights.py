@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -193,6 +193,14 @@ class WeightStore(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def items(self) -> ItemsView[str, Tensor]:
+        self._settle()
+        return self._tensors.items()
+
+    def values(self) -> ValuesView[Tensor]:
+        self._settle()
+        return self._tensors.values()
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors or name in self._aliases

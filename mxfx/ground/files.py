@@ -47,10 +47,11 @@ def parse_json(text: str | bytes, where: object) -> Any:
         raise DamagedFile(f"{where}: is not JSON ({reason_of(error)})") from error
 
 
-def write_file(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
+def write_file(path: Path, data: bytes | Iterable[bytes | memoryview], *, flush: bool = True) -> None:
     """Write ``data``, whole or in pieces, under a temporary name, flush it, rename it to ``path``, flush the folder.
 
-    A process killed at any moment leaves the old file or the new one. Raises ``WriteError`` if the disk is full or
+    A process killed at any moment leaves the old file or the new one; so does a machine, but without ``flush``, which
+    is for what a run writes many of and nobody reads back. Raises ``WriteError`` if the disk is full or
     fails; nothing of the attempt stays.
     """
     partial = path.with_name(path.name + _SUFFIX)
@@ -61,9 +62,11 @@ def write_file(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
                 size += len(piece)
                 file.write(piece)
             file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                os.fsync(file.fileno())
         os.replace(partial, path)
-        _flush_folder(path.parent)
+        if flush:
+            _flush_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -81,16 +84,16 @@ def cache_home() -> Path:
     return Path(given) if given else (Path(base) if base else Path.home() / ".cache") / "mxfx"
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, flush: bool = True) -> None:
     """``write_file`` of UTF-8 text; folders on the way are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, text.encode())
+    write_file(path, text.encode(), flush=flush)
 
 
-def write_json(path: Path, value: object, indent: int = 2) -> None:
+def write_json(path: Path, value: object, indent: int = 2, *, flush: bool = True) -> None:
     """``write_text`` of JSON as the standard has it: a number that is not finite is null."""
     text = json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False, default=str)
-    write_text(path, text + "\n")
+    write_text(path, text + "\n", flush=flush)
 
 
 def finite(value: object) -> object:

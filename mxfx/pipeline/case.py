@@ -38,7 +38,7 @@ class Case:
     """What a failure needs to be seen again; ``reference`` is the float model that its run began with.
 
     ``ids`` are the probe's, ``tokens`` the calibration's (None: nobody asked), ``limit`` the match to stop after.
-    ``error`` is the name of the exception's class.
+    ``error`` is the exception's kind: see ``kind_of``.
     """
 
     program: Program
@@ -68,7 +68,7 @@ class Case:
             "weights": whole,
             "reference": self.reference is not None,
             "error": {
-                "type": type(error).__name__,
+                "type": kind_of(error),
                 "message": str(error),
                 "traceback": traceback.format_exception(error),
             },
@@ -97,6 +97,12 @@ class Case:
             reference = parse(read_text(folder / REFERENCE), own)
         pipeline = from_text(text, str(folder / PASSES))
         return cls(program, pipeline, seed, stored.get("probe"), stored.get("tokens"), limit, reference, kind)
+
+
+def kind_of(error: BaseException) -> str:
+    """The class of an exception, and what it was raised from: every pass that fails does so as a ``PassError``."""
+    named, cause = type(error).__name__, error.__cause__
+    return named if cause is None else f"{named} from {kind_of(cause)}"
 
 
 def _is_whole(program: Program) -> bool:

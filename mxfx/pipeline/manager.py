@@ -7,8 +7,7 @@ Timing, dumps, verification, numbers, budgets and reproducers are instruments (`
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +16,7 @@ from mxfx.config.emit import EMIT_PASSES, PORTABLE, emit_start
 from mxfx.config.order import check_order
 from mxfx.config.pipeline import RAISE_PASSES, Pipeline
 from mxfx.graph.program import Program
-from mxfx.ground.clock import part
+from mxfx.ground.clock import Clock, Spent, part
 from mxfx.ground.errors import MxfxError
 from mxfx.pipeline.agree import agree
 from mxfx.pipeline.probe import Probe
@@ -26,6 +25,8 @@ from mxfx.rewrite import Context, FactError, Pass, PassRecord, apply, check_fact
 #: ``(position of the pass from 0, path of an option)`` → ``FILE:LINE:COLUMN`` where it stands, None if nobody knows.
 Locate = Callable[[int, tuple], "str | None"]
 
+#: What passes take, beside instruments, on a run's clock.
+PASSES = "passes"
 
 _About = TypeVar("_About")
 
@@ -101,8 +102,8 @@ class Run:
     locate: Locate
     probe: Probe
     steps: list[Step] = field(default_factory=list)
-    costs: dict[str, float] = field(default_factory=dict)
-    """Wall seconds spent in the hooks of each instrument, by its class's name."""
+    clock: Clock = field(default_factory=Clock)
+    """Time spent in all ``passes``, and in the hooks of each instrument, by its class's name."""
 
 
 class Instrument:
@@ -147,6 +148,8 @@ class PipelineResult:
     before_emit: Program
     portable: Program
     steps: tuple[StepResult, ...]
+    time: Mapping[str, Spent] = field(default_factory=dict)
+    """What all ``passes`` took, and each instrument, by its class's name."""
 
     @property
     def records(self) -> tuple[PassRecord, ...]:
@@ -214,14 +217,14 @@ class PassManager:
             portable = program if index <= emission or pass_.name in PORTABLE else portable
             done.append(StepResult(index, pass_, step.place, step.record, step.findings))
             run.steps[-1] = _without_programs(step)
-        return PipelineResult(program, before_emit, portable, tuple(done))
+        return PipelineResult(program, before_emit, portable, tuple(done), run.clock.parts)
 
     def _step(self, step: Step) -> Program:
         inner = tuple(reversed(self.instruments))
         try:
             for instrument in self.instruments:
                 _timed(step.run, instrument, instrument.before, step)
-            with part(step.pass_.name):
+            with step.run.clock.part(PASSES), part(step.pass_.name):
                 _apply(step)
             assert step.after is not None
             agree(step.before, step.after, step.title)
@@ -243,13 +246,8 @@ def _tell(instrument: Instrument, step: Step, error: Exception) -> None:
 
 
 def _timed(run: Run, instrument: Instrument, hook: Callable[[_About], None], about: _About) -> None:
-    started = time.perf_counter()
-    try:
-        with part("instruments"):
-            hook(about)
-    finally:
-        name = type(instrument).__name__
-        run.costs[name] = run.costs.get(name, 0.0) + time.perf_counter() - started
+    with run.clock.part(type(instrument).__name__), part("instruments"):
+        hook(about)
 
 
 def check_pipeline(

@@ -10,7 +10,7 @@ from torch import fx
 
 from mxfx.graph.node import layer_of
 from mxfx.graph.program import Program
-from mxfx.pipeline.case import Case, CaseError
+from mxfx.pipeline.case import Case, CaseError, kind_of
 from mxfx.pipeline.instruments import Numbers, Verify
 from mxfx.pipeline.manager import PassManager, StopPoint
 from mxfx.pipeline.probe import Probe
@@ -58,7 +58,7 @@ def reproduce(folder: str | Path, shrink: bool = False) -> Reproduced:
     folder = Path(folder)
     case = Case.read(folder)
     error = fails(case, case.program, case.reference)
-    same = type(error).__name__ == case.error
+    same = error is not None and kind_of(error) == case.error
     layers = case.program.layers
     if not (shrink and same and layers > 1):
         return Reproduced(error, same, layers)
@@ -66,7 +66,7 @@ def reproduce(folder: str | Path, shrink: bool = False) -> Reproduced:
         program = one_layer(case.program, layer)
         reference = None if case.reference is None else one_layer(case.reference, layer)
         failure = fails(case, program, reference)
-        if failure is not None and type(failure).__name__ == case.error:
+        if failure is not None and kind_of(failure) == case.error:
             target = folder / "shrunk"
             replace(case, program=program, reference=reference).save(target, failure)
             return Reproduced(failure, True, 1, target)

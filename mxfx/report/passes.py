@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from mxfx.pipeline.manager import PipelineResult
+from mxfx.pipeline.manager import PASSES, PipelineResult
 from mxfx.rewrite import Skip
 
 
@@ -77,6 +77,15 @@ def account_lines(result: PipelineResult) -> Iterator[str]:
             else:
                 yield f"    {key}: {_short(value)}"
         yield from _skip_lines(record.skips)
+    yield _instrument_line(result)
+
+
+def _instrument_line(result: PipelineResult) -> str:
+    found = {name: spent.processor_seconds for name, spent in result.time.items()}
+    passes = found.pop(PASSES, 0.0)
+    each = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found.items() if seconds >= 0.005)
+    share = f", {sum(found.values()) / passes:.0%} of the passes' {passes:.2f} s" if passes else ""
+    return f"instruments, of processor time: {each or 'none'}{share}"
 
 
 def _provider_lines(rows: Any) -> Iterator[str]:

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mxfx.graph.program import Program
-from mxfx.pipeline.manager import PipelineResult, StepResult
+from mxfx.ground.clock import Spent
+from mxfx.pipeline.manager import PASSES, PipelineResult, StepResult
 from mxfx.report.coverage import Coverage, coverage
 from mxfx.rewrite import Skip
 
@@ -26,6 +27,15 @@ def pass_json(step: StepResult) -> dict[str, object]:
         "details": step.record.details,
         "findings": step.findings,
     }
+
+
+def instruments_json(result: PipelineResult) -> dict[str, object]:
+    """What stands around the passes took, each instrument and as a part of the passes' processor time."""
+    each = {name: vars(spent) for name, spent in result.time.items() if name != PASSES}
+    passes = result.time.get(PASSES, Spent())
+    whole = sum(spent["processor_seconds"] for spent in each.values())
+    share = whole / passes.processor_seconds if passes.processor_seconds else None
+    return {PASSES: vars(passes), "instruments": each, "share_of_passes": share}
 
 
 def coverage_json(result: PipelineResult) -> dict[str, object] | None:

@@ -361,6 +361,33 @@ def test_a_failure_is_reproduced_beside_the_float_model_and_short_samples(
     assert "reproduced: PassError" in again.out and "cut to 1 layer" in again.out
 
 
+def test_a_failure_of_distill_is_reproduced(mxfx: Run, pipeline: Path, tmp_path: Path) -> None:
+    """Its folder holds what distill asks for: the float model, calibration tokens, the pass with its options."""
+    texts = save_texts(tmp_path / "texts", documents=6, words=60)
+    distill = '\n[[pass]]\nname = "distill"\nsteps = 1\nbatch_size = 1\n'
+    pipeline.write_text(pipeline.read_text().replace('\n[[pass]]\nname = "round-weights"\n', "") + distill)
+    shape = ("--set", "calibration.samples=1", "--set", "calibration.length=16")
+    said = mxfx("run", pipeline, "--data", texts, *shape, "--out", tmp_path / "out")
+    reason = "distill needs at least two calibration samples, got 1"
+    assert said.code == 2 and reason in " ".join(said.err.split())
+    folder = tmp_path / "out/p/repro"
+    assert f"mxfx repro {folder}" in said.err.replace("\n", "")
+    again = mxfx("repro", folder, "--shrink")
+    assert again.code == 0, again.err
+    assert "reproduced: PassError" in again.out and reason in " ".join(again.out.split())
+    assert "cut to 1 layer" in again.out
+    # Each failed pass is a PassError: what it was raised from tells one failure from another.
+    kept = json.loads((folder / "repro.json").read_text())
+    (folder / "repro.json").write_text(json.dumps({**kept, "error": {"type": "PassError from KeyError"}}))
+    assert mxfx("repro", folder).code == 1
+    # With two samples the same folder runs through.
+    (folder / "repro.json").write_text(json.dumps(kept))
+    stored = load_file(folder / "weights.safetensors")
+    save_file({**stored, "tokens": stored["tokens"].repeat(2, 1)}, folder / "weights.safetensors")
+    gone = mxfx("repro", folder)
+    assert gone.code == 1 and "not reproduced: ran through" in gone.out
+
+
 @pytest.mark.parametrize(
     ("command", "file", "expected"),
     [

@@ -7,7 +7,8 @@ import torch
 
 from mxfx.graph.execute import execute
 from mxfx.graph.node import info
-from mxfx.graph.text import HashMismatch, TextError, parse, to_text
+from mxfx.graph.text import HashMismatch, Printer, TextError, parse, to_text
+from mxfx.rewrite.rewriter import Rewriter
 
 FAMILIES = ("llama-tiny", "qwen2-tiny", "qwen3-tiny", "mistral-tiny", "gemma-tiny")
 STAGES = ("traced", "quantized", "lowered")
@@ -107,3 +108,30 @@ def test_a_damaged_text_is_refused_with_its_line(program, old, new, message):
     with pytest.raises(TextError, match=r"^line \d+, column \d+: ") as caught:
         parse(text.replace(old, new, 1))
     assert message in str(caught.value)
+
+
+def test_a_printer_says_of_each_program_what_a_new_one_says(program):
+    """What stayed as it was is not put into words again; what reads another weight, value or record is."""
+    source = program("llama-tiny", "raised")
+    printer = Printer()
+    assert str(printer.print(source)) == to_text(source)
+    rw = Rewriter(source.copy(), "test")
+    first, second, *_ = rw.program.nodes("linear")
+    # One of each thing that a line holds: a weight under the name that another had, a literal, a note, a type.
+    first.args[1].target = "model.layers.1.self_attn.q_proj.weight"
+    next(rw.program.nodes("rms_norm")).update_arg(2, 0.125)
+    rw.set_info(second, info(second).with_note("seen", 1))
+    last = list(rw.program.nodes("linear"))[-1]
+    last.meta["val"] = last.meta["val"].float()
+    changed = to_text(rw.program)
+    assert str(printer.print(rw.program)) == changed != to_text(source)
+    for words in ("@model.layers.1.self_attn.q_proj.weight) : bf16", "0.125", '"seen": 1', ") : f32[batch, seq, 128]"):
+        assert words in changed, words
+    assert str(printer.print(source)) == to_text(source)
+
+
+def test_lines_that_stayed_the_same_are_not_made_again(program):
+    source = program("llama-tiny", "raised")
+    printer = Printer()
+    before = {id(line) for line in printer.lines(source)}
+    assert {id(line) for line in printer.lines(source.copy())} == before

@@ -143,6 +143,26 @@ def test_it_takes_what_is_annotated_and_selected() -> None:
     assert sorted({m.path.split(".")[-1] for m in applied.record.matches}) == ["down_proj", "gate_proj", "up_proj"]
 
 
+def test_what_was_rounded_to_nearest_before_stays_and_the_rest_is_calibrated() -> None:
+    """``round-weights{select=…}`` then ``gptq``: the first leaves codes that the second must not move."""
+    before = _annotated()
+    part = apply(RoundWeights(select=Selector(r".*\.down_proj")), before).program
+    after = _run(part)
+    nearest, alone = apply(RoundWeights(), before).program, _run(before).program
+    assert {m.path.split(".")[-1] for m in after.record.matches} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
+    }  # fmt: skip
+    for node in filter(_PROJECTIONS, before.nodes("linear")):
+        name = before.weight_of(node)
+        made = after.program.weights[name]
+        assert torch.equal(made, nearest.weights[name]) == name.endswith("down_proj.weight"), name
+        assert is_rounded(next(n for n in after.program.nodes("linear") if n.name == node.name), "weight")
+    # The error of the layers before is what the later ones compensate: they are other codes than without.
+    last = "model.layers.1.self_attn.q_proj.weight"
+    assert not torch.equal(after.program.weights[last], alone.weights[last])
+    assert _output_error(after.program, before) < _output_error(nearest, before)
+
+
 def test_the_head_is_taken_if_annotated_and_its_own() -> None:
     program = trace(tiny("qwen2-tiny"))
     rule = Rule(Selector(r"lm_head|.*down_proj"), weight=parse("mxint4@32"))

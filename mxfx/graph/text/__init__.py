@@ -26,16 +26,16 @@ blake2b over dtype, shape and bytes.
 
 from mxfx.graph.text.fragment import SEPARATOR, parse_fragment
 from mxfx.graph.text.parsing import parse
-from mxfx.graph.text.printing import Line, Printout, graph_lines, to_text, type_text
+from mxfx.graph.text.printing import Line, Printer, Printout, to_text, type_text
 from mxfx.graph.text.words import HashMismatch, TextError
 
 __all__ = [
     "SEPARATOR",
     "HashMismatch",
     "Line",
+    "Printer",
     "Printout",
     "TextError",
-    "graph_lines",
     "parse",
     "parse_fragment",
     "to_text",

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from mxfx.graph.fake import size_text
 from mxfx.graph.mutation import written
-from mxfx.graph.node import NodeInfo, info, path_of
+from mxfx.graph.node import META_KEY, NodeInfo, info, path_of
 from mxfx.graph.program import Program
 from mxfx.graph.text.words import DTYPES, MODULES, OUTSIDE, VERSION
 
@@ -22,7 +22,7 @@ def to_text(program: Program, *, header: bool = True) -> str:
 
     Values in notes that JSON cannot say are written by their ``repr`` and come back as strings.
     """
-    return str(Printout.of(program)) if header else "\n".join(["graph", *_sections(graph_lines(program))]) + "\n"
+    return str(Printout.of(program)) if header else "\n".join(["graph", *_sections(Printer().lines(program))]) + "\n"
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Printout:
 
     @classmethod
     def of(cls, program: Program) -> Printout:
-        return cls(header_lines(program), graph_lines(program))
+        return Printer().print(program)
 
     def __str__(self) -> str:
         return "\n".join([*self.header, "graph", *_sections(self.graph)]) + "\n"
@@ -47,6 +47,48 @@ class Line:
     name: str
     path: str
     text: str
+
+
+class Printer:
+    """Prints programs that come from each other: a node that is as it was is not put into words again."""
+
+    def __init__(self) -> None:
+        self._symbols: dict[str, str] = {}
+        self._lines: dict[str, tuple[tuple, Line]] = {}
+
+    def print(self, program: Program) -> Printout:
+        return Printout(header_lines(program), self.lines(program))
+
+    def lines(self, program: Program) -> list[Line]:
+        """Every node but ``get_attr``, which is printed where it is read, as ``@name``."""
+        symbols = symbol_names(program)
+        known = self._lines if symbols == self._symbols else {}
+        lines: dict[str, tuple[tuple, Line]] = {}
+        for node in program.graph.nodes:
+            if node.op != "get_attr":
+                reads = _reads(node)
+                before = known.get(node.name)
+                kept = before is not None and before[0] == reads
+                lines[node.name] = before if kept else (reads, Line(node.name, path_of(node), _node(node, symbols)))
+        self._symbols, self._lines = symbols, lines
+        return [line for _, line in lines.values()]
+
+
+class _Same:
+    """Equal to what holds the very same object: values and records are replaced, never changed."""
+
+    def __init__(self, held: object) -> None:
+        self._held = held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._held is other._held
+
+
+def _reads(node: fx.Node) -> tuple:
+    """All that a node's line says, in a form that is quicker made than the line."""
+    weights = [str(operand.target) for operand in node.all_input_nodes if operand.op == "get_attr"]
+    record = _Same(node.meta.get(META_KEY)), _Same(node.meta.get("val"))
+    return (node.op, node.target, repr(node.args), repr(node.kwargs), weights, *record)
 
 
 def header_lines(program: Program) -> list[str]:
@@ -71,12 +113,6 @@ def weight_lines(program: Program) -> list[str]:
         shape = ", ".join(map(str, tensor.shape))
         lines.append(f"  @{name} : {_dtype_name(tensor.dtype)}[{shape}] #{store.hash(name)}{constant}")
     return lines + [f"  @{alias} = @{home}" for alias, home in store.aliases.items()]
-
-
-def graph_lines(program: Program) -> list[Line]:
-    """Every node but ``get_attr``, which is printed where it is read, as ``@name``."""
-    names = symbol_names(program)
-    return [Line(n.name, path_of(n), _node(n, names)) for n in program.graph.nodes if n.op != "get_attr"]
 
 
 def symbol_names(program: Program) -> dict[str, str]:

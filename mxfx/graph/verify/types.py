@@ -52,6 +52,8 @@ def _logits_type(node: fx.Node) -> None:
 
 
 def _same(actual: object, stated: object) -> bool:
+    if actual is stated:
+        return True
     if isinstance(actual, Tensor) and isinstance(stated, Tensor):
         return actual.dtype == stated.dtype and sizes_text(actual) == sizes_text(stated)
     if isinstance(actual, list | tuple) and isinstance(stated, list | tuple):

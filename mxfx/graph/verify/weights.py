@@ -11,12 +11,13 @@ from mxfx.graph.verify.fault import VerifyError, fault
 
 def weights(program: Program) -> None:
     store = program.weights
+    homes = set(store)
     for alias, home in store.aliases.items():
-        if home not in set(store):
+        if home not in homes:
             raise VerifyError(
                 f"alias {alias!r} leads to {home!r}, which is no weight; drop the alias or restore the weight"
             )
-        if alias in set(store):
+        if alias in homes:
             raise VerifyError(f"{alias!r} is an alias of {home!r} and a weight of its own; use WeightStore.untie")
     read: set[str] = set()
     for node in program.graph.nodes:
@@ -81,8 +82,9 @@ def _ties(program: Program) -> None:
 
 def _ledger(program: Program) -> None:
     last = {change.weight: change.after for change in program.weights.ledger}
+    homes = set(program.weights)
     for name, stated in last.items():
-        if name in set(program.weights) and stated != "meta" and program.weights.hash(name) != stated:
+        if name in homes and stated != "meta" and program.weights.hash(name) != stated:
             raise VerifyError(
                 f"weight {name!r} is not what the ledger says; change weights through Rewriter.set_weight only"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from mxfx.pipeline.manager import Instrument, Run, Step
+from mxfx.pipeline.manager import PASSES, Instrument, Run, Step
 
 
 @dataclass
@@ -34,7 +34,8 @@ class Timing(Instrument):
 
     def exit(self, run: Run) -> None:
         self.total = time.perf_counter() - self._entered
-        self.instruments = {name: cost for name, cost in run.costs.items() if name != type(self).__name__}
+        others = run.clock.parts.keys() - {PASSES, type(self).__name__}
+        self.instruments = {name: run.clock.parts[name].seconds for name in sorted(others)}
 
     def table(self) -> str:
         """One line a pass and one an instrument: seconds and share of the whole run."""
