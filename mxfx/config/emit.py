@@ -10,7 +10,7 @@ from typing import Any, Literal
 FUSIONS = ("fuse-hadamard-quant", "fuse-norm-quant", "fuse-activation-quant", "fuse-rope-quant")
 
 #: The passes that serve every device. What they leave is saved, and emitted for the device where it is opened.
-PORTABLE = frozenset({"insert-kv-cache", "pack-weights"})
+PORTABLE = frozenset({"insert-kv-cache", "select-logits", "pack-weights"})
 
 #: Every pass that the stage may hold. A new one stands here and in ``emit_stage``.
 EMIT_PASSES = frozenset(
@@ -35,7 +35,7 @@ class EmitConfig:
 def emit_stage(settings: EmitConfig, device: str) -> list[tuple[str, Mapping[str, Any]]]:
     """Names and options of the passes of the stage, in order; ``device`` is the type of the run's device."""
     target = settings.device or ("cuda" if device == "cuda" else "cpu")
-    stage: list[tuple[str, Mapping[str, Any]]] = [("insert-kv-cache", {})]
+    stage: list[tuple[str, Mapping[str, Any]]] = [("insert-kv-cache", {}), ("select-logits", {})]
     if settings.packed:
         stage.append(("pack-weights", {}))
         if target == "cpu":

@@ -11,7 +11,7 @@ from mxfx.ops.mixer import mixer
 from mxfx.ops.norm import layer_norm, rms_norm
 from mxfx.ops.packed import mx_embedding, mx_expert_linear, mx_linear
 from mxfx.ops.plugins import load_ops
-from mxfx.ops.positions import length, positions, real_tokens
+from mxfx.ops.positions import length, positions, real_tokens, select_tokens
 from mxfx.ops.quantize import fake_quantize
 from mxfx.ops.rope import rope
 from mxfx.ops.transform import block_transform, hadamard
@@ -32,6 +32,7 @@ RUNTIME_FUNCTIONS = frozenset(
         position_mask,
         positions,
         real_tokens,
+        select_tokens,
     }
 )
 
@@ -65,6 +66,7 @@ __all__ = [
     "real_tokens",
     "rms_norm",
     "rope",
+    "select_tokens",
 ]
 
 load_ops()

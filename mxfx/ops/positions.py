@@ -28,6 +28,12 @@ def real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(torch.int64)
 
 
+@define("select_tokens")
+def select_tokens(x: Tensor, kept: Tensor | None) -> Tensor:
+    """The tokens ``kept``, int64 ``(kept,)``, of ``x`` ``(batch, seq, channels)``; None for all of them."""
+    return x if kept is None else x.index_select(1, kept)
+
+
 @define("length")
 def length(position_ids: Tensor) -> Tensor:
     """How long the longest text of a batch is so far: one more than its largest position, an int64 scalar."""

@@ -30,6 +30,7 @@ from mxfx.ops import (
     position_mask,
     positions,
     real_tokens,
+    select_tokens,
 )
 from mxfx.ops.fused import FUSED
 from mxfx.ops.providers import Choice, choose
@@ -40,7 +41,9 @@ from mxfx.rewrite.rewriter import Rewriter, clean
 aten = torch.ops.aten
 
 #: Ops that stay calls of their definitions, which take the device from an operand.
-_AS_THEY_ARE = {op.__name__: op for op in (arange, at_slots, mixer, places, position_mask, positions, real_tokens)}
+_AS_THEY_ARE = {
+    op.__name__: op for op in (arange, at_slots, mixer, places, position_mask, positions, real_tokens, select_tokens)
+}
 
 #: Ops that lowering itself spells out: no kernel stands for them.
 _STRUCTURE = frozenset({"cast", "attention", "expert_linear", "cached_attention", *_AS_THEY_ARE})

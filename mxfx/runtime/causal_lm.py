@@ -14,6 +14,7 @@ from mxfx.graph.program import Program
 from mxfx.graph.trace import GENERATION
 from mxfx.ops import real_tokens
 from mxfx.passes.insert_kv_cache import NO_CACHE
+from mxfx.passes.select_logits import KEPT
 from mxfx.pipeline.emit import emitted
 from mxfx.runtime.cache import CacheError, KVCache, Storage, cache_specs
 from mxfx.runtime.decode import records, replayed
@@ -51,6 +52,7 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
         self.specs = cache_specs(program)
         self.graph = build(program)
         self._no_cache = program.notes.get(NO_CACHE)
+        self._selects = any(n.op == "placeholder" and n.target == KEPT for n in program.graph.nodes)
         # A mask of the model's own making is as long as the tokenizer's.
         self._counts_tokens = any(n.target in _COUNTS for n in program.graph.nodes)
         self._storages: list[Storage] = []
@@ -78,12 +80,14 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
         """
         _refuse_others(others)
         cache = self._cache(past_key_values, use_cache)
+        kept = _kept(logits_to_keep, input_ids)
+        given = {KEPT: kept} if self._selects and kept is not None else {}
         if cache is None:
-            logits = self.graph(input_ids, position_ids, _checked_mask(attention_mask, *input_ids.shape))
+            logits = self.graph(input_ids, position_ids, _checked_mask(attention_mask, *input_ids.shape), **given)
         else:
-            logits = self._with_cache(input_ids, position_ids, attention_mask, cache)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = logits if kept == slice(0, None) else logits[:, kept]
+            logits = self._with_cache(input_ids, position_ids, attention_mask, cache, given)
+        if kept is not None and not given:
+            logits = logits.index_select(1, kept)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
@@ -107,7 +111,9 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
             raise CacheError(f"expected a cache of this model (model.new_cache()), got {type(given).__name__}")
         return given
 
-    def _with_cache(self, ids: Tensor, positions: Tensor | None, mask: Tensor | None, cache: KVCache) -> Tensor:
+    def _with_cache(
+        self, ids: Tensor, positions: Tensor | None, mask: Tensor | None, cache: KVCache, given: dict[str, Tensor]
+    ) -> Tensor:
         batch, seq = ids.shape
         total = cache.length + seq
         mask = _checked_mask(mask, batch, total)
@@ -120,10 +126,10 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
         if mask is None and self._counts_tokens:
             mask = ids.new_ones((batch, total))
         storage = cache.reserve(batch, seq)
-        if seq == 1 and records(self.device):
+        if seq == 1 and not given and records(self.device):
             logits = replayed(self.graph, storage, ids, positions, mask, cache.length)
         else:
-            logits = self.graph(ids, positions, mask, **cache.inputs(seq))
+            logits = self.graph(ids, positions, mask, **cache.inputs(seq), **given)
         cache.length = total
         return logits
 
@@ -226,6 +232,17 @@ def _refuse_dtype(have: torch.dtype, wanted: torch.dtype) -> NoReturn:
         f"the graph was lowered for {have}, so it cannot run in {wanted}; give the pipeline [model] dtype = "
         f'"{str(wanted).removeprefix("torch.")}", or trace the model in it'
     )
+
+
+def _kept(wanted: int | Tensor, ids: Tensor) -> Tensor | None:
+    """The tokens, int64 ``(kept,)``, that ``logits_to_keep`` means; None for all."""
+    length = ids.shape[1]
+    if isinstance(wanted, Tensor):
+        tokens = torch.arange(length, device=ids.device)[wanted.to(ids.device)]
+        if tokens.dim() != 1:
+            raise ValueError(f"logits_to_keep is a number or the indices of tokens (kept,), not {tuple(wanted.shape)}")
+        return tokens
+    return torch.arange(length - wanted, length, device=ids.device) if 0 < wanted < length else None
 
 
 def _checked_mask(mask: Tensor | None, batch: int, total: int) -> Tensor | None:

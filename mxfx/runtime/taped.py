@@ -105,7 +105,7 @@ class TapedStep:
         with torch.no_grad():
             if self._logits is None:
                 names = [n.target for n in self._tape.graph.nodes if n.op == "placeholder"]
-                self._logits = self._tape.record(*(inputs[str(name)] for name in names))
+                self._logits = self._tape.record(*(inputs.get(str(name)) for name in names))
             else:
                 self._tape.play()
         return self._logits.clone()

@@ -192,9 +192,23 @@ def test_logits_to_keep_tuples_and_the_number_of_items_are_honoured() -> None:
     whole = lm(ids).logits
     assert torch.equal(lm(ids, logits_to_keep=3).logits, whole[:, -3:])
     assert torch.equal(lm(ids, logits_to_keep=torch.tensor([1, 4])).logits, whole[:, [1, 4]])
+    assert torch.equal(lm(ids, logits_to_keep=25).logits, whole)
+    with pytest.raises(ValueError, match=r"indices of tokens \(kept,\), not \(1, 2\)"):
+        lm(ids, logits_to_keep=torch.tensor([[1, 4]]))
     assert torch.equal(lm(ids, return_dict=False)[0], whole)
     expected = model("llama-tiny")(ids, labels=ids, num_items_in_batch=7).loss
     torch.testing.assert_close(lm(ids, labels=ids, num_items_in_batch=7).loss, expected)
+
+
+@pytest.mark.parametrize("kept", [1, 7, torch.tensor([0, 3, -1])], ids=str)
+@pytest.mark.parametrize("family", ["llama-tiny", "gemma3-tiny"])
+def test_logits_that_are_kept_are_those_of_transformers_with_and_without_a_cache(family: str, kept) -> None:
+    lm, given = emitted(family), prompts()
+    expected = model(family)(**given, logits_to_keep=kept).logits
+    for held in (None, lm.new_cache()):
+        found = lm(**given, logits_to_keep=kept, past_key_values=held).logits
+        real = given["attention_mask"][:, -kept:] if isinstance(kept, int) else given["attention_mask"][:, kept]
+        torch.testing.assert_close(found[real.bool()], expected[real.bool()], rtol=1e-5, atol=1e-5)
 
 
 def test_what_a_graph_cannot_do_is_refused_by_name(tmp_path: Path) -> None:
