@@ -14,7 +14,16 @@ PORTABLE = frozenset({"insert-kv-cache", "select-logits", "pack-weights"})
 
 #: Every pass that the stage may hold. A new one stands here and in ``emit_stage``.
 EMIT_PASSES = frozenset(
-    {*PORTABLE, "unpack-weights", *FUSIONS, "lower", "multiply-in-fp8", "fuse-quant-linear", "fold-constants"}
+    {
+        *PORTABLE,
+        "unpack-weights",
+        *FUSIONS,
+        "lower",
+        "multiply-in-fp8",
+        "fuse-quant-linear",
+        "fuse-heads",
+        "fold-constants",
+    }
 )
 
 
@@ -44,7 +53,7 @@ def emit_stage(settings: EmitConfig, device: str) -> list[tuple[str, Mapping[str
     stage += [(name, {}) for name in FUSIONS]
     stage.append(("lower", {"device": target}))
     if target == "cuda":
-        stage += [("multiply-in-fp8", {}), ("fuse-quant-linear", {})]
+        stage += [("multiply-in-fp8", {}), ("fuse-quant-linear", {}), ("fuse-heads", {})]
     return [*stage, ("fold-constants", {})]
 
 

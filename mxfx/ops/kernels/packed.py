@@ -59,14 +59,16 @@ def inexact_count() -> int:
     return sum(int(count) for count in _INEXACT.values())
 
 
-def _define(name: str, schema: str, definition: Callable, fake: Callable) -> torch._ops.OpOverload:
-    """`mxfx_kernels::<name>`: of `packed_cuda` on a CUDA device, else, or where that takes it not, the definition."""
+def _define(
+    name: str, schema: str, definition: Callable, fake: Callable, module: str = "packed_cuda"
+) -> torch._ops.OpOverload:
+    """`mxfx_kernels::<name>`: of a module on a CUDA device, else, or where that takes it not, the definition."""
 
     def anywhere(*args):
         return definition(*args)
 
     def on_cuda(*args):
-        out = _on_cuda(name)(*args) if has_triton() else NotImplemented
+        out = _on_cuda(name, module)(*args) if has_triton() else NotImplemented
         return definition(*args) if out is NotImplemented else out
 
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -82,8 +84,8 @@ def _define(name: str, schema: str, definition: Callable, fake: Callable) -> tor
 
 
 @cache
-def _on_cuda(name: str) -> Callable:
-    return getattr(import_module("mxfx.ops.kernels.packed_cuda"), name)
+def _on_cuda(name: str, module: str) -> Callable:
+    return getattr(import_module(f"mxfx.ops.kernels.{module}"), name)
 
 
 def _fake_rows(x: Tensor) -> tuple[Tensor, Tensor]:
