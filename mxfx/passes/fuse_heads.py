@@ -16,11 +16,6 @@ from mxfx.ops.kernels.library import NAMESPACE
 from mxfx.rewrite import ALL, Context, Local, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.facts import LOWERED, Fact
 
-_KERNELS = getattr(torch.ops, NAMESPACE)
-_ROPE, _TURN = _KERNELS.rope.default, _KERNELS.block_transform.default
-_ROPE_ROUND, _ROUND = _KERNELS.rope_quantize.default, _KERNELS.fake_quantize.default
-_TURN_ROUND = _KERNELS.transform_quantize.default
-
 
 @dataclass(frozen=True)
 class _Head:
@@ -75,26 +70,23 @@ class FuseHeads(Pass):
 
 def _behind(node: Any) -> _Head:
     """One or two kernels, the first of which only the second reads."""
+    kernels = getattr(torch.ops, NAMESPACE)
     names = list(arguments_of(node.target)) if node.op == "call_function" else []
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    match node.target:
-        case t if t is _ROPE:
-            return _Head(node.args[0], node.args[1:3])
-        case t if t is _ROPE_ROUND:
-            rest = (given["matrix"], given["format"], given.get("hadamard", False))
-            return _Head(node.args[0], node.args[1:3], *rest)
-        case t if t is _TURN:
-            before = _behind(node.args[0]) if len(node.args[0].users) == 1 else _Head(node.args[0])
-            plain = before.matrix is None and before.format is None
-            return (
-                _Head(before.source, before.angles, given["matrix"])
-                if plain
-                else _Head(node.args[0], None, given["matrix"])
-            )
-        case t if t is _ROUND and given.get("axis", -1) in (-1, node.meta["val"].dim() - 1):
-            return _Head(node.args[0], None, None, given["format"])
-        case t if t is _TURN_ROUND:
-            return _Head(node.args[0], None, given["matrix"], given["format"], given.get("hadamard", False))
+    rest = (given.get("matrix"), given.get("format"), given.get("hadamard", False))
+    if node.target is kernels.rope.default:
+        return _Head(node.args[0], node.args[1:3])
+    if node.target is kernels.rope_quantize.default:
+        return _Head(node.args[0], node.args[1:3], *rest)
+    if node.target is kernels.transform_quantize.default:
+        return _Head(node.args[0], None, *rest)
+    if node.target is kernels.fake_quantize.default and given.get("axis", -1) in (-1, node.meta["val"].dim() - 1):
+        return _Head(node.args[0], None, *rest)
+    if node.target is kernels.block_transform.default:
+        source = node.args[0]
+        before = _behind(source) if len(source.users) == 1 else _Head(source)
+        turned = before.matrix is None and before.format is None
+        return _Head(before.source, before.angles, given["matrix"]) if turned else _Head(source, None, given["matrix"])
     return _Head(node)
 
 

@@ -21,7 +21,7 @@ else:
     from mxfx.ops.attention import attend
     from mxfx.ops.cache import write_cache
     from mxfx.ops.kernels import cache_triton
-    from mxfx.ops.kernels.cache_rows_triton import takes, write_tokens
+    from mxfx.ops.kernels.cache_rows_triton import row_of, takes, write_tokens
     from mxfx.ops.kernels.cache_triton import attend_token
 
     FORMATS = ("mxint4@32/mse", "mxint8@16", "mxfp4_e2m1@16/ceil", "mxfp8_e4m3@32", "mxfp8_e5m2@32", None)
@@ -60,6 +60,23 @@ else:
         write_cache(wanted[2], wanted[3], v, slots, fmts[1])
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
         assert wanted[0].any(-1).sum() > 0
+
+    # A device's products take at least 16 channels; the interpreter would take fewer.
+    @pytest.mark.parametrize(("width", "text"), [(8, None), (12, None), (16, "mxint8@16"), (32, "mxint4@16")])
+    def test_narrow_heads_are_as_wide_as_a_product_takes(width, text):
+        fmt = None if text is None else parse(text)
+        keys, key_scales = _filled(text, 20, width, 20, 2)
+        values, value_scales = _filled(text, 20, width, 20, 3)
+        q = torch.randn(2, 4, 1, width, generator=torch.Generator().manual_seed(4))
+        row = row_of(width, fmt)
+        assert takes(width, fmt) and cache_triton._padded(row) // (2 if row.bits == 4 else 1) >= 16
+        got = attend_token(q, (keys, values, key_scales, value_scales), None, torch.tensor([19]), 0.3, width, fmt, fmt)
+        k, v = keys, values
+        if key_scales is not None and value_scales is not None and fmt is not None:
+            k, v = (restore(c, s, fmt, width, torch.float32) for c, s in ((keys, key_scales), (values, value_scales)))
+        wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        assert not takes(16, parse("mxint4@16"))
 
     @pytest.mark.parametrize("masked", [False, True])
     @pytest.mark.parametrize(("key", "value"), [(f, f) for f in FORMATS] + [("mxint4@32/mse", None)])

@@ -271,3 +271,11 @@ else:
             wanted = torch.cat(parts, -1).to(dtype) + (0 if added is None else added)
             tolerance = 1e-5 if dtype == torch.float32 else 4e-3
             torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+    def test_weights_of_more_bits_than_e4m3_holds_are_never_expanded_to_it():
+        codes, scales, _ = _packed("mxint8@32", 16, 64)
+        payload, factors = packed_cuda.fake_quantize_e4m3(torch.randn(20, 64), "mxint4@32")
+        given = (payload, factors, [codes], [scales], [], "mxint8@32", torch.float32)
+        assert packed_cuda.mx_linear_e4m3(*given) is NotImplemented
+        few = (payload[:2], factors[:2], *given[2:])
+        assert packed_cuda.mx_linear_e4m3(*few).shape == (2, 16)

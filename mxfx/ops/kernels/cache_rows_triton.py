@@ -55,7 +55,9 @@ def takes(width: int, fmt: Format | None) -> bool:
     if fmt is None:
         return width <= 512
     block = fmt.block or 0
-    return fmt.bits in (4, 8) and width <= 512 and block >= 16 and block & (block - 1) == 0 and width % block == 0
+    # Two codes of a byte are two products, each of at least 16 channels.
+    fits = fmt.bits == 8 or (fmt.bits == 4 and width > 16)
+    return fits and width <= 512 and block >= 16 and block & (block - 1) == 0 and width % block == 0
 
 
 @lru_cache(maxsize=256)

@@ -97,9 +97,11 @@ def _parts(row):
 
 @triton.constexpr_function
 def _padded(row):
-    """Channels of a row with those that fill up a power of two."""
+    """Channels of a row with those that fill up a power of two, and what a product takes at least."""
     row = row.value
-    return triton.next_power_of_2(row.width) if row.blocks == 0 else triton.next_power_of_2(row.blocks) * row.block
+    if row.blocks == 0:
+        return max(triton.next_power_of_2(row.width), 16)
+    return triton.next_power_of_2(row.blocks) * row.block
 
 
 @triton.jit
@@ -144,7 +146,7 @@ def _element_tile(units, scale, part: tl.constexpr, ROW: tl.constexpr, PLACES: t
 @triton.jit
 def _plain_tile(cache_ptr, place, inside, ROW: tl.constexpr):
     WIDTH: tl.constexpr = ROW.value.width
-    lane = tl.arange(0, triton.next_power_of_2(WIDTH))[None, :]
+    lane = tl.arange(0, _padded(ROW))[None, :]
     return tl.load(cache_ptr + place[:, None] * WIDTH + lane, mask=inside[:, None] & (lane < WIDTH), other=0.0)
 
 

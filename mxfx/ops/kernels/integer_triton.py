@@ -46,10 +46,15 @@ class Tiling:
 
 
 def tiling_for(rows: int, channels: int, blocks: int) -> Tiling:
-    """For so many rows, output channels in all and blocks of a row. To be chosen by `packed_gemm --part tilings`."""
-    most = triton.next_power_of_2(blocks)
+    """For so many rows, output channels in all and blocks of a row.
+
+    Of one row the best of 24 for each of four linears, on an H200; `tools/bench/packed_gemm.py --part tilings`.
+    """
+    most = min(triton.next_power_of_2(blocks), 128)
+    if rows == 1 and most <= 64:
+        return Tiling(4, 1, most, 1) if channels < 8192 else Tiling(4, 1, most, 2 if most == 64 else 1)
     together = min(triton.next_power_of_2(rows), 4)
-    return Tiling(4 if channels >= 4096 and together < 4 else 2, together, min(most, 128), 2 if most <= 64 else 4)
+    return Tiling(4 if channels >= 4096 and together < 4 else 2, together, most, 2 if most <= 64 else 4)
 
 
 def multiply_integers(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mxfx.formats import Format
 from mxfx.ops.experts import expert_linear
-from mxfx.ops.fp8 import E4M3, from_rows
+from mxfx.ops.fp8 import E4M3, carries, from_rows
 from mxfx.ops.kernels import takes
 from mxfx.ops.kernels.cuda import if_it_fits
 from mxfx.ops.kernels.fp8_triton import align_rows, rows_to_e4m3
@@ -210,6 +210,8 @@ def mx_linear_e4m3(
         for c, s, bias, part in zip(codes, scales, given, parts, strict=True):
             multiply(rows, c, s, bias, fmt, part, factors)
         return out
+    if not carries(fmt):
+        return NotImplemented
     return _product(rows, factors, codes, scales, biases, fmt, dtype).view(out_shape)
 
 
