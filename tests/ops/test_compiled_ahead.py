@@ -9,15 +9,15 @@ import pytest
 
 pytest.importorskip("triton")
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from mxfx.algorithms.launch import Launch  # noqa: E402
-from mxfx.formats import parse  # noqa: E402
-from mxfx.ops.kernels import cache_triton, heads_triton, integer_triton, norm_triton, transform_triton  # noqa: E402
-from mxfx.ops.kernels.cache_rows_triton import row_of  # noqa: E402
+from mxfx.algorithms.launch import Launch
+from mxfx.formats import parse
+from mxfx.ops.kernels import cache_triton, heads_triton, integer_triton, norm_triton, transform_triton
+from mxfx.ops.kernels.cache_rows_triton import row_of
 
 pytestmark = pytest.mark.triton
 HOPPER = GPUTarget("cuda", 90, 32)
