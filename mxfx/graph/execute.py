@@ -13,7 +13,7 @@ from mxfx.graph.weights import version
 from mxfx.ops.fused import FUSED
 
 _cast = torch.ops.mxfx.cast.default
-_fake_quantize = torch.ops.mxfx.fake_quantize.default
+_QUANTIZERS = (torch.ops.mxfx.fake_quantize.default, torch.ops.mxfx.keep_first_quantize.default)
 
 #: Sees every computed value and returns the value that later nodes read.
 Observer = Callable[[fx.Node, object], object]
@@ -146,7 +146,7 @@ def call(
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
     if node.target is _cast:
         return args[0].to(compute_dtype(program.dtype) if args[1] == "compute" else program.dtype)
-    if node.target is _fake_quantize and not quantize:
+    if node.target in _QUANTIZERS and not quantize:
         return args[0]
     try:
         return node.target(*args, **kwargs)

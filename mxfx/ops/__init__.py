@@ -12,7 +12,7 @@ from mxfx.ops.norm import layer_norm, rms_norm
 from mxfx.ops.packed import mx_embedding, mx_expert_linear, mx_linear
 from mxfx.ops.plugins import load_ops
 from mxfx.ops.positions import length, positions, real_tokens, select_tokens
-from mxfx.ops.quantize import fake_quantize
+from mxfx.ops.quantize import fake_quantize, first_slots, keep_first_quantize
 from mxfx.ops.rope import rope
 from mxfx.ops.transform import block_transform, hadamard
 
@@ -27,6 +27,8 @@ RUNTIME_FUNCTIONS = frozenset(
         cached_attend,
         expert_linear,
         fake_quantize,
+        first_slots,
+        keep_first_quantize,
         mixer,
         places,
         position_mask,
@@ -53,7 +55,9 @@ __all__ = [
     "expert_linear",
     "fake_quantize",
     "find_op",
+    "first_slots",
     "hadamard",
+    "keep_first_quantize",
     "layer_norm",
     "length",
     "mixer",

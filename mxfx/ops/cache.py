@@ -21,7 +21,7 @@ from mxfx.ops.catalogue import describe, plain
 from mxfx.ops.dialect import define
 from mxfx.ops.kernels.library import load_cpu
 from mxfx.ops.kernels.limits import DTYPES, has_triton
-from mxfx.ops.quantize import _format
+from mxfx.ops.quantize import _format, is_first
 
 
 def write_cache(cache: Tensor, scales: Tensor | None, x: Tensor, slots: Tensor, fmt: Format | None) -> None:
@@ -45,6 +45,22 @@ def read_cache(cache: Tensor, scales: Tensor | None, like: Tensor, fmt: Format |
         return cache
     assert fmt is not None
     return restore(cache, scales, fmt, like.shape[-1], like.dtype)
+
+
+def write_first(kept: Tensor, x: Tensor, slots: Tensor, starts: Tensor) -> None:
+    """Put those of ``x`` that are the first tokens of their text into ``kept``, ``(batch, kv_heads, first, width)``."""
+    of = starts[:, None] + torch.arange(kept.shape[2], device=x.device) - slots[0]
+    new = (of >= 0) & (of < x.shape[2])
+    rows = of.clamp(0, x.shape[2] - 1)[:, None, :, None].expand_as(kept)
+    kept.copy_(torch.where(new[:, None, :, None], x.gather(2, rows), kept))
+
+
+def with_first(x: Tensor, kept: Tensor, held: Tensor, starts: Tensor) -> Tensor:
+    """All places of a cache, which hold the slots ``held``, the first tokens of each text as they are in ``kept``."""
+    place = held[None, :] - starts[:, None]
+    first = is_first(held, starts, kept.shape[2])
+    rows = place.clamp(0, kept.shape[2] - 1)[:, None, :, None].expand_as(x)
+    return torch.where(first[:, None, :, None], kept.gather(2, rows), x)
 
 
 def slots_held(slots: Tensor, room: int) -> Tensor:
@@ -122,6 +138,9 @@ def cached_attend(
     key_format: str | None,
     value_format: str | None,
     writes: bool,
+    first_keys: Tensor | None = None,
+    first_values: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Write ``k`` and ``v`` to their places, then attend; ``allowed`` is what ``cache_bias`` gives.
 
@@ -132,13 +151,15 @@ def cached_attend(
     formats = [None if text is None else _format(text) for text in (key_format, value_format)]
     tensors = (keys, values, key_scales, value_scales)
     caches = ((keys, key_scales, k, formats[0]), (values, value_scales, v, formats[1]))
+    firsts = (first_keys, first_values)
     one, limited = known_true(q.shape[2] == 1), window is not None or chunk is not None
     if bias is not None and limited:
         held = slots_held(slots, keys.shape[2])
         bias = bias.index_select(-1, (held if one else torch.cat((held, slots))).clamp_min(0))
     # Kernels take one mask for all heads and add nothing to scores.
     plain = bias is None and (allowed is None or known_true(allowed.shape[1] == 1))
-    if one and plain and q.is_cpu and load_cpu() is None:
+    kept = starts is not None and (first_keys is not None or first_values is not None)
+    if one and plain and not kept and q.is_cpu and load_cpu() is None:
         from mxfx.ops.kernels.cpu import attend_token
 
         texts = (key_format, value_format)
@@ -146,8 +167,20 @@ def cached_attend(
         if out is not NotImplemented:
             return out
     # Several tokens may push out of a ring what the first of them still sees: it is read first.
-    before = [read_cache(c, s, x, f).clone() for c, s, x, f in caches] if limited and not one else []
-    kernels = _kernels(q, k, v, *formats)
+
+    def read() -> list[Tensor]:
+        found = [read_cache(c, s, x, f) for c, s, x, f in caches]
+        if starts is None:
+            return found
+        held = slots_held(slots, keys.shape[2]) if limited else torch.arange(keys.shape[2], device=q.device)
+        return [x if f is None else with_first(x, f, held, starts) for x, f in zip(found, firsts, strict=True)]
+
+    before = [x.clone() for x in read()] if limited and not one else []
+    kernels = None if kept else _kernels(q, k, v, *formats)
+    if writes and starts is not None:
+        for first, x in zip(firsts, (k, v), strict=True):
+            if first is not None:
+                write_first(first, x, slots, starts)
     if writes and kernels is not None and k.shape[2] <= keys.shape[2]:
         write_tokens, _ = kernels
         write_tokens(tensors, k, v, slots, *formats)
@@ -162,7 +195,7 @@ def cached_attend(
     if one and kernels is not None and plain:
         _, attend_token = kernels
         return attend_token(q, tensors, allowed, slots, scale, v.shape[-1], *formats, softcap, sinks)
-    k, v = (read_cache(c, s, x, f) for c, s, x, f in caches)
+    k, v = read()
     if not one or sinks is not None or not plain:
         return attend(q, k, v, allowed, scale, False, softcap, sinks, bias)
     # The query heads of a group are rows that meet the same keys.
@@ -185,7 +218,7 @@ def _kernels(
 
 
 #: Operands that ``cached_attend`` and ``mxfx::cached_attention`` write.
-CACHES = ("keys", "values", "key_scales", "value_scales")
+CACHES = ("keys", "values", "key_scales", "value_scales", "first_keys", "first_values")
 cached_attend.mutates = CACHES
 
 
@@ -217,6 +250,9 @@ def cached_attention(
     key_format: str | None = None,
     value_format: str | None = None,
     writes: bool = True,
+    first_keys: Tensor | None = None,
+    first_values: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """``attention`` of new tokens to all that a cache holds; it writes ``k`` and ``v`` there first.
 
@@ -226,10 +262,12 @@ def cached_attention(
     ``(batch, slots)``, or ready, ``(batch | 1, heads | 1, seq, slots)``; ``bias`` is over slots too, with one row or
     ``seq``. ``writes=False`` reads what another layer wrote. With several tokens and no window, ``room``
     ends with the last of ``slots``, or ``mask`` hides what is behind it. Without a cache it is ``attention``, where the
-    other operands are explained.
+    other operands are explained. ``first_keys`` and ``first_values``, ``(batch, kv_heads, first, width)``, hold the
+    first tokens of each text, which begins at slot ``starts`` ``(batch,)``, as they are: codes do not.
     """
     allowed = cache_bias(mask, q, k, slots, keys, causal, window, chunk)
     return cached_attend(
         q, k, v, allowed, slots, keys, values, key_scales, value_scales,
         scale, causal, window, chunk, softcap, sinks, bias, key_format, value_format, writes,
+        first_keys, first_values, starts,
     )  # fmt: skip

@@ -42,3 +42,33 @@ def fake_quantize(x: Tensor, format: str, axis: int = -1) -> Tensor:
 
 
 describe(fake_quantize, "fake_quantize", operands=_INPUT, rounds=_ROUNDING, shape=_same_shape)
+
+
+@define("first_slots")
+def first_slots(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Where each text of a batch ``(batch, seq)`` begins: how much padding stands before it, int64 ``(batch,)``."""
+    if mask is None:
+        return torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
+    return (mask.ne(0).cumsum(-1) == 0).sum(-1)
+
+
+def is_first(places: Tensor, starts: Tensor, first: int) -> Tensor:
+    """Which of ``places`` ``(places,)`` hold one of the ``first`` tokens of each text: boolean ``(batch, places)``."""
+    place = places[None, :] - starts[:, None]
+    return (place >= 0) & (place < first)
+
+
+def _as_is(x: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+@define("keep_first_quantize", rounds=Rounding(), fake=_as_is)
+def keep_first_quantize(x: Tensor, starts: Tensor, slots: Tensor | None, first: int, format: str) -> Tensor:
+    """``fake_quantize`` of keys or values along their last axis, but for the first tokens of each text.
+
+    ``x`` is ``(batch, heads, seq, width)``; ``starts`` is what ``first_slots`` gives; ``slots``, int64 ``(seq,)``, are
+    those of the tokens, None where a call begins with the first. Attention rests on these (arXiv 2309.17453).
+    """
+    places = torch.arange(x.shape[2], device=x.device) if slots is None else slots
+    kept = is_first(places, starts, first)
+    return torch.where(kept[:, None, :, None], x, torch.ops.mxfx.fake_quantize(x, format, -1))

@@ -138,17 +138,25 @@ class _Inputs:
             self._known[k, v] = tuple(zip(key, value, strict=True))
         return self._known[k, v], first
 
-    def _cache(self, name: str, source: fx.Node, window: int | None) -> tuple[fx.Node, fx.Node | None, str | None]:
+    def _cache(
+        self, name: str, source: fx.Node, window: int | None
+    ) -> tuple[fx.Node, fx.Node | None, str | None, fx.Node | None]:
+        """Codes or numbers, scales, the format, and the first tokens that are not rounded."""
         _, heads, _, width = source.meta["val"].shape
         room = self._room(window)
-        fmt = _format(source)
+        fmt, behind = _format(source), source.target is torch.ops.mxfx.keep_first_quantize.default
+        if behind:
+            spec(source).set(self._rw, "slots", self.slots)
         if fmt is None:
-            return self._rw.input(f"{name}s", (self._batch, heads, room, width), NOMINAL_MODEL), None, None
+            return self._rw.input(f"{name}s", (self._batch, heads, room, width), NOMINAL_MODEL), None, None, None
         codes, scales = (
             self._rw.input(f"{name}{suffix}", (self._batch, heads, room, size), torch.uint8)
             for suffix, size in (("s", codes_length(width, fmt)), ("_scales", scales_length(width, fmt)))
         )
-        return codes, scales, str(fmt)
+        if not behind:
+            return codes, scales, str(fmt), None
+        first = self._rw.input(f"{name}s_first", (self._batch, heads, source.args[3], width), NOMINAL_MODEL)
+        return codes, scales, str(fmt), first
 
     def _room(self, window: int | None) -> torch.SymInt:
         """Places: as many as tokens, or a ring of at most ``window``."""
@@ -175,11 +183,14 @@ def _insert(rw: Rewriter, node: fx.Node, inputs: _Inputs, masks: OwnMasks) -> No
                 # A ready mask is all that is hidden: its layer has no ring.
                 given |= {"window": None, "chunk": None}
     limits = [int(given[name]) for name in ("window", "chunk") if given[name] is not None]  # type: ignore[call-overload]
-    ((keys, values), scales, formats), first = inputs.of(given["k"], given["v"], min(limits, default=None))
+    ((keys, values), scales, formats, firsts), first = inputs.of(given["k"], given["v"], min(limits, default=None))
+    kept: tuple = ()
+    if any(firsts):
+        kept = (*firsts, next(rw.program.nodes("first_slots")))
     new = rw.call(
         torch.ops.mxfx.cached_attention.default,
         *(given[name] for name in ("q", "k", "v", "mask")), inputs.slots, keys, values, *scales,
-        *list(given.values())[4:], *formats, first,
+        *list(given.values())[4:], *formats, first, *kept,
         like=node, val=node.meta["val"],
     )  # fmt: skip
     rw.replace(node, new)

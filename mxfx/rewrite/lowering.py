@@ -25,6 +25,8 @@ from mxfx.ops import (
     cached_attend,
     expert_linear,
     find_op,
+    first_slots,
+    keep_first_quantize,
     mixer,
     places,
     position_mask,
@@ -42,7 +44,11 @@ aten = torch.ops.aten
 
 #: Ops that stay calls of their definitions, which take the device from an operand.
 _AS_THEY_ARE = {
-    op.__name__: op for op in (arange, at_slots, mixer, places, position_mask, positions, real_tokens, select_tokens)
+    op.__name__: op
+    for op in (
+        *(arange, at_slots, first_slots, keep_first_quantize, mixer),
+        *(places, position_mask, positions, real_tokens, select_tokens),
+    )
 }
 
 #: Ops that lowering itself spells out: no kernel stands for them.

@@ -16,11 +16,12 @@ from mxfx.rewrite.rewriter import Rewriter
 
 _ROUNDED = "rounded"
 _fake_quantize = torch.ops.mxfx.fake_quantize.default
+_QUANTIZERS = (_fake_quantize, torch.ops.mxfx.keep_first_quantize.default)
 
 
 def is_quantized(node: object, fmt: Format, axis: int = -1) -> bool:
     """Whether ``node`` already rounds onto ``fmt`` along ``axis``."""
-    return isinstance(node, fx.Node) and node.target is _fake_quantize and spec(node).rounds == Rounded(str(fmt), axis)
+    return isinstance(node, fx.Node) and node.target in _QUANTIZERS and spec(node).rounds == Rounded(str(fmt), axis)
 
 
 def quantized(rw: Rewriter, source: fx.Node, fmt: Format, axis: int = -1) -> fx.Node:

@@ -24,16 +24,22 @@ _KEPT = 2
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """One tensor of a cache, ``(batch, heads, room, width)``; under a ``window`` a ring of so many places."""
+    """One tensor of a cache, ``(batch, heads, room, width)``; under a ``window`` a ring of so many places.
+
+    ``first``: it holds as many tokens, those at the beginning of each text.
+    """
 
     name: str
     heads: int
     width: int
     dtype: torch.dtype
     window: int | None
+    first: int | None = None
 
     def places(self, room: int, ring: bool = True) -> int:
         """Places for a context of ``room`` tokens."""
+        if self.first is not None:
+            return self.first
         return room if self.window is None or not ring else min(room, self.window)
 
 
@@ -48,15 +54,21 @@ def cache_specs(program: Program) -> tuple[CacheSpec, ...]:
         for cache in (given[name] for name in CACHES):
             if not isinstance(cache, fx.Node):
                 continue
-            _, heads, _, width = cache.meta["val"].shape
+            _, heads, places, width = cache.meta["val"].shape
+            first = places if isinstance(places, int) else None
             limits = [limit for limit in (given["window"], given["chunk"]) if limit is not None]
             window = min(limits, default=None)  # type: ignore[type-var]
-            found[str(cache.target)] = CacheSpec(str(cache.target), heads, width, cache.meta["val"].dtype, window)
+            window = window if first is None else None
+            found[str(cache.target)] = CacheSpec(
+                str(cache.target), heads, width, cache.meta["val"].dtype, window, first
+            )
             if given["writes"] is False:
                 # The second reader comes when the first has written: what a ring pushed out would be missing.
                 shared.add(str(cache.target))
     return tuple(
-        CacheSpec(spec.name, spec.heads, spec.width, spec.dtype, None if spec.name in shared else spec.window)
+        CacheSpec(
+            spec.name, spec.heads, spec.width, spec.dtype, None if spec.name in shared else spec.window, spec.first
+        )
         for spec in found.values()
     )
 
@@ -176,7 +188,11 @@ class KVCache(Cache):
         new = self._reused(batch, room) or Storage.make(self.specs, batch, room, self._ring, self.device)
         if self.storage is not None and self.length:
             for spec in self.specs:
-                _move(self.storage.tensors[spec.name], new.tensors[spec.name], self.length)
+                old, into = self.storage.tensors[spec.name], new.tensors[spec.name]
+                if spec.first is not None:
+                    into.copy_(old)
+                else:
+                    _move(old, into, self.length)
         self.storage, self._room = new, room
 
     def _reused(self, batch: int, room: int) -> Storage | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from mxfx.export.artefact import load, save
+from mxfx.formats import parse
 from mxfx.graph.program import Program
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
+from mxfx.ops import first_slots, keep_first_quantize
 from mxfx.runtime.cache import CacheError, CacheOutOfMemory, KVCache, Storage, cache_bytes
 from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm
 from mxfx.runtime.decode import RecordedStep
@@ -126,6 +129,47 @@ def test_a_packed_cache_gives_the_bits_of_a_rounded_one(monkeypatch: pytest.Monk
     assert dtypes == [{torch.uint8}, {torch.float32}]
     for lengths in ([12, 1], [1] * 13, [6, 3, 1, 3]):
         assert torch.equal(steps(packed, ids, mask, lengths), steps(plain, ids, mask, lengths))
+
+
+def behind(first: int, family: str = "llama-tiny") -> Program:
+    """W4 A4 KV4, the first tokens of a text not rounded."""
+    *others, cached = config_a()
+    return passed(raised(family), (*others, replace(cached, keep_first=first)))
+
+
+@pytest.mark.parametrize("family", ["llama-tiny", "mistral-tiny"])
+def test_first_tokens_that_are_kept_have_the_bits_of_a_rounded_cache_with_the_same_rule(family, monkeypatch) -> None:
+    """Under padding too, beyond the window of a ring, and where a call ends among the first tokens."""
+    packed = as_causal_lm(behind(3, family))
+    monkeypatch.setattr("mxfx.passes.insert_kv_cache.stores", lambda fmt: False)
+    plain = as_causal_lm(behind(3, family))
+    ids, mask, _ = padded_batch()
+    whole = packed(ids, attention_mask=mask).logits
+    assert not torch.equal(whole, as_causal_lm(behind(0, family))(ids, attention_mask=mask).logits)
+    for lengths in ([12, 1], [1] * 13, [6, 3, 1, 3], [2, 11]):
+        found = steps(packed, ids, mask, lengths)
+        assert torch.equal(found, steps(plain, ids, mask, lengths))
+        torch.testing.assert_close(found[mask.bool()], whole[mask.bool()], rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_kept_counts_from_the_first_real_token_and_in_the_memory_of_the_cache() -> None:
+    x = torch.randn(2, 2, 7, 32, generator=torch.Generator().manual_seed(0))
+    starts = first_slots(x[:, 0, :, 0], torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1]]))
+    found, rounded = keep_first_quantize(x, starts, None, 3, "mxint4@32"), parse("mxint4@32").fake_quantize(x)
+    for text, kept in enumerate(([0, 1, 2], [2, 3, 4])):
+        others = [place for place in range(7) if place not in kept]
+        assert torch.equal(found[text][:, kept], x[text][:, kept])
+        assert torch.equal(found[text][:, others], rounded[text][:, others])
+    kept, without = (as_causal_lm(behind(first)).specs for first in (3, 0))
+    more = cache_bytes(kept, 5, 100) - cache_bytes(without, 5, 100)
+    assert more == cache_bytes(kept, 5, 900) - cache_bytes(without, 5, 900) == 5 * 2 * 2 * 3 * 2 * 16 * 4
+
+
+def test_a_cache_that_keeps_first_tokens_grows_and_goes_on() -> None:
+    lm = as_causal_lm(behind(3))
+    ids = torch.randint(3, 128, (2, 90), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    torch.testing.assert_close(steps(lm, ids, mask, [60, 1, 29]), lm(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_cache_is_continued_by_generate() -> None:
