@@ -83,6 +83,28 @@ def test_lookups_by_name_are_seen(tmp_path: Path) -> None:
     assert sorted(imported(file)) == [(1, "mxfx.passes.lower"), (2, "mxfx.passes.gptq"), (3, "mxfx.api")]
 
 
+def test_tests_for_cuda_are_collected_without_hypothesis() -> None:
+    """Its native module is not to be had on every machine with a device."""
+    tests = ROOT.parent / "tests"
+
+    def names(path: Path, seen: set[str]) -> set[str]:
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        found = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        found += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        for name in found:
+            file = ROOT.parent.joinpath(*name.split(".")).with_suffix(".py")
+            if name not in seen:
+                seen.add(name)
+                if name.startswith("tests.") and file.is_file():
+                    names(file, seen)
+        return seen
+
+    marked = [path for path in sorted(tests.rglob("test_*.py")) if "mark.cuda" in path.read_text()]
+    assert len(marked) >= 6
+    for path in (*marked, tests / "conftest.py"):
+        assert not any(name.startswith("hypothesis") for name in names(path, set())), path
+
+
 def test_no_file_is_longer_than_400_lines() -> None:
     lengths = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("\n") for path in FILES}
     assert {name: count for name, count in lengths.items() if count > 400} == {}

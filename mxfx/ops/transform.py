@@ -26,18 +26,20 @@ def require_fit(x: Tensor, matrix: Tensor) -> None:
 
 def misfit(x: Tensor, matrix: Tensor) -> str | None:
     """Why a matrix cannot transform the last axis of ``x``; None if it can. Only shapes are read."""
-    if matrix.dim() not in (2, 3, 4) or matrix.shape[-1] != matrix.shape[-2]:
+    # Kernels ask at each launch, and reading a shape of a tensor takes the host as long as all that is done with it.
+    shape, of = x.shape, matrix.shape
+    dims, width, block = len(of), shape[-1], of[-1]
+    if dims not in (2, 3, 4) or block != of[-2]:
         return (
-            f"the matrix is {tuple(matrix.shape)}, expected (block, block), (blocks, block, block) "
+            f"the matrix is {tuple(of)}, expected (block, block), (blocks, block, block) "
             "or (heads, blocks, block, block)"
         )
-    width, block = x.shape[-1], matrix.shape[-1]
     if width % block:
-        return f"blocks of {block} do not divide the last axis of {tuple(x.shape)}"
-    if matrix.dim() > 2 and matrix.shape[-3] != width // block:
-        return f"{matrix.shape[-3]} blocks of {block} do not make up the last axis of {tuple(x.shape)}"
-    if matrix.dim() == 4 and (x.dim() != 4 or x.shape[1] % matrix.shape[0]):
-        return f"{matrix.shape[0]} heads of matrices do not fit {tuple(x.shape)}, expected (batch, heads, seq, width)"
+        return f"blocks of {block} do not divide the last axis of {tuple(shape)}"
+    if dims > 2 and of[-3] != width // block:
+        return f"{of[-3]} blocks of {block} do not make up the last axis of {tuple(shape)}"
+    if dims == 4 and (len(shape) != 4 or shape[1] % of[0]):
+        return f"{of[0]} heads of matrices do not fit {tuple(shape)}, expected (batch, heads, seq, width)"
     return None
 
 

@@ -44,10 +44,13 @@ def takes_format(fmt: Format) -> bool:
 
 def takes_transform(x: Tensor, matrix: Tensor | None, fmt: Format | None) -> bool:
     """Whether one kernel can transform `x` and round the result onto `fmt`; only shapes are read."""
-    if matrix is not None and matrix.dim() == 4 and x.dim() != 4:
-        return False
-    block = matrix.shape[-1] if matrix is not None else fmt.block if fmt else None
-    if block is None or x.shape[-1] % block or block > MAX_TRANSFORM:
+    shape, block = x.shape, None if fmt is None else fmt.block
+    if matrix is not None:
+        of = matrix.shape
+        block = of[-1]
+        if len(of) == 4 and len(shape) != 4:
+            return False
+    if block is None or shape[-1] % block or block > MAX_TRANSFORM:
         return False
     if fmt is None or fmt.block == block:
         return fmt is None or takes_format(fmt)
@@ -81,10 +84,11 @@ def has_fast_hadamard() -> bool:
 
 def takes_rope(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether one kernel can rotate all channels of `x`; only shapes and dtypes are read."""
-    if x.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape or cos.shape[1:] != (x.shape[2], x.shape[3]):
+    shape, angles = x.shape, cos.shape
+    if len(shape) != 4 or len(angles) != 3 or angles != sin.shape or angles[1:] != shape[2:]:
         return False
-    each = cos.shape[0] == 1 or cos.shape[0] == x.shape[0]
-    return each and cos.dtype == sin.dtype == x.dtype and x.shape[-1] <= MAX_BLOCK
+    each = angles[0] == 1 or angles[0] == shape[0]
+    return each and cos.dtype == sin.dtype == x.dtype and shape[-1] <= MAX_BLOCK
 
 
 def takes_norm(x: Tensor, weight: Tensor | None, matrix: Tensor | None, fmt: Format) -> bool:

@@ -84,10 +84,11 @@ def norm_quantize(
     gain_first: bool = False,
     hadamard: bool = False,
 ) -> str | None:
-    reason = _dtype(x) or _transform(x, matrix, format)
-    if reason is None and not limits.takes_norm(x, weight, matrix, _parsed(format)):
-        return f"no kernel holds a row of {x.shape[-1]} with such a gain and matrix"
-    return reason
+    # Asked at each launch: what is taken is told at once, and only what is not is looked at for the reason.
+    if (matrix is None or misfit(x, matrix) is None) and limits.takes_norm(x, weight, matrix, _parsed(format)):
+        return _dtype(x)
+    held = f"no kernel holds a row of {x.shape[-1]} with such a gain and matrix"
+    return _dtype(x) or _transform(x, matrix, format) or held
 
 
 def unlike(gate: Tensor, up: Tensor) -> str | None:
