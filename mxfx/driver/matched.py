@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import fx
 
+from mxfx.config.emit import EMIT_PASSES
 from mxfx.formats import Format
 from mxfx.graph.node import info, kind, path_of
 from mxfx.graph.program import Program
@@ -63,6 +64,9 @@ def site_lines(program: Program, passes: Sequence[Pass], records: Sequence[PassR
     nodes = {node.name: node for node in program.graph.nodes}
     for pass_ in passes:
         record = ran.get(pass_.name)
+        if record is None and pass_.name in EMIT_PASSES:
+            # What they fuse and pack is made by the passes before them.
+            continue
         if record is not None:
             sites: int | None = len(record.matches)
         else:
@@ -113,5 +117,5 @@ def _counted(names: Iterable[str]) -> str:
 
 
 def _plain(reason: str) -> str:
-    """A reason without the number of the layer, so that layers count together."""
-    return re.sub(r"\.\d+\.", ".N.", reason)
+    """A reason without the numbers of layers and nodes, so that layers count together."""
+    return re.sub(r"\.\d+\b", ".N", reason)

@@ -9,6 +9,7 @@ from mxfx.graph.trace import trace
 from mxfx.passes import (
     Annotate,
     FuseNorm,
+    FuseNormQuant,
     Gptq,
     OnlineRotation,
     RaiseAttention,
@@ -17,7 +18,8 @@ from mxfx.passes import (
     TransformInputs,
     TransformKv,
 )
-from mxfx.rewrite import apply
+from mxfx.rewrite import PassRecord, apply
+from mxfx.rewrite.record import Skip
 from tests.architectures import build
 from tests.mixtures import raised_mixture
 from tests.programs import RAISE, passed, raised
@@ -81,9 +83,14 @@ def test_the_block_that_each_axis_gets_is_told_before_a_run() -> None:
     assert online.startswith("online-rotation: 7 sites (5 input, order 80, 1 input, order 192, 1 input, order 176)")
 
 
-def test_an_attention_that_a_model_spells_out_is_warned_of() -> None:
-    program = passed(trace(build("bloom"), proven=False), RAISE[:2])
-    (line,) = attention_lines([apply(RaiseAttention(), program).record])
-    assert line.startswith("warning: 2 attentions (such as transformer.h.0.self_attention) are not raised: ")
-    assert "not through transformers' attention interface" in line
-    assert list(attention_lines([apply(RaiseAttention(), passed(raised("llama-tiny"), ())).record])) == []
+def test_an_attention_that_is_not_raised_is_warned_of() -> None:
+    reason = "its softmax has another operand"
+    skips = [Skip(f"bmm_{i}", f"transformer.h.{i}.self_attention", reason) for i in range(2)]
+    (line,) = attention_lines([PassRecord("raise-attention", skips=skips)])
+    assert line == (f"warning: 2 attentions (such as transformer.h.0.self_attention) are not raised: {reason}")
+    spelled_out = passed(trace(build("bloom"), proven=False), RAISE[:2])
+    assert list(attention_lines([apply(RaiseAttention(), spelled_out).record])) == []
+
+
+def test_what_the_emit_stage_fuses_is_not_asked_before_it_is_there() -> None:
+    assert list(site_lines(raised("llama-tiny"), (FuseNormQuant(), FuseNorm()), [])) == ["fuse-norm: 5 sites"]
