@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -12,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mxfx.calibration.adam import Update
+from mxfx.calibration.sharded import ShardedUpdate
 from mxfx.calibration.training import GradientStep
 from mxfx.graph.tensor_file import read_tensors, write_tensors
 from mxfx.ground import ranks
 from mxfx.rewrite import Context
 
-_NORM = 1.0
 #: Of each parameter, what a checkpoint has; that of a run that averages also "average".
 _STATE = ("now", "first", "second", "best")
 
@@ -54,58 +54,6 @@ class History:
     @property
     def best(self) -> float:
         return (self.averaged if self.best_is_average else self.held_out)[self.best_step]
-
-
-class Update:
-    """A step of Adam (arXiv 1412.6980) along clipped gradients, with a rate for each parameter.
-
-    On CUDA the second call records one graph of kernels and later ones replay it: of hundreds of parameters with rates
-    of their own, the host would take longer to launch the updates than the device for a whole gradient.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], rates: Sequence[float], device: torch.device) -> None:
-        self._parameters = parameters
-        self._rates = list(rates)
-        self._on_gpu = device.type == "cuda"
-        self._called = 0
-        self._recorded: torch.cuda.CUDAGraph | None = None
-        given: Sequence[float | Tensor] = self._rates
-        if self._on_gpu:
-            self._full = torch.tensor(self._rates, dtype=torch.float32, device=device)
-            self._now = self._full.clone()
-            given = list(self._now.unbind())
-        groups = [{"params": [p], "lr": rate} for p, rate in zip(parameters, given, strict=True)]
-        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=self._on_gpu, capturable=self._on_gpu)
-
-    @property
-    def state(self) -> dict:
-        """Adam's, by parameter."""
-        return self._optimizer.state
-
-    def __call__(self, share: float) -> None:
-        """Update by ``share`` of each rate, from the gradients that stand in the parameters' ``grad``."""
-        if self._on_gpu:
-            torch.mul(self._full, share, out=self._now)
-        else:
-            for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-                group["lr"] = rate * share
-        self._called += 1
-        if not self._on_gpu or self._called == 1:
-            with warnings.catch_warnings():
-                # The first step makes Adam's state, which a recording cannot; torch asks why it is not recorded.
-                warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
-                self._step()
-            return
-        if self._recorded is None:
-            torch.cuda.synchronize()
-            self._recorded = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._recorded):
-                self._step()
-        self._recorded.replay()
-
-    def _step(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self._parameters, _NORM)
-        self._optimizer.step()
 
 
 class MovingAverage:
@@ -149,7 +97,8 @@ class Distillation:
 
     ``check`` gives the held-out loss of the parameters as they are. Samples are drawn without one coming twice before
     all have come once. With a ``file`` the state is kept there and found again: a run that was killed ends, on a CPU,
-    with the bytes of one that was not.
+    with the bytes of one that was not. Of several ranks each computes gradients of its samples of a batch, and updates
+    its part of the parameters (``ShardedUpdate``).
     """
 
     def __init__(
@@ -183,7 +132,10 @@ class Distillation:
         self._best: dict[str, Tensor] = {}
         # A step of Adam moves every weight about alike; only against a weight's own scale does that mean the same.
         rates = [plan.learning_rate * float(p.detach().square().mean().sqrt()) for p in self._parameters.values()]
-        self._update = Update(list(self._parameters.values()), rates, ctx.device)
+        self._update = (Update if ranks.world() == 1 else ShardedUpdate)(
+            list(self._parameters.values()), rates, ctx.device
+        )
+        self._saves = ranks.from_first(lambda: file is not None)
         self._average = MovingAverage(list(self._parameters.values()), plan.average) if plan.average else None
 
     def run(self) -> History:
@@ -198,7 +150,7 @@ class Distillation:
             last = step + 1 == self._plan.steps
             if last or _due(step + 1, self._plan.check_every):
                 self._judge(step + 1)
-            if self._file is not None and (last or _due(step + 1, self._plan.checkpoint_every)):
+            if self._saves and (last or _due(step + 1, self._plan.checkpoint_every)):
                 self._save(step + 1)
         with torch.no_grad():
             for name, parameter in self._parameters.items():
@@ -213,8 +165,11 @@ class Distillation:
         return order[: self._plan.steps * size].split(size)
 
     def _one(self, step: int, batch: Tensor) -> None:
-        self._gradients(batch)
-        self._update(self._share(step))
+        gradients = self._gradients(batch)
+        if isinstance(self._update, ShardedUpdate):
+            self._update(self._share(step), gradients)
+        else:
+            self._update(self._share(step))
         if self._average is not None:
             self._average.add(step + 1)
 
@@ -223,29 +178,27 @@ class Distillation:
         warm = max(1, self._plan.steps // 20)
         return min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / self._plan.steps)))
 
-    def _gradients(self, batch: Tensor) -> None:
+    def _gradients(self, batch: Tensor) -> list[Tensor]:
+        """This rank's part of every parameter's gradient; of one process they stand in the parameters' ``grad``."""
         mine = batch[ranks.share(len(batch))]
         parts = mine.tensor_split(self._plan.accumulate) if self._plan.accumulate > 1 else [mine]
         sums: list[Tensor] = []
         for part in parts:
             self._step(*self._take(part))
             if len(parts) == 1 and ranks.world() == 1:
-                return
+                return []
             grads = [p.grad for p in self._parameters.values() if p.grad is not None]
             if not sums:
                 sums = [torch.zeros_like(grad) for grad in grads]
             for total, grad in zip(sums, grads, strict=True):
                 total.add_(grad, alpha=len(part) / len(batch))
         if ranks.world() > 1:
-            # In one piece: a meeting for each of hundreds of tensors would cost more than their bytes.
-            flat = ranks.summed(torch.cat([total.flatten() for total in sums]))
-            sums = [
-                piece.view_as(total) for piece, total in zip(flat.split([t.numel() for t in sums]), sums, strict=True)
-            ]
+            return sums
         for parameter, total in zip(self._parameters.values(), sums, strict=True):
             # On a GPU the gradient is a place that a recorded graph writes to: its content changes, not the tensor.
             assert parameter.grad is not None
             parameter.grad.copy_(total)
+        return sums
 
     def _judge(self, step: int) -> None:
         self._compare(step, self.history.held_out)
@@ -263,15 +216,16 @@ class Distillation:
             self._best = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
 
     def _save(self, step: int) -> None:
+        # All ranks meet here; the first has a file.
+        moments = zip(self._parameters.items(), *self._update.moments(), strict=True)
+        if self._file is None:
+            return
         tensors = {f"best/{name}": tensor for name, tensor in self._best.items()}
-        for name, parameter in self._parameters.items():
-            state = self._update.state[parameter]
-            tensors |= {f"now/{name}": parameter.detach(), f"first/{name}": state["exp_avg"]}
-            tensors |= {f"second/{name}": state["exp_avg_sq"]}
+        for (name, parameter), first, second in moments:
+            tensors |= {f"now/{name}": parameter.detach(), f"first/{name}": first, f"second/{name}": second}
         if self._average is not None:
             means = zip(self._parameters, self._average.means, strict=True)
             tensors |= {f"average/{name}": mean for name, mean in means}
-        assert self._file is not None
         write_tensors(self._file, tensors, {"step": step, "history": asdict(self.history)})
 
     def _resume(self) -> int:
@@ -283,12 +237,9 @@ class Distillation:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(tensors[f"now/{name}"])
-                self._update.state[parameter] = {
-                    "step": torch.tensor(float(step), device=parameter.device),
-                    "exp_avg": tensors[f"first/{name}"].to(parameter.device),
-                    "exp_avg_sq": tensors[f"second/{name}"].to(parameter.device),
-                }
                 self._best[name] = tensors[f"best/{name}"]
+            moments = ([tensors[f"{part}/{name}"] for name in self._parameters] for part in ("first", "second"))
+            self._update.resume(step, *moments)
             if self._average is not None:
                 for name, mean in zip(self._parameters, self._average.means, strict=True):
                     mean.copy_(tensors[f"average/{name}"])

@@ -30,8 +30,8 @@ from mxfx.calibration.statistics import panel_width
 from mxfx.graph.program import Program, compute_dtype
 
 _META = torch.device("meta")
-#: Of what is free, the share that a stream may take: allocators leave gaps.
-_SHARE = 0.85
+#: Of what is free, the share that a stream or a model may take: allocators leave gaps.
+SHARE = 0.85
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,11 @@ class Footprint:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are made while it is on, until they are gone."""
+    """Counts the bytes of tensors that are made while it is on, until they are gone.
+
+    What CUDA makes of an index by several tensors counts too, on whatever device: where they differ in shape it spells
+    each out, eight bytes for every element of the result.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,6 +74,10 @@ class LiveBytes(TorchDispatchMode):
         for value in tree_leaves(found):
             if isinstance(value, Tensor):
                 self.note(value)
+        if func is torch.ops.aten.index.Tensor:
+            indices = [index for index in args[1] if index is not None]
+            if len({index.shape for index in indices}) > 1:
+                self.peak = max(self.peak, self.now + 8 * len(indices) * found.numel())
         return found
 
     def note(self, tensor: Tensor) -> None:
@@ -122,12 +130,9 @@ def footprint(
 
 def place(found: Footprint, device: torch.device) -> Placement:
     """Where values wait: on the device if all of it fits there, else in host memory, else in files."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        if found.device("device") <= _SHARE * free:
-            return "device"
-        return "cpu" if found.waiting <= _SHARE * host_bytes() else "disk"
-    return "device" if found.device("device") <= _SHARE * host_bytes() else "disk"
+    if found.device("device") <= SHARE * free_bytes(device):
+        return "device"
+    return "cpu" if device.type == "cuda" and found.waiting <= SHARE * host_bytes() else "disk"
 
 
 def solver_bytes(rows: int, columns: int) -> int:
@@ -242,6 +247,11 @@ def _budget(of: Mapping[str, int], device: torch.device) -> int:
 def _bytes(values: Any) -> int:
     storages = {v.untyped_storage()._cdata: v.numel() * v.itemsize for v in values if isinstance(v, Tensor)}
     return sum(storages.values())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that is free; of a CPU, what this process may still take."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_bytes()
 
 
 def host_bytes() -> int:

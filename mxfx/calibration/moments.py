@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 import mxfx.ops  # noqa: F401  (registers the dialect)
+from mxfx.calibration.estimate import SHARE, free_bytes
 from mxfx.graph.execute import execute, runtime_weight
 from mxfx.graph.program import Program
 from mxfx.graph.weights import WeightStore
@@ -30,13 +31,15 @@ class _LastSeen(Exception):
 def watch(program: Program, sinks: Mapping[fx.Node, Sink], ctx: Context, tokens: Tensor | None = None) -> None:
     """Run calibration tokens through ``program`` and hand every value of a watched node to its sink.
 
-    The program runs in its own dtype on ``ctx.device``, up to the last watched node. ``tokens`` are int64
+    The program runs in its own dtype on ``ctx.device``, up to the last watched node; in pieces where it does not fit
+    there. ``tokens`` are int64
     ``(samples, length)``; None takes the run's. Raises ``MissingCalibration`` if there are none.
     """
     if not sinks:
         return
     tokens = ctx.tokens() if tokens is None else tokens
-    there = _on_device(program, ctx.device)
+    whole = _fits(program, ctx.device)
+    there = _on_device(program, ctx.device) if whole else program
     last = next(node for node in reversed(program.graph.nodes) if node in sinks)
 
     def observe(node: fx.Node, value: object) -> object:
@@ -50,7 +53,7 @@ def watch(program: Program, sinks: Mapping[fx.Node, Sink], ctx: Context, tokens:
     batches = tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
     for ids in ctx.progress(batches, "calibration", len(batches)):
         try:
-            execute(there, ids.to(ctx.device), observe=observe)
+            execute(there, ids.to(ctx.device), observe=observe, device=None if whole else ctx.device)
         except _LastSeen:
             continue
 
@@ -127,6 +130,18 @@ def samples(
 
     watch(program, {node: sink(node) for node in nodes}, ctx, tokens)
     return {node: torch.cat(parts, dim=-2) for node, parts in picked.items()}
+
+
+def _fits(program: Program, device: torch.device) -> bool:
+    """Whether a device has room for a copy of the weights in the dtype that they run in; else each batch brings them
+    anew.
+    """
+    copied = sum(
+        tensor.numel() * program.dtype.itemsize
+        for tensor in program.weights.values()
+        if tensor.device.type != device.type or tensor.dtype != program.dtype
+    )
+    return copied <= SHARE * free_bytes(device)
 
 
 def _on_device(program: Program, device: torch.device) -> Program:

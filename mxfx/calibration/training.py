@@ -15,6 +15,7 @@ from mxfx.formats import Format
 from mxfx.graph.module import build
 from mxfx.graph.node import operands
 from mxfx.graph.program import Program, compute_dtype
+from mxfx.ground import ranks
 from mxfx.ops.kernels.limits import has_triton
 from mxfx.rewrite import Rewriter
 from mxfx.rewrite.lowering import lower_calls
@@ -208,6 +209,6 @@ class GradientStep:
         self._clear()
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode=ranks.recording()):
             self._loss(*given).backward()
         return graph, given

@@ -12,6 +12,7 @@ from mxfx.calibration.datasets import DatasetError
 from mxfx.calibration.prompts import check_prompts, prompts
 from mxfx.driver.pretrained import load_model, load_tokenizer
 from mxfx.evaluation.tasks import TaskOptions, check_task, run_task
+from mxfx.ground import ranks
 
 _TASK = "lm_eval:"
 #: Documents of a task where its name gives no number, as in PLENA.
@@ -49,6 +50,8 @@ def collect(
 
     Raises ``DatasetError`` (nothing to collect), ``EvaluationError``, ``ModelError``, ``FileExistsError``.
     """
+    if ranks.world() > 1:
+        raise DatasetError(f"{source}: one process collects, {ranks.world()} were started; leave torchrun out")
     collector.check_path()
     if source.startswith(_TASK):
         _run_task(source, model, collector, include_path, dtype, device, trust_remote_code)

@@ -15,6 +15,7 @@ from mxfx.calibration.datasets import DatasetError, TokenSet
 from mxfx.calibration.estimate import host_bytes
 from mxfx.calibration.sources import SELF, calibration_tokens
 from mxfx.config.pipeline import CalibrationConfig, Pipeline
+from mxfx.driver.fitting import REWRITTEN, fits_rewritten
 from mxfx.driver.pretrained import check_fits, load_checked, load_tokenizer, refuse_offloaded
 from mxfx.driver.texts import FloatTexts
 from mxfx.graph.program import Program
@@ -68,8 +69,13 @@ class Job:
             job.tokens(pipeline.calibration)
         check_fits(name, meta.weights.values())
         loaded = load_checked(name, settings.dtype, **of_hub)
-        job.program, proof = _bound(meta, loaded.model.to(job.device), str(name))
-        job.warnings = (*loaded.warnings, *(() if proof is None else proof.notes))
+        fitted = fits_rewritten(meta, job.device)
+        away = not fitted.whole and job.device.type != "cpu"
+        job.program, proof = _bound(meta, loaded.model if away else loaded.model.to(job.device), str(name))
+        notes = () if proof is None else proof.notes
+        if away:
+            notes += (f"weights stay on the host: to rewrite them on {job.device}, {fitted}",)
+        job.warnings = (*loaded.warnings, *notes)
         job.texts = FloatTexts(loaded.model, job.tokenizer, job.device, program=lambda: job.program)
         return job
 
@@ -146,8 +152,7 @@ class Job:
         """Run a pipeline over the model. Raises what ``PassManager.run`` raises."""
         ctx = self.context(pipeline, cache=cache, strict=strict)
         size = sum(tensor.nbytes for tensor in self.program.weights.values())
-        # The model, and a float32 copy of it where each weight is changed.
-        if cache is not None and 3 * size > _SHARE_OF_HOST * host_bytes():
+        if cache is not None and REWRITTEN * size > _SHARE_OF_HOST * host_bytes():
             self.program.weights.keep_in_files(cache / "weights")
         return PassManager(instruments).run(self.program, pipeline, ctx, probe=probe or self.probe(pipeline))
 

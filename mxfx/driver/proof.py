@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mxfx.config.emit import EmitConfig
 from mxfx.export.artefact import load
+from mxfx.graph.execute import execute
 from mxfx.graph.module import build
 from mxfx.graph.program import Program
 from mxfx.ground.errors import CheckError
@@ -19,16 +20,32 @@ class ProofError(CheckError, ValueError):
     """A saved model does not run, or computes something else than the model that was measured."""
 
 
-def logits_of(program: Program, ids: Tensor, device: torch.device) -> Tensor:
-    """``(batch, seq, vocabulary)`` of the module that a lowered program is built into."""
+def logits_of(program: Program, ids: Tensor, device: torch.device, *, whole: bool = True) -> Tensor:
+    """``(batch, seq, vocabulary)`` of the module that a lowered program is built into, or of the program in pieces."""
+    if not whole:
+        return execute(program, ids.to(device), device=device)
     with torch.no_grad():
         return build(program).to(device)(ids.to(device))
 
 
-def check_saved(folder: Path, expected: Tensor, ids: Tensor, device: torch.device, settings: EmitConfig) -> None:
-    """Raise ``ProofError`` unless the model saved in ``folder``, emitted again, gives the bits of ``expected``."""
+def check_saved(
+    folder: Path,
+    expected: Tensor,
+    ids: Tensor,
+    device: torch.device,
+    settings: EmitConfig,
+    *,
+    files: Path | None = None,
+) -> None:
+    """Raise ``ProofError`` unless the model saved in ``folder``, emitted again, gives the bits of ``expected``.
+
+    With ``files``, a folder, it runs in pieces, as ``expected`` did, and what emitting makes of its weights lies there.
+    """
     try:
-        found = logits_of(emitted(load(folder), device, settings), ids, device)
+        saved = load(folder)
+        if files is not None:
+            saved.weights.keep_in_files(files)
+        found = logits_of(emitted(saved, device, settings), ids, device, whole=files is None)
     except Exception as error:
         raise ProofError(f"the model saved in {folder} does not run: {type(error).__name__}: {error}") from error
     different = int((_bits(found) != _bits(expected)).sum()) if found.shape == expected.shape else -1

@@ -16,6 +16,7 @@ import torch
 
 from mxfx.config import ConfigError, Pipeline, Place, to_toml
 from mxfx.driver.check import check
+from mxfx.driver.fitting import fit, fitting_lm
 from mxfx.driver.job import Job, default_instruments
 from mxfx.driver.options import RunOptions
 from mxfx.driver.pretrained import load_tokenizer
@@ -164,7 +165,7 @@ def _loaded(job: Job, meta: Program, options: RunOptions) -> _Model:
     def float_model() -> object:
         # Each rank makes it when it first asks.
         with ranks.alone():
-            return as_causal_lm(job.run(pipeline).program, job.device)
+            return fitting_lm(job.run(pipeline).program, job.device, wanted.batch_size)
 
     reference = FloatLogits(float_model)
     return _Model(job, meta, suite, reference)
@@ -174,7 +175,8 @@ def _float_outcome(model: _Model, options: RunOptions) -> Outcome:
     pipeline = Pipeline([]).completed().emitted(model.job.device.type)
     result = model.job.run(pipeline, [Numbers(), Verify()])
     if model.suite is not None:
-        model.reference = FloatLogits(lambda: as_causal_lm(result.program, model.job.device))
+        batch = model.suite.batch_size
+        model.reference = FloatLogits(lambda: fitting_lm(result.program, model.job.device, batch))
     options.say("evaluating the float model") if options.eval else None
     return _outcome(Named(model.baseline, "", pipeline), model, result, 0.0, options)
 
@@ -209,15 +211,19 @@ def _outcome(
     warnings = [*job.warnings] if not named.file or not model.baseline else []
     warnings += [f"{step.pass_.name}: {text}" for step in result.steps for text in step.record.warnings]
     ids = job.probe(named.pipeline).tokens(job.program)
-    logits = logits_of(program, ids, job.device)
+    fitted = fit(program, job.device, 1 if model.suite is None else model.suite.batch_size)
+    if not fitted.whole:
+        warnings.append(f"run in pieces, which is slow: the emitted model does not fit on {job.device} ({fitted})")
+    logits = logits_of(program, ids, job.device, whole=fitted.whole)
     warnings += [problem] if (problem := not_finite(logits)) else []
     if folder is not None and options.save:
+        files = None if fitted.whole else folder.cache / "weights"
         with ranks.alone(), part("save and prove"):
             _save(result.portable, job, folder)
-            check_saved(folder.model, logits, ids, job.device, named.pipeline.emit)
+            check_saved(folder.model, logits, ids, job.device, named.pipeline.emit, files=files)
     del logits
     counted = inexact_count()
-    evaluation = _evaluate(program, model, is_float=not named.file)
+    evaluation = _evaluate(program, model, is_float=not named.file, whole=fitted.whole)
     if beyond := inexact_count() - counted:
         warnings.append(
             f"{beyond} rows of activations span more octaves than E4M3 is sure to hold: their least were rounded"
@@ -234,11 +240,11 @@ def _outcome(
     )
 
 
-def _evaluate(program: Program, model: _Model, *, is_float: bool) -> Evaluation | None:
+def _evaluate(program: Program, model: _Model, *, is_float: bool, whole: bool) -> Evaluation | None:
     if model.suite is None:
         return None
     assert model.reference is not None
-    lm = model.reference.model if is_float else as_causal_lm(program, model.job.device)
+    lm = model.reference.model if is_float else as_causal_lm(program, model.job.device, whole=whole)
     found = model.suite.run(lm, model.reference)
     # Passes need the device for themselves.
     model.reference.release()
@@ -264,7 +270,8 @@ def evaluate_saved(folder: str | Path, options: RunOptions, phase: str = "prefil
     if wanted is None:
         raise EvaluationError("nothing to evaluate was named; expected wikitext, files, or tasks of lm-eval")
     suite = Suite(wanted, tokenizer, program.source.config.get("max_position_embeddings"))
-    model = as_causal_lm(program, torch.device(options.device))
+    device = torch.device(options.device)
+    model = fitting_lm(program, device, wanted.batch_size)
     return suite.run(Stepwise(model) if phase == "decode" else model), bits_per_weight(program)
 
 

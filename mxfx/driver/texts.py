@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mxfx.calibration.keys import digest
 from mxfx.calibration.sampling import rendered, self_samples, start_token
 from mxfx.config import Pipeline
+from mxfx.driver.fitting import fitting_lm
 from mxfx.evaluation.chat import chat_domain
 from mxfx.evaluation.evaluate import Domain
 from mxfx.graph.program import Program
@@ -24,7 +25,6 @@ from mxfx.ground.clock import part
 from mxfx.ground.files import DamagedFile, cache_home
 from mxfx.ground.progress import track
 from mxfx.pipeline.manager import PassManager
-from mxfx.runtime.causal_lm import as_causal_lm
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class FloatTexts:
         """
         wide = self._device.type == "cpu" and not _multiplies_short_floats()
         program = self._program().twin(torch.float32) if wide else self._program()
-        model = as_causal_lm(PassManager().run(program, Pipeline([]).completed()).program, self._device)
+        model = fitting_lm(PassManager().run(program, Pipeline([]).completed()).program, self._device)
         if model.specs:
             return model
         _log.warning("the float model's graph has no cache of keys and values: it writes its texts slowly")

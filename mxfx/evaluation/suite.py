@@ -71,6 +71,11 @@ class Suite:
             if kind(name) != "task":
                 self._domains.append(self._domain(name, first=not self._domains))
 
+    @property
+    def batch_size(self) -> int:
+        """Rows that the model reads at once."""
+        return self._wanted.batch_size
+
     def run(self, model: Any, reference: FloatLogits | None = None) -> Evaluation:
         """Measure everything; `reference` asks for the divergence from the float model."""
         wanted = self._wanted
@@ -81,17 +86,13 @@ class Suite:
                     model, domain, self._tokenizer, batch_size=wanted.batch_size, reference=reference
                 )
         tasks = {
-            # lm-eval asks and scores by itself.
-            name: ranks.from_first(
-                partial(
-                    run_task,
-                    model,
-                    self._tokenizer,
-                    name,
-                    wanted.tasks,
-                    batch_size=wanted.batch_size,
-                    max_length=self._length,
-                )
+            name: run_task(
+                model,
+                self._tokenizer,
+                name,
+                wanted.tasks,
+                batch_size=wanted.batch_size,
+                max_length=self._length,
             )
             for name in wanted.names
             if kind(name) == "task"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mxfx.evaluation.results import EvaluationError
+from mxfx.ground import ranks
 from mxfx.ground.errors import MxfxError
 from mxfx.ground.nearest import did_you_mean
 
@@ -78,6 +79,9 @@ def run_task(
 ) -> TaskResult:
     """Run one task on a causal LM of transformers, log-softmax in float32.
 
+    Of several processes each asks the model a part of the questions; all build them and score the answers, so that
+    examples are drawn and answers ordered as by one process, and all get the first one's result.
+
     Raises:
         EvaluationError: unknown task, or its data cannot be had.
     """
@@ -111,6 +115,11 @@ def run_task(
         except Exception as error:
             # Tasks are code of many hands, and so are their metrics.
             raise EvaluationError(f"--eval {name}: lm-eval stopped: {type(error).__name__}: {error}") from error
+    # lm-eval itself gives nothing to processes that are not the first of their host.
+    return ranks.from_first(lambda: _result(name, found, options, time.perf_counter() - began))
+
+
+def _result(name: str, found: Any, options: TaskOptions, seconds: float) -> TaskResult:
     metrics: dict[str, float] = {}
     stderr: dict[str, float] = {}
     for task, values in found["results"].items():
@@ -121,7 +130,7 @@ def run_task(
             short = key.removesuffix(",none")
             into = stderr if "_stderr" in short else metrics
             into[prefix + short.replace("_stderr", "")] = float(value)
-    return TaskResult(name, metrics, stderr, options, time.perf_counter() - began, found["samples"])
+    return TaskResult(name, metrics, stderr, options, seconds, found["samples"])
 
 
 @cache
@@ -133,15 +142,29 @@ def _adapter() -> type:
     from lm_eval.models.huggingface import HFLM
 
     class Adapter(HFLM):
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return _spread(super().loglikelihood, requests, disable_tqdm)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return _spread(super().generate_until, requests, disable_tqdm)
+
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             given = self.add_bos_token
             self.add_bos_token: bool | None = False
             try:
-                return super().loglikelihood_rolling(requests, disable_tqdm)
+                return _spread(super().loglikelihood_rolling, requests, disable_tqdm)
             finally:
                 self.add_bos_token = given
 
     return Adapter
+
+
+def _spread(answer: Callable[[list, bool], list], requests: list, quiet: bool) -> list:
+    """The answers to all requests, each given by one rank. Neighbours stay together: they often share a context."""
+    mine = requests[ranks.share(len(requests))]
+    with ranks.alone():
+        found = answer(mine, quiet) if mine else []
+    return [one for of_rank in ranks.collected(found) for one in of_rank]
 
 
 def _manager(name: str, include_path: Path | None) -> Any:

@@ -59,27 +59,36 @@ def execute(
     observe: Observer | None = None,
     quantize: bool = True,
     casts: CastCache | None = None,
+    device: torch.device | None = None,
+    others: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Logits ``(batch, seq, vocabulary)`` of a program in its own dtype, from the definitions of its ops.
 
-    ``input_ids``, ``position_ids`` and ``attention_mask`` are int64 ``(batch, seq)``. ``quantize=False`` reads every
-    ``fake_quantize`` as the identity: the real function behind a program with quantizers. ``casts`` is kept by a caller
-    that executes several programs with the same weights.
+    ``input_ids``, ``position_ids`` and ``attention_mask`` are int64 ``(batch, seq)``; ``others`` are further inputs of
+    the graph. ``quantize=False`` reads every ``fake_quantize`` as the identity: the real function behind a program with
+    quantizers. ``casts`` is kept by a caller that executes several programs with the same weights. A weight is brought
+    to its dtype, and to ``device`` where one is given, when the first node reads it, and goes with the last.
 
     Raises ``ValueError`` if a weight is on the meta device (there are no numbers to compute with), and, to be without
     quantizers, if one is part of a fused op.
     """
     if not quantize:
         _check_unfused(program)
-    given = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
+    given = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask, **(others or {})}
     last_reader = last_readers(program.graph)
     env: dict[fx.Node, object] = {}
     with torch.no_grad():
         for node in program.graph.nodes:
             if node.op == "output":
                 return env[node.args[0]]
+            if node.op == "get_attr":
+                continue
+            for operand in node.all_input_nodes:
+                if operand not in env:
+                    weight = runtime_weight(program, str(operand.target), casts)
+                    env[operand] = weight if device is None else weight.to(device)
             value = call(program, node, env, given, quantize, casts)
-            env[node] = value if observe is None or node.op == "get_attr" else observe(node, value)
+            env[node] = value if observe is None else observe(node, value)
             for operand in last_reader.get(node, ()):
                 del env[operand]
     raise ValueError("the graph has no output")
@@ -166,7 +175,7 @@ def last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     order = {node: i for i, node in enumerate(graph.nodes)}
     result: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
-        if node.op != "output":
+        if node.op != "output" and (node.users or node.op != "get_attr"):
             last = max((*node.users, node), key=order.__getitem__)
             result.setdefault(last, []).append(node)
     return result

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from mxfx.ground.errors import CheckError
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _T = TypeVar("_T")
+_K = TypeVar("_K")
 #: Elements that are added up at one time: each rank holds as many of every other.
 _PIECE = 1 << 24
 #: Nobody waits so long for one that lives: the first writes and proves a model while the others wait.
@@ -41,6 +42,8 @@ class _Together:
     rank: int = 0
     world: int = 1
     first: bool = True
+    several: bool = False
+    """Whether there are others, even while this one works alone."""
 
 
 _now = _Together()
@@ -81,6 +84,7 @@ def start() -> None:
     dist.init_process_group(backend, timeout=_PATIENCE)
     _now.rank, _now.world = dist.get_rank(), dist.get_world_size()
     _now.first = _now.rank == 0
+    _now.several = True
     _end_when_told()
     if not is_first():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (as long as the process)
@@ -122,11 +126,22 @@ def alone() -> Iterator[None]:
         _now.rank, _now.world = before
 
 
+def recording() -> Literal["global", "thread_local"]:
+    """How strictly CUDA graphs are recorded (``capture_error_mode``): NCCL's own thread asks its events at any time,
+    which a recording in mode "global" forbids.
+    """
+    return "thread_local" if _now.several else "global"
+
+
 def share(count: int) -> slice:
     """This rank's part of ``count`` things in a row: parts are as equal as can be, earlier ranks have the larger."""
+    return _share(count, _now.rank)
+
+
+def _share(count: int, rank: int) -> slice:
     each, more = divmod(count, _now.world)
-    start = _now.rank * each + min(_now.rank, more)
-    return slice(start, start + each + (_now.rank < more))
+    start = rank * each + min(rank, more)
+    return slice(start, start + each + (rank < more))
 
 
 def summed(tensor: Tensor) -> Tensor:
@@ -145,6 +160,22 @@ def summed(tensor: Tensor) -> Tensor:
         for part in parts[1:]:
             piece.add_(part)
     return tensor if tensor.is_contiguous() else tensor.copy_(flat.view_as(tensor))
+
+
+def scattered(flat: Tensor) -> Tensor:
+    """This rank's ``share`` of the sum over all ranks of a 1-dim tensor, added in the order of the ranks."""
+    if _now.world == 1:
+        return flat
+    from torch import distributed as dist
+
+    sizes = [len(range(len(flat))[_share(len(flat), rank)]) for rank in range(_now.world)]
+    parts = flat.new_empty(_now.world, sizes[_now.rank])
+    with _together():
+        dist.all_to_all_single(parts.view(-1), flat, [sizes[_now.rank]] * _now.world, sizes)
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total.add_(part)
+    return total
 
 
 def joined(part: Tensor, dim: int, count: int) -> Tensor:
@@ -178,6 +209,11 @@ def collected(value: _T) -> list[_T]:
     with _together():
         dist.all_gather_object(found, value)
     return found
+
+
+def merged(found: dict[_K, _T]) -> dict[_K, _T]:
+    """Every rank's entries as one dictionary, in the order of the ranks: of things that were spread by ``share``."""
+    return {key: value for of_rank in collected(found) for key, value in of_rank.items()}
 
 
 def from_all(value: float) -> float:

@@ -17,6 +17,7 @@ from mxfx.calibration.keys import Keys, digest, environment, token_key
 from mxfx.graph.module import build
 from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
+from mxfx.ground import ranks
 from mxfx.ops.catalogue import spec
 from mxfx.ops.quantize import fake_quantize
 from mxfx.passes.online_rotation import fitting, rotate_operands, rotated_operands
@@ -125,7 +126,7 @@ class RotationSearch(Pass):
         self, program: Program, members: dict[str, list[fx.Node]], ctx: Context, tokens: Tensor
     ) -> dict[str, object]:
         score = _scorer(program, members, self.block, ctx, tokens)
-        best = baseline = score([])
+        best = baseline = ranks.collected(score([]))[0]
         if not math.isfinite(baseline):
             raise ValueError(
                 f"rotation-search: the perplexity of the quantized model on the calibration tokens is {baseline}: "
@@ -137,7 +138,10 @@ class RotationSearch(Pass):
         while len(path) < len(members) and len(path) - kept <= self.patience:
             remaining = [site for site in members if site not in path]
             done = f"rotation search: {', '.join(path) or 'nothing'} rotated, perplexity {last:.4f}"
-            tried = {s: score([*path, s]) for s in ctx.progress(remaining, done, len(remaining))}
+            mine = remaining[ranks.share(len(remaining))]
+            with ranks.alone():
+                scored = {site: score([*path, site]) for site in ctx.progress(mine, done, len(mine))}
+            tried = ranks.merged(scored)
             rounds.append(tried)
             path.append(min(tried, key=tried.__getitem__))
             last = tried[path[-1]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from math import lcm
 from pathlib import Path
 from typing import ClassVar
@@ -23,6 +22,7 @@ from mxfx.formats import Format
 from mxfx.graph.module import build
 from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
+from mxfx.ground import ranks
 from mxfx.passes.insert_fake_quant import InsertFakeQuant
 from mxfx.passes.quantize_kv_cache import QuantizeKvCache
 from mxfx.passes.round_weights import RoundWeights
@@ -160,32 +160,37 @@ class TransformSearch(Pass):
         keep: dict[fx.Node, Callable[[Tensor], Tensor]] = {s.source: lambda x: x for s in found}
         seen = samples(program, keep, held, self.rows, "transform-search")
         decisions: dict[str, dict] = {}
-        for site in ctx.progress(found, "transform search", len(found)):
-            x = seen.pop(site.source)
-            scorer = partial(_error, program, site, x.float().to(ctx.device), self.outputs)
-            errors, skipped, blocks = {}, {}, {}
-            for candidate in self.candidates:
-                made = self._make(candidate, program, site, moments[site.source])
-                if isinstance(made, str):
-                    skipped[candidate] = made
-                else:
-                    errors[candidate] = scorer(made)
-                    blocks[candidate] = 0 if made is None else made.matrix.shape[-1]
-            if not all(map(math.isfinite, errors.values())):
-                raise ValueError(f"transform-search: {site.name}: its input is not finite: errors are {errors}")
-            chosen = min(errors, key=errors.__getitem__)
-            decisions[site.name] = {
-                "chosen": chosen,
-                "errors": errors,
-                "skipped": skipped,
-                "linears": [path_of(n) for n in site.linears],
-                "blocks": blocks,
-            }
+        mine = found[ranks.share(len(found))]
+        with ranks.alone():
+            for site in ctx.progress(mine, "transform search", len(mine)):
+                x = seen[site.source].float().to(ctx.device)
+                decisions[site.name] = self._decision(program, site, x, moments[site.source])
+        decisions = ranks.merged(decisions)
+        for name, decision in decisions.items():
+            if not all(map(math.isfinite, decision["errors"].values())):
+                raise ValueError(f"transform-search: {name}: its input is not finite: errors are {decision['errors']}")
         check = self._check(program, found, decisions, moments, held)
         for site in found:
             decision = decisions[site.name]
             decision["multiplications_per_token"] = site.width * decision["blocks"][decision["chosen"]]
         return {"sites": decisions, "check": check}
+
+    def _decision(self, program: Program, site: Site, x: Tensor, moments: Tensor) -> dict[str, object]:
+        errors, skipped, blocks = {}, {}, {}
+        for candidate in self.candidates:
+            made = self._make(candidate, program, site, moments)
+            if isinstance(made, str):
+                skipped[candidate] = made
+            else:
+                errors[candidate] = _error(program, site, x, self.outputs, made)
+                blocks[candidate] = 0 if made is None else made.matrix.shape[-1]
+        return {
+            "chosen": min(errors, key=errors.__getitem__),
+            "errors": errors,
+            "skipped": skipped,
+            "linears": [path_of(n) for n in site.linears],
+            "blocks": blocks,
+        }
 
     def _check(
         self,
@@ -205,18 +210,21 @@ class TransformSearch(Pass):
         choices = {"by site": by_site, f"{best} everywhere": dict.fromkeys(by_site, best)}
         ids = ctx.tokens()
         ids = ids[: max(1, _CHECK_TOKENS // ids.shape[1])]
+        mine = list(choices)[ranks.share(len(choices))]
         expected = _logits(program, ids, ctx)
         kl = {}
-        for name, chosen in choices.items():
-            rw = Rewriter(program.copy(), self.name)
-            # Nodes of a copy have the names of the originals.
-            named = {node.name: node for node in rw.graph.nodes}
-            copies = [Site(named[s.source.name], tuple(named[n.name] for n in s.linears)) for s in found]
-            of_copies = {named[source.name]: moment for source, moment in moments.items()}
-            self._insert_all(rw, copies, chosen, of_copies)
-            for pass_ in (RoundWeights(), InsertFakeQuant(), QuantizeKvCache()):
-                pass_.run(rw, ctx)
-            kl[name] = float(divergence(_logits(rw.program, ids, ctx), expected))
+        with ranks.alone():
+            for name in mine:
+                rw = Rewriter(program.copy(), self.name)
+                # Nodes of a copy have the names of the originals.
+                named = {node.name: node for node in rw.graph.nodes}
+                copies = [Site(named[s.source.name], tuple(named[n.name] for n in s.linears)) for s in found]
+                of_copies = {named[source.name]: moment for source, moment in moments.items()}
+                self._insert_all(rw, copies, choices[name], of_copies)
+                for pass_ in (RoundWeights(), InsertFakeQuant(), QuantizeKvCache()):
+                    pass_.run(rw, ctx)
+                kl[name] = float(divergence(_logits(rw.program, ids, ctx), expected))
+        kl = ranks.merged(kl)
         kept = min(kl, key=kl.__getitem__)
         for name, decision in decisions.items():
             decision["chosen"] = choices[kept][name]

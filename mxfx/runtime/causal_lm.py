@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from transformers import AutoConfig, Cache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from mxfx.graph.execute import execute
 from mxfx.graph.module import build
 from mxfx.graph.program import Program
 from mxfx.graph.trace import GENERATION
@@ -27,30 +28,60 @@ def emit(program: Program, device: torch.device | str = "cpu") -> fx.GraphModule
     return build(emitted(program, device)).to(device)
 
 
-def as_causal_lm(program: Program, device: torch.device | str = "cpu") -> EmittedCausalLM:
-    """The program as a ``PreTrainedModel``: ``generate``, ``.logits``, ``HFLM(pretrained=…)``."""
+def as_causal_lm(program: Program, device: torch.device | str = "cpu", *, whole: bool = True) -> EmittedCausalLM:
+    """The program as a ``PreTrainedModel``: ``generate``, ``.logits``, ``HFLM(pretrained=…)``.
+
+    With ``whole=False`` its weights stay where they lie and come to the device one after the other, in every call: for
+    a model that the device does not hold.
+    """
+    if not whole:
+        return EmittedCausalLM(emitted(program, device), torch.device(device))
     return EmittedCausalLM(emitted(program, device)).to(device)
 
 
+class InPieces(nn.Module):
+    """A lowered program that is run node by node, called as the module that ``build`` makes of it.
+
+    Weights lie where they did; each comes to ``device`` for the nodes that read it.
+    """
+
+    def __init__(self, program: Program, device: torch.device) -> None:
+        super().__init__()
+        self.program = program
+        self.device = device
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **others: Tensor,
+    ) -> Tensor:
+        return execute(self.program, input_ids, position_ids, attention_mask, device=self.device, others=others)
+
+
 class EmittedCausalLM(PreTrainedModel, GenerationMixin):
-    """Wraps an emitted graph. With a cache (``use_cache=True`` or ``past_key_values``) it reads only new tokens."""
+    """Wraps an emitted graph. With a cache (``use_cache=True`` or ``past_key_values``) it reads only new tokens.
+
+    ``pieces_on`` is a device that the graph runs on in pieces; None builds the whole.
+    """
 
     config_class = PreTrainedConfig
     main_input_name = "input_ids"
     base_model_prefix = "graph"
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, pieces_on: torch.device | None = None) -> None:
         config, generation = configs_of(program)
         super().__init__(config)
-        self._take(program)
+        self._take(program, pieces_on)
         config.use_cache = bool(self.specs)
         self.generation_config = generation
         self.generation_config.use_cache = bool(self.specs)
 
-    def _take(self, program: Program) -> None:
+    def _take(self, program: Program, pieces_on: torch.device | None = None) -> None:
         """Let an emitted program be what runs."""
         self.specs = cache_specs(program)
-        self.graph = build(program)
+        self.graph = build(program) if pieces_on is None else InPieces(program, pieces_on)
         self._no_cache = program.notes.get(NO_CACHE)
         self._selects = any(n.op == "placeholder" and n.target == KEPT for n in program.graph.nodes)
         # A mask of the model's own making is as long as the tokenizer's.
@@ -126,7 +157,7 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
         if mask is None and self._counts_tokens:
             mask = ids.new_ones((batch, total))
         storage = cache.reserve(batch, seq)
-        if seq == 1 and not given and records(self.device):
+        if seq == 1 and not given and isinstance(self.graph, fx.GraphModule) and records(self.device):
             logits = replayed(self.graph, storage, ids, positions, mask, cache.length)
         else:
             logits = self.graph(ids, positions, mask, **cache.inputs(seq), **given)
@@ -163,6 +194,14 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
             cache.length = 0
             kwargs["next_sequence_length"] = None
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        return self.graph.device if isinstance(self.graph, InPieces) else super().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.graph.program.dtype if isinstance(self.graph, InPieces) else super().dtype
 
     def _longest(self) -> int:
         return int(getattr(self.config, "max_position_embeddings", None) or 1 << 17)
@@ -204,7 +243,7 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
         """Raises ``TypeError``: sizes are part of a graph."""
         raise TypeError("an emitted graph has a vocabulary of one size; resize the model before it is traced")
 
-    def _init_weights(self, module: torch.nn.Module) -> None:
+    def _init_weights(self, module: nn.Module) -> None:
         """Weights come with the graph."""
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from mxfx.ground import ranks
 from mxfx.ops.kernels.library import load_cpu
 from mxfx.runtime.cache import Storage
 
@@ -90,6 +91,10 @@ class RecordedStep:
                 self._step()
         torch.cuda.current_stream(self._ids.device).wait_stream(side)
         recording = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._ids.device), torch.no_grad(), torch.cuda.graph(recording):
+        with (
+            torch.cuda.device(self._ids.device),
+            torch.no_grad(),
+            torch.cuda.graph(recording, capture_error_mode=ranks.recording()),
+        ):
             self._logits = self._step()
         self.recording = recording

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mxfx.calibration import moments
 from mxfx.calibration.moments import block_moments, samples, watch
 from mxfx.graph.execute import execute
 from mxfx.graph.node import path_of
@@ -84,3 +85,11 @@ def test_nothing_behind_the_last_watched_node_runs(program, ctx, monkeypatch):
 def test_no_tokens_no_moments(program):
     with pytest.raises(MissingCalibration):
         block_moments(program, {down(program): 32}, Context())
+
+
+def test_what_does_not_fit_is_watched_in_pieces(program, ctx, monkeypatch):
+    whole = block_moments(program, {down(program): 32}, ctx)
+    monkeypatch.setattr(moments, "free_bytes", lambda device: -1)
+    monkeypatch.setattr(moments, "_on_device", None)
+    pieces = block_moments(program, {down(program): 32}, ctx)
+    assert all(torch.equal(whole[node], pieces[node]) for node in whole)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -44,6 +44,24 @@ LAST
 """
 _GPTQ = 'name = "gptq"\nasymmetric = 0.25\nbatch_size = 2'
 _DISTILL = 'name = "distill"\nsteps = 6\nbatch_size = 4\ncheckpoint_every = 2'
+#: Before activations are quantized.
+_SEARCHES = {
+    "rotation": 'name = "rotation-search"\nsamples = 4',
+    "transform": 'name = "transform-search"\ncandidates = ["none", "hadamard-32", "wush-32"]',
+}
+_TASK = """
+task: quiz
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+fewshot_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+doc_to_choice: ["w1", "w2 w3"]
+metric_list:
+  - metric: acc
+"""
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +69,23 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     save_model(folder / "model")
     save_texts(folder / "texts", documents=12, words=200)
-    for name, last in (("gptq", _GPTQ), ("distill", _DISTILL)):
+    for name, last in {"gptq": _GPTQ, "distill": _DISTILL, **_SEARCHES}.items():
         text = _PIPELINE.replace("MODEL", str(folder / "model")).replace("TEXTS", str(folder / "texts"))
+        if name in _SEARCHES:
+            text = text.replace('[[pass]]\nname = "insert-fake-quant"\n', "")
         (folder / f"{name}.toml").write_text(text.replace("LAST", last))
+    rows = [{"question": f"w{i} w{2 * i} w{3 * i}", "answer": i % 2} for i in range(7)]
+    (folder / "quiz.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "quiz.yaml").write_text(_TASK.replace("DATA", str(folder / "quiz.jsonl")))
     return folder
 
 
-def _command(job: Path, processes: int, *files: str, out: str) -> list[str]:
+def _command(job: Path, processes: int, *files: str, out: str, more: Sequence[str] = ()) -> list[str]:
     python = [sys.executable, "-m"]
     if processes > 1:
         python += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    evaluated = ["--eval", "wikitext", "--eval-data", str(job / "texts"), "--limit-tokens", "1500"]
+    evaluated = ["--eval", "wikitext", "--eval-data", str(job / "texts"), "--limit-tokens", "1500", *more]
     return [*python, "mxfx", "run", *(str(job / f"{name}.toml") for name in files), "--out", str(job / out), *evaluated]
 
 
@@ -69,8 +93,10 @@ def _environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
-def _run(job: Path, processes: int, *files: str, out: str) -> subprocess.CompletedProcess[str]:
-    command = _command(job, processes, *files, out=out)
+def _run(
+    job: Path, processes: int, *files: str, out: str, more: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    command = _command(job, processes, *files, out=out, more=more)
     return subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
 
 
@@ -82,9 +108,22 @@ def both(job: Path) -> Path:
     return job
 
 
-def _figures(job: Path, out: str, name: str) -> dict:
+@pytest.fixture(scope="module")
+def searched(job: Path) -> Path:
+    task = ("--eval", "wikitext,quiz", "--include-path", str(job / "tasks"), "--num-fewshot", "1")
+    for processes, out in ((1, "searched-one"), (2, "searched-two")):
+        done = _run(job, processes, *_SEARCHES, out=out, more=task)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return job
+
+
+def _config(job: Path, out: str, name: str) -> dict:
     (found,) = (c for c in json.loads((job / out / "results.json").read_text())["configs"] if c["name"] == name)
-    return found["figures"]
+    return found
+
+
+def _figures(job: Path, out: str, name: str) -> dict:
+    return _config(job, out, name)["figures"]
 
 
 def test_evaluation_is_the_same_to_1e_9(both: Path) -> None:
@@ -104,6 +143,47 @@ def test_weights_are_the_same_on_the_grid_in_999_of_1000_elements(both: Path) ->
     assert set(one) == set(two)
     different = sum(int((one[name] != two[name]).sum()) for name in one)
     assert different <= sum(tensor.numel() for tensor in one.values()) / 1000
+
+
+@pytest.mark.parametrize("name", _SEARCHES)
+def test_trials_that_are_spread_decide_as_those_of_one_process(searched: Path, name: str) -> None:
+    one, two = (
+        next(p["details"] for p in _config(searched, out, name)["passes"] if p["pass"].endswith("-search"))
+        for out in ("searched-one", "searched-two")
+    )
+    assert two == _nearly(one)
+    if name == "rotation":
+        assert list(two["steps"][0]["perplexity"]) == list(one["steps"][0]["perplexity"])
+        assert len(two["steps"][0]["perplexity"]) > 2, "each process had trials"
+    weights = [load(searched / out / name / "model").weights for out in ("searched-one", "searched-two")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def _nearly(value: object) -> object:
+    """Numbers equal to 1e-9, all else the same."""
+    if isinstance(value, dict):
+        return {key: _nearly(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_nearly(one) for one in value]
+    return pytest.approx(value, rel=1e-9) if isinstance(value, float) else value
+
+
+def test_a_task_that_is_spread_gives_what_one_process_gives(searched: Path) -> None:
+    outs = ("searched-one", "searched-two")
+    one, two = (_config(searched, out, "rotation")["evaluation"]["tasks"]["quiz"] for out in outs)
+    assert two["metrics"] == _nearly(one["metrics"]) and two["stderr"] == _nearly(one["stderr"])
+    files = [sorted((searched / out).rglob("samples-quiz.jsonl")) for out in outs]
+    assert len(files[0]) == len(files[1]) > 0
+    for first, second in zip(*files, strict=True):
+        rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in (first, second)]
+        assert rows[1] == _nearly(rows[0]) and len(rows[0]) == 7
+
+
+def test_decisions_that_only_the_first_process_finds_hold_for_all(searched: Path) -> None:
+    done = _run(searched, 2, "rotation", out="searched-two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (found,) = (p for p in _config(searched, "searched-two", "rotation")["passes"] if p["pass"] == "rotation-search")
+    assert found["details"]["from_file"]
 
 
 def test_the_first_process_alone_writes_and_prints(both: Path, job: Path) -> None:

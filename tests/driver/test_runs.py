@@ -16,7 +16,7 @@ from torch import nn
 import mxfx as package
 from mxfx.config.emit import EmitConfig
 from mxfx.config.pipeline import CalibrationConfig, loads
-from mxfx.driver import check
+from mxfx.driver import check, fitting
 from mxfx.driver.job import Job
 from mxfx.driver.pretrained import ModelError, load_checked, refuse_offloaded
 from mxfx.driver.proof import ProofError, check_saved, logits_of
@@ -434,3 +434,23 @@ def test_code_of_the_models_repository_is_run_where_it_is_allowed(
         save(raised("llama-tiny"), target)
     said = mxfx(command, target, "--trust-remote-code")
     assert (said.code, seen) == (2, [True]), said.err
+
+
+def test_a_model_that_does_not_fit_is_proved_and_evaluated_in_pieces(
+    mxfx: Run, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = save_texts(tmp_path / "texts")
+    more = ("--eval", "wikitext", "--eval-data", texts, "--limit-tokens", "200")
+    said = mxfx("run", pipeline, "--out", tmp_path / "whole", *more)
+    assert said.code == 0, said.err
+    monkeypatch.setattr(fitting, "free_bytes", lambda device: 100_000)
+    said = mxfx("run", pipeline, "--out", tmp_path / "pieces", *more)
+    assert said.code == 0, said.err
+    whole, pieces = (
+        json.loads((tmp_path / out / "results.json").read_text())["configs"] for out in ("whole", "pieces")
+    )
+    for one, other in zip(whole, pieces, strict=True):
+        assert one["figures"]["token_perplexity"] == other["figures"]["token_perplexity"]
+        assert not [w for w in one["warnings"] if "in pieces" in w]
+        (warning,) = (w for w in other["warnings"] if "in pieces" in w)
+        assert "0.0 GB are free" in warning

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from mxfx.calibration.estimate import LiveBytes
 from mxfx.export.artefact import load, save
 from mxfx.graph.module import build
 from mxfx.graph.program import Program
@@ -52,6 +53,31 @@ def test_it_generates_what_the_model_generates(emitted: EmittedCausalLM, beams: 
     options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "num_beams": beams}
     expected = model("llama-tiny").generate(ids, **options)
     assert torch.equal(emitted.generate(ids, **options), expected)
+
+
+def test_in_pieces_it_gives_the_bits_of_the_whole(emitted: EmittedCausalLM) -> None:
+    pieces = as_causal_lm(raised("llama-tiny"), whole=False)
+    assert not list(pieces.parameters())
+    assert (pieces.device.type, pieces.dtype) == ("cpu", torch.float32)
+    ids, mask, positions = padded_batch()
+    assert torch.equal(pieces(ids).logits, emitted(ids).logits)
+    assert torch.equal(pieces(ids, mask, positions).logits, emitted(ids, mask, positions).logits)
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(pieces.generate(ids, **options), emitted.generate(ids, **options))
+
+
+def test_in_pieces_only_weights_at_hand_are_in_the_dtype_of_the_run() -> None:
+    program = lower(raised("llama-tiny"))
+    program.weights = program.weights.cast(torch.bfloat16)
+    program.dtype = torch.float32
+    ids, _, _ = padded_batch()
+    whole = sum(4 * tensor.numel() for tensor in program.weights.values())
+    with LiveBytes() as live:
+        as_causal_lm(program, whole=False)(ids)
+    with LiveBytes() as built:
+        kept = build(program)
+    assert built.peak > 0.9 * whole and kept is not None
+    assert live.peak < 0.6 * whole
 
 
 def test_it_has_what_lm_eval_asks_of_a_model(emitted: EmittedCausalLM) -> None:

@@ -3,7 +3,8 @@
     python -m tools.bench.host_memory [--gb 30] [--device cuda] [--folder DIR] [--json FILE]
 
 Writes a Llama of random weights of that size to a folder, layer by layer; then, in a process of its own, loads it,
-runs annotate, gptq and pack-weights with new weights in mapped files, and saves the artefact. Prints, beside the bar of
+runs annotate, gptq and pack-weights with new weights in mapped files, saves the artefact and proves it in pieces, as
+``mxfx run`` does with a model that does not fit. Prints, after each of them and beside the bar of
 two layers and 4 GB: the most anonymous memory that the process held (what the system cannot take back), and the most
 of pages of files that were mapped (which it can). Needs disk of three times the size. Times say little: the layers are
 narrow, so that a CPU gets through.
@@ -25,11 +26,14 @@ import transformers
 
 from mxfx.api import trace
 from mxfx.config import Pipeline
+from mxfx.config.emit import EmitConfig
 from mxfx.driver.pretrained import load_model
+from mxfx.driver.proof import check_saved, logits_of
 from mxfx.export.artefact import safetensors_pieces, save
 from mxfx.formats import parse
 from mxfx.ground.files import write_file, write_json
 from mxfx.passes import Annotate, Gptq, PackWeights, Rule
+from mxfx.pipeline.emit import emitted
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Context, Selector
 from tools.bench.measuring import finish
@@ -144,13 +148,21 @@ def _quantize(args: argparse.Namespace) -> dict[str, object]:
     rule = Rule(Selector(r"model\.layers\.\d+\..*_proj"), weight=parse("mxint4@32"))
     passes = [Annotate((rule,)), Gptq(batch_size=4), PackWeights()]
     packed = PassManager().run(program, Pipeline(passes).completed(), ctx).program
+    after = {"passes": watch.most["RssAnon"] / 1e9}
     save(packed, args.folder / "artefact")
+    after["saving"] = watch.most["RssAnon"] / 1e9
+    settings = EmitConfig(packed=True)
+    logits = logits_of(emitted(packed, ctx.device, settings), ids[:1, :64], ctx.device, whole=False)
+    after["running"] = watch.most["RssAnon"] / 1e9
+    del packed, program, model
+    check_saved(args.folder / "artefact", logits, ids[:1, :64], ctx.device, settings, files=args.folder / "proof")
     most = watch.stop()
     bar = 2 * size / layers + _BAR
     return {
         "model GB": size / 1e9,
         "layers": layers,
         "s": time.perf_counter() - started,
+        **{f"GB after {what}": held for what, held in after.items()},
         "most GB held": most["RssAnon"] / 1e9,
         "bar GB": bar / 1e9,
         "most GB of files mapped": most["RssFile"] / 1e9,
