@@ -44,7 +44,12 @@ def _rewrite(graph: fx.Graph, node: fx.Node, place: dict[fx.Node, int]) -> bool:
         return False
     with graph.inserting_before(node):
         new = value = graph.call_function(pure, node.args, dict(node.kwargs))
-        value.meta = {**node.meta, "val": written.meta["val"]}
+        place[value] = place[node]
+        value.meta = {**node.meta, "val": _result(value, written)}
+        if value.meta["val"].dtype != written.meta["val"].dtype:
+            # Memory keeps its dtype, whatever the op makes of an operand in a wider one.
+            new = value = graph.call_function(aten.to.dtype, (value, written.meta["val"].dtype))
+            value.meta = {**node.meta, "val": written.meta["val"]}
         if part is not None:
             new = graph.call_function(aten.slice_scatter.default, (base, value, *part.args[1:]))
             new.meta = {**node.meta, "val": base.meta["val"]}
@@ -54,6 +59,18 @@ def _rewrite(graph: fx.Graph, node: fx.Node, place: dict[fx.Node, int]) -> bool:
         user.replace_input_with(base, new)
     graph.erase_node(node)
     return True
+
+
+def _result(value: fx.Node, written: fx.Node) -> torch.Tensor:
+    """What the functional form makes, where operands of other dtypes may widen it."""
+    memory: torch.Tensor = written.meta["val"]
+    dtypes = {n.meta["val"].dtype for n in value.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)}
+    if value.target is aten.copy.default or dtypes == {memory.dtype}:
+        return memory
+    args, kwargs = fx.map_arg((value.args, value.kwargs), lambda n: n.meta["val"])
+    with memory.fake_mode, torch.no_grad():  # type: ignore[attr-defined]
+        made: torch.Tensor = value.target(*args, **kwargs)  # type: ignore[operator]
+    return made
 
 
 def _functional_form(op: torch._ops.OpOverload) -> torch._ops.OpOverload | None:

@@ -7,6 +7,7 @@ every cast (a float32 trace would hide them: there ``.to(float32)`` is the tenso
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
 import mxfx.ops  # noqa: F401  (registers the dialect)
+from mxfx.graph.conditions import longest_that_holds
 from mxfx.graph.constants import KeepLiterals, store_literals
 from mxfx.graph.errors import TraceError
 from mxfx.graph.experts import experts_forward, find_weight, settle_experts
@@ -37,6 +39,8 @@ from mxfx.graph.weights import WeightStore
 _INTERFACE = "mxfx"
 _MAX_BATCH = 4096
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
+#: Tokens that a model takes that does not say.
+_LONGEST = 1 << 17
 #: Entry of a source's configuration that holds how the model wants to generate.
 GENERATION = "generation_config"
 
@@ -55,8 +59,7 @@ def trace(model: nn.Module, *, name: str | None = None, proven: bool = True) -> 
     if config is None or not hasattr(model, "forward"):
         raise TraceError(f"expected a transformers causal LM with a .config, got {type(model).__name__}")
     skeleton = _skeleton(model)
-    longest = int(int(getattr(config, "max_position_embeddings", 1 << 17) or 1 << 17) * frequencies_by_length(skeleton))
-    exported = _export(skeleton, longest)
+    exported, longest = _export(skeleton, int(_context(config) * frequencies_by_length(skeleton)))
     module = exported.module(check_guards=False)
     if not make_functional(module.graph):
         module = _functional(exported, skeleton).module(check_guards=False)
@@ -157,18 +160,44 @@ def _skeleton(model: nn.Module) -> nn.Module:
     return skeleton
 
 
-def _export(skeleton: nn.Module, longest: int) -> torch.export.ExportedProgram:
+def _context(config: object) -> int:
+    """How many tokens a model takes, by what its configuration calls it."""
+    fields = ("max_position_embeddings", "max_seq_len", "max_sequence_length")
+    return next((int(found) for field in fields if (found := getattr(config, field, None))), _LONGEST)
+
+
+def _export(skeleton: nn.Module, longest: int) -> tuple[torch.export.ExportedProgram, int]:
+    """The exported program and the longest sequence that it takes, at most ``longest``.
+
+    What the exporter cannot prove of its sizes is tried on sizes: ``longest_that_holds``.
+    """
     # Distinct tensors: one tensor passed three times would be traced as one input.
-    example = [torch.zeros(2, 17, dtype=torch.int64, device="meta") for _ in range(3)]
+    example = tuple(torch.zeros(2, 17, dtype=torch.int64, device="meta") for _ in range(3))
     dims = {0: Dim("batch", min=1, max=_MAX_BATCH), 1: Dim("seq", min=2, max=longest)}
-    try:
+
+    def exported(deferred: bool) -> torch.export.ExportedProgram:
         with torch.no_grad(), KeepLiterals(), opaque_mixers(skeleton):
             return torch.export.export(
-                _Logits(skeleton), tuple(example), strict=False, dynamic_shapes=(dims, dims, dims)
+                _Logits(skeleton),
+                example,
+                strict=False,
+                dynamic_shapes=(dims, dims, dims),
+                prefer_deferred_runtime_asserts_over_guards=deferred,
             )
+
+    try:
+        return exported(False), longest
     except TraceError:
         raise
     except Exception as error:
+        if "Constraints violated" in str(error):
+            # Where this fails too, the first refusal says more.
+            found = None
+            with contextlib.suppress(Exception):
+                found = exported(True)
+            if found is not None:
+                with contextlib.suppress(TraceError):
+                    return found, longest_that_holds(found, longest)
         raise TraceError(f"torch.export cannot trace {type(skeleton).__name__}: {refusal(error, skeleton)}") from error
 
 

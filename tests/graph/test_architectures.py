@@ -19,8 +19,9 @@ from tests.architectures import VOCABULARY, NotCausal, Unbuilt, build, every_nam
 #: Length and padding of the rows: within and beyond windows and chunks of 8 tokens.
 ROWS = ((3, 0), (19, 0), (19, 5), (40, 7))
 TOLERANCE = 1e-5
-#: One for each structure: Conv1D, lists as indices, sinks, latent attention, convolutions, scans.
-FIXED = ("gpt2", "falcon", "gpt_oss", "deepseek_v3", "lfm2", "bamba")
+#: One for each structure: Conv1D, lists as indices, sinks, latent attention, convolutions, scans, chosen keys, layers
+#: scaled in place.
+FIXED = ("gpt2", "falcon", "gpt_oss", "deepseek_v3", "lfm2", "bamba", "deepseek_v32", "gemma4_text")
 #: How many of the computed list must be equal.
 EQUAL_AT_LEAST = 100
 

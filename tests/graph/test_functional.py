@@ -56,6 +56,13 @@ def assembled(model: Toy, x: Tensor) -> Tensor:
     return out
 
 
+def widened(model: Toy, x: Tensor) -> Tensor:
+    """A buffer is float32 in the trace; what is multiplied in place keeps its own dtype."""
+    x = x.clone()
+    x *= model.seen + 1.5
+    return x
+
+
 def added(model: Toy, x: Tensor) -> Tensor:
     return x.clone().add_(1.5).mul_(x)
 
@@ -112,6 +119,7 @@ REWRITTEN = (
     in_place_slice,
     assembled,
     added,
+    widened,
     read_before_and_behind,
     scattered,
     softmax_in_float32,

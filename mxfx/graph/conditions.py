@@ -1,0 +1,60 @@
+"""Conditions on batch and length that ``torch.export`` cannot prove: tried on sizes, so that none is taken on trust.
+
+``min(2048, seq) <= seq`` holds always, ``seq != 2048`` at all lengths but one, and the exporter refuses a program for
+either. Asked to keep them, it writes them into the graph as assertions, which is where they are read here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from mxfx.graph.errors import TraceError
+
+_ASSERTION = torch.ops.aten._assert_scalar.default
+#: Every length up to here is tried, further ones around the numbers that a condition holds and around powers of two.
+_EACH = 64
+_BATCHES = (1, 2, 3, 64, 4096)
+
+
+def longest_that_holds(exported: ExportedProgram, longest: int) -> int:
+    """``longest``, or one less if a condition of an exported program forbids that length alone.
+
+    Raises ``TraceError`` for a condition that does not hold for every batch and for every length up to there.
+    """
+    batch, seq = _sizes(exported)
+    for node in exported.graph.nodes:
+        if node.target is not _ASSERTION:
+            continue
+        condition = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else node.args[0]
+        expression = condition.node.expr if isinstance(condition, torch.SymBool) else condition
+        if expression is True or str(expression) == "True":
+            continue
+        unknown = {str(s) for s in getattr(expression, "free_symbols", ())} - {str(batch), str(seq)}
+        if isinstance(expression, bool) or unknown:
+            raise TraceError(f"its forward pass asks for {expression}, and {unknown or 'no size'} decides")
+        for length in _lengths(str(expression), longest):
+            if all(bool(expression.subs({batch: many, seq: length})) for many in _BATCHES):
+                continue
+            if length < longest:
+                raise TraceError(f"its forward pass does not hold for every batch and length: {expression}")
+            longest = length - 1
+    return longest
+
+
+def _sizes(exported: ExportedProgram) -> tuple:
+    """The symbols of batch and sequence."""
+    first = exported.graph_signature.user_inputs[0]
+    (ids,) = (node for node in exported.graph.find_nodes(op="placeholder") if node.name == first)
+    batch, seq = (size.node.expr for size in ids.meta["val"].shape)
+    return batch, seq
+
+
+def _lengths(condition: str, longest: int) -> Iterator[int]:
+    near = {int(number) for number in re.findall(r"\d+", condition)} | {1 << power for power in range(30)} | {longest}
+    around = {point + step for point in near for step in (-1, 0, 1)} | set(range(2, _EACH))
+    yield from sorted(length for length in around if 2 <= length <= longest)
