@@ -1,4 +1,4 @@
-"""Conditions on sizes that the exporter cannot prove: kept where they hold for every size, else the model is refused."""
+"""Conditions on sizes that the exporter cannot prove: held by every size, or the model is refused."""
 
 from __future__ import annotations
 
