@@ -68,8 +68,8 @@ def _result(value: fx.Node, written: fx.Node) -> torch.Tensor:
     if value.target is aten.copy.default or dtypes == {memory.dtype}:
         return memory
     args, kwargs = fx.map_arg((value.args, value.kwargs), lambda n: n.meta["val"])
-    with memory.fake_mode, torch.no_grad():  # type: ignore[attr-defined]
-        made: torch.Tensor = value.target(*args, **kwargs)  # type: ignore[operator]
+    with memory.fake_mode, torch.no_grad():
+        made: torch.Tensor = value.target(*args, **kwargs)
     return made
 
 
