@@ -15,7 +15,7 @@ from mxfx.graph.program import Program
 from mxfx.ground.errors import CheckError
 from mxfx.ops.catalogue import spec
 from mxfx.pipeline.manager import Instrument, Run, Step
-from mxfx.pipeline.probe import Probe, mean_kl, sqnr
+from mxfx.pipeline.probe import Probe, log_probabilities, mean_kl_of, precision_of_kl, sqnr
 from mxfx.rewrite import Close, Lossy
 
 
@@ -39,15 +39,16 @@ class Ledger(Instrument):
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     _reference: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _logits: Tensor | None = field(default=None, repr=False)
+    _log_p: Tensor | None = field(default=None, repr=False)
     _reason: str | None = field(default=None, repr=False)
 
     def enter(self, run: Run) -> None:
-        self._logits = None
+        self._logits = self._log_p = None
         self._reference.clear()
         self._reason = executable(run.source)
 
     def exit(self, run: Run) -> None:
-        self._logits = None
+        self._logits = self._log_p = None
         self._reference.clear()
 
     def before(self, step: Step) -> None:
@@ -76,10 +77,14 @@ class Ledger(Instrument):
 
     def _entry(self, logits: Tensor, values: dict[str, Tensor], ids: Tensor) -> dict[str, object]:
         assert self._logits is not None
-        ratio = math.exp(_cross_entropy(logits, ids) - _cross_entropy(self._logits, ids))
+        wide = precision_of_kl(logits, self._logits)
+        if self._log_p is None or self._log_p.dtype != wide:
+            self._log_p = log_probabilities(self._logits, wide)
+        log_q = log_probabilities(logits, wide)
+        ratio = math.exp(_cross_entropy(log_q, ids) - _cross_entropy(self._log_p, ids))
         common = {n: sqnr(v, self._reference[n]) for n, v in values.items() if _comparable(self._reference.get(n), v)}
         return {
-            "kl": mean_kl(logits, self._logits),
+            "kl": mean_kl_of(log_q, self._log_p),
             "sqnr": _finite(sqnr(logits, self._logits)),
             "ppl_ratio": ratio,
             "layers": {n.split("/")[0]: _finite(db) for n, db in common.items() if n.endswith("/residual")},
@@ -145,9 +150,9 @@ def _comparable(reference: Tensor | None, value: Tensor) -> bool:
     return reference is not None and reference.shape == value.shape
 
 
-def _cross_entropy(logits: Tensor, ids: Tensor) -> float:
+def _cross_entropy(log_probabilities: Tensor, ids: Tensor) -> float:
     """Mean negative log-likelihood of the next token, nats."""
-    return float(torch.nn.functional.cross_entropy(logits[:, :-1].double().flatten(0, 1), ids[:, 1:].flatten()))
+    return -float(log_probabilities[:, :-1].gather(-1, ids[:, 1:, None]).mean(dtype=torch.float64))
 
 
 def _finite(db: float) -> float | None:
