@@ -204,19 +204,14 @@ def mx_linear_e4m3(
     out_shape = (*payload.shape[:-1], sum(channels))
     multiply = _multiplier(fmt, rows.shape[0], dtype)
     if multiply is not None:
-        out = torch.empty(out_shape, dtype=dtype, device=payload.device)
-        given: list[Tensor | None] = [*biases] or [None] * len(codes)
-        parts = out.view(rows.shape[0], -1).split(channels, -1)
-        for c, s, bias, part in zip(codes, scales, given, parts, strict=True):
-            multiply(rows, c, s, bias, fmt, part, factors)
-        return out
+        return _side_by_side(multiply, rows, codes, scales, biases, fmt, dtype, factors).view(out_shape)
     if not carries(fmt):
         return NotImplemented
     return _product(rows, factors, codes, scales, biases, fmt, dtype).view(out_shape)
 
 
 def _multiplying(name: str) -> Callable[..., Tensor]:
-    """`<name>_linear`: of few rows codes meet codes; of more, rows of E4M3 an FP8 GEMM."""
+    """`<name>_linear`: of few rows codes meet codes; of some, values the codes; of more, rows of E4M3 an FP8 GEMM."""
 
     def run(
         codes: list[Tensor],
@@ -230,19 +225,46 @@ def _multiplying(name: str) -> Callable[..., Tensor]:
         x, fmt = operands[0], _format(weights)
         if x.numel() == 0 or x.dtype not in DTYPES:
             return NotImplemented
-        rows = x.numel() // x.shape[-1]
-        if takes_integers(fmt, _format(given["format"]), rows, x.shape[-1]):
+        width = x.shape[-1]
+        rows = x.numel() // width
+        if takes_integers(fmt, _format(given["format"]), rows, width):
             found = integers(name, *operands)
             if found is not NotImplemented:
                 out = torch.empty((*x.shape[:-1], sum(c.shape[0] for c in codes)), dtype=x.dtype, device=x.device)
                 flat, rest = out.view(rows, -1), None if residual is None else residual.reshape(rows, -1).contiguous()
                 multiply_integers(found[0], found[1], codes, scales, biases, rest, fmt, flat)
                 return out
-        e4m3 = getattr(torch.ops.mxfx_kernels, f"{name}_e4m3")(*operands)
-        out = torch.ops.mxfx_kernels.mx_linear_e4m3(*e4m3, codes, scales, biases, weights, x.dtype)
+        multiply = _multiplier(fmt, rows, x.dtype) if takes_packed(fmt, width) else None
+        if multiply is not None:
+            # Rounded as they are, rows want no kernel that brings their blocks to one power of two.
+            y = getattr(torch.ops.mxfx_kernels, name)(*operands)
+            out = _side_by_side(multiply, y.reshape(rows, width).contiguous(), codes, scales, biases, fmt, y.dtype)
+            out = out.view(*x.shape[:-1], -1)
+        else:
+            e4m3 = getattr(torch.ops.mxfx_kernels, f"{name}_e4m3")(*operands)
+            out = torch.ops.mxfx_kernels.mx_linear_e4m3(*e4m3, codes, scales, biases, weights, x.dtype)
         return out if residual is None else residual + out
 
     return run
+
+
+def _side_by_side(
+    multiply: Callable[..., None],
+    rows: Tensor,
+    codes: list[Tensor],
+    scales: list[Tensor],
+    biases: list[Tensor],
+    fmt: Format,
+    dtype: torch.dtype,
+    factors: Tensor | None = None,
+) -> Tensor:
+    """Each weight's product in its part of one result, (m, Σ n)."""
+    channels = [c.shape[0] for c in codes]
+    out = torch.empty((rows.shape[0], sum(channels)), dtype=dtype, device=rows.device)
+    given: list[Tensor | None] = [*biases] or [None] * len(codes)
+    for c, s, bias, part in zip(codes, scales, given, out.split(channels, -1), strict=True):
+        multiply(rows, c, s, bias, fmt, part, factors)
+    return out
 
 
 _OPERANDS = {q.name().partition("::")[2]: [a.name for a in q._schema.arguments] for q in ROUNDING}
