@@ -42,6 +42,9 @@ def mixes_tokens(node: fx.Node, length: object) -> str | None:
     name = _name(node)
     if name in f"{_SHAPES} {_NORMS}".split() or _is_pointwise(node):
         return None
+    if name == "index" and not _has(_tensors(node.all_input_nodes[0])[0], length):
+        # A table that is looked up for each token.
+        return None
     if name in _ALONG.split():
         return _along(node, length)
     if name in _PRODUCTS.split():

@@ -11,12 +11,13 @@ from torch import Tensor, fx
 from torch.ops import aten
 
 from mxfx.graph.execute import call, runtime_weight
-from mxfx.graph.node import kind
+from mxfx.graph.node import kind, op_name
 from mxfx.graph.program import NOMINAL_MODEL
 from mxfx.rewrite.rewriter import Rewriter
 
 #: Ops that read of the ids no more than how many there are and where they lie.
 _SIZES = frozenset({"arange", "places", "position_mask", "real_tokens"})
+_LIKE = frozenset(f"aten.new_{what}.default" for what in ("empty", "full", "ones", "zeros"))
 #: Tokens of the text on which a mask shows whether it hides later ones: more than a window or a chunk of a tiny model.
 _SHOWN = 24
 
@@ -47,7 +48,7 @@ class OwnMasks:
             if node.target is aten.sym_size.int:
                 if self._axis(node) is None:
                     return f"{value.name} depends on a size that is neither the batch's nor the text's"
-            elif self._ids in node.all_input_nodes and kind(node) not in _SIZES:
+            elif self._ids in node.all_input_nodes and not (kind(node) in _SIZES or op_name(node) in _LIKE):
                 return f"{value.name} depends on what the tokens are, which no cache holds"
         return None if causal or self._hides_later(value) else f"{value.name} lets tokens see later ones"
 

@@ -32,6 +32,7 @@ STRUCTURES = {
     "qwen3_moe": "experts",
     "phimoe": "a window that only the mask knows",
     "gpt2": "a mask that it reshapes",
+    "ctrl": "places looked up in a table",
     "llama4": "chunks; temperatures by place where there is no RoPE",
 }
 
@@ -53,7 +54,7 @@ def both(name: str) -> tuple[torch.nn.Module, EmittedCausalLM]:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name in ("gemma2", "gpt2", "llama4") else pytest.mark.thorough)
+        pytest.param(name, marks=() if name in ("gemma2", "gpt2", "ctrl", "llama4") else pytest.mark.thorough)
         for name in STRUCTURES
     ],
 )
@@ -72,6 +73,7 @@ def alibi(rw: Rewriter, like) -> torch.fx.Node:
     real = rw.call(mxfx.real_tokens.default, ids, mask, like=like)
     place = rw.call(aten.sub.Tensor, rw.call(aten.cumsum.default, real, -1, like=like), 1, like=like)
     size = [rw.call(aten.sym_size.int, ids, axis, like=like) for axis in (0, 1)]
+    place = rw.call(aten.add.Tensor, place, rw.call(aten.new_zeros.default, ids, [], like=like), like=like)
     rows = rw.call(aten.reshape.default, place, [size[0], 1, 1, size[1]], like=like)
     slopes = rw.add_weight("slopes", 0.5 ** torch.arange(1.0, 5.0).reshape(1, 4, 1, 1), like)
     return rw.call(aten.mul.Tensor, rows, slopes, like=like)
