@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from functools import lru_cache
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, fx
@@ -12,6 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import mxfx.ops  # noqa: F401  (registers the dialect)
 from mxfx.ops.catalogue import record_of
+
+#: Functions of sizes beside those of ``operator``.
+SIZES = SimpleNamespace(sym_max=torch.sym_max, sym_min=torch.sym_min)
 
 
 class FakeRunner:

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from mxfx.graph.errors import TraceError
 from mxfx.graph.execute import execute
+from mxfx.graph.text import parse, to_text
 from mxfx.graph.trace import trace
+from mxfx.graph.verify import verify
 from tests.graph.test_functional import Toy, toy
 
 LONGEST = 64
@@ -35,6 +37,8 @@ def large_batches_otherwise(model: Toy, x: Tensor) -> Tensor:
 def test_what_holds_for_every_size_is_no_reason_to_refuse(between, longest: int) -> None:
     model = toy(between)
     program = trace(model)
+    verify(program)
+    assert to_text(parse(to_text(program))) == to_text(program)
     assert [(symbol.low, symbol.high) for symbol in program.symbols] == [(1, 4096), (1, longest)]
     for length in (2, 7, 8, 9, 63):
         ids = torch.randint(0, 40, (3, length))

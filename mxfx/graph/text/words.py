@@ -7,6 +7,7 @@ import operator
 import torch
 
 import mxfx.ops
+from mxfx.graph.fake import SIZES
 from mxfx.ground.errors import MxfxError
 
 VERSION = 1
@@ -24,7 +25,7 @@ DTYPES = {
     torch.bool: "b1",
 }
 BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
-MODULES = {"operator": operator, "runtime": mxfx.ops}
+MODULES = {"operator": operator, "runtime": mxfx.ops, "sizes": SIZES}
 OUTSIDE = ""
 
 

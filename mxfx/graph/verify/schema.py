@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 import mxfx.ops
+from mxfx.graph.fake import SIZES
 from mxfx.graph.node import op_name
 from mxfx.graph.verify.fault import fault
 from mxfx.ops import find_op
@@ -108,8 +109,9 @@ def _said(operand: object) -> str:
 def _function(node: fx.Node) -> None:
     target = node.target
     name = getattr(target, "__name__", "")
-    known: Callable | None = getattr(mxfx.ops, name, None) or getattr(operator, name, None)
-    if known is not target:
+    homes = (mxfx.ops, operator, SIZES)
+    known: Callable | None = next((found for home in homes if (found := getattr(home, name, None))), None)
+    if known is None or known is not target:
         raise fault(node, f"it calls the Python function {target!r}", "define an op (mxfx.ops.define) and call that")
     try:
         inspect.signature(known).bind(*node.args, **node.kwargs)
