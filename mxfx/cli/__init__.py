@@ -134,7 +134,7 @@ def run(
 
     summary = api.run(files, options)
     for outcome in summary.outcomes:
-        if outcome.file:
+        if outcome.file and outcome.phase != "decode":
             _print_passes(outcome, verbose)
     first = next((o.evaluation.first for o in summary.outcomes if o.evaluation is not None), None)
     note = evaluated_note(first, [o.model_note for o in summary.outcomes if o.model_note])

@@ -68,7 +68,7 @@ def again(
             bits_per_weight=bits,
             eval_seconds=evaluation.seconds,
         )
-        out.print(results_table([row], "Perplexity", f"{first.tokens:,} tokens of {first.source}"))
+        out.print(results_table([row], f"Perplexity of {phase}", f"{first.tokens:,} tokens of {first.source}"))
     domains = [DomainRow.of(folder.name, result, None) for result in evaluation.domains.values()]
     tasks_found = [(folder.name, *row) for result in evaluation.tasks.values() for row in result.rows()]
     out.print(*domain_tables(domains, tasks_found))

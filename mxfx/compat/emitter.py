@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,13 @@ from typing import Any
 from mxfx.compat.selectors import WHY_NOT_PROBS, Chosen, shadowed
 from mxfx.compat.table import Table
 from mxfx.compat.widths import Written, read_format
+from mxfx.config import options
 from mxfx.config.locate import Cursor, KeyPath, Mark
 from mxfx.config.options import listed
+from mxfx.config.phases import PhasesConfig
 from mxfx.config.pipeline import CalibrationConfig, ModelConfig, Pipeline
 from mxfx.config.spec import PassSpec
+from mxfx.graph.phases import PHASES
 from mxfx.ground.nearest import did_you_mean
 
 #: Types of matmul that a search may name.
@@ -21,7 +24,7 @@ SITES = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"),
     *("qk_matmul", "av_matmul", "kv_cache"),
 )
-_ONE_MODEL = "mxfx compiles one precision for prefill and decode"
+_ONE_MODEL = "a search scores the whole model, which has one precision in it for prefill and decode"
 _DECISIONS = "rotation_decisions.json"
 
 
@@ -38,6 +41,7 @@ class Emitter:
         self.marks: dict[KeyPath, Mark] = dict(at.marks)
 
     def pipeline(self) -> Pipeline:
+        self.phased = any(one.phase for one in self.chosen)
         optimized = self._gptq() if self.gptq is not None else self._without_gptq()
         search = self._rotation_search() if self.search is not None else []
         rules = self._annotate()
@@ -47,32 +51,40 @@ class Emitter:
         specs += self._plain("round-weights", operands & {"weight", "bias"}, {"untie": True})
         rotations = [*search, *self._online_rotations()]
         specs += rotations
-        specs += self._plain("expand-attention", operands & {"q", "probs", "softmax"}, of=_is_spelled_out)
+        spelled = operands & {"q", "probs", "softmax"} if not self.phased else set()
+        specs += self._plain("expand-attention", spelled, of=_is_spelled_out)
         # A rotated cache is quantized by insert-fake-quant: the rotation back stands between it and attention.
         activations = {"input", "q", "probs", "softmax", "rope"} | ({"kv", "k", "v"} if rotations else set())
         specs += self._plain("insert-fake-quant", operands & activations)
         specs += self._plain("quantize-kv-cache", operands & {"kv", "k", "v"}, of=_has_cache)
+        phases = self._phases() if self.phased else None
         root = Cursor(self.at.source, self.marks)
-        return Pipeline(specs, self.model, self.calibration, root=root).completed()
+        return Pipeline(specs, self.model, self.calibration, phases=phases, root=root).completed()
 
     def _annotate(self) -> list[PassSpec]:
-        rules: list[dict[str, str]] = []
-        marks: dict[KeyPath, Mark] = {}
-        for index, one in enumerate(self.chosen):
-            if not one.formats:
-                continue
-            place: KeyPath = ("rule", len(rules))
-            header = _mark(one.table.at)
-            marks |= {(): header, place: header, (*place, "match"): header}
-            marks |= {(*place, key): _mark(written.at) for key, written in one.formats.items()}
-            rules.append(
-                {
-                    "match": shadowed(self.chosen, index),
-                    **{key: written.text for key, written in one.formats.items()},
-                }
-            )
+        """The rules of ``annotate``; those of a file with phases are in the phases, each with all of its own."""
+        rules, marks = ([], {}) if self.phased else _rules(self.chosen, ())
+        if not rules and not self.phased:
+            return []
         # Files of the dialect are shared between families: a selector may speak of modules that this one lacks.
-        return [self._spec("annotate", {"rule": rules, "unmatched": "warn"}, marks)] if rules else []
+        return [self._spec("annotate", {"rule": rules, "unmatched": "warn"}, marks)]
+
+    def _phases(self) -> PhasesConfig:
+        """What prefill and decode have of their own: everything."""
+        handoffs = {one.handoff: one.table for one in self.chosen if one.handoff}
+        if len(handoffs) > 1:
+            raise handoffs["requantize"].at.error(
+                "selectors hand caches over in two ways: what a prefill has is kept, and is rounded to decode's format",
+                "one kv_cache_handoff for all, and a prefill's kv_cache for all or none",
+            )
+        raw: dict[str, Any] = {"handoff": next(iter(handoffs), "keep")}
+        for phase in PHASES:
+            mine = [one for one in self.chosen if one.phase in ("", phase)]
+            rules, marks = _rules(mine, ("phases", phase))
+            raw[phase] = {"rule": rules}
+            self.marks.update(marks if self.at.marks else {})
+        found: PhasesConfig = options.read_dataclass(PhasesConfig, raw, Cursor(self.at.source, self.marks) / "phases")
+        return found
 
     def _plain(
         self,
@@ -104,7 +116,7 @@ class Emitter:
                 "min_expert_calibration_hits": "mixture-of-experts layers are not calibrated by expert",
             }
         )
-        table.require("phase", str, "both", _ONE_MODEL)
+        phase = self._calibrated(table)
         _take_machine(table)
         self._set_model(table)
         self._set_calibration(
@@ -114,7 +126,7 @@ class Emitter:
             length=table.take("seqlen", int, 256),
         )
         by_weight, by_output = table.take("quantile_search", bool, True), table.take("clip_search_y", bool, False)
-        weights = self._gptq_weights(table, search=by_weight and not by_output)
+        weights = self._gptq_weights(table, phase, search=by_weight and not by_output)
         if not weights:
             table.close()
             return []
@@ -126,7 +138,8 @@ class Emitter:
             # What the products will really read is the better guide to rounding; Mase has no such key.
             "quantized_inputs": table.take("quantized_inputs", bool, True),
         }
-        sources = {"exponents": "clip_search_y", "batch_size": "cali_batch_size"}
+        raw |= {} if phase is None else {"phase": phase}
+        sources = {"exponents": "clip_search_y", "batch_size": "cali_batch_size", "phase": "phase"}
         for key in ("max_layers", "checkpoint_dir"):
             value = table.take(key, int if key == "max_layers" else str)
             if value is not None:
@@ -137,7 +150,23 @@ class Emitter:
         marks |= {(key,): _mark(table.at / source) for key, source in sources.items()}
         return [self._spec("gptq", raw, marks)]
 
-    def _gptq_weights(self, table: Table, *, search: bool) -> list[str]:
+    def _calibrated(self, table: Table) -> str | None:
+        """The phase whose weights GPTQ makes, with its formats; None for both."""
+        phase: str = table.take("phase", str, "both")
+        if phase not in (*PHASES, "both"):
+            raise (table.at / "phase").error(f"phase = {phase!r}", "one of both, decode, prefill")
+        if phase == "both":
+            return None
+        if not self.phased:
+            problem = f"phase = {phase!r}, and no selector has a bucket 'prefill' or 'decode'"
+            table.fail("phase", problem, 'phase = "both", or buckets')
+        if any(one.phase not in ("", phase) and "weight" in one.formats for one in self.chosen):
+            table.warn(
+                "phase", f"the weights of both phases have formats: where these agree, both get those of {phase}"
+            )
+        return phase
+
+    def _gptq_weights(self, table: Table, phase: str | None, *, search: bool) -> list[str]:
         """Patterns of the selectors that GPTQ takes; those without a weight format get that of ``weight_config``.
 
         With ``search`` their scales are those of the smaller error of the weight (``/mse``).
@@ -155,8 +184,9 @@ class Emitter:
             return []
         if written is None:
             raise inner.at.error("[gptq.weight_config] gives no format", "weight_width and weight_block_size")
-        flagged = [one for one in self.chosen if one.gptq]
-        taken = flagged or [one for one in self.chosen if one.kind == "linear" and "weight" in one.formats]
+        mine = [one for one in self.chosen if phase is None or one.phase in ("", phase)]
+        flagged = [one for one in mine if one.gptq]
+        taken = flagged or [one for one in mine if one.kind == "linear" and "weight" in one.formats]
         if not taken:
             raise table.at.error("[gptq] has no weights to work on", "selectors of linears, with gptq = true")
         for one in taken:
@@ -164,7 +194,12 @@ class Emitter:
             if search:
                 own = one.formats["weight"]
                 one.formats["weight"] = replace(own, text=f"{own.element}/mse")
-        return [shadowed(self.chosen, self.chosen.index(one)) for one in taken]
+        return list(dict.fromkeys(self._shadowed(one) for one in taken))
+
+    def _shadowed(self, one: Chosen) -> str:
+        """The pattern of a selector without what earlier ones of its phase have taken."""
+        mine = [other for other in self.chosen if other.phase in ("", one.phase)]
+        return shadowed(mine, mine.index(one))
 
     def _rotation_search(self) -> list[PassSpec]:
         table = self.search
@@ -212,9 +247,9 @@ class Emitter:
 
     def _online_rotations(self) -> list[PassSpec]:
         specs = []
-        for index, one in enumerate(self.chosen):
+        for one in self.chosen:
             if one.rotated:
-                raw: dict[str, Any] = {"select": shadowed(self.chosen, index)}
+                raw: dict[str, Any] = {"select": self._shadowed(one)}
                 raw |= {"sites": list(one.rotated)} if one.kind == "attention" else {}
                 specs.append(self._spec("online-rotation", raw, {(): _mark(one.table.at / "name")}))
         return specs
@@ -243,6 +278,22 @@ class Emitter:
     def _remember(self, path: KeyPath, source: Cursor) -> None:
         if self.at.marks:
             self.marks[path] = _mark(source)
+
+
+def _rules(chosen: Sequence[Chosen], below: KeyPath) -> tuple[list[dict[str, str]], dict[KeyPath, Mark]]:
+    """Rules of ``annotate`` for selectors, and where each option of them was written, by its path ``below``."""
+    rules: list[dict[str, str]] = []
+    marks: dict[KeyPath, Mark] = {}
+    for index, one in enumerate(chosen):
+        if not one.formats:
+            continue
+        place: KeyPath = (*below, "rule", len(rules))
+        header = _mark(one.table.at)
+        marks |= {below: header, place: header, (*place, "match"): header}
+        marks |= {(*place, key): _mark(written.at) for key, written in one.formats.items()}
+        written = {key: given.text for key, given in one.formats.items()}
+        rules.append({"match": shadowed(chosen, index), **written})
+    return rules, marks
 
 
 def _is_spelled_out(one: Chosen) -> bool:

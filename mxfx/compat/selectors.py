@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from mxfx.compat.buckets import has_buckets, read_buckets
 from mxfx.compat.table import Table
 from mxfx.compat.widths import Written, read_format
 from mxfx.config import options
@@ -33,12 +34,7 @@ _LEGACY = (
     *("lsqinteger", "flexround"),
 )
 
-_PHASE = "mxfx compiles one precision for prefill and decode"
 _REFUSED = {
-    "prefill": _PHASE,
-    "decode": _PHASE,
-    "decode_policy": _PHASE,
-    "kv_cache_handoff": _PHASE,
     "online_rotate": "no version of Mase reads it; write name = 'mxint_rotate' or a [rotation_search] table",
 }
 #: Stages that a rotation can stand at -> site of ``online-rotation``.
@@ -64,6 +60,10 @@ class Chosen:
     formats: dict[str, Written] = field(default_factory=dict)
     gptq: bool = False
     rotated: tuple[str, ...] = ()
+    phase: str = ""
+    """The phase that it speaks of, ``""`` for both."""
+    handoff: str = ""
+    """Of an attention with buckets: what ``mxfx.config.phases`` calls its handoff."""
 
 
 def read_selector(key: str, table: Table, by: str) -> list[Chosen]:
@@ -74,6 +74,26 @@ def read_selector(key: str, table: Table, by: str) -> list[Chosen]:
     pattern = key if by == "regex_name" else re.escape(key)
     options.read(Selector, pattern, table.at)
     table.refuse(_REFUSED)
+    if not has_buckets(table):
+        return _read_flat(table, pattern)
+    buckets, handoff = read_buckets(table, (*_STAGES, "qk_norm"))
+    found = []
+    for phase, bucket in buckets.items():
+        for one in _read_flat(bucket, pattern):
+            one.phase, one.handoff = phase, handoff
+            for stage in ("softmax", "probs"):
+                if stage in one.formats:
+                    inner = one.formats[stage].at
+                    raise inner.error(
+                        f"{bucket.what} rounds {'scores' if stage == 'softmax' else 'probabilities'} of attention, "
+                        "which is spelled out for it and has no cache that goes from prefill to decode",
+                        "bypass = true, or a file without phases",
+                    )
+            found.append(one)
+    return found
+
+
+def _read_flat(table: Table, pattern: str) -> list[Chosen]:
     if table.take("bypass", bool, False):
         return [Chosen(table, pattern, "nothing")]
     name = _name(table)

@@ -10,6 +10,7 @@ name.
 | ``[gptq]`` | ``gptq``, ``[model] name``, ``[calibration]`` |
 | ``quantile_search`` | scale rule ``/mse`` of the weights that GPTQ takes: least error of the weight |
 | ``clip_search_y`` | ``exponents = "sweep"``: least error of the output, over the Hessian |
+| ``prefill``, ``decode``, ``decode_policy``, ``kv_cache_handoff`` | ``[phases]``: ``mxfx.compat.buckets`` |
 | ``gptq = true`` | ``gptq`` takes these weights; if no selector says so, it takes all that have a format |
 | ``clip_search = true`` | scale rule ``/mse`` of the weight |
 | ``[rotation_search]`` | ``rotation-search`` |

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mxfx.config.errors import ConfigError
+from mxfx.config.phases import check_phases
 from mxfx.config.pipeline import Pipeline
 from mxfx.rewrite import Pass, all_facts, all_passes, facts_after
 
@@ -33,9 +34,10 @@ def check_order(pipeline: Pipeline, facts: frozenset[str] = frozenset()) -> froz
     """The facts that hold after the pipeline, from those that hold before it.
 
     Raises ``ConfigError`` at the first pass whose ``requires`` or ``forbids`` is violated, or that is not
-    registered.
+    registered, and for phases that cannot be.
     """
     passes = pipeline.passes
+    check_phases(pipeline)
     problem = first_problem(passes, facts)
     if problem is not None:
         raise _order_error(pipeline, passes, problem, facts)

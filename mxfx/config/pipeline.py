@@ -13,6 +13,7 @@ from mxfx.config import options
 from mxfx.config.emit import EmitConfig, emit_stage
 from mxfx.config.errors import ConfigError, Place
 from mxfx.config.locate import Cursor, Document, KeyPath, parse_toml, read_toml
+from mxfx.config.phases import PhasesConfig
 from mxfx.config.spec import NOWHERE, PassSpec, unknown_pass
 from mxfx.ground.nearest import did_you_mean
 from mxfx.rewrite import Pass
@@ -96,6 +97,7 @@ SETTINGS: dict[str, type] = {
     "calibration": CalibrationConfig,
     "budget": BudgetConfig,
     "emit": EmitConfig,
+    "phases": PhasesConfig,
 }
 
 
@@ -111,6 +113,7 @@ class Pipeline:
     calibration: CalibrationConfig
     budget: BudgetConfig
     emit: EmitConfig
+    phases: PhasesConfig
     root: Cursor = field(compare=False, repr=False)
 
     def __init__(
@@ -120,6 +123,7 @@ class Pipeline:
         calibration: CalibrationConfig | None = None,
         budget: BudgetConfig | None = None,
         emit: EmitConfig | None = None,
+        phases: PhasesConfig | None = None,
         root: Cursor = NOWHERE,
     ) -> None:
         specs = tuple(p if isinstance(p, PassSpec) else PassSpec.of(p) for p in passes)
@@ -128,6 +132,7 @@ class Pipeline:
         object.__setattr__(self, "calibration", calibration or CalibrationConfig())
         object.__setattr__(self, "budget", budget or BudgetConfig())
         object.__setattr__(self, "emit", emit or EmitConfig())
+        object.__setattr__(self, "phases", phases or PhasesConfig())
         object.__setattr__(self, "root", root)
 
     @property
@@ -175,13 +180,14 @@ class Pipeline:
         return self.replace(specs=(*self.specs, *added))
 
     def replace(self, **changes: Any) -> Pipeline:
-        """A copy with some of ``specs``, ``model``, ``calibration``, ``budget``, ``emit`` changed."""
+        """A copy with some of ``specs``, ``model``, ``calibration``, ``budget``, ``emit``, ``phases`` changed."""
         return Pipeline(
             changes.get("specs", self.specs),
             changes.get("model", self.model),
             changes.get("calibration", self.calibration),
             changes.get("budget", self.budget),
             changes.get("emit", self.emit),
+            changes.get("phases", self.phases),
             changes.get("root", self.root),
         )
 
@@ -243,6 +249,9 @@ def from_document(document: Document) -> Pipeline:
         for name, cls in SETTINGS.items()
         if name in raw
     }
+    if "phases" in raw and not settings["phases"].given:
+        wanted = "[[phases.decode.rule]] or [[phases.prefill.rule]] with a format"
+        raise (root / "phases").error("[phases] has no rules: both phases would be one", wanted)
     return Pipeline(read_passes(raw.get("pass", []), root / "pass"), **settings, root=root).completed()
 
 

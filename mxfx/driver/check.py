@@ -15,9 +15,11 @@ from mxfx.calibration.datasets import check_source, collected_ids
 from mxfx.calibration.estimate import footprint
 from mxfx.calibration.sources import SELF, split_by_share
 from mxfx.config import Pipeline, check_order
+from mxfx.config.phases import of_phase
 from mxfx.driver.matched import attention_lines, matched_lines, site_lines
 from mxfx.driver.pretrained import load_checked, load_meta_model
 from mxfx.graph.node import info, kind
+from mxfx.graph.phases import entries
 from mxfx.graph.program import Program
 from mxfx.graph.prove import Proof, prove
 from mxfx.graph.trace import bind, trace
@@ -26,7 +28,7 @@ from mxfx.ops.catalogue import weights_of
 from mxfx.passes import Annotate, Distill, Gptq, InsertKvCache, QuantizeKvCache, RotationSearch
 from mxfx.pipeline.manager import PassError, PassManager
 from mxfx.report.memory import memory
-from mxfx.rewrite import PassRecord, Rewriter, apply
+from mxfx.rewrite import Context, Pass, PassRecord, Rewriter, apply
 from mxfx.rewrite.lowering import lowered_copy
 from mxfx.rewrite.roles import roles_remembered
 from mxfx.rewrite.size import bits_per_weight
@@ -46,6 +48,8 @@ class Checked:
     trace_seconds: float
     proof: Proof | None = None
     records: tuple[PassRecord, ...] = ()
+    phases: tuple[str, ...] = ()
+    """The phase of each record."""
 
     def lines(self) -> Iterator[str]:
         """The model, its graph, and what the passes will hold and do; sizes in GB, work in TFLOP."""
@@ -67,33 +71,54 @@ class Checked:
             yield f"numbers: the program is the model to {self.proof.error:.1e} on rows of {lengths} tokens"
             yield from self.proof.notes
         yield from attention_lines(self.records)
-        with roles_remembered(program.graph):
-            said = [
-                *matched_lines(program, self.records),
-                *site_lines(program, self.pipeline.passes, self.records),
-            ]
-        yield from said
+        yield from self._by_phase()
         yield "memory: " + "; ".join(self._held(weights))
         yield f"on the device, once emitted: {memory(program)}"
         # One calibration token costs two passes over each weight: statistics, then the rewritten layer.
         tokens = self._tokens
         yield f"work: {4 * weights * tokens / 1e12:.1f} TFLOP of calibration forward passes ({tokens:,} tokens)"
-        yield f"bits per weight after rounding: {bits_per_weight(program, planned=True):.2f}"
+        bits = {phase: bits_per_weight(one, planned=True) for phase, one in entries(program).items()}
+        told = (f"{phase} {of:.2f}" if phase else f"{of:.2f}" for phase, of in bits.items())
+        yield f"bits per weight after rounding: {', '.join(told)}"
+
+    def _by_phase(self) -> Iterator[str]:
+        """What rules and passes match; what phases have in common once."""
+        found: dict[str, list[str]] = {}
+        for phase, program in entries(self.annotated).items():
+            records = [record for record, of in zip(self.records, self.phases, strict=True) if of in ("", phase)]
+            passes = of_phase(self.pipeline, phase).passes
+            with roles_remembered(program.graph):
+                found[phase] = [*matched_lines(program, records), *site_lines(program, passes, records)]
+        shared = [line for line in next(iter(found.values())) if all(line in lines for lines in found.values())]
+        yield from shared
+        for phase, lines in found.items():
+            yield from (f"{phase}: {line}" for line in lines if line not in shared)
 
     def cache_line(self, context: int, batch: int) -> str:
         """What the cache of ``batch`` texts of ``context`` tokens takes, beside one in the model's dtype."""
-        program = self.annotated
-        if "raised" not in program.facts:
-            program = PassManager().run(program, Pipeline([]).completed()).program
-        plain = program = apply(InsertKvCache(), program).program
+        plain = self.annotated
+        if "raised" not in plain.facts:
+            plain = PassManager().run(plain, Pipeline([]).completed()).program
+        programs = {"": plain}
         if any(spec.name == QuantizeKvCache.name for spec in self.pipeline.specs):
-            program = apply(InsertKvCache(), apply(QuantizeKvCache(), self.annotated).program).program
-        specs = cache_specs(program)
-        if not specs:
+            programs = {phase: apply(QuantizeKvCache(), one).program for phase, one in entries(self.annotated).items()}
+        handoff = self.pipeline.phases.handoff
+        specs = {
+            phase: cache_specs(apply(InsertKvCache(), one, Context(phase=phase, peer=peer, handoff=handoff)).program)
+            for phase, one in programs.items()
+            for peer in [next((other for name, other in programs.items() if name != phase), None)]
+        }
+        held = specs.get("decode", next(iter(specs.values())))
+        if not held:
             return "cache: none; something in the model but attention looks at other tokens"
-        size, whole = (cache_bytes(of, batch, context, program.dtype) / 1e9 for of in (specs, cache_specs(plain)))
-        dtype = str(program.dtype).removeprefix("torch.")
-        return f"cache: {size:.3f} GB for {batch} × {context:,} tokens; in {dtype} {whole:.3f} GB"
+        numbers = cache_specs(apply(InsertKvCache(), plain).program)
+        sizes = (cache_bytes(of, batch, context, plain.dtype) / _GB for of in (held, numbers))
+        size, whole = sizes
+        dtype = str(plain.dtype).removeprefix("torch.")
+        line = f"cache: {size:.3f} GB for {batch} × {context:,} tokens; in {dtype} {whole:.3f} GB"
+        if specs.get("prefill", held) != held:
+            line += f"; a prefill takes {cache_bytes(specs['prefill'], batch, context, plain.dtype) / _GB:.3f} GB more"
+        return line
 
     @property
     def _tokens(self) -> int:
@@ -102,7 +127,7 @@ class Checked:
     def _streamed(self) -> str:
         """What gptq's calibration takes, weights waiting on the host; see ``mxfx.calibration.estimate``."""
         calibration, gptq = self.pipeline.calibration, next(p for p in self.pipeline.passes if isinstance(p, Gptq))
-        program = self.annotated
+        program = entries(self.annotated).get(gptq.phase or "decode", self.annotated)
         if "raised" not in program.facts:
             program = PassManager().run(program, Pipeline([]).completed()).program
         found = footprint(
@@ -162,7 +187,9 @@ def check(
     if numbers:
         loaded = load_checked(name, settings.dtype, **of_hub)
         proof = prove(bind(program, loaded.model), loaded.model, limit=sys.maxsize)
-    return Checked(pipeline, program, annotated, seconds, proof, () if result is None else result.records)
+    steps = () if result is None else result.steps
+    records, phases = tuple(step.record for step in steps), tuple(step.phase for step in steps)
+    return Checked(pipeline, program, annotated, seconds, proof, records, phases)
 
 
 def check_data(pipeline: Pipeline) -> None:
@@ -188,12 +215,21 @@ def _check_source(source: str, samples: int, length: int) -> None:
 
 def refuse_hopeless(pipeline: Pipeline, program: Program, start: int) -> None:
     """Raise ``PassError`` for a pass that is sure to fail on an annotated program, ``start`` on."""
+    programs = entries(program).values()
     for index, pass_ in enumerate(pipeline.passes[start:], start):
-        try:
-            pass_.foresee(Rewriter(program, pass_.name))
-        except MxfxError as error:
+        errors = [error for one in programs if (error := _hopeless(pass_, one)) is not None]
+        # What has nothing to do in one phase may have it in the other.
+        if len(errors) == len(programs):
             place = pipeline.location(index, ("name",))
-            raise PassError.of(index + 1, pass_, error, str(place) if place.line else None) from error
+            raise PassError.of(index + 1, pass_, errors[0], str(place) if place.line else None) from errors[0]
+
+
+def _hopeless(pass_: Pass, program: Program) -> MxfxError | None:
+    try:
+        pass_.foresee(Rewriter(program, pass_.name))
+    except MxfxError as error:
+        return error
+    return None
 
 
 def _planned(program: Program) -> int:

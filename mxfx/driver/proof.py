@@ -11,6 +11,7 @@ from mxfx.config.emit import EmitConfig
 from mxfx.export.artefact import load
 from mxfx.graph.execute import execute
 from mxfx.graph.module import build
+from mxfx.graph.phases import entries
 from mxfx.graph.program import Program
 from mxfx.ground.errors import CheckError
 from mxfx.pipeline.emit import emitted
@@ -20,17 +21,20 @@ class ProofError(CheckError, ValueError):
     """A saved model does not run, or computes something else than the model that was measured."""
 
 
-def logits_of(program: Program, ids: Tensor, device: torch.device, *, whole: bool = True) -> Tensor:
-    """``(batch, seq, vocabulary)`` of the module that a lowered program is built into, or of the program in pieces."""
+def logits_of(program: Program, ids: Tensor, device: torch.device, *, whole: bool = True) -> dict[str, Tensor]:
+    """``(batch, seq, vocabulary)`` of the module that a lowered program is built into, or of the program in pieces; of
+    each phase, by its name.
+    """
+    found = entries(program)
     if not whole:
-        return execute(program, ids.to(device), device=device)
+        return {phase: execute(one, ids.to(device), device=device) for phase, one in found.items()}
     with torch.no_grad():
-        return build(program).to(device)(ids.to(device))
+        return {phase: build(one).to(device)(ids.to(device)) for phase, one in found.items()}
 
 
 def check_saved(
     folder: Path,
-    expected: Tensor,
+    expected: dict[str, Tensor],
     ids: Tensor,
     device: torch.device,
     settings: EmitConfig,
@@ -44,14 +48,22 @@ def check_saved(
     try:
         saved = load(folder)
         if files is not None:
-            saved.weights.keep_in_files(files)
+            for one in entries(saved).values():
+                one.weights.keep_in_files(files)
         found = logits_of(emitted(saved, device, settings), ids, device, whole=files is None)
     except Exception as error:
         raise ProofError(f"the model saved in {folder} does not run: {type(error).__name__}: {error}") from error
+    if found.keys() != expected.keys():
+        raise ProofError(f"the model saved in {folder} is not the one that was measured: it has other phases")
+    for phase, wanted in expected.items():
+        _check_bits(f"{folder}, {phase}" if phase else str(folder), found[phase], wanted)
+
+
+def _check_bits(what: str, found: Tensor, expected: Tensor) -> None:
     different = int((_bits(found) != _bits(expected)).sum()) if found.shape == expected.shape else -1
     if different:
         raise ProofError(
-            f"the model saved in {folder} is not the one that was measured: "
+            f"the model saved in {what} is not the one that was measured: "
             f"{different if different > 0 else 'all'} of {expected.numel()} logits of the probe differ"
         )
 

@@ -25,6 +25,7 @@ from mxfx.driver.run_directory import PipelineFolder, RunDirectory, find_model
 from mxfx.evaluation.results import EvalResult, EvaluationError, ratio_with_stderr
 from mxfx.evaluation.scoring import FloatLogits
 from mxfx.evaluation.suite import Evaluation, Suite
+from mxfx.graph.phases import PHASES, entries
 from mxfx.graph.program import Program
 from mxfx.ground import ranks
 from mxfx.ground.clock import Clock, part
@@ -40,8 +41,7 @@ from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.causal_lm import as_causal_lm
 from mxfx.runtime.stepwise import Stepwise
 
-#: What ``mxfx eval --phase`` takes.
-PHASES = ("prefill", "decode")
+_PHASES_NOTE = "{name}: its prefill, whole windows; {name} decode: its program of single steps, on the same windows"
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class Outcome:
     """Name of the float model's outcome that this one is compared with."""
     model_note: str = ""
     warnings: tuple[str, ...] = ()
+    phase: str = ""
+    """Of a pipeline with phases: whose outcome it is."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +120,11 @@ def run(pipelines: Sequence[Named], options: RunOptions) -> RunSummary:
         directory = stack.enter_context(RunDirectory(options.out)) if mine else None
         for named in pipelines:
             model = _model_of(named.pipeline, models, outcomes, options)
-            outcomes.append(_run_one(named, model, directory, options))
+            found = _run_one(named, model, directory, options)
+            outcomes += found
             if directory is not None:
                 if options.save:
-                    _write_card(outcomes, directory.pipeline(named.name))
+                    _write_card(outcomes, found, directory.pipeline(named.name))
                 directory.write_results(document(outcomes, options, clock))
     warnings = tuple(f"{o.name}: {warning}" for o in outcomes for warning in o.warnings)
     tasks = tuple(
@@ -178,10 +181,11 @@ def _float_outcome(model: _Model, options: RunOptions) -> Outcome:
         batch = model.suite.batch_size
         model.reference = FloatLogits(lambda: fitting_lm(result.program, model.job.device, batch))
     options.say("evaluating the float model") if options.eval else None
-    return _outcome(Named(model.baseline, "", pipeline), model, result, 0.0, options)
+    return _outcome(Named(model.baseline, "", pipeline), model, result, 0.0, options)[0]
 
 
-def _run_one(named: Named, model: _Model, directory: RunDirectory | None, options: RunOptions) -> Outcome:
+def _run_one(named: Named, model: _Model, directory: RunDirectory | None, options: RunOptions) -> list[Outcome]:
+    """What came out: of a pipeline with phases the prefill's outcome, then that of decode's program."""
     job, pipeline = model.job, named.pipeline
     folder = None if directory is None else directory.pipeline(named.name)
     options.say(f"running {named.name}: {len(pipeline.specs)} passes")
@@ -205,49 +209,57 @@ def _outcome(
     seconds: float,
     options: RunOptions,
     folder: PipelineFolder | None = None,
-) -> Outcome:
-    """Save, prove, evaluate; everything that is not as it should be becomes a warning."""
+) -> list[Outcome]:
+    """Save, prove, evaluate each phase; everything that is not as it should be becomes a warning."""
     job, program = model.job, result.program
     warnings = [*job.warnings] if not named.file or not model.baseline else []
-    warnings += [f"{step.pass_.name}: {text}" for step in result.steps for text in step.record.warnings]
+    warnings += [f"{step.called}: {text}" for step in result.steps for text in step.record.warnings]
     ids = job.probe(named.pipeline).tokens(job.program)
     fitted = fit(program, job.device, 1 if model.suite is None else model.suite.batch_size)
     if not fitted.whole:
         warnings.append(f"run in pieces, which is slow: the emitted model does not fit on {job.device} ({fitted})")
     logits = logits_of(program, ids, job.device, whole=fitted.whole)
-    warnings += [problem] if (problem := not_finite(logits)) else []
+    warnings += [problem for found in logits.values() if (problem := not_finite(found))]
     if folder is not None and options.save:
         files = None if fitted.whole else folder.cache / "weights"
         with ranks.alone(), part("save and prove"):
             _save(result.portable, job, folder)
             check_saved(folder.model, logits, ids, job.device, named.pipeline.emit, files=files)
     del logits
-    counted = inexact_count()
-    evaluation = _evaluate(program, model, is_float=not named.file, whole=fitted.whole)
-    if beyond := inexact_count() - counted:
-        warnings.append(
-            f"{beyond} rows of activations span more octaves than E4M3 is sure to hold: their least were rounded"
-        )
-    if folder is not None and evaluation is not None:
-        evaluation.write(folder.path)
-    bits = bits_per_weight(result.before_emit)
-    for name, found in evaluation.domains.items() if evaluation is not None else ():
-        if not math.isfinite(found.token_perplexity):
-            warnings.append(f"the token perplexity on {name} is {found.token_perplexity}")
     note = str(program.source.config.get("mxfx_note", ""))
-    return Outcome(
-        named.name, named.file, named.pipeline, result, evaluation, bits, seconds, model.baseline, note, tuple(warnings)
-    )
+    outcomes = []
+    for phase in entries(program):
+        mine = result.of(phase)
+        evaluation = _evaluate(mine.program, model, warnings, is_float=not named.file, whole=fitted.whole)
+        if folder is not None and evaluation is not None:
+            evaluation.write(folder.path / phase if phase == "decode" else folder.path)
+        bits = bits_per_weight(mine.before_emit)
+        name = f"{named.name} decode" if phase == "decode" else named.name
+        told = _PHASES_NOTE.format(name=named.name) if phase else note
+        about = (name, named.file, named.pipeline, mine, evaluation, bits, seconds, model.baseline, told)
+        outcomes.append(Outcome(*about, tuple(warnings), phase))
+        warnings = []
+    return outcomes
 
 
-def _evaluate(program: Program, model: _Model, *, is_float: bool, whole: bool) -> Evaluation | None:
+def _evaluate(
+    program: Program, model: _Model, warnings: list[str], *, is_float: bool, whole: bool
+) -> Evaluation | None:
     if model.suite is None:
         return None
     assert model.reference is not None
+    counted = inexact_count()
     lm = model.reference.model if is_float else as_causal_lm(program, model.job.device, whole=whole)
     found = model.suite.run(lm, model.reference)
     # Passes need the device for themselves.
     model.reference.release()
+    if beyond := inexact_count() - counted:
+        warnings.append(
+            f"{beyond} rows of activations span more octaves than E4M3 is sure to hold: their least were rounded"
+        )
+    for name, domain in found.domains.items():
+        if not math.isfinite(domain.token_perplexity):
+            warnings.append(f"the token perplexity on {name} is {domain.token_perplexity}")
     return found
 
 
@@ -272,7 +284,8 @@ def evaluate_saved(folder: str | Path, options: RunOptions, phase: str = "prefil
     suite = Suite(wanted, tokenizer, program.source.config.get("max_position_embeddings"))
     device = torch.device(options.device)
     model = fitting_lm(program, device, wanted.batch_size)
-    return suite.run(Stepwise(model) if phase == "decode" else model), bits_per_weight(program)
+    of = entries(program).get(phase, program)
+    return suite.run(Stepwise(model) if phase == "decode" else model), bits_per_weight(of)
 
 
 def _save(program: Program, job: Job, folder: PipelineFolder) -> None:
@@ -281,12 +294,12 @@ def _save(program: Program, job: Job, folder: PipelineFolder) -> None:
     save_folder(program, folder.model, tokenizer=job.tokenizer)
 
 
-def _write_card(outcomes: Sequence[Outcome], folder: PipelineFolder) -> None:
-    """The saved model's card again, with the figures that the last outcome found after it was saved."""
+def _write_card(outcomes: Sequence[Outcome], last: Sequence[Outcome], folder: PipelineFolder) -> None:
+    """The saved model's card again, with the figures that its last outcomes found after it was saved."""
     from mxfx.export.folder import write_card
 
-    outcome = outcomes[-1]
-    if found := [row for row in domain_rows(outcomes) if row.name == outcome.name]:
+    outcome, names = last[0], {one.name for one in last}
+    if found := [row for row in domain_rows(outcomes) if row.name in names]:
         write_card(outcome.result.portable, folder.model, card_table(found, outcome.bits_per_weight))
 
 
@@ -354,11 +367,12 @@ def _as_json(outcome: Outcome, row: Row) -> dict[str, object]:
     steps = outcome.result.steps
     return {
         "name": outcome.name,
+        **({"phase": outcome.phase} if outcome.phase else {}),
         "file": outcome.file,
         "model_note": outcome.model_note,
         "figures": vars(row),
         "warnings": outcome.warnings,
-        "passes": [pass_json(step) for step in steps] if outcome.file else [],
+        "passes": [pass_json(step) for step in steps] if outcome.file and outcome.phase != "decode" else [],
         "time": instruments_json(outcome.result) if outcome.file else None,
         "coverage": coverage_json(outcome.result) if outcome.file else None,
         "memory": memory(outcome.result.program).to_json(),

@@ -2,6 +2,7 @@
 
 manifest.json          schema, version, size and hash of the other files, odd layouts of weights; written last
 program.mxir           the printed program (``mxfx.graph.text``): graph, facts, annotations, hash of every weight
+decode.mxir            of a program with phases: that of single steps; weights of its own are called decode/NAME
 weights.safetensors    the weight store, one tensor a canonical name; above 4 GB weights-00001-of-0000N.safetensors …
 """
 
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mxfx.graph.phases import PhaseError, joined
 from mxfx.graph.program import Program
 from mxfx.graph.text import TextError, parse, to_text
 from mxfx.ground.errors import MxfxError
@@ -28,6 +30,9 @@ from mxfx.ops import RUNTIME_FUNCTIONS
 
 SCHEMA = 1
 MANIFEST, PROGRAM, WEIGHTS = "manifest.json", "program.mxir", "weights.safetensors"
+DECODE = "decode.mxir"
+#: Before the name of a weight that decode has otherwise than the prefill, or alone.
+_OWN = "decode/"
 
 #: A file of weights is as large at most, unless a single tensor is larger.
 SHARD_BYTES = 4 * 10**9
@@ -75,31 +80,37 @@ def save(program: Program, folder: Path | str, *, shard_bytes: int = SHARD_BYTES
     ``WriteError`` for a full or failing disk.
     """
     folder = Path(folder)
-    _check_weights(program)
-    printed = to_text(program)
-    _check_ops(folder / PROGRAM, printed)
-    text = printed.encode()
+    entries = {PROGRAM: program} if program.phases is None else {PROGRAM: program, DECODE: program.phases.decode}
+    texts = {}
+    for name, entry in entries.items():
+        _check_weights(entry)
+        printed = to_text(entry)
+        _check_ops(folder / name, printed)
+        texts[name] = printed.encode()
+    weights = _all_weights(program)
     folder.mkdir(parents=True, exist_ok=True)
     remove_partial_files(folder)
     (folder / MANIFEST).unlink(missing_ok=True)
-    shards = _shards(program.weights, shard_bytes)
+    shards = _shards(weights, shard_bytes)
     sizes = {}
     for name, members in shards.items():
         # Piece by piece, so that memory holds one weight at a time.
-        write_file(folder / name, safetensors_pieces({member: program.weights[member] for member in members}))
+        write_file(folder / name, safetensors_pieces({member: weights[member] for member in members}))
         sizes[name] = {"bytes": (folder / name).stat().st_size}
     for stale in _stored(folder) - set(shards):
         (folder / stale).unlink()
-    write_file(folder / PROGRAM, text)
+    if program.phases is None:
+        (folder / DECODE).unlink(missing_ok=True)
+    for name, text in texts.items():
+        write_file(folder / name, text)
     manifest = {
         "schema": SCHEMA,
         "mxfx": metadata.version("mxfx"),
-        "files": {
-            PROGRAM: {"bytes": len(text), "blake2b": _hash(text)},
-            **sizes,
-        },
-        "layouts": {name: axes for name, tensor in program.weights.items() if (axes := _layout(tensor)) is not None},
+        "files": {**{name: {"bytes": len(text), "blake2b": _hash(text)} for name, text in texts.items()}, **sizes},
+        "layouts": {name: axes for name, tensor in weights.items() if (axes := _layout(tensor)) is not None},
     }
+    if program.phases is not None:
+        manifest["phases"] = {"handoff": program.phases.handoff}
     write_file(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
@@ -115,8 +126,6 @@ def load(folder: Path | str) -> Program:
         raise ArtefactError(f"{folder} is no folder; give one that a run wrote its model to")
     manifest = _read_manifest(folder / MANIFEST)
     shards = _check_files(folder, manifest)
-    text = _told(read_text, folder / PROGRAM)
-    _check_ops(folder / PROGRAM, text)
     weights: dict[str, Tensor] = {}
     for name in shards:
         found = _read_weights(folder / name)
@@ -124,15 +133,38 @@ def load(folder: Path | str) -> Program:
             raise ArtefactError(f"{folder / name}: holds {twice[0]!r}, which another file of weights holds too")
         weights |= found
     _lay_out(weights, manifest.get("layouts", {}), folder / MANIFEST)
+    program = _read_program(folder / PROGRAM, weights)
+    known = set(program.weights)
+    if (phases := manifest.get("phases")) is not None:
+        own = {name.removeprefix(_OWN): tensor for name, tensor in weights.items() if name.startswith(_OWN)}
+        decode = _read_program(folder / DECODE, weights | own)
+        known |= {_OWN + name if name in own else name for name in decode.weights}
+        try:
+            program = joined(program, decode, str(phases["handoff"]))
+        except (PhaseError, KeyError, TypeError) as error:
+            raise ArtefactError(f"{folder / MANIFEST}: 'phases': {error}") from error
+    if strangers := sorted(set(weights) - known):
+        raise ArtefactError(f"{folder}: its weights hold {strangers[0]!r}, which the program does not name")
+    return program
+
+
+def _read_program(path: Path, weights: Mapping[str, Tensor]) -> Program:
+    text = _told(read_text, path)
+    _check_ops(path, text)
     try:
         program = parse(text, weights)
     except TextError as error:
-        raise ArtefactError(f"{folder / PROGRAM}: {error}") from error
-    strangers = sorted(set(weights) - set(program.weights))
-    if strangers:
-        raise ArtefactError(f"{folder}: its weights hold {strangers[0]!r}, which the program does not name")
+        raise ArtefactError(f"{path}: {error}") from error
     _check_weights(program)
     return program
+
+
+def _all_weights(program: Program) -> Mapping[str, Tensor]:
+    """The weights of all entries: those of the prefill, and what decode has otherwise or alone."""
+    if program.phases is None:
+        return program.weights
+    found, decode = dict(program.weights), program.phases.decode.weights
+    return found | {_OWN + name: tensor for name, tensor in decode.items() if found.get(name) is not tensor}
 
 
 def _layout(tensor: Tensor) -> list[int] | None:
@@ -218,10 +250,12 @@ def _read_manifest(path: Path) -> Mapping[str, object]:
 def _check_files(folder: Path, manifest: Mapping[str, object]) -> list[str]:
     """The names of the files of weights; every file is there and as large as the manifest says."""
     files = manifest.get("files")
-    shards = _shard_names(max(len(files) - 1, 1)) if isinstance(files, dict) else []
-    if not isinstance(files, dict) or set(files) != {PROGRAM, *shards}:
+    programs = [PROGRAM, DECODE] if "phases" in manifest else [PROGRAM]
+    shards = _shard_names(max(len(files) - len(programs), 1)) if isinstance(files, dict) else []
+    if not isinstance(files, dict) or set(files) != {*programs, *shards}:
         raise ArtefactError(
-            f"{folder / MANIFEST}: 'files' must name {PROGRAM} and {WEIGHTS}, or all of {_shard_names(2)[0]} …"
+            f"{folder / MANIFEST}: 'files' must name {' and '.join(programs)} and {WEIGHTS}, or all of "
+            f"{_shard_names(2)[0]} …"
         )
     for name, facts in files.items():
         path = folder / name
@@ -234,8 +268,9 @@ def _check_files(folder: Path, manifest: Mapping[str, object]) -> list[str]:
                 f"{path}: has {path.stat().st_size} bytes, the manifest says {facts['bytes']}: truncated or changed"
             )
     # The weights need no hash of the file: the program names the hash of each tensor.
-    if _hash((folder / PROGRAM).read_bytes()) != files[PROGRAM].get("blake2b"):
-        raise ArtefactError(f"{folder / PROGRAM}: does not have the hash that the manifest names: it was changed")
+    for name in programs:
+        if _hash((folder / name).read_bytes()) != files[name].get("blake2b"):
+            raise ArtefactError(f"{folder / name}: does not have the hash that the manifest names: it was changed")
     if extra := sorted(_stored(folder) - set(shards)):
         raise ArtefactError(f"{folder / extra[0]}: the manifest does not name it: remove it, or save the model again")
     return shards

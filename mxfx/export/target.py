@@ -75,6 +75,11 @@ def export(program: Program, folder: Path | str, to: str, *, bake: bool = False,
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"{folder} exists already and is not empty; give a new folder")
+    if program.phases is not None:
+        raise ExportError(
+            f"{to} cannot hold this model: it has a program for prefill and one for decode; "
+            "export a model without phases"
+        )
     given = target.of(baked(unpacked(program)) if bake else program)
     if bake and target.of is plain:
         given.config.mxfx_note = "transforms of the quantized model are baked into these weights: they lie on no grid"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from operator import attrgetter
+
 import torch
 from torch import fx, nn
 
 from mxfx.graph.program import Program, compute_dtype, copy_graph
 
 
-def build(program: Program) -> fx.GraphModule:
-    """The ``GraphModule`` of a lowered program, weights cast to the program's dtype.
+def build(program: Program, shared: Mapping[str, torch.Tensor] | None = None) -> fx.GraphModule:
+    """The ``GraphModule`` of a lowered program, weights cast to the program's dtype; those named in ``shared``, by the
+    names of the store, are tensors of another module.
 
     Call it as ``gm(input_ids, position_ids=None, attention_mask=None)``; it returns logits
     ``(batch, seq, vocabulary)``.
@@ -18,7 +22,7 @@ def build(program: Program) -> fx.GraphModule:
     if "lowered" not in program.facts:
         raise ValueError("only a lowered program can be built; run the pass 'lower' first")
     root = nn.Module()
-    cast: dict[str, nn.Parameter | torch.Tensor] = {}
+    cast: dict[str, nn.Parameter | torch.Tensor] = dict(shared or {})
     for node in program.graph.nodes:
         if node.op != "get_attr":
             continue
@@ -31,6 +35,22 @@ def build(program: Program) -> fx.GraphModule:
         # Found before `__getattr__` is asked: a step of decoding looks up thousands.
         vars(parent).update(parent.named_children())
     return module.eval()
+
+
+def build_phases(program: Program) -> tuple[fx.GraphModule, fx.GraphModule | None]:
+    """The modules of a lowered program and of its decode program, if it has one; a weight of both is held once."""
+    first = build(program)
+    if program.phases is None:
+        return first, None
+    decode = program.phases.decode
+    held = {name for name in decode.weights if name in program.weights and program.weights.canonical(name) == name}
+    read = {program.weights.canonical(str(n.target)): str(n.target) for n in first.graph.nodes if n.op == "get_attr"}
+    shared = {
+        name: attrgetter(read[name])(first)
+        for name in held & read.keys()
+        if decode.weights[name] is program.weights[name]
+    }
+    return first, build(decode, shared)
 
 
 def _own(program: Program, name: str) -> torch.Tensor:

@@ -41,6 +41,20 @@ class Source:
     config: Mapping[str, object]
 
 
+@dataclass(frozen=True)
+class Phases:
+    """The second entry of a program: ``decode`` runs steps of one token, and fills and reads one cache with it.
+
+    ``handoff`` says what that cache holds of a prefill's keys and values: what the prefill reads (``keep``), or that
+    rounded once onto the format in which decode has them (``requantize``). ``onto`` names that format for the keys,
+    then the values, of each attention; None where nothing is rounded.
+    """
+
+    decode: Program
+    handoff: str
+    onto: tuple[str | None, ...]
+
+
 @dataclass
 class Program:
     """Graph, weights and facts. Passes get a copy; nobody edits a program in place but a ``Rewriter``.
@@ -57,6 +71,8 @@ class Program:
     symbols: tuple[Symbol, ...] = ()
     facts: frozenset[str] = frozenset()
     notes: dict[str, object] = field(default_factory=dict)
+    phases: Phases | None = None
+    """The program of single steps, where that has formats of its own; then this one is the prefill's."""
 
     def copy(self) -> Program:
         """A program that shares weight tensors with this one and nothing else."""
@@ -68,6 +84,7 @@ class Program:
             self.symbols,
             self.facts,
             copy.copy(self.notes),
+            self.phases,
         )
 
     def twin(self, dtype: torch.dtype) -> Program:

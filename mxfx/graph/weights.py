@@ -377,6 +377,10 @@ class WeightStore(Mapping[str, Tensor]):
         twin.ledger = list(self.ledger)
         return twin
 
+    def share(self, name: str, tensor: Tensor) -> None:
+        """Hold ``tensor``, which has the bits of a weight, in the place of that."""
+        self._tensors[self.canonical(name)] = tensor
+
     def cast(self, dtype: torch.dtype) -> WeightStore:
         """The same weights with every floating tensor in ``dtype``, which also becomes the working precision."""
         self._settle()

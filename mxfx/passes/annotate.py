@@ -117,6 +117,7 @@ class Annotate(Pass):
     provides: ClassVar[frozenset[Fact]] = frozenset({ANNOTATED})
     forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED})
     numerics: ClassVar[Numerics] = Exact()
+    by_phase: ClassVar[bool] = True
     rule: tuple[Rule, ...] = ()
     partial: bool = False
     unmatched: Literal["error", "warn"] = "error"
@@ -210,7 +211,9 @@ def _nearest(rw: Rewriter, rule: Rule) -> str:
 
 @ANNOTATED.means
 def annotated(program: Program, selected: Selected) -> str | None:
-    if not any(info(node).formats for node in program.graph.nodes):
+    meant = [node for node in program.graph.nodes if selected(node) and spec(node).carries]
+    # Of two phases one may have no rules.
+    if meant and not any(info(node).formats for node in program.graph.nodes):
         return "no node carries a format"
-    bare = next((n for n in program.graph.nodes if selected(n) and spec(n).carries and not info(n).formats), None)
+    bare = next((node for node in meant if not info(node).formats), None)
     return None if bare is None else f"{bare.name} ({path_of(bare)}) carries no format"

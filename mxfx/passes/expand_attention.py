@@ -53,6 +53,7 @@ class ExpandAttention(Pass):
     provides: ClassVar[frozenset[Fact]] = frozenset({ATTENTION_EXPANDED})
     forbids: ClassVar[frozenset[Fact]] = frozenset({ACTIVATIONS_QUANTIZED, KV_QUANTIZED, LOWERED})
     numerics: ClassVar[Numerics] = Close(1e-9)
+    by_phase: ClassVar[bool] = True
     select: Selector = ALL
 
     def run(self, rw: Rewriter, ctx: Context) -> None:

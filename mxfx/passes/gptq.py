@@ -35,6 +35,7 @@ from mxfx.rewrite import ALL, Context, ExpectationError, Lossy, Numerics, Pass, 
 from mxfx.rewrite.context import StrictError
 from mxfx.rewrite.facts import ANNOTATED, LOWERED, QUANTIZERS_FUSED, ROUNDED_TO_NEAREST, WEIGHTS_ROUNDED, Fact
 from mxfx.rewrite.operands import is_rounded, mark_rounded, readers_of
+from mxfx.rewrite.phases import any_weight, take_over
 
 #: λ of the asymmetric target, relative to the mean diagonal of the Hessian.
 _RIDGE = 0.1
@@ -59,26 +60,21 @@ class Gptq(Pass):
     by layer; each linear's input is measured after everything upstream of it was rewritten. Linears that read one
     node share its Hessian and the factorization.
 
-    ``samples`` and ``length`` take a part of the run's calibration tokens. ``max_layers`` stops after that many
-    decoder layers. ``quantized_inputs``: None measures the graph as it stands; true also rounds annotated activations,
-    keys and values that no pass has quantized yet; false leaves quantizers out. ``asymmetric`` is the part of the way
-    to the least-squares weight for quantized inputs that the target is moved (0.25 helps at W4A4, 1 overfits).
-    ``refine`` sweeps of block-wise re-optimisation follow each solution. ``checkpoint_dir`` keeps each layer (default:
-    the run's cache). ``precision`` is that of the calibration run: auto is float32 on CPU, the model's own elsewhere.
+    Of two phases one is calibrated in, with its formats; the other takes its weights where the formats of these agree.
 
     A linear whose Hessian cannot be factorized is rounded to nearest, with a warning and a count in ``fallbacks``.
-
-    Experts have a Hessian each, of the tokens that they got, and are solved many at a time. One that got fewer than
-    ``min_expert_tokens`` takes the Hessian of all tokens of its layer, or is rounded to nearest where those are too few
-    as well: with a warning, and in the table ``experts`` of the record.
+    Experts have a Hessian each, of the tokens that they got. One that got fewer than ``min_expert_tokens`` takes that
+    of all tokens of its layer, or is rounded to nearest where those are too few: with a warning, and in the table
+    ``experts`` of the record.
 
     damp: added to the diagonal of the Hessian, as a fraction of its mean.
     order: how columns are visited: blocks by falling energy, or as they stand.
     exponents: shared exponents searched while columns are compensated, or by the format's own rule.
     refine: sweeps of block-wise re-optimisation behind each solution.
-    asymmetric: part of the way to the least-squares weight for quantized inputs, from 0 to 1.
+    asymmetric: part of the way to the least-squares weight for quantized inputs, from 0 to 1 (0.25 helps at W4A4).
     min_expert_tokens: tokens below which an expert counts as starving.
-    quantized_inputs: round annotated activations while measuring; not given: the graph as it stands.
+    quantized_inputs: true also rounds annotated activations, keys and values while measuring, false leaves quantizers
+        out; not given: the graph as it stands.
     samples: calibration samples to take; not given: all.
     length: tokens to take of each sample; not given: all.
     batch_size: samples that run together.
@@ -87,6 +83,7 @@ class Gptq(Pass):
         that ``mxfx check`` prints.
     precision: of the calibration run: auto is float32 on a CPU, the model's own elsewhere.
     checkpoint_dir: folder that keeps each solved layer; not given: the run's cache.
+    phase: of a pipeline with phases, the one that is calibrated in; not given: decode.
     """
 
     name: ClassVar[str] = "gptq"
@@ -94,6 +91,7 @@ class Gptq(Pass):
     provides: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED})
     forbids: ClassVar[frozenset[Fact]] = frozenset({LOWERED, ROUNDED_TO_NEAREST, QUANTIZERS_FUSED})
     numerics: ClassVar[Numerics] = Lossy()
+    by_phase: ClassVar[bool] = True
     select: Selector = ALL
     damp: float = 0.01
     order: Literal["block", "none"] = "block"
@@ -109,6 +107,7 @@ class Gptq(Pass):
     activations: Literal["device", "cpu", "disk"] | None = None
     precision: Literal["auto", "model", "float32"] = "auto"
     checkpoint_dir: Path | None = None
+    phase: Literal["prefill", "decode"] | None = None
 
     def __post_init__(self) -> None:
         _require(self.damp >= 0, "damp", self.damp, "0 or more")
@@ -123,8 +122,10 @@ class Gptq(Pass):
         return len(self._targets(rw, final=False))
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
-        targets = self._targets(rw)
         rw.record.details |= {"fallbacks": 0, "resumed_layers": 0, "linears": [], "experts": []}
+        targets = take_over(rw, ctx.peer, self._targets(rw, peer=ctx.peer))
+        if not targets:
+            return
         tokens = self._tokens(ctx)
         options = StreamOptions(
             self.batch_size,
@@ -144,7 +145,7 @@ class Gptq(Pass):
     def selects(self, node: fx.Node) -> bool:
         return spec(node).product is not None and self.select(node)
 
-    def _targets(self, rw: Rewriter, final: bool = True) -> list[fx.Node]:
+    def _targets(self, rw: Rewriter, final: bool = True, peer: Program | None = None) -> list[fx.Node]:
         found = []
         for node in rw.program.products():
             if not self.select(node) or "weight" not in info(node).formats:
@@ -154,7 +155,7 @@ class Gptq(Pass):
             else:
                 found.append(node)
         # What is skipped before other passes ran may be fit behind them.
-        if not found and (final or not rw.record.skips):
+        if not found and (final or not rw.record.skips) and not any_weight(peer, self.select):
             first = f"; {rw.record.skips[0].path}: {rw.record.skips[0].reason}" if rw.record.skips else ""
             raise ExpectationError(
                 f"gptq takes nothing: no linear that select = {str(self.select)!r} matches has a weight format{first}"
@@ -190,6 +191,7 @@ class Gptq(Pass):
         directory = self.checkpoint_dir or (ctx.cache / "gptq" if ctx.cache else None)
         if directory is None or not ranks.is_first():
             return nullcontext()
+        directory = directory if ctx.phase in ("", self.phase or "decode") else directory / ctx.phase
         foreign = sorted(file.name for file in directory.expanduser().glob("*.safetensors"))
         if foreign:
             rw.warn(f"{directory} holds {foreign[0]} and {len(foreign) - 1} more files of another tool: none is read")

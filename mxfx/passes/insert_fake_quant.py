@@ -42,6 +42,7 @@ class InsertFakeQuant(Pass):
     provides: ClassVar[frozenset[Fact]] = frozenset({ACTIVATIONS_QUANTIZED})
     forbids: ClassVar[frozenset[Fact]] = frozenset({QUANTIZERS_FUSED})
     numerics: ClassVar[Numerics] = Lossy()
+    by_phase: ClassVar[bool] = True
     select: Selector = ALL
 
     def run(self, rw: Rewriter, ctx: Context) -> None:

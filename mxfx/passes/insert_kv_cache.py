@@ -11,6 +11,7 @@ from torch import fx
 from mxfx.formats import Format, parse
 from mxfx.formats.stored import codes_length, scales_length, stores
 from mxfx.graph.node import kind, operands
+from mxfx.graph.phases import kept_as_numbers
 from mxfx.graph.program import NOMINAL_MODEL
 from mxfx.graph.tokenwise import mixes_tokens
 from mxfx.ops.catalogue import spec
@@ -39,7 +40,8 @@ class InsertKvCache(Pass):
     One graph serves prefill, chunks and decode: the number of new tokens and the room of the cache are two dynamic
     sizes of the same call. A pair of graphs would print every layer twice to say the same. Without caches (None) the
     graph is what it was, to the bit. Keys and values that are rounded onto a format with E8M0 scales are kept as its
-    codes and scales, ``u8``. Layers that read the same keys and values share a cache. If anything in the model but
+    codes and scales, ``u8``; but for those that two phases of a pipeline write in formats of their own, and neither
+    is to round again. Layers that read the same keys and values share a cache. If anything in the model but
     attention lets tokens see each other, nothing is changed: no cache holds its state.
 
     Tokens that the model numbers itself (attention temperatures by place) get the numbers of their slots. A mask or a
@@ -65,7 +67,10 @@ class InsertKvCache(Pass):
             if not any(rw.program.nodes("cached_attention")):
                 rw.program.notes[NO_CACHE] = reason or "no attention in it is one node (raise-attention says why)"
             return
-        inputs, counters = _Inputs(rw), _counters(rw)
+        plain = kept_as_numbers(rw.program, ctx.peer, ctx.handoff)
+        if plain:
+            rw.record.details["numbers"] = f"{len(plain)} caches keep what both phases write, in formats that differ"
+        inputs, counters = _Inputs(rw, plain), _counters(rw)
         for node in found:
             if rw.match(node):
                 _insert(rw, node, inputs, masks)
@@ -120,8 +125,9 @@ def _own(attention: fx.Node) -> list[fx.Node]:
 class _Inputs:
     """The inputs that hold caches: one pair for each pair of keys and values."""
 
-    def __init__(self, rw: Rewriter) -> None:
+    def __init__(self, rw: Rewriter, plain: frozenset[int]) -> None:
         self._rw = rw
+        self._plain = plain
         first = next(n for n in rw.graph.nodes if n.op == "placeholder")
         self._batch, length = first.meta["val"].shape
         self.slots = rw.input("slots", (length,), torch.int64)
@@ -133,13 +139,14 @@ class _Inputs:
         first = (k, v) not in self._known
         if first:
             name = f"cache_{len(self._known)}"
-            key = self._cache(f"{name}_key", k, window)
-            value = self._cache(f"{name}_value", v, window)
+            index = 2 * len(self._known)
+            key = self._cache(f"{name}_key", k, window, index in self._plain)
+            value = self._cache(f"{name}_value", v, window, index + 1 in self._plain)
             self._known[k, v] = tuple(zip(key, value, strict=True))
         return self._known[k, v], first
 
     def _cache(
-        self, name: str, source: fx.Node, window: int | None
+        self, name: str, source: fx.Node, window: int | None, plain: bool
     ) -> tuple[fx.Node, fx.Node | None, str | None, fx.Node | None]:
         """Codes or numbers, scales, the format, and the first tokens that are not rounded."""
         _, heads, _, width = source.meta["val"].shape
@@ -147,6 +154,7 @@ class _Inputs:
         fmt, behind = _format(source), source.target is torch.ops.mxfx.keep_first_quantize.default
         if behind:
             spec(source).set(self._rw, "slots", self.slots)
+        fmt = None if plain else fmt
         if fmt is None:
             return self._rw.input(f"{name}s", (self._batch, heads, room, width), NOMINAL_MODEL), None, None, None
         codes, scales = (

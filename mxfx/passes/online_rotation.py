@@ -48,6 +48,7 @@ class OnlineRotation(Pass):
     provides: ClassVar[frozenset[Fact]] = frozenset({ROTATED_ONLINE})
     forbids: ClassVar[frozenset[Fact]] = frozenset({ACTIVATIONS_QUANTIZED, KV_QUANTIZED, LOWERED})
     numerics: ClassVar[Numerics] = Close(1e-9)
+    by_phase: ClassVar[bool] = True
     sites: tuple[Literal["linear", "kv_cache", "qk_matmul"], ...] = ("linear",)
     block: int = 0
     select: Selector = ALL

@@ -51,6 +51,7 @@ class QuantizeKvCache(Pass):
     provides: ClassVar[frozenset[Fact]] = frozenset({KV_QUANTIZED})
     forbids: ClassVar[frozenset[Fact]] = frozenset({QUANTIZERS_FUSED})
     numerics: ClassVar[Numerics] = Lossy()
+    by_phase: ClassVar[bool] = True
     select: Selector = ALL
     keep_first: int = 0
 

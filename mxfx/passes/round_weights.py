@@ -39,6 +39,7 @@ class RoundWeights(Pass):
     requires: ClassVar[frozenset[Fact]] = frozenset({ANNOTATED})
     provides: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ROUNDED_TO_NEAREST})
     numerics: ClassVar[Numerics] = Lossy()
+    by_phase: ClassVar[bool] = True
     select: Selector = ALL
     untie: bool = False
 

@@ -62,6 +62,11 @@ def bisect(
 
     Raises ``NothingFound`` if no pass crosses the threshold, ``PassError`` for a pass that fails.
     """
+    if pipeline.phases.given:
+        raise NothingFound(
+            "bisect follows one program, and the pipeline makes one for each phase; put the rules of the phase that "
+            "you look for into annotate, and leave [phases] out"
+        )
     passes = check_pipeline(program, pipeline)
     reason = executable(program)
     if reason is not None:

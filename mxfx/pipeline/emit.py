@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from mxfx.config.emit import EmitConfig
 from mxfx.config.pipeline import Pipeline
+from mxfx.graph.phases import joined
 from mxfx.graph.program import Program
 from mxfx.pipeline.manager import Instrument, PassManager
 from mxfx.rewrite import Context
@@ -23,9 +25,34 @@ def emitted(
 
     Without ``settings`` a program with packed weights keeps them packed.
     """
+    if program.phases is not None:
+        return _of_phases(program, device, settings, instruments)
+    return _emitted(program, device, settings, instruments, Context())
+
+
+def _of_phases(
+    program: Program, device: torch.device | str, settings: EmitConfig | None, instruments: Sequence[Instrument]
+) -> Program:
+    """Both programs, each with the other as its peer."""
+    assert program.phases is not None
+    decode, handoff = program.phases.decode, program.phases.handoff
+    first, second = (
+        _emitted(one, device, settings, instruments, Context(phase=phase, peer=peer, handoff=handoff))
+        for phase, one, peer in (("prefill", program, decode), ("decode", decode, program))
+    )
+    return joined(first, second, handoff, program.phases.onto)
+
+
+def _emitted(
+    program: Program,
+    device: torch.device | str,
+    settings: EmitConfig | None,
+    instruments: Sequence[Instrument],
+    ctx: Context,
+) -> Program:
     if "lowered" in program.facts:
         return program
     settings = settings or EmitConfig(packed=any(program.nodes("mx_linear", "mx_expert_linear", "mx_embedding")))
     place = torch.device(device)
     stage = Pipeline(emit=settings).emitted(place.type)
-    return PassManager(instruments).run(program, stage, Context(device=place)).program
+    return PassManager(instruments).run(program, stage, replace(ctx, device=place)).program

@@ -9,16 +9,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
 from mxfx.config.emit import EMIT_PASSES, PORTABLE, emit_start
 from mxfx.config.order import check_order
+from mxfx.config.phases import unrolled
 from mxfx.config.pipeline import RAISE_PASSES, Pipeline
+from mxfx.graph.phases import entries
 from mxfx.graph.program import Program
 from mxfx.ground.clock import Clock, Spent, part
 from mxfx.ground.errors import MxfxError
 from mxfx.pipeline.agree import agree
+from mxfx.pipeline.branches import Branch, Branches
 from mxfx.pipeline.probe import Probe
 from mxfx.rewrite import Context, FactError, Pass, PassRecord, apply, check_facts_before, facts_after
 
@@ -78,6 +82,8 @@ class Step:
     place: str | None
     limit: int | None = None
     ctx: Context = field(default_factory=Context)
+    phase: str = ""
+    """The phase that the pass runs for, ``""`` for both."""
     after: Program | None = None
     record: PassRecord | None = None
     findings: dict[str, object] = field(default_factory=dict)
@@ -89,7 +95,8 @@ class Step:
     @property
     def title(self) -> str:
         """``pass 4 'fuse-norm' (a.toml:12:1)``, for messages."""
-        return f"pass {self.index} {self.pass_.name!r}" + (f" ({self.place})" if self.place else "")
+        of = f" of {self.phase}" if self.phase else ""
+        return f"pass {self.index} {self.pass_.name!r}{of}" + (f" ({self.place})" if self.place else "")
 
 
 @dataclass
@@ -101,6 +108,8 @@ class Run:
     ctx: Context
     locate: Locate
     probe: Probe
+    phases: tuple[str, ...] = ()
+    handoff: str = ""
     steps: list[Step] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
     """Time spent in all ``passes``, and in the hooks of each instrument, by its class's name."""
@@ -134,6 +143,12 @@ class StepResult:
     place: str | None
     record: PassRecord
     findings: dict[str, object]
+    phase: str = ""
+
+    @property
+    def called(self) -> str:
+        """The pass's name, and the phase that it ran for."""
+        return f"{self.pass_.name} ({self.phase})" if self.phase else self.pass_.name
 
 
 @dataclass(frozen=True)
@@ -142,6 +157,7 @@ class PipelineResult:
 
     ``before_emit`` is the program that the emit stage began with: dialect ops, formats and all. ``portable`` is what
     its passes for every device made of it: the program that is saved, and emitted anew for the device that opens it.
+    Of a pipeline with phases each is the prefill's, with decode's as its second entry (``Program.phases``).
     """
 
     program: Program
@@ -154,6 +170,14 @@ class PipelineResult:
     @property
     def records(self) -> tuple[PassRecord, ...]:
         return tuple(step.record for step in self.steps)
+
+    def of(self, phase: str) -> PipelineResult:
+        """What was made for one phase: the prefill's whole result, or decode's program with the steps for it."""
+        if phase != "decode":
+            return self
+        steps = tuple(step for step in self.steps if step.phase in ("", phase))
+        program, before, portable = (entries(one)[phase] for one in (self.program, self.before_emit, self.portable))
+        return PipelineResult(program, before, portable, steps)
 
 
 def _nowhere(index: int, option: tuple) -> str | None:
@@ -188,11 +212,16 @@ class PassManager:
         Raises ``ConfigError`` or ``FactError`` for an impossible order, ``PassError`` where a pass fails, and
         whatever an instrument raises (``VerifyError``, ``NumericsError``, ``BudgetError``).
         """
-        locate = locate or _locate_in(passes)
         typed = check_pipeline(program, passes, locate)
+        phases, handoff = ("",) * len(typed), ""
+        if isinstance(passes, Pipeline):
+            handoff = passes.phases.handoff
+            passes, phases = unrolled(passes)
+            typed = passes.passes
+        locate = locate or _locate_in(passes)
         ctx = ctx or Context()
         ctx = dataclasses.replace(ctx, reference=ctx.reference or program)
-        run = Run(program, typed, ctx, locate, probe or Probe(seed=ctx.seed))
+        run = Run(program, typed, ctx, locate, probe or Probe(seed=ctx.seed), phases, handoff)
         for instrument in self.instruments:
             _timed(run, instrument, instrument.enter, run)
         try:
@@ -202,22 +231,26 @@ class PassManager:
                 instrument.exit(run)
 
     def _run(self, run: Run, stop: StopPoint | None) -> PipelineResult:
-        program = before_emit = portable = run.source
+        branches = Branches(Branch(run.source, run.source, run.source), run.handoff)
         done: list[StepResult] = []
+        phase = ""
         emission = emit_start([pass_.name for pass_ in run.passes])
         for index, pass_ in enumerate(run.passes, start=1):
             if stop is not None and index > stop.number:
                 break
             limit = stop.match if stop is not None and index == stop.number else None
-            step = Step(run, index, pass_, program, _place(run.locate, index), limit, _context(run, index))
+            phase = run.phases[index - 1]
+            branch, ctx = branches.of(phase), _context(run, index)
+            if phase:
+                ctx = dataclasses.replace(ctx, phase=phase, peer=branches.peer(phase), handoff=run.handoff)
+            step = Step(run, index, pass_, branch.program, _place(run.locate, index), limit, ctx, phase)
             run.steps.append(step)
-            program = self._step(step)
+            branch.take(self._step(step), emitting=index > emission, portable=pass_.name in PORTABLE)
             assert step.record is not None
-            before_emit = program if index <= emission else before_emit
-            portable = program if index <= emission or pass_.name in PORTABLE else portable
-            done.append(StepResult(index, pass_, step.place, step.record, step.findings))
+            done.append(StepResult(index, pass_, step.place, step.record, step.findings, phase))
             run.steps[-1] = _without_programs(step)
-        return PipelineResult(program, before_emit, portable, tuple(done), run.clock.parts)
+        end = branches.end(phase, whole=stop is None)
+        return PipelineResult(end.program, end.before_emit, end.portable, _idle_in_both(done), run.clock.parts)
 
     def _step(self, step: Step) -> Program:
         inner = tuple(reversed(self.instruments))
@@ -235,6 +268,16 @@ class PassManager:
                 _tell(instrument, step, error)
             raise
         return step.after
+
+
+def _idle_in_both(steps: list[StepResult]) -> tuple[StepResult, ...]:
+    """The steps without warnings of passes that are idle in one phase and work in the other."""
+    for step, other in pairwise(steps):
+        if step.phase and other.phase and step.pass_.name == other.pass_.name and step.phase != other.phase:
+            idle = [one.record for one in (step, other) if _is_idle(one.pass_, one.record)]
+            if len(idle) == 1:
+                idle[0].warnings = [text for text in idle[0].warnings if text != _idle(idle[0])]
+    return tuple(steps)
 
 
 def _tell(instrument: Instrument, step: Step, error: Exception) -> None:
@@ -340,6 +383,7 @@ def _without_programs(step: Step) -> Step:
         step.place,
         step.limit,
         step.ctx,
+        step.phase,
         None,
         step.record,
         step.findings,

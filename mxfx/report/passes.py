@@ -29,7 +29,7 @@ def pass_table(result: PipelineResult, title: str) -> Table:
         seconds = timing.get("seconds") if isinstance(timing, Mapping) else None
         table.add_row(
             str(step.index),
-            step.pass_.name,
+            step.called,
             str(len(step.record.matches)),
             str(len(step.record.skips)),
             f"{seconds:.2f}" if isinstance(seconds, int | float) else "–",
@@ -67,7 +67,7 @@ def account_lines(result: PipelineResult) -> Iterator[str]:
     """For each pass: what it matched, what instruments found, and each reason for skips, the nearest miss first."""
     for step in result.steps:
         record = step.record
-        yield f"{step.index} {record.name}: {len(record.matches)} matched, {len(record.skips)} skipped"
+        yield f"{step.index} {step.called}: {len(record.matches)} matched, {len(record.skips)} skipped"
         for name, found in step.findings.items():
             if isinstance(found, Mapping):
                 yield f"    {name}: {_flat(found)}"

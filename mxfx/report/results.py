@@ -19,6 +19,7 @@ def pass_json(step: StepResult) -> dict[str, object]:
     """One pass: matches, skips by reason, warnings, findings of instruments."""
     return {
         "pass": step.pass_.name,
+        **({"phase": step.phase} if step.phase else {}),
         "place": step.place,
         "matched": len(step.record.matches),
         "skipped": len(step.record.skips),
@@ -42,7 +43,8 @@ def coverage_json(result: PipelineResult) -> dict[str, object] | None:
     """Coverage of a run's program before its emit stage, alike layers in one row; None if it was lowered already."""
     if "lowered" in result.before_emit.facts:
         return None
-    return fold(coverage(result.before_emit, result.records), result.before_emit)
+    records = [step.record for step in result.steps if step.phase != "decode" or result.program.phases is None]
+    return fold(coverage(result.before_emit, records), result.before_emit)
 
 
 def fold(report: Coverage, program: Program) -> dict[str, object]:

@@ -53,7 +53,8 @@ class Context:
     every fallback that a pass would warn of into an error (``StrictError``), so that the run ends with a non-zero exit
     code. ``reference`` is the program before the first pass, the float model that later passes may compare with.
     ``where`` gives the place of an option in the pipeline file, as ``FILE:LINE``, for records of who decided what; None
-    where nobody knows.
+    where nobody knows. Of a pipeline with phases, ``phase`` is the one that the pass runs for, ``peer`` the program of
+    the other as far as that is, and ``handoff`` what ``mxfx.graph.program.Phases`` says of it.
     """
 
     seed: int = 0
@@ -65,6 +66,9 @@ class Context:
     progress: Callable[..., Iterator] = _silent
     reference: Program | None = None
     where: Callable[[tuple], str | None] = _nowhere
+    phase: str = ""
+    peer: Program | None = None
+    handoff: str = ""
 
     def generator(self, purpose: str) -> torch.Generator:
         """A CPU generator seeded by the run's seed and the purpose, so that passes do not disturb each other."""

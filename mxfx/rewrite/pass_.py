@@ -43,6 +43,7 @@ class Pass(ABC):
         forbids: facts that must not hold before.
         numerics: the promise, checked by the manager.
         required: the pass may not be skipped by ``bisect``: later passes could not run without it.
+        by_phase: of a pipeline with phases it may run for each by itself: keys and values stay in one basis.
 
     Fields are options; a docstring says each in a line ``name: words``. One is the same wherever it stands:
 
@@ -55,6 +56,7 @@ class Pass(ABC):
     forbids: ClassVar[frozenset[Fact]] = frozenset()
     numerics: ClassVar[Numerics] = Lossy()
     required: ClassVar[bool] = False
+    by_phase: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Raises ``FactError`` for a fact that is no ``Fact``: a misspelt one cannot be imported."""

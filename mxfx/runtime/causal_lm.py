@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -10,7 +11,8 @@ from transformers import AutoConfig, Cache, GenerationConfig, GenerationMixin, P
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mxfx.graph.execute import execute
-from mxfx.graph.module import build
+from mxfx.graph.module import build, build_phases
+from mxfx.graph.phases import entries
 from mxfx.graph.program import Program
 from mxfx.graph.trace import GENERATION
 from mxfx.ops import real_tokens
@@ -19,6 +21,7 @@ from mxfx.passes.select_logits import KEPT
 from mxfx.pipeline.emit import emitted
 from mxfx.runtime.cache import CacheError, KVCache, Storage, cache_specs
 from mxfx.runtime.decode import records, replayed
+from mxfx.runtime.phases import Prefill
 
 _COUNTS = (real_tokens, torch.ops.mxfx.real_tokens.default)
 
@@ -64,6 +67,10 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
     """Wraps an emitted graph. With a cache (``use_cache=True`` or ``past_key_values``) it reads only new tokens.
 
     ``pieces_on`` is a device that the graph runs on in pieces; None builds the whole.
+
+    A program with phases has a graph for each: a call of one token that finds others in its cache is decode, any other
+    is a prefill, as is every call without a cache. So what several tokens a call verify (assisted generation) is not
+    what single steps would have written.
     """
 
     config_class = PreTrainedConfig
@@ -80,12 +87,21 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
 
     def _take(self, program: Program, pieces_on: torch.device | None = None) -> None:
         """Let an emitted program be what runs."""
-        self.specs = cache_specs(program)
-        self.graph = build(program) if pieces_on is None else InPieces(program, pieces_on)
+        self.specs = cache_specs(program if program.phases is None else program.phases.decode)
+        self.graph: nn.Module
+        self.decode_graph: nn.Module | None = None
+        if pieces_on is None:
+            self.graph, self.decode_graph = build_phases(program)
+        else:
+            self.graph = InPieces(program, pieces_on)
+            if program.phases is not None:
+                self.decode_graph = InPieces(program.phases.decode, pieces_on)
+        self._handover = None if program.phases is None else Prefill(program)
         self._no_cache = program.notes.get(NO_CACHE)
-        self._selects = any(n.op == "placeholder" and n.target == KEPT for n in program.graph.nodes)
+        graphs = [one.graph for one in entries(program).values()]
+        self._selects = all(any(n.op == "placeholder" and n.target == KEPT for n in graph.nodes) for graph in graphs)
         # A mask of the model's own making is as long as the tokenizer's.
-        self._counts_tokens = any(n.target in _COUNTS for n in program.graph.nodes)
+        self._counts_tokens = any(n.target in _COUNTS for graph in graphs for n in graph.nodes)
         self._storages: list[Storage] = []
         self.eval()
 
@@ -100,12 +116,14 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        phase: Literal["prefill", "decode"] | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits ``(batch, seq, vocabulary)``, and the mean next-token loss where ``labels`` are given.
 
         ``attention_mask`` covers what the cache holds and the new tokens. ``logits_to_keep`` is the number of last
         tokens whose logits are wanted (0: all), or their indices. A cache is made only where ``use_cache`` is true.
+        ``phase`` chooses the graph of a program with phases; None leaves it to what the call looks like.
 
         Raises ``TypeError`` for an argument that a graph of logits cannot honour, ``CacheError`` for a foreign cache.
         """
@@ -114,9 +132,10 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
         kept = _kept(logits_to_keep, input_ids)
         given = {KEPT: kept} if self._selects and kept is not None else {}
         if cache is None:
-            logits = self.graph(input_ids, position_ids, _checked_mask(attention_mask, *input_ids.shape), **given)
+            graph = self.decode_graph if phase == "decode" and self.decode_graph is not None else self.graph
+            logits = graph(input_ids, position_ids, _checked_mask(attention_mask, *input_ids.shape), **given)
         else:
-            logits = self._with_cache(input_ids, position_ids, attention_mask, cache, given)
+            logits = self._with_cache(input_ids, position_ids, attention_mask, cache, given, phase)
         if kept is not None and not given:
             logits = logits.index_select(1, kept)
         loss = None
@@ -143,7 +162,13 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
         return given
 
     def _with_cache(
-        self, ids: Tensor, positions: Tensor | None, mask: Tensor | None, cache: KVCache, given: dict[str, Tensor]
+        self,
+        ids: Tensor,
+        positions: Tensor | None,
+        mask: Tensor | None,
+        cache: KVCache,
+        given: dict[str, Tensor],
+        phase: str | None,
     ) -> Tensor:
         batch, seq = ids.shape
         total = cache.length + seq
@@ -157,10 +182,14 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
         if mask is None and self._counts_tokens:
             mask = ids.new_ones((batch, total))
         storage = cache.reserve(batch, seq)
-        if seq == 1 and not given and isinstance(self.graph, fx.GraphModule) and records(self.device):
-            logits = replayed(self.graph, storage, ids, positions, mask, cache.length)
+        graph = self.graph if self.decode_graph is None else self.decode_graph
+        phase = phase or ("decode" if seq == 1 and cache.length else "prefill")
+        if self._handover is not None and phase == "prefill":
+            logits = self._handover(self.graph, cache, ids, positions, mask, given)
+        elif seq == 1 and not given and isinstance(graph, fx.GraphModule) and records(self.device):
+            logits = replayed(graph, storage, ids, positions, mask, cache.length)
         else:
-            logits = self.graph(ids, positions, mask, **cache.inputs(seq), **given)
+            logits = graph(ids, positions, mask, **cache.inputs(seq), **given)
         cache.length = total
         return logits
 
@@ -214,6 +243,18 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
         if dtype is not None and dtype != self.dtype:
             _refuse_dtype(self.dtype, dtype)
         return super().to(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> EmittedCausalLM:
+        """A weight of both phases is one tensor, and stays one."""
+        moved: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def once(tensor: Tensor) -> Tensor:
+            if id(tensor) not in moved:
+                moved[id(tensor)] = (tensor, fn(tensor))
+            return moved[id(tensor)][1]
+
+        found: EmittedCausalLM = super()._apply(once, *args, **kwargs)
+        return found
 
     def half(self, *args: Any) -> EmittedCausalLM:
         return self.to(torch.float16)

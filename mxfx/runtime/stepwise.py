@@ -1,4 +1,7 @@
-"""A model that reads its text one token a step, through the cache: what decoding sees, scored like a prefill."""
+"""A model that reads its text one token a step, through the cache: what decoding sees, scored like a prefill.
+
+Of a program with phases it is decode's program alone, from the first token on.
+"""
 
 from __future__ import annotations
 
@@ -36,5 +39,6 @@ class Stepwise:
         parts = []
         for at in range(input_ids.shape[1]):
             mask = None if attention_mask is None else attention_mask[:, : at + 1]
-            parts.append(self.model(input_ids[:, at : at + 1], attention_mask=mask, past_key_values=cache).logits)
+            one = input_ids[:, at : at + 1]
+            parts.append(self.model(one, attention_mask=mask, past_key_values=cache, phase="decode").logits)
         return CausalLMOutputWithPast(logits=torch.cat(parts, dim=1))

@@ -74,9 +74,8 @@ def _row(step: Step, links: list[str], note: str) -> str:
     matched = f"{len(record.matches)}, {len(record.skips)} skipped" if record is not None else ""
     timing = step.findings.get("timing")
     seconds = f"{timing['seconds']:.3f}" if isinstance(timing, dict) else ""
-    return (
-        f"| {step.index} | {step.pass_.name} | {matched} | {seconds} | {note or _numbers(step)} | {' '.join(links)} |"
-    )
+    called = f"{step.pass_.name} ({step.phase})" if step.phase else step.pass_.name
+    return f"| {step.index} | {called} | {matched} | {seconds} | {note or _numbers(step)} | {' '.join(links)} |"
 
 
 def _numbers(step: Step) -> str:
