@@ -94,11 +94,12 @@ def _refused(rw: Rewriter, found: list[fx.Node], masks: OwnMasks) -> str | None:
     for node in found:
         if not operands(node)["causal"] and not _own(node):
             return f"{node.name} sees later tokens"
-        causal = bool(operands(node)["causal"])
-        for value in _own(node):
-            reason = masks.refused(value, causal)
-            if reason is not None:
-                return f"{node.name}: {reason}"
+        own = _own(node)
+        reason = next((reason for value in own if (reason := masks.refused(value)) is not None), None)
+        if reason is None and not operands(node)["causal"] and not any(map(masks.hides_later, own)):
+            reason = f"{' and '.join(value.name for value in own)} lets tokens see later ones"
+        if reason is not None:
+            return f"{node.name}: {reason}"
     return None
 
 

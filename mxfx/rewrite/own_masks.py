@@ -40,7 +40,7 @@ class OwnMasks:
                 found.discard(node)
         return found
 
-    def refused(self, value: fx.Node, causal: bool) -> str | None:
+    def refused(self, value: fx.Node) -> str | None:
         """Why a value cannot be made for the tokens of a cache; None if it can."""
         for node in self._closure(value):
             if kind(node) == "positions":
@@ -50,7 +50,7 @@ class OwnMasks:
                     return f"{value.name} depends on a size that is neither the batch's nor the text's"
             elif self._ids in node.all_input_nodes and not (kind(node) in _SIZES or op_name(node) in _LIKE):
                 return f"{value.name} depends on what the tokens are, which no cache holds"
-        return None if causal or self._hides_later(value) else f"{value.name} lets tokens see later ones"
+        return None
 
     def rows(self, value: fx.Node, slots: fx.Node, like: fx.Node) -> fx.Node:
         """``value`` over all tokens of a cache, of which the rows at ``slots`` are kept."""
@@ -97,7 +97,7 @@ class OwnMasks:
             self._known[node] = self._rw.call(node.target, *args, like=like, val=node.meta["val"], **kwargs)
         return self._known[node]
 
-    def _hides_later(self, value: fx.Node) -> bool:
+    def hides_later(self, value: fx.Node) -> bool:
         """Whether no token of a short text, padded or not, sees a later one."""
         ids = torch.ones(2, _SHOWN, dtype=torch.int64)
         padded = ids.clone()
