@@ -25,6 +25,8 @@ SITES = (
 )
 _ONE_MODEL = "a search scores the whole model, which has one precision in it for prefill and decode"
 _DECISIONS = "rotation_decisions.json"
+#: Operands inside attention, in words.
+_INNER = {"q": "queries", "probs": "probabilities", "softmax": "scores"}
 
 
 class Emitter:
@@ -50,8 +52,9 @@ class Emitter:
         specs += self._plain("round-weights", operands & {"weight", "bias"}, {"untie": True})
         rotations = [*search, *self._online_rotations()]
         specs += rotations
-        spelled = operands & {"q", "probs", "softmax"} if not self.phased else set()
-        specs += self._plain("expand-attention", spelled, of=_is_spelled_out)
+        if self.phased:
+            self._refuse_spelled_out()
+        specs += self._plain("expand-attention", operands & _INNER.keys(), of=_is_spelled_out)
         # A rotated cache is quantized by insert-fake-quant: the rotation back stands between it and attention.
         activations = {"input", "q", "probs", "softmax", "rope"} | ({"kv", "k", "v"} if rotations else set())
         specs += self._plain("insert-fake-quant", operands & activations)
@@ -59,6 +62,16 @@ class Emitter:
         phases = self._phases() if self.phased else None
         root = Cursor(self.at.source, self.marks)
         return Pipeline(specs, self.model, self.calibration, phases=phases, root=root).completed()
+
+    def _refuse_spelled_out(self) -> None:
+        """Raise ``ConfigError`` for operands inside attention: what is spelled out for them has no cache."""
+        for one in filter(_is_spelled_out, self.chosen):
+            for operand in (key for key in one.formats if key in _INNER):
+                raise one.formats[operand].at.error(
+                    f"{one.table.what} rounds {_INNER[operand]} of attention, which is spelled out for it and has no "
+                    "cache that goes from prefill to decode",
+                    "bypass = true, or a file without phases",
+                )
 
     def _annotate(self) -> list[PassSpec]:
         """The rules of ``annotate``; those of a file with phases are in the phases, each with all of its own."""

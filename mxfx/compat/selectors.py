@@ -81,14 +81,6 @@ def read_selector(key: str, table: Table, by: str) -> list[Chosen]:
     for phase, bucket in buckets.items():
         for one in _read_flat(bucket, pattern):
             one.phase, one.handoff = phase, handoff
-            for stage in ("softmax", "probs"):
-                if stage in one.formats:
-                    inner = one.formats[stage].at
-                    raise inner.error(
-                        f"{bucket.what} rounds {'scores' if stage == 'softmax' else 'probabilities'} of attention, "
-                        "which is spelled out for it and has no cache that goes from prefill to decode",
-                        "bypass = true, or a file without phases",
-                    )
             found.append(one)
     return found
 

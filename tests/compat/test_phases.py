@@ -87,9 +87,12 @@ def test_buckets_that_cannot_be_are_one_error_at_their_line(text: str, place: st
     assert f"p.toml:{place}" in str(caught.value)
 
 
-def test_probabilities_of_a_phase_are_refused() -> None:
-    with pytest.raises(ConfigError, match="probabilities of attention, which is spelled out"):
-        of({"decode": {"kv_cache": KV, "av_matmul": KV}})
+@pytest.mark.parametrize("stage, what", [("av_matmul", "probabilities"), ("qk_matmul", "queries")])
+def test_what_is_rounded_inside_attention_is_refused_in_a_file_with_phases(stage: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=f"{what} of attention, which is spelled out"):
+        of({"decode": {"kv_cache": KV, stage: KV}})
+    with pytest.raises(ConfigError, match=f"{what} of attention, which is spelled out"):
+        of({"qk_matmul": {"bypass": True}, "av_matmul": {"bypass": True}, stage: KV}, {"decode": W4A8})
 
 
 def quantized(handoff: str, **gptq: object) -> EmittedCausalLM:
