@@ -5,12 +5,10 @@ Without CUDA the same calls copy at once, so that what is scheduled here is the 
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from math import prod
 from threading import Lock
 from typing import TypeVar
@@ -18,8 +16,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-#: How torch's allocator of pinned memory gets its pages: one thread alone takes .4 s a GB.
-_PINNED = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
 #: Batches whose results may wait for their way to the host: one on its way, one behind it.
 _BEHIND = 2
 _T = TypeVar("_T")
@@ -86,20 +82,6 @@ class HostBuffers:
         self.bytes = 0
 
 
-def pinning(environment: Mapping[str, str]) -> str | None:
-    """Settings of torch's allocator by which several threads pin; None where the user set how memory is pinned."""
-    given = environment.get("PYTORCH_ALLOC_CONF") or environment.get("PYTORCH_CUDA_ALLOC_CONF") or ""
-    return None if "pinned_" in given else ",".join(filter(None, (given, _PINNED)))
-
-
-@cache
-def _pin_by_threads() -> None:
-    settings, take = pinning(os.environ), getattr(torch._C, "_accelerator_setAllocatorSettings", None)
-    if settings is not None and take is not None:
-        # What is not named goes back to its default: the user's own are named too.
-        take(settings)
-
-
 class Arrival:
     """A tensor on its way to the device."""
 
@@ -123,8 +105,6 @@ class Transfers:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.streams = device.type == "cuda"
-        if self.streams:
-            _pin_by_threads()
         self.buffers = HostBuffers(pinned=self.streams)
         self._up = torch.cuda.Stream(device) if self.streams else None
         self._down = torch.cuda.Stream(device) if self.streams else None

@@ -317,15 +317,3 @@ def test_gram_sums_only_what_it_was_given() -> None:
     assert gram.rows == 100
     assert torch.allclose(gram.value(), _gram(x), rtol=1e-12)
     assert torch.equal(gram.value(), gram.value().mT)
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({}, transfers._PINNED),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, f"expandable_segments:True,{transfers._PINNED}"),
-        ({"PYTORCH_ALLOC_CONF": "pinned_use_cuda_host_register:False"}, None),
-    ],
-)
-def test_who_says_how_memory_is_pinned_is_heard(given: dict[str, str], expected: str | None) -> None:
-    assert transfers.pinning(given) == expected

@@ -92,7 +92,16 @@ def test_what_is_rounded_inside_attention_is_refused_in_a_file_with_phases(stage
     with pytest.raises(ConfigError, match=f"{what} of attention, which is spelled out"):
         of({"decode": {"kv_cache": KV, stage: KV}})
     with pytest.raises(ConfigError, match=f"{what} of attention, which is spelled out"):
-        of({**dict.fromkeys(("qk_matmul", "av_matmul", "kv_cache"), {"bypass": True}), stage: KV}, {"decode": W4A8})
+        of(
+            {
+                **{
+                    key: {"bypass": True}
+                    for key in ("qk_matmul", "av_matmul", "kv_cache", "softmax", "rope", "qk_norm")
+                },
+                stage: KV,
+            },
+            {"decode": W4A8},
+        )
 
 
 def quantized(handoff: str, **gptq: object) -> EmittedCausalLM:
