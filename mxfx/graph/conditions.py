@@ -16,8 +16,10 @@ from torch.export import ExportedProgram
 from mxfx.graph.errors import TraceError
 
 _ASSERTION = torch.ops.aten._assert_scalar.default
-#: Every length up to here is tried, further ones around the numbers that a condition holds and around powers of two.
+#: Every length up to here is tried, further ones around powers of two, around the numbers that a condition holds, and
+#: around products, sums, differences and quotients of two of them: ``seq // 100 != 7`` breaks from 700 on.
 _EACH = 64
+#: Batches that are tried beside those around a condition's numbers.
 _BATCHES = (1, 2, 3, 64, 4096)
 
 
@@ -37,8 +39,10 @@ def longest_that_holds(exported: ExportedProgram, longest: int) -> int:
         unknown = {str(s) for s in getattr(expression, "free_symbols", ())} - {str(batch), str(seq)}
         if isinstance(expression, bool) or unknown:
             raise TraceError(f"its forward pass asks for {expression}, and {unknown or 'no size'} decides")
-        for length in _lengths(str(expression), longest):
-            if all(bool(expression.subs({batch: many, seq: length})) for many in _BATCHES):
+        near = _near(str(expression))
+        batches = _batches(near) if batch in expression.free_symbols else _BATCHES[:1]
+        for length in _lengths(near, longest):
+            if all(bool(expression.subs({batch: many, seq: length})) for many in batches):
                 continue
             if length < longest:
                 raise TraceError(f"its forward pass does not hold for every batch and length: {expression}")
@@ -54,7 +58,18 @@ def _sizes(exported: ExportedProgram) -> tuple:
     return batch, seq
 
 
-def _lengths(condition: str, longest: int) -> Iterator[int]:
-    near = {int(number) for number in re.findall(r"\d+", condition)} | {1 << power for power in range(30)} | {longest}
-    around = {point + step for point in near for step in (-1, 0, 1)} | set(range(2, _EACH))
-    yield from sorted(length for length in around if 2 <= length <= longest)
+def _near(condition: str) -> set[int]:
+    """Numbers around which a condition may change its mind."""
+    numbers = sorted({int(number) for number in re.findall(r"\d+", condition)})
+    pairs = [(a, b) for a in numbers for b in numbers if a <= b]
+    met = {number for a, b in pairs for number in (a * b, a + b, b - a, b // max(a, 1))}
+    return {point + step for point in {*numbers, *met} for step in (-1, 0, 1)}
+
+
+def _batches(near: set[int]) -> list[int]:
+    return sorted({many for many in {*near, *_BATCHES} if 1 <= many <= _BATCHES[-1]})
+
+
+def _lengths(near: set[int], longest: int) -> Iterator[int]:
+    powers = {point + step for point in {1 << power for power in range(30)} | {longest} for step in (-1, 0, 1)}
+    yield from sorted(length for length in near | powers | set(range(2, _EACH)) if 2 <= length <= longest)
