@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from mxfx.graph.execute import execute
 from mxfx.graph.node import operands
@@ -18,6 +19,7 @@ from mxfx.rewrite import Context, FactError, Rewriter, apply
 from mxfx.rewrite.rewriter import clean
 from tests.architectures import VOCABULARY, build
 from tests.filecheck import check_printed
+from tests.graph.test_functional import Toy, toy
 from tests.programs import padded_batch, passed, raised, traced
 
 aten = torch.ops.aten
@@ -138,6 +140,49 @@ def test_products_around_a_softmax_are_the_same_function_as_one_node(name: str) 
         one.dtype = torch.float64
     before, after = (execute(one, ids, None, mask)[mask.bool()] for one in wide)
     assert float((after - before).norm() / before.norm()) < 1e-14
+
+
+def around_a_softmax(x: Tensor, changed: Callable[[Tensor], Tensor], *, merged: bool = False) -> Tensor:
+    """Attention of two heads over hidden states, whose scores go through ``changed``."""
+    batch, seq, width = x.shape
+    heads = x.reshape(batch, seq, 2, width // 2).transpose(1, 2)
+    heads = heads.reshape(batch * 2, seq, width // 2) if merged else heads
+    found = torch.softmax(changed(heads @ heads.transpose(-1, -2)), -1) @ heads
+    return found.reshape(batch, 2, seq, width // 2).transpose(1, 2).reshape(batch, seq, width)
+
+
+def distances(model: Toy, x: Tensor) -> Tensor:
+    places = torch.arange(x.shape[1], device=x.device)
+    far = (places[:, None] - places).abs().to(x.dtype)
+    return around_a_softmax(x, lambda scores: scores + far, merged=True)
+
+
+def less(model: Toy, x: Tensor) -> Tensor:
+    return around_a_softmax(x, lambda scores: scores - x.mean(-1)[:, None, None])
+
+
+def one_where_true(model: Toy, x: Tensor) -> Tensor:
+    return around_a_softmax(x, lambda scores: scores + (x.mean(-1) > 0)[:, None, None])
+
+
+def heads_in_turn(model: Toy, x: Tensor) -> Tensor:
+    """Four query heads that read two key heads as 0, 1, 0, 1."""
+    batch, seq, width = x.shape
+    q = x.reshape(batch, seq, 4, width // 4).transpose(1, 2)
+    k = q[:, :2].unsqueeze(1).expand(batch, 2, 2, seq, width // 4).reshape(batch, 4, seq, width // 4)
+    return (torch.softmax(q @ k.mT, -1) @ k).transpose(1, 2).reshape(batch, seq, width)
+
+
+@pytest.mark.parametrize(
+    ("between", "is_raised"), [(distances, True), (heads_in_turn, True), (less, False), (one_where_true, False)]
+)
+def test_attention_of_a_few_lines_is_raised_as_it_is_or_left_with_a_reason(between, is_raised: bool) -> None:
+    program = passed(trace(toy(between), proven=False), (RaiseNorm(), RaiseRope()))
+    applied = apply(RaiseAttention(), program)
+    assert bool(list(applied.program.nodes("attention"))) == is_raised
+    assert any("does not express" in skip.reason for skip in applied.record.skips) != is_raised
+    ids = torch.randint(0, 40, (3, 7), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(execute(applied.program, ids), execute(program, ids), atol=1e-5, rtol=1e-5)
 
 
 def described(bias: fx.Node | None, program: Program) -> str:

@@ -95,12 +95,16 @@ def spelled(end: fx.Node) -> Spelled | Refusal | None:
 
 def unrepeated(node: fx.Node) -> fx.Node:
     """A key or value before its heads were repeated by unsqueeze, expand and reshape; the node itself otherwise."""
-    source = node
+    source, axis = node, None
     for target in _HEADS_REPEATED:
         if source.target is not target:
             return node
+        axis = source.args[1]
         source = source.args[0]
-    return source
+    before, after = (sizes_text(n.meta["val"]) for n in (source, node))
+    # A query's head reads key head ``i // repeats``: only what is repeated right behind the heads is that.
+    kept = len(before) == len(after) == 4 and (before[0], *before[2:]) == (after[0], *after[2:])
+    return source if kept and axis in (2, -3) else node
 
 
 def _called(end: fx.Node) -> Spelled | Refusal:
@@ -165,7 +169,11 @@ def _product(node: fx.Node) -> Spelled | Refusal:
     """``q @ k.mT``; what ``baddbmm`` adds is a term unless it is zero."""
     given = operands(node)
     *added, left, right = list(given.values())[: 3 if node.target is aten.baddbmm.default else 2]
-    terms = [Term(one, float(given["beta"]), merged=True) for one in added if given["beta"] and _number(one) != 0]
+    terms = [
+        Term(one, float(given["beta"]), merged=one.meta["val"].dim() == 3)
+        for one in added
+        if given["beta"] and _number(one) != 0
+    ]
     q, (keys, turned) = _heads(left), _keys(right)
     if q is None or keys is None:
         return Refusal(node, f"{node.name} multiplies no queries and keys of (batch, heads, tokens, width)")
@@ -201,13 +209,15 @@ def _heads(value: object) -> fx.Node | None:
 
 
 def _sum(node: fx.Node, depth: int) -> Spelled | Refusal | None:
-    if node.target is aten.sub.Tensor or node.kwargs or len(node.args) != 2:
-        return None
-    first, second = node.args
+    first, second = node.args[:2]
+    plain = node.target is aten.add.Tensor and not node.kwargs and len(node.args) == 2
     for source, other in ((first, second), (second, first)):
         found = _scores(source, depth + 1)
-        if isinstance(found, Spelled) and isinstance(other, fx.Node):
-            return replace(found, terms=(*found.terms, Term(other, merged=node.meta["val"].dim() == 3)))
+        if isinstance(found, Spelled):
+            if not plain or not isinstance(other, fx.Node) or other.meta["val"].dtype == torch.bool:
+                return _unknown(node)
+            merged = node.meta["val"].dim() == other.meta["val"].dim() == 3
+            return replace(found, terms=(*found.terms, Term(other, merged=merged)))
         if isinstance(found, Refusal):
             return found
     return None
