@@ -44,11 +44,16 @@ def quantize_module_transform_pass(
     if collector is not None:
         # What is traced and calibrated is nothing that the model was asked.
         collector.listen(None)
-    done = job_of(model, pipeline, device).run(
-        pipeline, default_instruments(pipeline) if instruments is None else instruments
-    )
-    say_warnings(done.records)
-    emitted = saveable(done, home)
+    try:
+        done = job_of(model, pipeline, device).run(
+            pipeline, default_instruments(pipeline) if instruments is None else instruments
+        )
+        say_warnings(done.records)
+        emitted = saveable(done, home)
+    except BaseException:
+        if collector is not None:
+            collector.listen(model)
+        raise
     if collector is not None:
         collector.listen(emitted)
     return emitted, {}
