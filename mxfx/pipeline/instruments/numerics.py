@@ -116,7 +116,8 @@ def same_computation(before: Program, after: Program) -> bool:
         if new.op == "get_attr" and before.weights[str(old.target)] is not after.weights[str(new.target)]:
             return False
         mine = fx.map_arg((new.args, new.kwargs), pairs.__getitem__)
-        if mine != (old.args, old.kwargs):
+        # As text too: 2 and 2.0 are equal and promote to other dtypes.
+        if mine != (old.args, old.kwargs) or repr(mine) != repr((old.args, old.kwargs)):
             return False
     return True
 
