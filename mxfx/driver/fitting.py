@@ -36,7 +36,8 @@ def fit(program: Program, device: torch.device, batch: int = 1) -> Fit:
     """Of a program that is built on ``device`` and reads ``batch`` rows of 2048 tokens."""
     found = memory(program, batch)
     # On a CPU a model of its own is made, so that nobody writes into weights of the user's.
-    there = sum(t.nbytes for t in program.weights.values() if t.is_cuda and device.type == "cuda")
+    mine = (device.index, torch.cuda.current_device() if torch.cuda.is_initialized() else 0)[device.index is None]
+    there = sum(t.nbytes for t in program.weights.values() if t.is_cuda and t.device.index == mine)
     return Fit(max(0, found.stored - there) + found.scratch + found.activations, free_bytes(device))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -40,9 +41,9 @@ def longest_that_holds(exported: ExportedProgram, longest: int) -> int:
         if isinstance(expression, bool) or unknown:
             raise TraceError(f"its forward pass asks for {expression}, and {unknown or 'no size'} decides")
         near = _near(str(expression))
-        batches = _batches(near) if batch in expression.free_symbols else _BATCHES[:1]
+        batches = _batches(str(expression)) if batch in expression.free_symbols else _BATCHES[:1]
         for length in _lengths(near, longest):
-            if all(bool(expression.subs({batch: many, seq: length})) for many in batches):
+            if all(_holds(expression, {batch: many, seq: length}) for many in batches):
                 continue
             if length < longest:
                 raise TraceError(f"its forward pass does not hold for every batch and length: {expression}")
@@ -58,15 +59,28 @@ def _sizes(exported: ExportedProgram) -> tuple:
     return batch, seq
 
 
+def _holds(expression: Any, sizes: dict) -> bool:
+    try:
+        return bool(expression.subs(sizes))
+    except (ArithmeticError, TypeError) as error:
+        raise TraceError(f"its forward pass asks for {expression}, which {sizes} do not decide: {error}") from error
+
+
+def _numbers(condition: str) -> list[int]:
+    return sorted({int(number) for number in re.findall(r"\d+", condition)})
+
+
 def _near(condition: str) -> set[int]:
     """Numbers around which a condition may change its mind."""
-    numbers = sorted({int(number) for number in re.findall(r"\d+", condition)})
+    numbers = _numbers(condition)
     pairs = [(a, b) for a in numbers for b in numbers if a <= b]
     met = {number for a, b in pairs for number in (a * b, a + b, b - a, b // max(a, 1))}
     return {point + step for point in {*numbers, *met} for step in (-1, 0, 1)}
 
 
-def _batches(near: set[int]) -> list[int]:
+def _batches(condition: str) -> list[int]:
+    """Fewer than lengths, since each is tried with each length."""
+    near = {number + step for number in _numbers(condition) for step in (-1, 0, 1)}
     return sorted({many for many in {*near, *_BATCHES} if 1 <= many <= _BATCHES[-1]})
 
 
