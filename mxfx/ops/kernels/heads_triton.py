@@ -74,8 +74,10 @@ def ready_heads(
         return NotImplemented
     if takes.rope(q, cos, sin) or takes.rope(k, cos, sin) or q.numel() == 0:
         return NotImplemented
-    given = zip((q, k, v), matrices, (q_format, k_format, v_format), (q_hadamard, k_hadamard, v_hadamard), strict=True)
-    made = [_head(x, matrix, format, signs, x is not v) for x, matrix, format, signs in given]
+    formats, signs = (q_format, k_format, v_format), (q_hadamard, k_hadamard, v_hadamard)
+    # Keys and values may be one tensor.
+    given = zip((q, k, v), matrices, formats, signs, (True, True, False), strict=True)
+    made = [_head(*each) for each in given]
     if any(head is None for head in made):
         return NotImplemented
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
