@@ -9,6 +9,7 @@ Importable only where `triton` is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -23,6 +24,12 @@ _SHARED_PER_PROGRAM = 1024
 _REGISTERS = 65536
 _REGISTER_UNIT = 8
 _WARP = 32
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Where to launch what reads `x`: kernels launch on the current device, which need not be the tensor's."""
+    device = x.get_device()  # -1: the interpreter's
+    return torch.cuda.device(device) if device >= 0 and device != torch.cuda.current_device() else nullcontext()
 
 
 class Launch:
@@ -59,12 +66,7 @@ class Launch:
         self._runners: dict[tuple, Callable] = {}
 
     def __call__(self, *tensors: Tensor) -> None:
-        device = tensors[0].get_device()  # -1: the interpreter's
-        # Kernels launch on the current device, which need not be the tensors'.
-        if device >= 0 and device != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                self._run(tensors)
-        else:
+        with on_device_of(tensors[0]):
             self._run(tensors)
 
     def _run(self, tensors: tuple[Tensor, ...]) -> None:

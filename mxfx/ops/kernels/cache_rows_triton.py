@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mxfx.algorithms.launch import on_device_of
 from mxfx.formats import Format, IntElement, ScaleRule
 from mxfx.formats.e8m0 import E8M0
 from mxfx.ops.kernels.packed_triton import Codes, codes_of
@@ -91,12 +92,13 @@ def write_tokens(
     batch, heads, seq = k.shape[:3]
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     ks, vs = (keys if key_scales is None else key_scales), (values if value_scales is None else value_scales)
-    _write_kernel[(batch * heads, seq, 2)](
-        k, v, keys, values, ks, vs, slots, heads, keys.shape[2],
-        *k.stride()[:3], *v.stride()[:3],
-        *keys.stride()[:2], *values.stride()[:2], *ks.stride()[:2], *vs.stride()[:2],
-        KEY=row_of(k.shape[-1], key_format), VALUE=row_of(v.shape[-1], value_format), num_warps=1,
-    )  # fmt: skip
+    with on_device_of(k):
+        _write_kernel[(batch * heads, seq, 2)](
+            k, v, keys, values, ks, vs, slots, heads, keys.shape[2],
+            *k.stride()[:3], *v.stride()[:3],
+            *keys.stride()[:2], *values.stride()[:2], *ks.stride()[:2], *vs.stride()[:2],
+            KEY=row_of(k.shape[-1], key_format), VALUE=row_of(v.shape[-1], value_format), num_warps=1,
+        )  # fmt: skip
 
 
 @triton.jit

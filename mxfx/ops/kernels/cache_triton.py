@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mxfx.algorithms.launch import on_device_of
 from mxfx.formats import Format
 from mxfx.ops.kernels.cache_rows_triton import Caches, Row, row_of
 from mxfx.ops.kernels.packed_triton import element, narrowed, nibbles, power
@@ -72,20 +73,21 @@ def attend_token(
     keys = keys.view(torch.int16) if key_row.halfwords else keys
     values = values.view(torch.int16) if value_row.halfwords else values
     given = q if bias is None else bias.expand(batch, 1, 1, room)
-    _attend_kernel[(batch * kv_heads, stretches)](
-        q, keys, values, ks, vs, given, slots, partial, sums, sums[1],
-        kv_heads, room, stretches, scale, 1.0 if softcap is None else softcap,
-        *keys.stride()[:2], *values.stride()[:2], *ks.stride()[:2], *vs.stride()[:2],
-        0 if bias is None else given.stride(0),
-        KEY=key_row, VALUE=value_row,
-        GROUP=group, GROUP_PADDED=max(8, triton.next_power_of_2(group)),
-        PLACES=PLACES, HAS_BIAS=bias is not None, HAS_CAP=softcap is not None, num_warps=WARPS[packed],
-    )  # fmt: skip
-    _join_kernel[(batch * heads, triton.cdiv(width, JOINED))](
-        partial, sums, sums[1], out, out if sinks is None else sinks, stretches, heads, HAS_SINKS=sinks is not None,
-        WIDTH=width, LANES=JOINED,
-        STRETCHES=triton.next_power_of_2(stretches), num_warps=4,
-    )  # fmt: skip
+    with on_device_of(q):
+        _attend_kernel[(batch * kv_heads, stretches)](
+            q, keys, values, ks, vs, given, slots, partial, sums, sums[1],
+            kv_heads, room, stretches, scale, 1.0 if softcap is None else softcap,
+            *keys.stride()[:2], *values.stride()[:2], *ks.stride()[:2], *vs.stride()[:2],
+            0 if bias is None else given.stride(0),
+            KEY=key_row, VALUE=value_row,
+            GROUP=group, GROUP_PADDED=max(8, triton.next_power_of_2(group)),
+            PLACES=PLACES, HAS_BIAS=bias is not None, HAS_CAP=softcap is not None, num_warps=WARPS[packed],
+        )  # fmt: skip
+        _join_kernel[(batch * heads, triton.cdiv(width, JOINED))](
+            partial, sums, sums[1], out, out if sinks is None else sinks, stretches, heads, HAS_SINKS=sinks is not None,
+            WIDTH=width, LANES=JOINED,
+            STRETCHES=triton.next_power_of_2(stretches), num_warps=4,
+        )  # fmt: skip
     return out
 
 
