@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mxfx.algorithms.launch import on_device_of
+
 #: Columns that a program holds at a time.
 COLUMNS = 4096
 
@@ -24,7 +26,8 @@ def divergence_triton(actual: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]
     found = torch.empty(rows, dtype=torch.float32, device=actual.device)
     gradient = torch.empty_like(actual)
     width = min(COLUMNS, triton.next_power_of_2(columns))
-    _divergence_kernel[(rows,)](actual, expected, gradient, found, columns, 1.0 / rows, WIDTH=width, num_warps=8)
+    with on_device_of(actual):
+        _divergence_kernel[(rows,)](actual, expected, gradient, found, columns, 1.0 / rows, WIDTH=width, num_warps=8)
     return found, gradient
 
 
