@@ -100,8 +100,10 @@ class Checked:
         if "raised" not in plain.facts:
             plain = PassManager().run(plain, Pipeline([]).completed()).program
         programs = {"": plain}
-        if any(spec.name == QuantizeKvCache.name for spec in self.pipeline.specs):
-            programs = {phase: apply(QuantizeKvCache(), one).program for phase, one in entries(self.annotated).items()}
+        if quantizers := [pass_ for pass_ in self.pipeline.passes if isinstance(pass_, QuantizeKvCache)]:
+            programs = entries(self.annotated)
+            for pass_ in quantizers:
+                programs = {phase: apply(pass_, one).program for phase, one in programs.items()}
         handoff = self.pipeline.phases.handoff
         specs = {
             phase: cache_specs(apply(InsertKvCache(), one, Context(phase=phase, peer=peer, handoff=handoff)).program)
