@@ -22,6 +22,8 @@ PHASES = ("prefill", "decode")
 #: What decode's cache holds of a prefill's keys and values: what the prefill reads, or that rounded to decode's format.
 HANDOFFS = ("keep", "requantize")
 
+#: Note of a program that can have no cache, and why.
+NO_CACHE = "no-kv-cache"
 _ATTENTION = ("attention", "cached_attention")
 
 
@@ -98,6 +100,8 @@ def joined(prefill: Program, decode: Program, handoff: str, onto: tuple[str | No
             "of them spells attention out (formats of probs or softmax do), and no cache goes from one to the other; "
             "give both phases such formats or none, or compile them as two models"
         )
+    if (why := prefill.notes.get(NO_CACHE, decode.notes.get(NO_CACHE))) is not None:
+        raise PhaseError(f"the model can have no cache, so that there are no steps to decode: {why}")
     if not mine:
         raise PhaseError("the model has no attention that a cache can serve, so that there are no steps to decode")
     if onto is None:

@@ -11,16 +11,13 @@ from torch import fx
 from mxfx.formats import Format, parse
 from mxfx.formats.stored import codes_length, scales_length, stores
 from mxfx.graph.node import kind, operands
-from mxfx.graph.phases import kept_as_numbers
+from mxfx.graph.phases import NO_CACHE, kept_as_numbers
 from mxfx.graph.program import NOMINAL_MODEL
 from mxfx.graph.tokenwise import mixes_tokens
 from mxfx.ops.catalogue import spec
 from mxfx.rewrite import Context, Exact, Numerics, Pass, Rewriter, register
 from mxfx.rewrite.facts import LOWERED, RAISED, Fact
 from mxfx.rewrite.own_masks import OwnMasks
-
-#: Note of a program that can have no cache, and why.
-NO_CACHE = "no-kv-cache"
 
 
 @register

@@ -12,11 +12,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mxfx.graph.execute import execute
 from mxfx.graph.module import build, build_phases
-from mxfx.graph.phases import entries
+from mxfx.graph.phases import NO_CACHE, entries
 from mxfx.graph.program import Program
 from mxfx.graph.trace import GENERATION
 from mxfx.ops import real_tokens
-from mxfx.passes.insert_kv_cache import NO_CACHE
 from mxfx.passes.select_logits import KEPT
 from mxfx.pipeline.emit import emitted
 from mxfx.runtime.cache import CacheError, KVCache, Storage, cache_specs
