@@ -20,6 +20,8 @@ _ASSERTION = torch.ops.aten._assert_scalar.default
 #: Every length up to here is tried, further ones around powers of two, around the numbers that a condition holds, and
 #: around products, sums, differences and quotients of two of them: ``seq // 100 != 7`` breaks from 700 on.
 _EACH = 64
+#: Numbers of a condition of which pairs are looked at.
+_PAIRED = 6
 #: Batches that are tried beside those around a condition's numbers.
 _BATCHES = (1, 2, 3, 64, 4096)
 
@@ -41,7 +43,7 @@ def longest_that_holds(exported: ExportedProgram, longest: int) -> int:
         if isinstance(expression, bool) or unknown:
             raise TraceError(f"its forward pass asks for {expression}, and {unknown or 'no size'} decides")
         near = _near(str(expression))
-        batches = _batches(str(expression)) if batch in expression.free_symbols else _BATCHES[:1]
+        batches = _batches(near) if batch in expression.free_symbols else _BATCHES[:1]
         for length in _lengths(near, longest):
             if all(_holds(expression, {batch: many, seq: length}) for many in batches):
                 continue
@@ -66,21 +68,16 @@ def _holds(expression: Any, sizes: dict) -> bool:
         raise TraceError(f"its forward pass asks for {expression}, which {sizes} do not decide: {error}") from error
 
 
-def _numbers(condition: str) -> list[int]:
-    return sorted({int(number) for number in re.findall(r"\d+", condition)})
-
-
 def _near(condition: str) -> set[int]:
     """Numbers around which a condition may change its mind."""
-    numbers = _numbers(condition)
-    pairs = [(a, b) for a in numbers for b in numbers if a <= b]
+    numbers = sorted({int(number) for number in re.findall(r"\d+", condition)})
+    # Of many numbers the pairs are too many: each length is tried with each batch.
+    pairs = [(a, b) for a in numbers for b in numbers if a <= b and len(numbers) <= _PAIRED]
     met = {number for a, b in pairs for number in (a * b, a + b, b - a, b // max(a, 1))}
     return {point + step for point in {*numbers, *met} for step in (-1, 0, 1)}
 
 
-def _batches(condition: str) -> list[int]:
-    """Fewer than lengths, since each is tried with each length."""
-    near = {number + step for number in _numbers(condition) for step in (-1, 0, 1)}
+def _batches(near: set[int]) -> list[int]:
     return sorted({many for many in {*near, *_BATCHES} if 1 <= many <= _BATCHES[-1]})
 
 

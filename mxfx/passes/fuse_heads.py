@@ -61,11 +61,14 @@ class FuseHeads(Pass):
                 continue
             given = node.args[:3]
             found = tuple(_behind(operand) for operand in given)
+            last = max(given, key=lambda operand: order[operand])
             reason = _why_not(found)
+            if any(order[user] < order[last] for operand in given for user in operand.users):
+                reason = reason or "another reads its queries, keys or values before the last of them is there"
             if reason is not None:
                 rw.skip(node, reason)
             elif rw.match(node, note=str(found[1].format)):
-                _fuse(rw, node, given, found, max((n for n in given), key=lambda n: order[n]))
+                _fuse(rw, node, given, found, last)
 
 
 def _behind(node: Any) -> _Head:

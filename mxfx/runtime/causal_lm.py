@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mxfx.graph.execute import execute
 from mxfx.graph.module import build, build_phases
-from mxfx.graph.phases import NO_CACHE, entries
+from mxfx.graph.phases import NO_CACHE, PHASES, entries
 from mxfx.graph.program import Program
 from mxfx.graph.trace import GENERATION
 from mxfx.ops import real_tokens
@@ -124,9 +124,12 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
         tokens whose logits are wanted (0: all), or their indices. A cache is made only where ``use_cache`` is true.
         ``phase`` chooses the graph of a program with phases; None leaves it to what the call looks like.
 
-        Raises ``TypeError`` for an argument that a graph of logits cannot honour, ``CacheError`` for a foreign cache.
+        Raises ``TypeError`` for an argument that a graph of logits cannot honour, ``CacheError`` for a foreign cache,
+        ``ValueError`` for another phase.
         """
         _refuse_others(others)
+        if phase not in (None, *PHASES):
+            raise ValueError(f"phase is {phase!r}, expected one of {', '.join(PHASES)}")
         cache = self._cache(past_key_values, use_cache)
         kept = _kept(logits_to_keep, input_ids)
         given = {KEPT: kept} if self._selects and kept is not None else {}

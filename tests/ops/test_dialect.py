@@ -51,6 +51,7 @@ def packed(rows: int, width: int, text: str) -> tuple[Tensor, Tensor]:
 STACKED = tuple(part.unflatten(0, (3, 7)) for part in packed(21, 64, "mxint4@32"))
 SAMPLES: dict[str, list[tuple]] = {
     "arange": [(ids(2, 5), 0, 5, 1), (ids(2, 5), 3, 9, 2)],
+    "at_slots": [(randn(1, 2, 5, 5), torch.arange(3, 5)), (randn(1, 2, 5, 5), None)],
     "attention": [
         (randn(2, 4, 5, 8), randn(2, 2, 5, 8, seed=1), randn(2, 2, 5, 8, seed=2), PADDED, 0.3, True, None),
         (randn(2, 2, 5, 8), randn(2, 2, 5, 8, seed=1), randn(2, 2, 5, 8, seed=2), None, 0.3, True, 3),
@@ -79,8 +80,13 @@ SAMPLES: dict[str, list[tuple]] = {
         (randn(5, 2, 6), randn(3, 4, 6, seed=1), EXPERTS),
     ],
     "fake_quantize": [(randn(2, 40), "mxint4@32", -1), (randn(40, 2), "mxfp4_e2m1@32/mse", 0)],
+    "first_slots": [(ids(2, 5), PADDED), (ids(2, 5), None)],
     "hadamard": [(randn(2, 8), 4), (randn(2, 24), 12)],
     "hadamard_quantize": [(randn(2, 8), 4, "mxint4@4"), (randn(2, 48), 24, "mxint8@8/mse")],
+    "keep_first_quantize": [
+        (randn(2, 2, 5, 8), torch.tensor([2, 0]), None, 2, "mxint4@4"),
+        (randn(2, 2, 3, 8), torch.tensor([2, 0]), torch.arange(2, 5), 1, "mxint4@4"),
+    ],
     "layer_norm": [
         (randn(2, 8), randn(8), randn(8, seed=1), 1e-5),
         (randn(2, 8), None, None, 1e-5),
@@ -104,6 +110,7 @@ SAMPLES: dict[str, list[tuple]] = {
     ],
     "rope": [(randn(2, 3, 5, 8), randn(2, 5, 8, seed=1), randn(2, 5, 8, seed=2))],
     "rope_quantize": [(randn(2, 3, 5, 8), randn(2, 5, 8), randn(2, 5, 8), MATRIX, "mxint4@4")],
+    "select_tokens": [(randn(2, 5, 8), torch.tensor([1, 4])), (randn(2, 5, 8), None)],
     "silu_mul_quantize": [(randn(2, 8), randn(2, 8, seed=1), MATRIX, "mxint4@4")],
     "transform_quantize": [(randn(2, 8), MATRIX, "mxint4@4"), (randn(2, 8), None, "mxint4@4")],
     "mx_linear": [

@@ -132,7 +132,7 @@ def end(seed: int, folder: Path) -> tuple[str, str]:
         assert isinstance(cause, MxfxError | ValueError) and not isinstance(cause, UnknownWeight), error
         return "stopped", _shortly(error)
     logits = logits_of(result.program, ids, torch.device("cpu"))
-    assert logits.isfinite().all(), "an emitted model of a finite one gives NaN or Inf"
+    assert all(one.isfinite().all() for one in logits.values()), "an emitted model of a finite one gives NaN or Inf"
     save_folder(result.portable, folder / "model")
     check_saved(folder / "model", logits, ids, torch.device("cpu"), pipeline.emit)
     # Another lowering, as dear as all that was before it.

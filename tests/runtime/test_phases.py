@@ -221,3 +221,8 @@ def test_programs_of_which_no_cache_goes_over_are_refused() -> None:
         joined(first, spelled, "keep")
     with pytest.raises(PhaseError, match="no handoff 'fp'; expected keep or requantize"):
         joined(first, second, "fp")
+
+
+def test_another_phase_is_refused() -> None:
+    with pytest.raises(ValueError, match="phase is 'Decode', expected one of prefill, decode"):
+        as_causal_lm(raised("llama-tiny"))(torch.ones(1, 4, dtype=torch.int64), phase="Decode")
