@@ -22,6 +22,7 @@ from mxfx.runtime.cache import CacheError, CacheOutOfMemory, KVCache, Storage, c
 from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm
 from mxfx.runtime.decode import RecordedStep
 from tests.programs import RAISE, config_a, model, padded_batch, passed, raised
+from tests.runtime.feeding import steps
 
 FAMILIES = (
     "llama-tiny",
@@ -97,18 +98,6 @@ def test_assisted_generation_takes_back_what_was_refused(family: str, helper: st
     help_ = {"assistant_model": emitted("qwen2-tiny")} if helper == "assistant" else {"prompt_lookup_num_tokens": 3}
     expected = model(family).generate(ids, **GREEDY, max_new_tokens=24)
     assert torch.equal(emitted(family).generate(ids, **GREEDY, max_new_tokens=24, **help_), expected)
-
-
-def steps(lm: EmittedCausalLM, ids: Tensor, mask: Tensor, lengths: list[int]) -> Tensor:
-    """Logits of all tokens, fed to the cache in pieces."""
-    held, start, parts = lm.new_cache(), 0, []
-    for length in lengths:
-        stop = start + length
-        out = lm(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=held)
-        assert out.past_key_values is held and held.get_seq_length() == stop
-        parts.append(out.logits)
-        start = stop
-    return torch.cat(parts, 1)
 
 
 @pytest.mark.parametrize("family", ["llama-tiny", "gemma3-tiny"])

@@ -7,7 +7,6 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as T
-from torch import Tensor
 from torch.ops import aten, mxfx
 
 from mxfx.config import Pipeline
@@ -21,6 +20,7 @@ from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm
 from tests.architectures import build
 from tests.graph.test_masks import built
 from tests.programs import config_a, padded_batch, passed, raised
+from tests.runtime.feeding import steps
 
 #: Model type → what is special about its attention.
 STRUCTURES = {
@@ -106,16 +106,6 @@ def with_own(program: Program, make, operand: int, causal: bool) -> Program:
         rw.set_operand(node, 5, causal)
         rw.set_operand(node, operand, value)
     return program
-
-
-def steps(lm: EmittedCausalLM, ids: Tensor, mask: Tensor, lengths: list[int]) -> Tensor:
-    """Logits of all tokens, fed to the cache in pieces."""
-    held, start, parts = lm.new_cache(), 0, []
-    for length in lengths:
-        stop = start + length
-        parts.append(lm(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=held).logits)
-        start = stop
-    return torch.cat(parts, 1)
 
 
 @pytest.mark.parametrize("family", ["llama-tiny", "mistral-tiny"])

@@ -19,6 +19,7 @@ from mxfx.runtime.cache import cache_bytes
 from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm
 from mxfx.runtime.stepwise import Stepwise
 from tests.programs import ATTENTION, MXINT4, config_a, padded_batch, passed, raised
+from tests.runtime.feeding import steps
 
 INT8 = parse("mxint8@32")
 #: What a prefill may be, beside a decode in W4 A4 KV4.
@@ -67,16 +68,6 @@ def by_hand(prefill: str, ids: Tensor, mask: Tensor, prompt: int, onto: Format |
     return torch.cat(parts, 1)
 
 
-def fed(lm: EmittedCausalLM, ids: Tensor, mask: Tensor, lengths: list[int]) -> Tensor:
-    held_, start, parts = lm.new_cache(), 0, []
-    for length in lengths:
-        stop = start + length
-        parts.append(lm(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=held_).logits)
-        start = stop
-    assert held_.get_seq_length() == start
-    return torch.cat(parts, 1)
-
-
 @pytest.mark.parametrize("handoff", ["keep", "requantize"])
 @pytest.mark.parametrize("prefill", PREFILLS)
 @pytest.mark.parametrize("prompt", [1, 9])
@@ -84,16 +75,16 @@ def test_a_prefill_and_steps_have_the_bits_of_two_models_and_a_handoff(prefill: 
     ids, mask, _ = padded_batch()
     onto = None if handoff == "keep" or prefill == "A8 KV4" else MXINT4
     expected = by_hand(prefill, ids, mask, prompt, onto)
-    found = fed(phased(prefill, handoff), ids, mask, [prompt] + [1] * (13 - prompt))
+    found = steps(phased(prefill, handoff), ids, mask, [prompt] + [1] * (13 - prompt))
     assert torch.equal(found, expected)
     # They are two programs indeed.
-    assert not torch.equal(fed(in_numbers(prefill)[1], ids, mask, [prompt] + [1] * (13 - prompt)), expected)
+    assert not torch.equal(steps(in_numbers(prefill)[1], ids, mask, [prompt] + [1] * (13 - prompt)), expected)
 
 
 def test_a_prefill_in_pieces_sees_of_earlier_pieces_what_the_cache_holds_of_them() -> None:
     """By hand: the prefill's model, its cache filled anew with what decode's cache keeps after each piece."""
     ids, mask, _ = padded_batch()
-    found = fed(phased("A8 KV8", "requantize"), ids, mask, [5, 4, 1, 3])
+    found = steps(phased("A8 KV8", "requantize"), ids, mask, [5, 4, 1, 3])
     theirs, mine = in_numbers("A8 KV8")
     held_, parts, start = mine.new_cache(), [], 0
     for length in (5, 4, 1, 3):
@@ -178,8 +169,8 @@ def test_a_saved_model_opens_with_both_programs_and_each_weight_once(handoff: st
     two, one = ((tmp_path / name / "weights.safetensors").stat().st_size for name in ("two", "one"))
     assert two == one, "weights of both phases agree: they are stored once"
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
-    expected = fed(phased("A8 KV8", handoff), ids, mask, [9, 1, 1, 1, 1])
-    assert torch.equal(fed(lm, ids, mask, [9, 1, 1, 1, 1]), expected)
+    expected = steps(phased("A8 KV8", handoff), ids, mask, [9, 1, 1, 1, 1])
+    assert torch.equal(steps(lm, ids, mask, [9, 1, 1, 1, 1]), expected)
     lm.save_pretrained(tmp_path / "again")
     for file in (tmp_path / "two").iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
