@@ -36,9 +36,14 @@ def fit(program: Program, device: torch.device, batch: int = 1) -> Fit:
     """Of a program that is built on ``device`` and reads ``batch`` rows of 2048 tokens."""
     found = memory(program, batch)
     # On a CPU a model of its own is made, so that nobody writes into weights of the user's.
-    mine = (device.index, torch.cuda.current_device() if torch.cuda.is_initialized() else 0)[device.index is None]
-    there = sum(t.nbytes for t in program.weights.values() if t.is_cuda and t.device.index == mine)
+    there = sum(t.nbytes for t in program.weights.values() if t.is_cuda and _is_on(t, device))
     return Fit(max(0, found.stored - there) + found.scratch + found.activations, free_bytes(device))
+
+
+def _is_on(tensor: torch.Tensor, device: torch.device) -> bool:
+    """Whether it lies on that very device; one without a number is the current one."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return device.type == "cuda" and tensor.device.index == index
 
 
 def fits_rewritten(program: Program, device: torch.device) -> Fit:

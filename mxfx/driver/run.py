@@ -255,7 +255,8 @@ def _evaluate(
     model.reference.release()
     if beyond := inexact_count() - counted:
         warnings.append(
-            f"{beyond} rows of activations span more octaves than E4M3 is sure to hold: their least were rounded"
+            f"{beyond} rows of activations span more octaves than E4M3, or int8, is sure to hold: their least were "
+            "rounded"
         )
     for name, domain in found.domains.items():
         if not math.isfinite(domain.token_perplexity):

@@ -48,7 +48,7 @@ _INEXACT: dict[torch.device, Tensor] = {}
 
 
 def inexact_rows(device: torch.device) -> Tensor:
-    """int64 (1,) on the device: rows that had to be rounded to E4M3 there, since the process began."""
+    """int64 (1,) on the device: rows that had to be rounded to E4M3 or int8 there, since the process began."""
     if device not in _INEXACT:
         _INEXACT[device] = torch.zeros(1, dtype=torch.int64, device=device)
     return _INEXACT[device]
