@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +21,8 @@ _OPTIONAL = {
 }
 _REQUIRED = ("torch", "transformers", "safetensors", "networkx", "lm-eval", "datasets")
 
+from mxfx.ground.versions import version
+
 
 def lines() -> Iterator[str]:
     """One line a finding."""
@@ -29,9 +30,9 @@ def lines() -> Iterator[str]:
 
     from mxfx.ops.kernels.library import load_cpu
 
-    yield f"mxfx {metadata.version('mxfx')}, Python {platform.python_version()}, {platform.platform()}"
+    yield f"mxfx {version('mxfx')}, Python {platform.python_version()}, {platform.platform()}"
     for name in _REQUIRED:
-        yield f"{name} {metadata.version(name)}"
+        yield f"{name} {version(name)}"
     yield f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads, {_instructions()}"
     missing = load_cpu()
     yield "C kernels for decoding on the CPU: " + ("built" if missing is None else f"none, definitions run ({missing})")

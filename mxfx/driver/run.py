@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -30,6 +29,7 @@ from mxfx.graph.program import Program
 from mxfx.ground import ranks
 from mxfx.ground.clock import Clock, part
 from mxfx.ground.files import write_json
+from mxfx.ground.versions import version
 from mxfx.ops.kernels.packed import inexact_count
 from mxfx.pipeline.instruments import Numbers, Verify
 from mxfx.pipeline.manager import PipelineResult
@@ -356,8 +356,8 @@ def document(outcomes: Sequence[Outcome], options: RunOptions, clock: Clock) -> 
     """
     figures = {row.name: row for row in rows(outcomes)}
     return {
-        "mxfx": metadata.version("mxfx"),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "lm-eval")},
+        "mxfx": version("mxfx"),
+        "versions": {name: version(name) for name in ("torch", "transformers", "lm-eval")},
         "machine": {"platform": platform.platform(), "device": options.device, "cores": os.cpu_count()},
         "time": {name: vars(spent) for name, spent in clock.parts.items()},
         "configs": [_as_json(outcome, figures[outcome.name]) for outcome in outcomes],

@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from mxfx.graph.program import Program
 from mxfx.graph.text import TextError, parse, to_text
 from mxfx.ground.errors import MxfxError
 from mxfx.ground.files import DamagedFile, read_json, read_text, remove_partial_files, write_file
+from mxfx.ground.versions import version
 from mxfx.ops import RUNTIME_FUNCTIONS
 
 SCHEMA = 1
@@ -105,7 +105,7 @@ def save(program: Program, folder: Path | str, *, shard_bytes: int = SHARD_BYTES
         write_file(folder / name, text)
     manifest = {
         "schema": SCHEMA,
-        "mxfx": metadata.version("mxfx"),
+        "mxfx": version("mxfx"),
         "files": {**{name: {"bytes": len(text), "blake2b": _hash(text)} for name, text in texts.items()}, **sizes},
         "layouts": {name: axes for name, tensor in weights.items() if (axes := _layout(tensor)) is not None},
     }

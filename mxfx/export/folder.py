@@ -11,7 +11,6 @@ and the artefact's own files (``mxfx.export.artefact``): the printed program, it
 from __future__ import annotations
 
 import json
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from mxfx.export.artefact import SHARD_BYTES, ArtefactError, load, save
 from mxfx.export.folder_config import ARCHITECTURE, MODEL_TYPE, MxfxConfig
 from mxfx.graph.program import Program
 from mxfx.ground.files import read_json, write_file
+from mxfx.ground.versions import version
 from mxfx.pipeline.emit import emitted
 from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.causal_lm import EmittedCausalLM, configs_of
@@ -181,7 +181,7 @@ def write_card(program: Program, folder: Path, table: str = "") -> None:
     card = _CARD.format(
         name=Path(program.source.name).name or program.source.architecture,
         source=program.source.name,
-        version=metadata.version("mxfx"),
+        version=version("mxfx"),
         bits=bits_per_weight(program),
         folder="DIR",
         table=f"\n{table}\n" if table else "",

@@ -66,7 +66,7 @@ def _distance(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def test_every_quantizer_of_an_activation_has_a_kernel_that_computes_what_it_is_defined_as(program, module, ids):
     kernels = [op_name(n) for n in module.graph.nodes if op_name(n).startswith("mxfx_kernels")]
-    per_layer = {"norm_quantize": 2, "silu_mul_quantize": 1, "rope_quantize": 1, "transform_quantize": 1}
+    per_layer = {"norm_quantize": 2, "silu_mul_quantize": 1, "ready_heads": 1, "transform_quantize": 1}
     for name, count in per_layer.items():
         assert sum(name in kernel for kernel in kernels) == 2 * count, kernels
     assert not [n for n in module.graph.nodes if op_name(n).startswith("mxfx.fake_quantize")]
