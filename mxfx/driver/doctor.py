@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from mxfx.ground.versions import version
+
 #: Optional package → what it is for.
 _OPTIONAL = {
     "triton": "kernels on CUDA",
@@ -20,8 +22,6 @@ _OPTIONAL = {
     "openai": "serve",
 }
 _REQUIRED = ("torch", "transformers", "safetensors", "networkx", "lm-eval", "datasets")
-
-from mxfx.ground.versions import version
 
 
 def lines() -> Iterator[str]:
