@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,27 +41,38 @@ class TokenSet:
         ids: int64 `(samples, length)` on CPU.
         sha: blake2b-256 hex digest of shape and little-endian bytes of `ids`: what caches are keyed by.
         source: the name or path that the user gave.
+        notes: what is to be told about how they were drawn.
     """
 
     ids: torch.Tensor
     sha: str
     source: str
+    notes: tuple[str, ...] = ()
 
 
 def load_tokens(
-    source: str | Path, tokenizer: Any, *, samples: int, length: int, seed: int, split: str = "train"
+    source: str | Path,
+    tokenizer: Any,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    split: str = "train",
+    repeat: bool = False,
 ) -> TokenSet:
     """`samples` random windows of `length` tokens; the same arguments give the same ids everywhere.
 
     Documents are tokenized without special tokens and joined by `SEPARATOR`. That stream is cut into windows
     that do not overlap, from a random start, and `samples` of them are drawn: no token is used twice. If the
     tokenizer itself begins a text with BOS (Llama 3 does, SmolLM2 and Qwen do not), so does each sample, and
-    `length - 1` tokens of text follow.
+    `length - 1` tokens of text follow. With `repeat` a text that is too short is read again, as often as it takes, and
+    cut at other places each time, which `notes` tell; what is drawn from its first reading stays the same.
 
     Args:
         source: `wikitext2`, `c4`, `ptb` (from the hub), a local .txt, .jsonl or .parquet file or a folder, or a .pt
             file of token ids (see `collected_ids`), whose first samples are taken as they are.
         split: of a hub data set; local files have none.
+        repeat: use tokens of a text more than once where there are too few; not of a .pt file.
 
     Raises:
         DatasetError: unknown name, hub unreachable, malformed file, or too few tokens.
@@ -76,18 +88,45 @@ def load_tokens(
         )
     stream = torch.tensor(_token_stream(documents(source, split=split), tokenizer), dtype=torch.int64)
     windows = stream.numel() // body
-    if windows < samples:
+    if windows < samples and not (repeat and windows):
         raise DatasetError(
             f"{source}: has {stream.numel()} tokens, but samples × length = {samples} × {length} needs "
-            f"{samples * body}: lower calibration.samples or calibration.length, or give more text"
+            f"{samples * body}: lower calibration.samples or calibration.length, give more text"
+            + (" or set calibration.repeat = true" if windows and not repeat else "")
         )
     generator = torch.Generator().manual_seed(seed)
     slack = stream.numel() - windows * body
     start = int(torch.randint(slack + 1, (1,), generator=generator))
-    chosen = torch.randperm(windows, generator=generator)[:samples]
-    text = stream[start : start + windows * body].view(windows, body)[chosen]
+    text = _drawn(stream[start : start + windows * body].view(windows, body), samples, generator)
+    notes: tuple[str, ...] = ()
+    if windows < samples:
+        text = torch.cat([text, *_shifted(stream, body, start, samples - windows, generator)])
+        notes = (
+            f"{source}: {samples} samples of {stream.numel():,} tokens, each token seen "
+            f"{samples * body / stream.numel():.1f} times, at other offsets",
+        )
     ids = torch.cat([torch.tensor(bos, dtype=torch.int64).expand(samples, -1), text], dim=1).contiguous()
-    return TokenSet(ids, token_hash(ids), str(source))
+    return TokenSet(ids, token_hash(ids), str(source), notes)
+
+
+def _drawn(windows: torch.Tensor, most: int, generator: torch.Generator) -> torch.Tensor:
+    return windows[torch.randperm(len(windows), generator=generator)[:most]]
+
+
+def _shifted(
+    stream: torch.Tensor, body: int, start: int, samples: int, generator: torch.Generator
+) -> Iterator[torch.Tensor]:
+    """`samples` further windows of a stream that was cut at `start`: all of one cut before those of the next.
+
+    Offsets are spread evenly over a window, or over what a stream shorter than two windows leaves of it.
+    """
+    places = min(body, stream.numel() - body + 1)
+    rounds = 1 + math.ceil(samples / max(1, stream.numel() // body - 1))
+    for index in range(1, rounds):
+        at = (start + index * places // rounds) % places
+        windows = stream[at : at + (stream.numel() - at) // body * body].view(-1, body)
+        yield _drawn(windows, samples, generator)
+        samples -= min(samples, len(windows))
 
 
 def collected_ids(path: Path, samples: int, length: int) -> torch.Tensor:

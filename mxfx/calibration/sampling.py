@@ -24,6 +24,8 @@ _LOOK_EVERY = 16
 _MARK = "MXFX-CONTENT"
 
 Progress = Callable[..., Iterator]
+#: Logits ``(rows, vocabulary)`` to those that tokens are drawn by.
+Warp = Callable[[Tensor], Tensor]
 
 
 def sample(
@@ -33,9 +35,11 @@ def sample(
     generator: torch.Generator,
     *,
     stop: frozenset[int] = frozenset(),
+    warp: Warp | None = None,
     progress: Progress = lambda items, *_: iter(items),
 ) -> Tensor:
-    """Continue each prompt by ``length`` tokens drawn at temperature 1; int64 ``(prompts, length)`` on CPU.
+    """Continue each prompt by ``length`` tokens drawn at temperature 1, from logits as ``warp`` makes them; int64
+    ``(prompts, length)`` on CPU.
 
     Prompts of different lengths are padded on the left and masked. A row that drew a token of ``stop`` repeats it to
     the end; when all have, the rest is not computed. The model keeps its keys and values between steps: an emitted one
@@ -51,13 +55,16 @@ def sample(
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     found = torch.empty(len(prompts), length, dtype=torch.int64, device=device)
     cache = model.new_cache(width + length) if hasattr(model, "new_cache") else None
+    # The last logits are enough; every emitted model knows the option.
+    last = {} if cache is None else {"logits_to_keep": 1}
     seldom = _LOOK_EVERY if device.type == "cuda" else 1
     with torch.no_grad():
         for step in progress(range(length), "sampling the float model", length):
             options = {"attention_mask": mask, "position_ids": _positions(mask, ids.shape[1])} if padded else {}
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True, **options, **last)
             cache = out.past_key_values
-            ids = drawn(out.logits[:, -1], generator)
+            logits = out.logits[:, -1]
+            ids = drawn(logits if warp is None else warp(logits.float()), generator)
             if len(ends):
                 ids = torch.where(done[:, None], found[:, max(step - 1, 0), None], ids) if step else ids
                 done |= torch.isin(ids[:, 0], ends)
@@ -90,22 +97,27 @@ def self_samples(
     samples: int,
     length: int,
     seed: int,
+    openings: Tensor | None = None,
     batch_size: int | None = None,
     progress: Progress = lambda items, *_: iter(items),
 ) -> Tensor:
     """``samples`` sequences of ``length`` tokens that the model wrote, int64 on CPU; those of the two kinds alternate.
 
     Half begin with the token that starts a text; half, where the tokenizer has a chat template, with the opening of a
-    user's turn. An end of text does not end a sample: the model goes on with the next one.
+    user's turn. An end of text does not end a sample: the model goes on with the next one. With ``openings``, int64
+    ``(samples, opening)``, each sample begins with its own instead.
     """
-    starts = [[start_token(tokenizer)]]
-    opening = user_turn(tokenizer)
-    if opening is not None and len(opening) < length:
-        starts.append(opening)
+    if openings is not None:
+        starts = openings.tolist()
+    else:
+        starts = [[start_token(tokenizer)]]
+        turn = user_turn(tokenizer)
+        starts += [turn] if turn is not None and len(turn) < length else []
+    kinds = 1 if openings is not None else len(starts)
     size = batch_size or batch_of(model, length)
     generator = torch.Generator(model.device).manual_seed(seed)
     result = torch.empty(samples, length, dtype=torch.int64)
-    for rows in _batches(samples, len(starts), size, by_kind=model.device.type == "cuda"):
+    for rows in _batches(samples, kinds, size, by_kind=model.device.type == "cuda"):
         prompts = [starts[row % len(starts)] for row in rows]
         found = sample(model, prompts, length - min(map(len, prompts)), generator, progress=progress)
         for row, prompt, ids in zip(rows, prompts, found, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,12 @@ from mxfx.calibration.datasets import DatasetError, TokenSet, load_tokens, token
 #: The source that the float model writes itself.
 SELF = "self"
 
-#: ``(samples, length, seed)`` to int64 ids of that shape, written by the float model.
-Writer = Callable[[int, int, int], Tensor]
+#: Tokens of another source that a text which the float model goes on with begins with.
+OPENING = 64
+
+#: ``(samples, length, seed, openings)`` to int64 ids ``(samples, length)``, written by the float model; ``openings``,
+#: int64 ``(samples, opening)`` or None, are what it goes on with.
+Writer = Callable[[int, int, int, Tensor | None], Tensor]
 
 
 def calibration_tokens(
@@ -25,31 +30,54 @@ def calibration_tokens(
     length: int,
     seed: int,
     shares: Sequence[float] = (),
+    repeat: bool = False,
+    continued: float = 0.0,
     writer: Writer | None = None,
 ) -> TokenSet:
     """``samples`` sequences of ``length`` tokens from ``sources`` in proportion to ``shares`` (equal without).
 
     Sequences of several sources stand in one random order, so that the first few and the last few are of every kind.
+    ``repeat`` lets a text that is too short be read again (see ``load_tokens``). Of what ``self`` writes the part
+    ``continued``, from 0 to 1, begins with ``OPENING`` tokens of the other sources, from all over them.
 
     Raises:
         DatasetError: a source is unknown, unreachable or too small; ``self`` without a model at hand.
     """
     counts = split_by_share(samples, shares or [1.0] * len(sources))
-    parts = [
-        _one(source, tokenizer, count, length, seed, writer)
-        for source, count in zip(sources, counts, strict=True)
-        if count
-    ]
-    ids = parts[0] if len(parts) == 1 else _shuffled(torch.cat(parts), seed)
-    return TokenSet(ids, token_hash(ids), ", ".join(sources))
+    texts = [source for source in sources if source != SELF]
+    parts: list[TokenSet] = []
+    for source, count in zip(sources, counts, strict=True):
+        options = {"length": length, "seed": seed}
+        if source != SELF and count:
+            parts.append(load_tokens(source, tokenizer, samples=count, repeat=repeat, **options))
+            continue
+        gone_on = round(continued * count)
+        if count - gone_on:
+            parts.append(_written(writer, count - gone_on, length, seed))
+        for text, share in zip(texts, split_by_share(gone_on, [1.0] * len(texts)), strict=True):
+            parts += [_gone_on(writer, text, tokenizer, share, length, seed)] if share else []
+    joined = [part.ids for part in parts]
+    ids = joined[0] if len(joined) == 1 else _shuffled(torch.cat(joined), seed)
+    return TokenSet(ids, token_hash(ids), ", ".join(sources), tuple(note for part in parts for note in part.notes))
 
 
-def _one(source: str, tokenizer: Any, samples: int, length: int, seed: int, writer: Writer | None) -> Tensor:
-    if source != SELF:
-        return load_tokens(source, tokenizer, samples=samples, length=length, seed=seed).ids
+def _written(writer: Writer | None, samples: int, length: int, seed: int, openings: Tensor | None = None) -> TokenSet:
     if writer is None:
         raise DatasetError("calibration data 'self' are written by the float model, and none is at hand here")
-    return writer(samples, length, seed)
+    ids = writer(samples, length, seed, openings)
+    return TokenSet(ids, token_hash(ids), SELF)
+
+
+def _gone_on(writer: Writer | None, text: str, tokenizer: Any, samples: int, length: int, seed: int) -> TokenSet:
+    """Texts that the float model goes on with from openings of another source."""
+    if length <= OPENING:
+        raise DatasetError(
+            f"calibration.continued: samples of {length} tokens leave nothing to write behind openings of {OPENING}: "
+            "raise calibration.length"
+        )
+    openings = load_tokens(text, tokenizer, samples=samples, length=OPENING, seed=seed, repeat=True)
+    notes = tuple(f"openings for self, {note}" for note in openings.notes)
+    return replace(_written(writer, samples, length, seed, openings.ids), notes=notes)
 
 
 def _shuffled(ids: Tensor, seed: int) -> Tensor:

@@ -61,7 +61,9 @@ def _with_data(pipeline: Pipeline, data: str) -> Pipeline:
         sources = [source if source == SELF else data for source in pipeline.calibration.sources]
         return apply_overrides(pipeline, [f"calibration.dataset={json.dumps(sources)}"])
     given = [f"calibration.dataset={json.dumps(data)}"]
-    return apply_overrides(pipeline, [*(["calibration.shares=[]"] if pipeline.calibration.shares else []), *given])
+    was = pipeline.calibration
+    alone = ["calibration.shares=[]"] * bool(was.shares) + ["calibration.continued=0"] * bool(was.continued)
+    return apply_overrides(pipeline, [*alone, *given])
 
 
 def _override(pipelines: dict[str, Pipeline], assignment: str) -> None:

@@ -91,7 +91,9 @@ def _set_setting(pipeline: Pipeline, table: str, key: str, raw: object, at: Curs
     try:
         new = dataclasses.replace(old, **{key: value})
     except ValueError as error:
-        kind = NoPlaceHere if key == "shares" and len(pipeline.calibration.sources) == 1 else ConfigError
+        sources = set(pipeline.calibration.sources)
+        homeless = {"shares": len(pipeline.calibration.sources) == 1, "continued": not {"self"} < sources}
+        kind = NoPlaceHere if homeless.get(key) else ConfigError
         found = at.error(str(error))
         raise kind(found.place, found.problem, found.expected, found.hint) from error
     marks: Mapping[KeyPath, Mark] = {**pipeline.root.marks, (table, key): at.marks[()]}

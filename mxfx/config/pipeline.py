@@ -46,6 +46,10 @@ class CalibrationConfig:
     samples: number of sequences.
     length: tokens in each.
     seed: which sequences are drawn, and every other random choice of the run.
+    repeat: read a text that is too short for its samples again, cut at other places; a run says how often. Samples that
+        a pass holds out, as distill does, then share tokens with others.
+    continued: of the samples of ``self`` the part, from 0 to 1, that the float model does not begin but goes on with,
+        from 64 tokens each of the other sources: texts of their kind, as many as wanted.
     """
 
     dataset: str | tuple[str, ...] | None = None
@@ -53,6 +57,8 @@ class CalibrationConfig:
     length: int = 512
     seed: int = 0
     shares: tuple[float, ...] = ()
+    repeat: bool = False
+    continued: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("samples", "length"):
@@ -64,6 +70,10 @@ class CalibrationConfig:
             raise ValueError("'dataset' is empty, expected a source or several")
         if self.shares and (len(self.shares) != len(self.sources) or not min(self.shares) > 0):
             raise ValueError(f"'shares' are {list(self.shares)}, expected a positive number for each source of dataset")
+        if not 0 <= self.continued <= 1:
+            raise ValueError(f"'continued' is {self.continued}, must be between 0 and 1")
+        if self.continued and not {"self"} < set(self.sources):
+            raise ValueError("'continued' needs both self and a source of openings in dataset")
 
     @property
     def sources(self) -> tuple[str, ...]:

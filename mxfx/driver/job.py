@@ -99,12 +99,19 @@ class Job:
                 length=calibration.length,
                 seed=calibration.seed,
                 shares=calibration.shares,
+                repeat=calibration.repeat,
+                continued=calibration.continued,
                 writer=None if self.texts is None else self.texts.samples,
             )
             found = ranks.from_first(read)
             _check_tokens(found, self.program)
             self._token_sets[calibration] = found
         return self._token_sets[calibration].ids
+
+    def data_notes(self, pipeline: Pipeline) -> tuple[str, ...]:
+        """What is to be told about the calibration ids that a run of this pipeline has read."""
+        found = self._token_sets.get(pipeline.calibration)
+        return () if found is None else found.notes
 
     def _given(self) -> Tensor:
         """The ids that the caller brings, which the model must know. Raises ``DatasetError``."""

@@ -73,6 +73,8 @@ class Outcome:
     warnings: tuple[str, ...] = ()
     phase: str = ""
     """Of a pipeline with phases: whose outcome it is."""
+    data_notes: tuple[str, ...] = ()
+    """About the calibration data: what was read more than once."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,8 @@ def _run_one(named: Named, model: _Model, directory: RunDirectory | None, option
     cache = None if folder is None else folder.cache
     result = job.run(pipeline, instruments, cache=cache, strict=options.strict)
     seconds = time.perf_counter() - started
+    for told in job.data_notes(pipeline):
+        options.say(f"{named.name}: calibration: {told}")
     if folder is not None:
         write_json(folder.weights, History.of(job.program, result.before_emit).to_json(), indent=1)
     options.say(f"evaluating {named.name}") if options.eval else None
@@ -227,6 +231,7 @@ def _outcome(
             check_saved(folder.model, logits, ids, job.device, named.pipeline.emit, files=files)
     del logits
     note = str(program.source.config.get("mxfx_note", ""))
+    notes = job.data_notes(named.pipeline) if named.file else ()
     outcomes = []
     for phase in entries(program):
         mine = result.of(phase)
@@ -237,7 +242,7 @@ def _outcome(
         name = f"{named.name} decode" if phase == "decode" else named.name
         told = _PHASES_NOTE.format(name=named.name) if phase else note
         about = (name, named.file, named.pipeline, mine, evaluation, bits, seconds, model.baseline, told)
-        outcomes.append(Outcome(*about, tuple(warnings), phase))
+        outcomes.append(Outcome(*about, tuple(warnings), phase, notes))
         warnings = []
     return outcomes
 
@@ -373,6 +378,7 @@ def _as_json(outcome: Outcome, row: Row) -> dict[str, object]:
         "model_note": outcome.model_note,
         "figures": vars(row),
         "warnings": outcome.warnings,
+        **({"calibration": outcome.data_notes} if outcome.data_notes else {}),
         "passes": [pass_json(step) for step in steps] if outcome.file and outcome.phase != "decode" else [],
         "time": instruments_json(outcome.result) if outcome.file else None,
         "coverage": coverage_json(outcome.result) if outcome.file else None,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mxfx.calibration.keys import digest
+from mxfx.calibration.keys import digest, token_key
 from mxfx.calibration.sampling import rendered, self_samples, start_token
 from mxfx.config import Pipeline
 from mxfx.driver.fitting import fitting_lm
@@ -52,22 +52,22 @@ class FloatTexts:
         self._program = program or (lambda: trace(model))
         self._key = ""
 
-    def samples(self, samples: int, length: int, seed: int) -> Tensor:
+    def samples(self, samples: int, length: int, seed: int, openings: Tensor | None = None) -> Tensor:
         """Sequences for ``calibration.dataset = "self"``; see ``self_samples``."""
         turn = rendered(self._tokenizer, [{"role": "user", "content": "x"}])
-        key = digest([self.key, start_token(self._tokenizer), turn, samples, length, seed])
+        begun = [start_token(self._tokenizer), turn] if openings is None else [token_key(openings)]
+        key = digest([self.key, *begun, samples, length, seed])
         file = self._cache / f"self-{key}.safetensors"
         found = _read(file)
         if found is None:
             with part("own samples"):
-                found = self_samples(
-                    self.emitted(), self._tokenizer, samples=samples, length=length, seed=seed, progress=track
-                )
+                options = {"samples": samples, "length": length, "seed": seed, "openings": openings}
+                found = self_samples(self.emitted(), self._tokenizer, progress=track, **options)
             write_tensors(file, {"ids": found})
             self._release()
         return found
 
-    def chat(self, limit_tokens: int | None, max_length: int) -> Domain:
+    def chat(self, limit_tokens: int | None, max_length: int, sampling: dict[str, float] | None = None) -> Domain:
         """The domain ``chat``; see ``chat_domain``."""
         with part("chat answers"):
             found = chat_domain(
@@ -76,6 +76,7 @@ class FloatTexts:
                 model_key=self.key,
                 limit_tokens=limit_tokens,
                 max_length=max_length,
+                sampling=sampling or {},
                 cache=self._cache,
             )
         self._release()

@@ -8,17 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mxfx.calibration.sampling import Progress, batch_of, rendered, sample
+from mxfx.calibration.sampling import Progress, Warp, batch_of, rendered, sample
 from mxfx.evaluation.evaluate import Domain
 from mxfx.evaluation.results import EvaluationError
 from mxfx.evaluation.texts import plain
-from mxfx.evaluation.wanted import CHAT
+from mxfx.evaluation.wanted import chat_title
 from mxfx.evaluation.windows import answer_window
 from mxfx.ground.files import read_json, write_file
 from mxfx.ground.progress import track
@@ -89,13 +90,15 @@ def chat_domain(
     model_key: str,
     limit_tokens: int | None = None,
     max_length: int = 2048,
+    sampling: Mapping[str, float] | None = None,
     cache: Path | None = None,
     progress: Progress = track,
 ) -> Domain:
     """At least one answer, and further ones until `limit_tokens` of them are there; the prompts are gone through again.
 
-    `make_model` gives the float model with a cache of keys and values; it is asked only where `cache` does not hold
-    the answers yet, under `model_key`, a hash of the float model.
+    Answers are drawn at temperature 1 from all tokens, or as `sampling` says (`mxfx.evaluation.wanted.sampling`); then
+    the domain's name, its source and its hash say so too. `make_model` gives the float model with a cache of keys and
+    values; it is asked only where `cache` does not hold the answers yet, under `model_key`, a hash of the float model.
 
     Raises:
         EvaluationError: the tokenizer has no chat template.
@@ -106,11 +109,12 @@ def chat_domain(
     wanted = limit_tokens or TOKENS
     # Of a small budget, several answers are read.
     longest = min(ANSWER, max(64, wanted // 8), max_length - max(len(prompt) for prompt in prompts if prompt))
-    key = _digest([model_key, prompts, wanted, longest])
+    sampling = dict(sampling or {})
+    key = _digest([model_key, prompts, wanted, longest, *([sampling] if sampling else [])])
     file = None if cache is None else Path(cache) / f"chat-{key[:32]}.json"
     answers = _load(file, key)
     if answers is None:
-        answers = _answer(make_model(), tokenizer, [p for p in prompts if p], wanted, longest, progress)
+        answers = _answer(make_model(), tokenizer, [p for p in prompts if p], wanted, longest, sampling, progress)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_file(file, json.dumps({"key": key, "answers": answers}).encode())
@@ -118,11 +122,19 @@ def chat_domain(
     windows = tuple(answer_window(prompt, ids, index) for index, (prompt, ids) in enumerate(pairs))
     documents = tuple(plain(tokenizer.decode(ids)) for _, ids in pairs)
     source = f"the float model's own answers to {min(len(pairs), len(PROMPTS))} built-in prompts"
-    return Domain(CHAT, source, documents, windows, _digest([key, answers]), max_length, limit_tokens)
+    name = chat_title(sampling)
+    source += f", drawn with {name.partition(':')[2]}" if sampling else ""
+    return Domain(name, source, documents, windows, _digest([key, answers]), max_length, limit_tokens)
 
 
 def _answer(
-    model: Any, tokenizer: Any, prompts: list[list[int]], wanted: int, longest: int, progress: Progress
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    wanted: int,
+    longest: int,
+    sampling: Mapping[str, float],
+    progress: Progress,
 ) -> list[list[int]]:
     """Answers in the order of the prompts, then again, until `wanted` tokens are there; the last one is cut."""
     ends = _ends(model, tokenizer)
@@ -132,7 +144,7 @@ def _answer(
     found: list[list[int]] = []
     while sum(map(len, found)) < wanted:
         chosen = [prompts[(len(found) + i) % len(prompts)] for i in range(min(size, -(-wanted // mean)))]
-        rows = sample(model, chosen, longest, generator, stop=ends, progress=progress)
+        rows = sample(model, chosen, longest, generator, stop=ends, warp=_warp(sampling), progress=progress)
         found += [_until(row.tolist(), ends) for row in rows]
     total = 0
     for index, ids in enumerate(found):
@@ -140,6 +152,29 @@ def _answer(
         if total >= wanted:
             return [*found[:index], ids[: len(ids) - (total - wanted)]]
     return found
+
+
+def _warp(sampling: Mapping[str, float]) -> Warp | None:
+    """What generate does to logits with these options, in its order; None for nothing."""
+    if not sampling:
+        return None
+    from transformers import generation
+
+    warpers: dict[str, Callable[[Any], Any]] = {
+        "temperature": generation.TemperatureLogitsWarper,
+        "top_k": generation.TopKLogitsWarper,
+        "top_p": generation.TopPLogitsWarper,
+        "min_p": generation.MinPLogitsWarper,
+    }
+    chosen = [warpers[option](value) for option, value in sampling.items()]
+
+    def warp(logits: Tensor) -> Tensor:
+        for warper in chosen:
+            # None of them looks at the tokens so far.
+            logits = warper(None, logits)
+        return logits
+
+    return warp
 
 
 def _ends(model: Any, tokenizer: Any) -> frozenset[int]:

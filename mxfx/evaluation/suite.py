@@ -14,13 +14,13 @@ from mxfx.evaluation.evaluate import Domain, measure, text_domain, window_length
 from mxfx.evaluation.results import EvalResult, EvaluationError
 from mxfx.evaluation.scoring import FloatLogits
 from mxfx.evaluation.tasks import TaskResult, run_task
-from mxfx.evaluation.wanted import CHAT, WIKITEXT, Wanted, kind, title
+from mxfx.evaluation.wanted import CHAT, WIKITEXT, Wanted, kind, sampling, title
 from mxfx.ground import ranks
 from mxfx.ground.clock import part
 from mxfx.ground.files import write_file
 
-#: ``(limit_tokens, max_length)`` to the domain of the float model's own answers.
-Chat = Callable[[int | None, int], Domain]
+#: ``(limit_tokens, max_length, how they are drawn)`` to the domain of the float model's own answers.
+Chat = Callable[[int | None, int, dict[str, float]], Domain]
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ class Suite:
     def _domain(self, name: str, *, first: bool) -> Domain:
         wanted = self._wanted
         limit = wanted.limit_tokens if first or wanted.domain_tokens is None else wanted.domain_tokens
-        if name == CHAT:
+        if kind(name) == CHAT:
             if self._chat is None:
                 raise EvaluationError("--eval chat needs the float model, whose answers it reads; use `mxfx run`")
-            return ranks.from_first(partial(self._chat, limit, self._length))
+            return ranks.from_first(partial(self._chat, limit, self._length, sampling(name)))
         path = wanted.eval_data if name == WIKITEXT else name
         return text_domain(title(name), self._tokenizer, path=path, limit_tokens=limit, max_length=self._length)

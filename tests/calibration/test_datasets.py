@@ -111,6 +111,68 @@ def test_too_few_tokens_says_how_many_there_are(folder: Path, plain: PreTrainedT
         load_tokens(folder, plain, samples=21, length=10, seed=0)
 
 
+def _places(folder: Path, tokenizer: PreTrainedTokenizerFast, ids: torch.Tensor) -> list[int]:
+    """Where each window stands in the stream; texts of distinct letters make that one place."""
+    stream = torch.tensor(tokenizer(SEPARATOR.join(documents(folder)))["input_ids"])
+    width = ids.shape[1]
+    (found,) = zip(
+        *[[at for at in range(len(stream) - width + 1) if torch.equal(stream[at : at + width], row)] for row in ids],
+        strict=True,
+    )
+    return list(found)
+
+
+def test_a_text_that_is_too_short_is_read_again_at_other_offsets(
+    tmp_path: Path, plain: PreTrainedTokenizerFast
+) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("".join(chr(33 + i) for i in range(90)))
+    found = load_tokens(text, plain, samples=32, length=10, seed=3, repeat=True)
+    assert found.ids.shape == (32, 10)
+    places = _places(text, plain, found.ids)
+    # Nine windows at the first reading, eight at each other.
+    rounds = [places[:9], places[9:17], places[17:25], places[25:]]
+    offsets = []
+    for of_round in rounds:
+        assert len(set(of_round)) == len(of_round)
+        (offset,) = {place % 10 for place in of_round}
+        offsets.append(offset)
+    assert len(set(offsets)) == 4
+    assert sorted(places[:9]) == list(range(0, 90, 10))
+    assert found.notes == (f"{text}: 32 samples of 90 tokens, each token seen 3.6 times, at other offsets",)
+    again = load_tokens(text, plain, samples=32, length=10, seed=3, repeat=True)
+    assert torch.equal(again.ids, found.ids)
+    assert not torch.equal(load_tokens(text, plain, samples=32, length=10, seed=4, repeat=True).ids, found.ids)
+
+
+def test_a_text_that_is_long_enough_is_read_once_with_repeat_too(folder: Path, plain: PreTrainedTokenizerFast) -> None:
+    once = load_tokens(folder, plain, samples=20, length=10, seed=0)
+    asked = load_tokens(folder, plain, samples=20, length=10, seed=0, repeat=True)
+    assert torch.equal(once.ids, asked.ids) and asked.notes == ()
+    more = load_tokens(folder, plain, samples=25, length=10, seed=0, repeat=True)
+    assert torch.equal(more.ids[:20], once.ids)
+
+
+@pytest.mark.parametrize("tokens", [10, 11, 19, 20])
+def test_one_window_can_be_repeated(tmp_path: Path, plain: PreTrainedTokenizerFast, tokens: int) -> None:
+    (tmp_path / "a.txt").write_text("".join(chr(33 + i) for i in range(tokens)))
+    found = load_tokens(tmp_path / "a.txt", plain, samples=7, length=10, seed=0, repeat=True)
+    assert len(_places(tmp_path / "a.txt", plain, found.ids)) == 7
+
+
+def test_a_text_shorter_than_a_window_is_refused_with_repeat_too(
+    tmp_path: Path, plain: PreTrainedTokenizerFast
+) -> None:
+    (tmp_path / "a.txt").write_text("123456789")
+    with pytest.raises(DatasetError, match=r"give more text$"):
+        load_tokens(tmp_path / "a.txt", plain, samples=1, length=10, seed=0, repeat=True)
+
+
+def test_the_refusal_of_a_short_text_names_the_option(folder: Path, plain: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DatasetError, match=r"give more text or set calibration\.repeat = true"):
+        load_tokens(folder, plain, samples=21, length=10, seed=0)
+
+
 @pytest.mark.parametrize(("samples", "length"), [(0, 8), (1, 0)])
 def test_no_samples_or_no_length_is_refused(
     folder: Path, plain: PreTrainedTokenizerFast, samples: int, length: int

@@ -9,7 +9,7 @@ import torch
 
 from mxfx.calibration.datasets import DatasetError, load_tokens
 from mxfx.calibration.sampling import _batches, drawn, sample, self_samples, start_token, user_turn
-from mxfx.calibration.sources import calibration_tokens, split_by_share
+from mxfx.calibration.sources import OPENING, calibration_tokens, split_by_share
 from mxfx.driver.texts import FloatTexts
 from mxfx.runtime.causal_lm import EmittedCausalLM
 from tests.evaluation.chatty import byte_model, byte_tokenizer
@@ -174,3 +174,52 @@ def test_one_source_alone_is_as_it_was(tmp_path: Path) -> None:
 def test_self_without_a_model_is_refused() -> None:
     with pytest.raises(DatasetError, match="none is at hand"):
         calibration_tokens(["self"], byte_tokenizer(), samples=1, length=4, seed=0)
+
+
+def test_a_part_of_the_own_samples_goes_on_from_other_texts(model, tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("".join(chr(33 + i % 90) for i in range(400)))
+    tokenizer = byte_tokenizer()
+    texts = FloatTexts(model, tokenizer, "cpu", tmp_path)
+    found = calibration_tokens(
+        [str(text), "self"],
+        tokenizer,
+        samples=10,
+        length=80,
+        seed=1,
+        shares=(1, 4),
+        continued=0.75,
+        writer=texts.samples,
+    )
+    stream = torch.tensor(tokenizer(text.read_text())["input_ids"])
+    begun = [any(torch.equal(stream[at : at + OPENING], row[:OPENING]) for at in range(337)) for row in found.ids]
+    whole = [any(torch.equal(stream[at : at + 80], row) for at in range(321)) for row in found.ids]
+    assert (sum(begun), sum(whole)) == (2 + 6, 2)
+    assert found.notes == ()
+    assert len(list(tmp_path.glob("self-*.safetensors"))) == 2
+
+
+def test_what_goes_on_is_what_the_model_says_behind_its_opening(model) -> None:
+    """The token behind each opening is drawn from the model's own distribution there."""
+    openings = torch.arange(3 * 8).view(3, 8) + 20
+    ids = self_samples(model, byte_tokenizer(), samples=3, length=12, seed=2, openings=openings)
+    assert torch.equal(ids[:, :8], openings)
+    generator = torch.Generator().manual_seed(2)
+    assert torch.equal(ids[:, 8:9], drawn(model(openings).logits[:, -1], generator))
+
+
+def test_openings_are_read_again_where_they_are_few_and_that_is_told(model, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("".join(chr(33 + i % 90) for i in range(140)))
+    writer = FloatTexts(model, byte_tokenizer(), "cpu", tmp_path).samples
+    options = {"samples": 6, "length": 66, "seed": 0, "shares": (1, 5), "continued": 1.0, "writer": writer}
+    found = calibration_tokens([str(tmp_path / "a.txt"), "self"], byte_tokenizer(), **options)
+    assert found.notes == (
+        f"openings for self, {tmp_path}/a.txt: 5 samples of 140 tokens, each token seen 2.3 times, at other offsets",
+    )
+
+
+def test_samples_no_longer_than_an_opening_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a" * 400)
+    options = {"samples": 2, "length": OPENING, "seed": 0, "continued": 1.0, "writer": lambda *_: None}
+    with pytest.raises(DatasetError, match="leave nothing to write behind openings of 64"):
+        calibration_tokens([str(tmp_path / "a.txt"), "self"], byte_tokenizer(), **options)

@@ -14,12 +14,13 @@ from tests.local_model import save_texts
 
 def test_data_stands_for_the_files_data_set_and_leaves_what_the_model_writes(tmp_path: Path) -> None:
     file = tmp_path / "p.toml"
-    file.write_text('[calibration]\ndataset = ["wikitext2", "self"]\nshares = [1, 3]\n')
+    file.write_text('[calibration]\ndataset = ["wikitext2", "self"]\nshares = [1, 3]\ncontinued = 0.5\n')
     texts = save_texts(tmp_path / "texts")
     ((_, mixed),) = prepare([file], RunOptions(model="a/b", data=str(texts)))
     assert (mixed.calibration.sources, mixed.calibration.shares) == ((str(texts), "self"), (1.0, 3.0))
     ((_, alone),) = prepare([file], RunOptions(model="a/b", data="self"))
     assert (alone.calibration.sources, alone.calibration.shares) == (("self",), ())
+    assert (mixed.calibration.continued, alone.calibration.continued) == (0.5, 0.0)
 
 
 def test_an_assignment_is_for_the_files_that_have_a_place_for_it(tmp_path: Path) -> None:
@@ -30,6 +31,11 @@ def test_an_assignment_is_for_the_files_that_have_a_place_for_it(tmp_path: Path)
     assert [pipeline.calibration.shares for _, pipeline in found] == [(), (1.0, 8.0)]
     with pytest.raises(ConfigError, match="expected a positive number for each source"):
         prepare([tmp_path / "one.toml"], options)
+    both = RunOptions(model="a/b", overrides=("calibration.continued=0.5",))
+    found = prepare([tmp_path / "one.toml", tmp_path / "two.toml"], both)
+    assert [pipeline.calibration.continued for _, pipeline in found] == [0.0, 0.5]
+    with pytest.raises(ConfigError, match="needs both self and a source of openings"):
+        prepare([tmp_path / "one.toml"], both)
     three = RunOptions(model="a/b", overrides=("calibration.shares=[1,8,2]",))
     with pytest.raises(ConfigError, match="expected a positive number for each source"):
         prepare([tmp_path / "one.toml", tmp_path / "two.toml"], three)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from mxfx.calibration.sampling import sample
 from mxfx.driver.texts import FloatTexts
-from mxfx.evaluation.chat import PROMPTS, chat_domain
+from mxfx.evaluation.chat import PROMPTS, _warp, chat_domain
 from mxfx.evaluation.evaluate import measure
 from mxfx.evaluation.results import EvaluationError
 from tests.evaluation.chatty import byte_model, byte_tokenizer
@@ -79,3 +80,32 @@ def test_a_small_budget_of_short_answers_is_written_in_one_go(model) -> None:
 
     assert _domain(model, progress=counted).tokens == 400
     assert steps[0] == 64 and len(steps) <= 2
+
+
+def test_answers_drawn_otherwise_are_another_domain(model, tmp_path: Path) -> None:
+    plain = _domain(model, cache=tmp_path)
+    few = _domain(model, sampling={"top_k": 3}, cache=tmp_path)
+    assert (plain.name, few.name) == ("chat", "chat:top_k=3")
+    assert few.source.endswith("built-in prompts, drawn with top_k=3") and "drawn" not in plain.source
+    assert few.sha != plain.sha and len(list(tmp_path.glob("chat-*.json"))) == 2
+    ranks = []
+    for window in few.windows:
+        logits = model(window.ids[None]).logits[0, -window.scored :]
+        ranks += (logits > logits.gather(1, window.targets[:, None])).sum(1).tolist()
+    assert max(ranks) == 2
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.5}, {"top_k": 5, "top_p": 0.7}, {"temperature": 1.5, "min_p": 0.02}]
+)
+def test_answers_are_drawn_as_generate_draws_them(model, sampling: dict[str, float]) -> None:
+    """One more token behind a prompt, often: shares of tokens agree with those of transformers' generate."""
+    prompt, count = [5, 6, 7], 4000
+    torch.manual_seed(0)
+    options = {"top_k": 0, "min_new_tokens": 1, "max_new_tokens": 1, "do_sample": True, "pad_token_id": 0} | sampling
+    theirs = model.generate(torch.tensor([prompt] * count), **options)[:, -1]
+    ours = sample(model, [prompt] * count, 1, torch.Generator().manual_seed(0), warp=_warp(sampling))[:, 0]
+    shares = [torch.bincount(found, minlength=259) / count for found in (theirs, ours)]
+    # min_new_tokens = 1 keeps generate from an end, which these options make unlikely.
+    assert float((shares[0] - shares[1]).abs().sum()) / 2 < 0.08
+    assert set(ours.unique().tolist()) <= set(theirs.unique().tolist()) or "temperature" in sampling

@@ -117,6 +117,11 @@ def test_few_shot_examples_and_the_chat_template_reach_the_task(model, quiz: Tas
     [
         ("wikitext,,chat", "one comma between two"),
         ("a/news.txt,b/news.txt", "'news' would name two results"),
+        ("chat:top_k=2.5", r"chat:top_k=2.5: 'top_k=2.5'; expected .* of top_k a whole one"),
+        ("chat:temperature=0", "'temperature=0'; expected .* above 0"),
+        ("chat:top_p=1", "'top_p=1'"),
+        ("chat:top_k=5+top_k=6", "'top_k=6'; expected each once"),
+        ("chat:", "''; expected"),
         ("wikitxt", r"neither a file or folder.*did you mean 'wikitext'"),
     ],
 )
@@ -127,6 +132,17 @@ def test_what_cannot_be_meant_is_refused_before_a_model_is_read(
     monkeypatch.setattr(tasks, "_all_tasks", lambda: SimpleNamespace(all_tasks=["arc_easy", "wikitext"]))
     with pytest.raises(EvaluationError, match=message):
         Wanted.parse(text).check()
+
+
+def test_chat_is_drawn_as_its_name_says() -> None:
+    asked: list[dict[str, float]] = []
+
+    def chat(limit: int | None, length: int, how: dict[str, float]):
+        asked.append(how)
+        return SimpleNamespace(name="")
+
+    Suite(Wanted.parse("chat,chat:top_p=0.9+temperature=0.7"), byte_tokenizer(), 512, chat)
+    assert asked == [{}, {"temperature": 0.7, "top_p": 0.9}]
 
 
 def test_chat_needs_the_float_model() -> None:

@@ -1,8 +1,8 @@
 """Quality of pipelines on a real model: several domains, configurations and seeds in one run.
 
     python -m tools.bench.quality FILE-or-ARM[;k=v…] … --model DIR --data DIR --domain encyclopedia=DIR
-        [--domain code=DIR …] [--chat 50000] [--seeds 0 1 2] [--jobs 3] [--tokens 200000] [--domain-tokens 60000]
-        [--device cuda] [--set k=v] [--minutes 9] [--scores DIR] [--hooks] [--json FILE]
+        [--domain code=DIR …] [--chat 50000] [--chat-as top_k=50] [--seeds 0 1 2] [--jobs 3] [--tokens 200000]
+        [--domain-tokens 60000] [--device cuda] [--set k=v] [--minutes 9] [--scores DIR] [--hooks] [--json FILE]
 
 An arm is a line of ``arms.toml`` beside this: a pipeline with what is changed in it, under a short name.
 
@@ -10,7 +10,8 @@ Prints the machine and the versions, then at once, for each configuration and se
 perplexities to the float model in the same run, mean KL to it in nats with its standard error, the KL's 99 % quantile,
 and how often both hold the same next token for the likeliest; bits a weight, seconds of the passes, peak memory. At the
 end a table with medians over seeds. Of the first domain ``--tokens`` are read at most, of the others
-``--domain-tokens`` each (less where documents are short); ``--chat`` adds the float model's own answers. ``--data``
+``--domain-tokens`` each (less where documents are short); ``--chat`` adds the float model's own answers, and each
+``--chat-as`` as many drawn otherwise (``temperature=0.7+top_k=50``), which means over domains leave out. ``--data``
 stands for ``wikitext2`` in the pipelines' calibration; what
 ``self`` needs is sampled before the clock of the passes starts, and timed apart. No configuration is begun after
 ``--minutes``. With ``--jobs`` that many seeds run at a time, a process each; seconds are then those of a shared device.
@@ -42,6 +43,7 @@ import torch
 import transformers
 
 from mxfx import api
+from mxfx.calibration.datasets import TokenSet
 from mxfx.calibration.sources import SELF, calibration_tokens
 from mxfx.config import Pipeline, apply_overrides
 from mxfx.driver.pretrained import load_model, load_tokenizer
@@ -50,6 +52,7 @@ from mxfx.evaluation.compare import write_scores
 from mxfx.evaluation.evaluate import Domain, measure, text_domain
 from mxfx.evaluation.results import EvalResult
 from mxfx.evaluation.scoring import FloatLogits
+from mxfx.evaluation.wanted import CHAT, sampling
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Context
 from mxfx.rewrite.size import bits_per_weight
@@ -88,19 +91,24 @@ class Result:
 
     @property
     def mean_kl(self) -> float:
-        return statistics.fmean(found.kl for found in self.domains.values())
+        return statistics.fmean(found.kl for name, found in self.domains.items() if _counts(name))
 
     @property
     def line(self) -> str:
         """What the bars are about, in one line: the first domain's ratio and the worst, the last one's agreement."""
-        names = list(self.domains)
+        names = list(filter(_counts, self.domains))
         first, last = names[0], names[-1]
-        worst = max(found.ratio for found in self.domains.values())
+        worst = max(self.domains[name].ratio for name in names)
         return (
             f"{self.config} seed {self.seed}: mean KL {self.mean_kl:.4f}, x {self.domains[first].ratio:.4f} {first}, "
             f"x {worst:.4f} worst, agree {self.domains[last].agreement:.4f} {last}, {self.bits_per_weight:.3f} bits/w, "
             f"{self.seconds:.1f} s (+ {self.sampling_seconds:.1f} s of tokens), peak {self.peak_gb:.1f} GB"
         )
+
+
+def _counts(domain: str) -> bool:
+    """Whether a domain is one of those that figures over all of them are of."""
+    return not domain.startswith(f"{CHAT}:")
 
 
 def main() -> int:
@@ -205,7 +213,8 @@ class Bench:
             found.append(text_domain(name, self._tokenizer, path=path, limit_tokens=limit))
         if args.chat:
             began = time.perf_counter()
-            found.append(self._texts.chat(args.chat, 2048))
+            for name in (CHAT, *(f"{CHAT}:{drawn}" for drawn in args.chat_as)):
+                found.append(self._texts.chat(args.chat, 2048, sampling(name)))
             print(f"chat: {len(found[-1].windows)} answers in {time.perf_counter() - began:.0f} s", flush=True)
         return found
 
@@ -219,7 +228,8 @@ class Bench:
         overrides = [f"model.name={json.dumps(args.model)}", *args.set, *own, f"calibration.seed={seed}"]
         pipeline = apply_overrides(api.load_pipeline(file), overrides)
         began = time.perf_counter()
-        ids = self._tokens(pipeline)
+        tokens = self._tokens(pipeline)
+        ids = tokens.ids
         sampling = time.perf_counter() - began
         ctx = Context(
             seed=seed, device=torch.device(args.device), tokens=lambda: ids, progress=api.track if args.bars else _plain
@@ -237,22 +247,28 @@ class Bench:
         peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else math.nan
         domains = self._on_domains(f"{name}-{seed}", as_causal_lm(done.program, args.device))
         details = {s.pass_.name: s.record.details for s in done.steps if s.pass_.name in ("distill", "allocate-bits")}
+        details |= {"calibration": tokens.notes} if tokens.notes else {}
         result = Result(name, seed, domains, seconds, sampling, bits_per_weight(done.program), peak, details)
         _print(result, [w for s in done.steps for w in s.record.warnings])
         searched = [step.record.details for step in done.steps if "winners" in step.record.details]
         return [result, *([self._hooks(name, seed, ids, searched[0]["winners"])] if args.hooks and searched else [])]
 
-    def _tokens(self, pipeline: Pipeline) -> torch.Tensor:
+    def _tokens(self, pipeline: Pipeline) -> TokenSet:
         wanted = pipeline.calibration
-        return calibration_tokens(
+        found = calibration_tokens(
             [source if source == SELF else self._args.data for source in wanted.sources],
             self._tokenizer,
             samples=wanted.samples,
             length=wanted.length,
             seed=wanted.seed,
             shares=wanted.shares,
+            repeat=wanted.repeat,
+            continued=wanted.continued,
             writer=self._texts.samples,
-        ).ids
+        )
+        for note in found.notes:
+            print(f"calibration: {note}", flush=True)
+        return found
 
     def _hooks(self, name: str, seed: int, ids: torch.Tensor, winners: list[str]) -> Result:
         model = copy.deepcopy(self._model)
@@ -314,6 +330,7 @@ def _arguments() -> argparse.Namespace:
         parser.add_argument(name, required=True)
     parser.add_argument("--domain", action="append", required=True, help="NAME=FILE or NAME=FOLDER")
     parser.add_argument("--chat", type=int, default=0, help="tokens of the float model's own answers")
+    parser.add_argument("--chat-as", action="append", default=[], help="how more answers are drawn: top_k=50")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--domain-tokens", type=int, default=60_000)
