@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +163,16 @@ def test_too_few_tokens_are_said_before_weights_are_read(
     monkeypatch.setattr("mxfx.driver.job.load_checked", lambda *a, **k: pytest.fail("weights were read"))
     said = mxfx("run", pipeline, "--data", save_texts(tmp_path / "texts"), "--set", "calibration.length=100")
     assert (said.code, "lower calibration.samples or calibration.length" in said.err) == (2, True)
+
+
+def test_how_often_a_short_text_was_read_is_said(mxfx: Run, pipeline: Path, tmp_path: Path) -> None:
+    more = ("--set", "calibration.length=100", "--set", "calibration.repeat=true", "--out", tmp_path / "out")
+    said = mxfx("run", pipeline, "--data", save_texts(tmp_path / "texts"), *more)
+    assert said.code == 0, said.err
+    configs = json.loads((tmp_path / "out" / "results.json").read_text())["configs"]
+    (note,) = next(config["calibration"] for config in configs if config["name"] == "p")
+    assert re.search(r"texts: 32 samples of [\d,]+ tokens, each token seen [\d.]+ times, at other offsets$", note)
+    assert note in " ".join((said.out + said.err).split())
 
 
 def test_a_pass_that_is_sure_to_fail_is_said_before_weights_are_read(
