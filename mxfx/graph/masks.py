@@ -45,12 +45,14 @@ def attention_forward(
     is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     position_bias: Tensor | None = None,
     indices: Tensor | None = None,
     **extra: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: one ``mxfx::attention`` a layer, heads not repeated.
 
+    Sinks come as ``s_aux``, one a head, or as ``sinks``, one a query and head.
     A window is taken from the mask and nowhere else, as transformers' own SDPA does. Raises ``TraceError`` for an
     argument that ``mxfx::attention`` does not express.
     """
@@ -73,7 +75,7 @@ def attention_forward(
         None,
         None,
         None if softcap is None else float(softcap),
-        s_aux,
+        s_aux if sinks is None else sinks,
         position_bias,
     )
     return out.transpose(1, 2).contiguous(), None

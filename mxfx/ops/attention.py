@@ -112,7 +112,8 @@ def attend(
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
     if sinks is not None:
-        scores = torch.cat((scores, sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1).to(scores.dtype)), -1)
+        column = sinks.reshape(1, -1, 1, 1) if sinks.dim() == 1 else sinks
+        scores = torch.cat((scores, column.expand(*scores.shape[:-1], 1).to(scores.dtype)), -1)
     probs = torch.softmax(compute(scores), -1).to(q.dtype)
     return probs[..., : k.shape[-2]] @ v
 
@@ -142,9 +143,18 @@ def _attended(
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads and {v.shape[1]} value heads")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q is {q.dtype}, k is {k.dtype}, v is {v.dtype}")
-    if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
-        raise ValueError(f"sinks are {tuple(sinks.shape)}, one for each of the {q.shape[1]} query heads is needed")
+    if sinks is not None and not _are_sinks(sinks, q.shape[1]):
+        raise ValueError(
+            f"sinks are {tuple(sinks.shape)}, one for each of the {q.shape[1]} query heads is needed: (heads,), or "
+            "(batch | 1, heads, queries | 1, 1)"
+        )
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+def _are_sinks(sinks: Tensor, heads: int) -> bool:
+    if sinks.dim() == 1:
+        return bool(sinks.shape[0] == heads)
+    return sinks.dim() == 4 and bool(sinks.shape[1] == heads) and bool(sinks.shape[3] == 1)
 
 
 def _attend_shape(
@@ -197,7 +207,8 @@ def attention(
 
     ``softcap`` c bounds the scaled scores s to c·tanh(s / c) (arXiv 2408.00118, §2). ``bias``, ``(batch | 1, heads | 1,
     queries | 1, keys)``, is added to the scores (arXiv 2108.12409). ``sinks`` ``(heads,)`` are scores of one more key
-    per head, which takes part in the softmax and has no value (arXiv 2309.17453, as in gpt-oss).
+    per head, which takes part in the softmax and has no value (arXiv 2309.17453, as in gpt-oss); ``(batch | 1, heads,
+    queries | 1, 1)`` where each query has its own.
     """
     allowed = attention_bias(mask, q, k, causal, window, chunk)
     return attend(q, k, v, allowed, scale, causal, softcap, sinks, bias)

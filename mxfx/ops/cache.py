@@ -156,8 +156,9 @@ def cached_attend(
     if bias is not None and limited:
         held = slots_held(slots, keys.shape[2])
         bias = bias.index_select(-1, (held if one else torch.cat((held, slots))).clamp_min(0))
-    # Kernels take one mask for all heads and add nothing to scores.
+    # Kernels take one mask for all heads, one sink a head, and add nothing to scores.
     plain = bias is None and (allowed is None or known_true(allowed.shape[1] == 1))
+    plain = plain and (sinks is None or sinks.dim() == 1)
     kept = starts is not None and (first_keys is not None or first_values is not None)
     if one and plain and not kept and q.is_cpu and load_cpu() is None:
         from mxfx.ops.kernels.cpu import attend_token

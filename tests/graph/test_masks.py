@@ -159,6 +159,25 @@ def test_the_last_queries_see_the_same_with_and_without_those_before_them(more: 
         assert torch.allclose(attention(q[:, :, -queries:], k, v, mask, 0.3, **more), whole[:, :, -queries:], atol=1e-6)
 
 
+def test_sinks_come_under_either_name_for_each_head_or_for_each_query() -> None:
+    q, k, v = (torch.randn(2, heads, 7, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    sinks = torch.randn(2, 4, 7, 1, generator=torch.Generator().manual_seed(0))
+
+    def attended(**more: Tensor) -> Tensor:
+        return attention_forward(torch.nn.Module(), q, k, v, None, 0.3, True, **more)[0]
+
+    scores = (q @ k.repeat_interleave(2, 1).mT * 0.3).masked_fill(~torch.ones(7, 7).tril().bool(), float("-inf"))
+    probs = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+    expected = (probs @ v.repeat_interleave(2, 1)).transpose(1, 2)
+    torch.testing.assert_close(attended(sinks=sinks), expected)
+    of_heads = sinks[0, :, 0, 0]
+    assert torch.equal(attended(sinks=of_heads), attended(s_aux=of_heads))
+    torch.testing.assert_close(attended(sinks=of_heads), attended(sinks=of_heads[None, :, None, None]))
+    for wrong in (sinks[:, :3], sinks[..., 0], of_heads[:2]):
+        with pytest.raises(ValueError, match="one for each of the 4 query heads is needed"):
+            torch.ops.mxfx.attention(*(x.to("meta") for x in (q, k, v)), None, 0.3, sinks=wrong.to("meta"))
+
+
 def test_chunks_are_counted_from_the_first_real_token() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
     x = torch.zeros(1, 1, 7, 4)

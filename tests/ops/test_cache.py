@@ -19,7 +19,14 @@ def test_a_ring_holds_the_last_slots() -> None:
 
 @pytest.mark.parametrize(
     "limits",
-    [{}, {"window": 4}, {"chunk": 4}, {"softcap": 2.0, "window": 4}, {"sinks": torch.linspace(-3, 1, 6).double()}],
+    [
+        {},
+        {"window": 4},
+        {"chunk": 4},
+        {"softcap": 2.0, "window": 4},
+        {"sinks": torch.linspace(-3, 1, 6).double()},
+        {"sinks": torch.linspace(-3, 1, 2 * 6 * 13).double().reshape(2, 6, 13, 1)},
+    ],
     ids=lambda given: "-".join(given) or "causal",
 )
 @pytest.mark.parametrize("chunks", [(13,), (5, 8), (1,) * 13, (3, 1, 1, 7, 1)])
@@ -39,7 +46,8 @@ def test_any_chunks_give_what_attention_over_everything_gives(chunks: tuple[int,
         held = slice(None, start + length if window is None else None)
         caches = (keys[:, :, held], values[:, :, held], None, None)
         x = (q[:, :, new], k[:, :, new], v[:, :, new])
-        parts.append(cached_attention(*x, mask[:, : new.stop], torch.arange(start, new.stop), *caches, 0.3, **limits))
+        own = {n: one[:, :, new] if n == "sinks" and one.dim() == 4 else one for n, one in limits.items()}
+        parts.append(cached_attention(*x, mask[:, : new.stop], torch.arange(start, new.stop), *caches, 0.3, **own))
         start = new.stop
     real = mask.bool()[:, None, :, None].expand_as(expected)
     torch.testing.assert_close(torch.cat(parts, 2)[real], expected[real], rtol=1e-12, atol=1e-12)
