@@ -55,6 +55,7 @@ MIXTURES: Mapping[str, Mapping[str, object]] = {
     },
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
+    "jetmoe": {"kv_channels": 16},
 }  # fmt: skip
 
 

@@ -32,6 +32,10 @@ class FakeRunner:
 
     def run(self, node: fx.Node) -> object:
         """The fake result of a ``call_function`` node. Raises what the op raises for operands that do not fit."""
+        if reads_a_number(node):
+            # Two numbers of equal tensors are two numbers, and one that has a symbol keeps it: its readers state it.
+            stated = node.meta.get("val")
+            return self._run(node) if stated is None else stated
         key = (node.target, self._key(node.args), self._key(node.kwargs))
         if key not in self._known:
             self._known[key] = self._run(node)
@@ -61,6 +65,11 @@ class FakeRunner:
         # Composite ops (linear) meet symbolic sizes only through the Python dispatcher before torch 2.13.
         with self.mode, enable_python_dispatcher(), torch.no_grad():
             return (rule or node.target)(*args, **kwargs)
+
+
+def reads_a_number(node: fx.Node) -> bool:
+    """Whether the node's result is a number that its tensor holds, of which fake tensors know only a symbol."""
+    return node.target is torch.ops.aten.item.default
 
 
 def size_text(size: object) -> str:

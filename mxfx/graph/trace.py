@@ -30,6 +30,7 @@ from mxfx.graph.masks import attention_forward, mask_forward, settle_masks
 from mxfx.graph.mixers import opaque_mixers
 from mxfx.graph.node import NodeInfo, kind, set_info
 from mxfx.graph.normalize import normalize, remove_dead
+from mxfx.graph.pieces import join_pieces
 from mxfx.graph.program import NOMINAL_MODEL, Program, Source, Symbol
 from mxfx.graph.prove import prove_if_possible
 from mxfx.graph.refusal import refusal, rope_type
@@ -74,6 +75,7 @@ def trace(model: nn.Module, *, name: str | None = None, proven: bool = True) -> 
     )
     program = Program(graph, weights, _dtype(model), source, symbols)
     normalize(program)
+    join_pieces(program)
     settle_experts(program)
     settle_linears(program)
     _make_optional(program)

@@ -51,6 +51,8 @@ _SHAPES = (
     aten.sym_size.int, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.new_ones.default,
     aten.new_zeros.default, aten.new_full.default, aten.new_empty.default, aten.empty_like.default,
 )  # fmt: skip
+#: Calls that take or put rows at places: what only says the places has no feature in the result.
+_PLACED = (aten.index.Tensor, aten.index_select.default, aten.index_add.default, aten.gather.default)
 #: Calls that keep, move or rescale features: nothing in them is an activation.
 _CARRIES = (
     aten.reshape.default, aten.view.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default,
@@ -228,6 +230,8 @@ class _Reach:
             return False
         others = [s for s in node.all_input_nodes if s not in self._inside and _is_computed(s)]
         if node.target in _SUMS and others:
+            return False
+        if node.target in _PLACED and not any(source.meta["val"].is_floating_point() for source in inside):
             return False
         activated = any(self._inside[source] for source in inside)
         if node.target in _PRODUCTS and others and not self.paired:

@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import nn
 
+from mxfx.graph.execute import execute
 from mxfx.graph.module import build
 from mxfx.graph.node import path_of
 from mxfx.graph.trace import bind, trace
@@ -90,7 +91,8 @@ def test_transposed_weights_are_stored_with_their_input_axis_last() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in ("llama4_text", "gpt_oss") else pytest.param(n, marks=pytest.mark.thorough) for n in MIXTURES]
+    "name",
+    [n if n in ("llama4_text", "gpt_oss", "jetmoe") else pytest.param(n, marks=pytest.mark.thorough) for n in MIXTURES],
 )
 def test_every_layout_says_what_its_model_says(name: str) -> None:
     program = traced_mixture(name)
@@ -101,3 +103,20 @@ def test_every_layout_says_what_its_model_says(name: str) -> None:
     with torch.no_grad():
         expected = mixture(name)(input_ids=ids, attention_mask=mask, position_ids=positions).logits
         assert relative(build(lowered)(ids, positions, mask)[mask.bool()], expected[mask.bool()]) < 1e-5
+
+
+def test_rows_that_the_data_cuts_by_expert_are_one_expert_linear() -> None:
+    """No length in the program is a number that only the data knows, and experts without a token are none."""
+    program = traced_mixture("jetmoe")
+    assert [path_of(n) for n in program.nodes("expert_linear") if "layers.0" in path_of(n)] == [
+        f"model.layers.0.{part}.weight"
+        for part in (
+            *("self_attention.experts.input_linear", "self_attention.experts.output_linear"),
+            *("mlp.input_linear", "mlp.output_linear"),
+        )
+    ]
+    assert not [n for n in program.nodes() if n.target is torch.ops.aten.item.default]
+    verify(program)
+    one = torch.tensor([[5]])
+    with torch.no_grad():
+        assert relative(execute(program, one), mixture("jetmoe")(input_ids=one).logits) < 1e-5

@@ -12,9 +12,11 @@ from torch import fx
 from mxfx.formats import parse
 from mxfx.graph.node import META_KEY, Annotation, info, set_info
 from mxfx.graph.program import Program, Symbol
+from mxfx.graph.trace import trace
 from mxfx.graph.verify import VerifyError, verify
 from mxfx.rewrite import Rewriter
 from mxfx.rewrite.rewriter import clean
+from tests.mixtures import mixture
 
 aten = torch.ops.aten
 Damage = Callable[[Program], None]
@@ -468,3 +470,11 @@ def test_a_real_untie_is_no_damage(program):
     set_info(own, replace(info(own), path=""))
     node(untied, "embedding").update_arg(0, own)
     assert verify(untied) > 50
+
+
+def test_a_number_that_only_the_data_knows_keeps_its_symbol(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run again, ``item`` makes a new symbol: its readers, and two that read tensors alike, state their own."""
+    monkeypatch.setattr("mxfx.graph.trace.join_pieces", lambda program: None)
+    program = trace(mixture("jetmoe"))
+    assert len({str(n.meta["val"]) for n in program.nodes() if n.target is torch.ops.aten.item.default}) > 1
+    verify(program)

@@ -73,6 +73,19 @@ def test_layers_of_experts() -> None:
     assert sorted(shared) == sorted([*ATTENTION, *GATED, "router", *EXPERTS, ""])
 
 
+def test_experts_of_an_attention_and_what_chooses_them() -> None:
+    """Rows are put back to their tokens by what the router says; that makes no query of it."""
+    assert _roles(raised_mixture("jetmoe")) == [
+        "router",
+        "q_proj",
+        "kv_proj",
+        "attention",
+        "o_proj",
+        "router",
+        *EXPERTS,
+    ]
+
+
 def test_latent_attention() -> None:
     config = transformers.DeepseekV2Config(
         **{**SIZES, "num_key_value_heads": 4}, kv_lora_rank=32, q_lora_rank=32, qk_rope_head_dim=16,
