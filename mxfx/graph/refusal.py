@@ -22,6 +22,9 @@ def refusal(error: BaseException, model: nn.Module) -> str:
     names = {id(module): name for name, module in model.named_modules() if name}
     running = [names[id(owner)] for frame in frames if id(owner := frame.f_locals.get("self")) in names]
     where = f"in {running[-1]}: {said}" if running else said
+    place = _place(frames) if "data-dependent" in said else None
+    if place is not None:
+        return f"{where}, at {place}: what it computes hangs on a number that only the data knows"
     kind = rope_type(model, running[-1]) if running else None
     return where if kind is None else f"{where} (RoPE of type {kind!r} depends on the length of its input)"
 
@@ -43,6 +46,15 @@ def _frames(error: BaseException | None) -> Iterator[FrameType]:
     while traceback is not None:
         yield traceback.tb_frame
         traceback = traceback.tb_next
+
+
+def _place(frames: list[FrameType]) -> str | None:
+    """The innermost line of the model's own code, as the exporter writes one; None where none was running."""
+    own = [frame for frame in frames if "modeling_" in frame.f_code.co_filename]
+    if not own:
+        return None
+    file = "/".join(own[-1].f_code.co_filename.split("/")[-4:])
+    return f"({file}:{own[-1].f_lineno} in {own[-1].f_code.co_name})"
 
 
 def _guard(frames: list[FrameType]) -> str | None:

@@ -15,6 +15,7 @@ from mxfx.graph.text import to_text
 from mxfx.graph.tiny import FAMILIES, tiny
 from mxfx.graph.trace import TraceError, bind, trace
 from mxfx.runtime.causal_lm import emit
+from tests.architectures import build
 from tests.programs import RAISE, model, padded_batch, passed, raised, relative, traced
 
 SAMPLED = ("llama-tiny", "qwen3-tiny", "gemma3-tiny")
@@ -206,3 +207,9 @@ def test_the_program_shares_the_weights_of_the_model() -> None:
 def test_something_else_than_a_causal_lm_is_refused() -> None:
     with pytest.raises(TraceError, match=r"expected a transformers causal LM with a \.config, got Linear"):
         trace(torch.nn.Linear(2, 2))
+
+
+def test_a_loop_over_what_the_data_says_is_refused_with_its_line() -> None:
+    """Experts that are not behind transformers' interface for them ask each tensor which of them it chose."""
+    with pytest.raises(TraceError, match=r"in model\.layers\.0\.mlp\.experts: .* at \(.*:\d+ in forward\): what it"):
+        trace(build("longcat_flash"))
