@@ -24,7 +24,10 @@ def _empty(values: Sequence[float], shape: Sequence[int], dtype: torch.dtype, de
 
 
 class KeepLiterals(TorchFunctionMode):
-    """Tensors made of plain numbers on the meta device, ``torch.tensor`` or ``x[[0, 2]]``, as calls that hold them."""
+    """Tensors made of plain numbers on the meta device, ``torch.tensor`` or ``x[[0, 2]]``, as calls that hold them.
+
+    What is flipped is laid out plainly first.
+    """
 
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -35,6 +38,9 @@ class KeepLiterals(TorchFunctionMode):
             places = args[1] if isinstance(args[1], tuple) else (args[1],)
             alone = sum(not (place is None or place is ... or isinstance(place, slice)) for place in places) == 1
             args = (args[0], tuple(_place(place, args[0].device, alone) for place in places))
+        if func in (Tensor.flip, torch.flip):
+            # Of a view whose elements overlap (windows of ``unfold``) it asks which axis is longer: a guard on a length.
+            args = (args[0].contiguous(), *args[1:])
         return func(*args, **kwargs)
 
 

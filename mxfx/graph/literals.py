@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from mxfx.graph.errors import TraceError
-from mxfx.graph.node import NodeInfo, op_name, path_of, set_info
+from mxfx.graph.node import NodeInfo, op_name, operands, path_of, set_info
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL
 
 aten = torch.ops.aten
@@ -54,7 +54,7 @@ def free_literals(graph: fx.Graph) -> None:
             continue
         if node.target in _CASTS:
             _name_role(graph, node)
-        elif torch.Tag.nondeterministic_seeded in node.target.tags and node.target is not aten.dropout.default:
+        elif _draws(node):
             raise TraceError(f"{_where(node)} draws random numbers; a program computes the same logits each time")
         elif _literals(node) or node.target in _FILLS:
             _free(graph, node, factories)
@@ -69,6 +69,13 @@ def _on_the_device(val: Tensor) -> Tensor:
         return val
     with val.fake_mode:
         return torch.empty_like(val, device="meta")
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether a call draws random numbers; attention with a dropout of none and dropout itself, in eval mode, do not."""
+    if torch.Tag.nondeterministic_seeded not in node.target.tags or node.target is aten.dropout.default:
+        return False
+    return operands(node).get("dropout_p") != 0
 
 
 class _Factories:

@@ -115,6 +115,18 @@ def scalar_literal(model: Toy, x: Tensor) -> Tensor:
     return torch.maximum(x, torch.tensor(-0.125, dtype=x.dtype, device=x.device))
 
 
+def attended(model: Toy, x: Tensor) -> Tensor:
+    """Attention inside a token; without a dropout it draws nothing."""
+    parts = x.unflatten(-1, (4, -1))
+    return torch.nn.functional.scaled_dot_product_attention(parts, parts, parts).flatten(-2)
+
+
+def windows_from_the_last(model: Toy, x: Tensor) -> Tensor:
+    """Windows overlap in memory: what torch asks of their strides would fix the least length."""
+    windows = torch.nn.functional.pad(x.transpose(1, 2), (3, 0)).unfold(-1, 4, 1).flip(-1)
+    return (windows * torch.tensor([1.0, 0.5, 0.25, 0.125], device=x.device).to(x.dtype)).sum(-1).transpose(1, 2)
+
+
 REWRITTEN = (
     in_place_slice,
     assembled,
@@ -129,6 +141,8 @@ REWRITTEN = (
     literal_tensor,
     chosen_by_a_list,
     scalar_literal,
+    attended,
+    windows_from_the_last,
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -182,6 +196,11 @@ def draws(model: Toy, x: Tensor) -> Tensor:
     return x + torch.randn(WIDTH, device=x.device, dtype=x.dtype)
 
 
+def drops_weights_of_attention(model: Toy, x: Tensor) -> Tensor:
+    parts = x.unflatten(-1, (4, -1))
+    return torch.nn.functional.scaled_dot_product_attention(parts, parts, parts, dropout_p=0.1).flatten(-2)
+
+
 def asks_for_float64(model: Toy, x: Tensor) -> Tensor:
     return x.double().exp().to(x.dtype)
 
@@ -191,6 +210,7 @@ def asks_for_float64(model: Toy, x: Tensor) -> Tensor:
     [
         (writes_a_buffer, "the forward pass writes seen of the model"),
         (draws, "draws random numbers"),
+        (drops_weights_of_attention, "draws random numbers"),
         (asks_for_float64, "asks for torch.float64: neither the model's dtype nor float32"),
     ],
     ids=lambda a: getattr(a, "__name__", ""),
