@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 from mxfx.api import load_pipeline
 from mxfx.config import Pipeline
 from mxfx.driver.job import default_instruments
 from mxfx.graph.execute import execute
+from mxfx.graph.node import path_of
+from mxfx.graph.program import Program
 from mxfx.graph.trace import trace
 from mxfx.ground.errors import MxfxError
+from mxfx.ops.catalogue import spec
 from mxfx.passes import Distill
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Context, Pass
@@ -44,6 +48,8 @@ class Outcome:
     configs: dict[str, str] = field(default_factory=dict)
     share: float = 1.0
     left: list[str] = field(default_factory=list)
+    aside: dict[str, list] = field(default_factory=dict)
+    unseen: dict[str, list[int]] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -68,12 +74,36 @@ def outcome(name: str) -> Outcome:
         logits = execute(result.program, TOKENS[:2])
         found.configs[config] = "ok" if bool(logits.isfinite().all()) else "CRASH: logits are not finite"
         if config == "A":
-            weights = inner(multiplied(result.before_emit))
+            weights = inner(found_all := multiplied(result.before_emit))
+            found.aside = {path_of(one.node): [one.role, one.elements] for one in found_all if one not in weights}
             found.share = share_in_format(weights)
             found.left = sorted({one.node.meta["mxfx"].path for one in weights if one.format is None})
+            found.unseen = unseen(result.before_emit)
     found.kind = "CRASH" if any(said.startswith("CRASH") for said in found.configs.values()) else "ok"
     found.seconds = time.perf_counter() - started
     return found
+
+
+def unseen(program: Program) -> dict[str, list[int]]:
+    """Stored tensors of more than one axis that are in no product with a weight and no table of an embedding: shapes.
+
+    A product that nobody described would be missing from ``multiplied``, and so from the share.
+    """
+    seen: set[fx.Node] = set()
+    for node in program.nodes():
+        call = spec(node)
+        known = "weight" if call.product is not None or call.concept == "embedding" else None
+        pending = [] if known is None or call.node_of(known) is None else [call.node_of(known)]
+        while pending:
+            one = pending.pop()
+            seen.add(one)
+            pending += one.all_input_nodes
+    stored = [node for node in program.nodes() if node.op == "get_attr" and node not in seen]
+    return {
+        str(node.target): list(node.meta["val"].shape)
+        for node in stored
+        if sum(size > 1 for size in node.meta["val"].shape) > 1 and str(node.target) not in program.weights.constants
+    }
 
 
 def shortened(file: str) -> Pipeline:

@@ -39,7 +39,7 @@ class KeepLiterals(TorchFunctionMode):
             alone = sum(not (place is None or place is ... or isinstance(place, slice)) for place in places) == 1
             args = (args[0], tuple(_place(place, args[0].device, alone) for place in places))
         if func in (Tensor.flip, torch.flip):
-            # Of a view whose elements overlap (windows of ``unfold``) it asks which axis is longer: a guard on a length.
+            # Of a view that overlaps itself (windows of ``unfold``) it asks which axis is longer: a guard on a length.
             args = (args[0].contiguous(), *args[1:])
         return func(*args, **kwargs)
 

@@ -72,7 +72,7 @@ def _on_the_device(val: Tensor) -> Tensor:
 
 
 def _draws(node: fx.Node) -> bool:
-    """Whether a call draws random numbers; attention with a dropout of none and dropout itself, in eval mode, do not."""
+    """Whether a call draws random numbers: attention without a dropout, and dropout itself in eval mode, do not."""
     if torch.Tag.nondeterministic_seeded not in node.target.tags or node.target is aten.dropout.default:
         return False
     return operands(node).get("dropout_p") != 0

@@ -45,7 +45,7 @@ FOUND: dict[str, Outcome] = {}
 @pytest.mark.parametrize("name", every_name())
 def test_a_family_is_ok_or_refused_with_a_reason(name: str) -> None:
     one = FOUND[name] = apart(name)
-    said = one.configs or one.why[:160]
+    said = f"{one.configs or one.why} {one.left or ''} {one.unseen or ''} {one.aside}"
     print(f"\n{one.name:24} {one.kind:8} {one.share:4.0%} {one.seconds:4.0f} s {said}")
     assert told(one) == ""
     assert not (one.name in EXCUSED and one.share >= LEAST), "it needs no excuse any more"
