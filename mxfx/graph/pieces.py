@@ -82,7 +82,7 @@ def _pieces(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     return rows, stack, counts.args[0]
 
 
-def _source(target: Callable, parts: list[fx.Node]) -> fx.Node | None:
+def _source(target: Callable, parts: list) -> fx.Node | None:
     """What the parts are the first, second, … part of by ``target``, along axis 0; None where they are not."""
     first = parts[0].args[0] if parts[0].args else None
     axis = (0,) if target is aten.select.int else ()
