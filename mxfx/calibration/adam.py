@@ -38,7 +38,7 @@ class Update:
             self._now = self._full.clone()
             given = list(self._now.unbind())
         groups = [{"params": [p], "lr": rate} for p, rate in zip(parameters, given, strict=True)]
-        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=self._on_gpu, capturable=self._on_gpu)
+        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True, capturable=self._on_gpu)
 
     def moments(self) -> list[list[Tensor]]:
         """First and second moments of every parameter."""

@@ -16,6 +16,7 @@ from mxfx.graph.module import build
 from mxfx.graph.node import operands
 from mxfx.graph.program import Program, compute_dtype
 from mxfx.ground import ranks
+from mxfx.ops.kernels.divergence import logit_rows
 from mxfx.ops.kernels.limits import has_triton
 from mxfx.rewrite import Rewriter
 from mxfx.rewrite.lowering import lower_calls
@@ -140,6 +141,10 @@ class _Divergence(torch.autograd.Function):
             found, gradient = divergence_triton(actual.flatten(0, -2), expected.flatten(0, -2))
             ctx.save_for_backward(gradient.view_as(actual))
             return found.mean()
+        by_row = logit_rows(actual.flatten(0, -2), expected.flatten(0, -2), gradient=True)
+        if by_row is not None:
+            ctx.save_for_backward(by_row.gradient.view_as(actual))
+            return by_row.kl.mean()
         total = actual.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(actual)
         most = _ROWS.get(actual.device.type, _ROWS["cpu"])

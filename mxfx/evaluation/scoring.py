@@ -17,6 +17,7 @@ from mxfx.evaluation.results import Scores
 from mxfx.evaluation.windows import Window, equal_lengths
 from mxfx.ground import ranks
 from mxfx.ground.progress import track
+from mxfx.ops.kernels.divergence import logit_rows
 
 #: Rows of logits that are in float32 at one time: on a CPU so few that memory is used again instead of given out anew.
 _ROWS = {"cuda": 512, "cpu": 64}
@@ -147,6 +148,10 @@ def score(
 
 
 def _score_rows(logits: Tensor, targets: Tensor, expected: Tensor | None) -> dict[str, Tensor]:
+    rows = logit_rows(logits, expected, targets=targets)
+    if rows is not None:
+        scores = {"loglikelihood": rows.loglikelihood, "top": rows.top, "kl": rows.kl, "float_top": rows.expected_top}
+        return {name: values for name, values in scores.items() if values is not None}
     parts: list[dict[str, Tensor]] = []
     for start, given in _rows(logits):
         rows = given.float()

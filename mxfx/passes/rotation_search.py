@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+import mxfx.ops.kernels  # noqa: F401  (registers the kernels that quantize)
 from mxfx.algorithms.hadamard import fitting_order, kronecker_signs, kronecker_transform
 from mxfx.calibration.decisions import load_decisions, store_decisions
 from mxfx.calibration.keys import Keys, digest, environment, token_key
@@ -19,7 +20,6 @@ from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
 from mxfx.ground import ranks
 from mxfx.ops.catalogue import spec
-from mxfx.ops.quantize import fake_quantize
 from mxfx.passes.online_rotation import fitting, rotate_operands, rotated_operands
 from mxfx.rewrite import Close, Context, Numerics, Pass, Rewriter, register
 from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, ANNOTATED, KV_QUANTIZED, LOWERED, ROTATED_ONLINE, Fact
@@ -204,7 +204,7 @@ def quantized_ways(x: Tensor, format: str, on: list[Tensor], *factors: Tensor) -
     its ±1 ``factors`` are those of ``kronecker_signs``.
     """
     plain, turned = not all(map(bool, on)), any(map(bool, on))
-    return fake_quantize(x, format) if plain else None, _turned(x, format, *factors) if turned else None
+    return _rounded(x, format) if plain else None, _turned(x, format, *factors) if turned else None
 
 
 def way(ways: tuple[Tensor | None, Tensor | None], on: Tensor) -> Tensor:
@@ -215,8 +215,13 @@ def way(ways: tuple[Tensor | None, Tensor | None], on: Tensor) -> Tensor:
 
 
 def _turned(x: Tensor, format: str, left: Tensor, right: Tensor) -> Tensor:
-    rounded = fake_quantize(kronecker_transform(x, left, right), format)
+    rounded = _rounded(kronecker_transform(x, left, right), format)
     return kronecker_transform(rounded, left.mT, right.mT)
+
+
+def _rounded(x: Tensor, format: str) -> Tensor:
+    """By the kernel of the device, where the definition would take most of a trial's time."""
+    return torch.ops.mxfx_kernels.fake_quantize(x, format, -1)
 
 
 def _scorer(

@@ -30,8 +30,13 @@ def _reference(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     return (p.exp() * (p - q)).sum(-1).mean()
 
 
-def test_divergence_and_its_gradient_whatever_rows_are_taken_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "_ROWS", {"cpu": 3})
+@pytest.mark.parametrize("in_c", [True, False])
+def test_divergence_and_its_gradient_whatever_rows_are_taken_at_a_time(
+    in_c: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not in_c:
+        monkeypatch.setattr(training, "logit_rows", lambda *_, **__: None)
+        monkeypatch.setattr(training, "_ROWS", {"cpu": 3})
     generator = torch.Generator().manual_seed(0)
     actual = torch.randn(2, 5, 11, generator=generator, requires_grad=True)
     expected = torch.randn(2, 5, 11, generator=generator)

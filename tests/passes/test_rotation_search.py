@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mxfx.formats import parse
 from mxfx.graph.module import build
@@ -35,6 +36,26 @@ def test_the_search_scores_what_the_pipeline_would_compute(annotated, ctx):
     expected = module._perplexity(build(program), (tokens,))
     assert score(["down_proj", "kv_cache"]) == pytest.approx(expected, rel=1e-9)
     assert score([]) != pytest.approx(expected, rel=1e-6)
+
+
+class _Counted(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_trials_round_by_the_kernel_of_the_device_to_the_bits_of_the_definition():
+    x = torch.randn(2, 8, 64, dtype=torch.bfloat16)
+    on, off = torch.tensor(True), torch.tensor(False)
+    with _Counted() as counted:
+        plain, turned = module.quantized_ways(x, "mxint4@16", [off, on], torch.eye(8), torch.eye(8))
+    assert counted.names.count("mxfx_kernels.fake_quantize.default") == 2
+    assert torch.equal(plain, INT4.fake_quantize(x))
+    assert not torch.equal(turned, plain)
 
 
 def test_each_round_keeps_the_type_with_the_lowest_perplexity(annotated, preserved):

@@ -18,7 +18,7 @@ from mxfx.formats import parse
 from mxfx.ground.files import cache_home
 from mxfx.ops.kernels.structs import rule_of
 
-_SOURCES = ("rows.c", "products.c")
+_SOURCES = ("rows.c", "products.c", "divergence.c")
 #: No contraction and no fast mathematics: a rounding step is what the source says.
 _FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 #: The first that compiles and loads is taken. OpenMP's functions are those of the runtime that torch has loaded.
@@ -32,6 +32,7 @@ _SIGNATURES = {
     "mxfx_restore": (_P, _P, _P, _L, _L, _L, _I, _P, _I, _I),
     "mxfx_product": (_P, _P, _P, _P, _P, _L, _L, _L, _L, _P, _I, _I, _I, _I),
     "mxfx_attend": (_P, _P, _P, _P, _P, _P, ctypes.c_int64, _P, _P, _P, _L, _L, _L, _L, _F, _F, _I, _I, _I),
+    "mxfx_divergence": (_P, _P, _P, _P, _P, _P, _P, _P, _L, _L, _I, _F, _I),
 }
 
 
