@@ -96,7 +96,7 @@ static inline float element(float y, const format *f) {
 }
 
 /* A block onto the grid, in place: E8M0.round of mxfx/formats/e8m0.py. `limit`: largest number of the dtype. */
-static inline void round_block(float *x, long n, const format *f, float limit) {
+static inline __attribute__((always_inline)) void round_block(float *x, long n, const format *f, float limit) {
   int e = exponent_of(x, n, f);
   float step = power(e), inv = inverse(e);
   int lower_wins = 0;
@@ -124,9 +124,21 @@ static inline void round_block(float *x, long n, const format *f, float limit) {
     for (long i = 0; i < n; i++) x[i] = clip(element(x[i] * inv, f) * step, -limit, limit);
 }
 
+/* Inlined with a constant length and kind of element, and a format that no store may change, loops become vectors. */
+static inline __attribute__((always_inline)) void round_blocks(float *x, long n, long block, int is_float,
+                                                               const format *given, float limit) {
+  format f = *given;
+  f.is_float = is_float;
+  long i = 0;
+  for (; i + block <= n; i += block) round_block(x + i, block, &f, limit);
+  if (i < n) round_block(x + i, n - i, &f, limit);
+}
+
 static void round_row(float *x, long n, const format *f, int bf16) {
   float limit = bf16 ? 3.38953139e38f : 3.40282347e38f;
-  for (long i = 0; i < n; i += f->block) round_block(x + i, n - i < f->block ? n - i : f->block, f, limit);
+  if (f->block == 32 && !f->is_float) round_blocks(x, n, 32, 0, f, limit);
+  else if (f->block == 32) round_blocks(x, n, 32, 1, f, limit);
+  else round_blocks(x, n, f->block, f->is_float, f, limit);
 }
 
 /* Each block of b times its matrix, into `to`. */
