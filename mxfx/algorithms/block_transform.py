@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mxfx.algorithms.hadamard import hadamard_matrix
+from mxfx.formats import Format
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,14 @@ class BlockTransform:
         """`W T⁻ᵀ` for W `(out, blocks * b)`; same dtype."""
         return apply_blocks(weight, self.inverse.mT)
 
-    def stored_as(self, dtype: torch.dtype) -> BlockTransform:
-        """The same with T rounded to `dtype`, and the inverse of just that: the function of both stays exact.
+    def stored_as(self, dtype: torch.dtype, fmt: Format | None = None) -> BlockTransform:
+        """The same with T rounded to `dtype`, or onto `fmt` before, and the inverse of just that: the function of both
+        stays exact.
 
         In the dtype of the activations that it multiplies, T needs one pass through 16-bit tensor cores; its entries'
-        rounding by 2⁻⁹ moves the basis a little, not what is computed in it.
+        rounding, by 2⁻⁹ or to a grid, moves the basis a little, not what is computed in it.
         """
-        matrix = self.matrix.to(dtype).double()
+        matrix = (self.matrix if fmt is None else fmt.fake_quantize(self.matrix)).to(dtype).double()
         return replace(self, matrix=matrix, inverse=torch.linalg.inv(matrix))
 
 

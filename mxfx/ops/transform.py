@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mxfx.algorithms.hadamard import hadamard_factors, hadamard_transform
-from mxfx.ops.catalogue import plain
+from mxfx.ops.catalogue import plain, weight
 from mxfx.ops.dialect import compute, define
 
 
@@ -43,7 +43,7 @@ def misfit(x: Tensor, matrix: Tensor) -> str | None:
     return None
 
 
-@define("block_transform", operands=(plain("input", "x"),), fake=_transformed)
+@define("block_transform", operands=(plain("input", "x"), weight("matrix")), fake=_transformed)
 def block_transform(x: Tensor, matrix: Tensor) -> Tensor:
     """Multiply each block of the last axis by a matrix: ``x_B @ T_B``; same shape and dtype as ``x``.
 

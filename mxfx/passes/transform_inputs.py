@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from mxfx.algorithms.block_transform import BlockTransform, apply_blocks, best_order, narrow, wush
 from mxfx.algorithms.hadamard import fitting_order, hadamard_matrix, order_words, orders_near, random_signs
 from mxfx.calibration.moments import block_moments
-from mxfx.graph.node import info, kind, layer_of, op_name, path_of
+from mxfx.formats import Format
+from mxfx.graph.node import Annotation, info, kind, layer_of, op_name, path_of
 from mxfx.graph.program import Program
 from mxfx.graph.regions import siblings
 from mxfx.ops.catalogue import spec
@@ -28,6 +29,7 @@ from mxfx.rewrite.facts import (
     Fact,
     Selected,
 )
+from mxfx.rewrite.operands import mark_rounded
 
 _NOTE = "input-basis"
 #: Rows of a weight that are in float64 at one time: a layer of experts has a million.
@@ -77,6 +79,7 @@ class TransformInputs(Pass):
     kind: a Hadamard matrix, or the data-aware transform in closed form.
     block: order of the transform, or one near it that divides the axis; 0 for the whole axis (hadamard only).
     signs: draw random signs by the run's seed.
+    matrix: format of T, rounded before its inverse is taken: T takes fewer bits, and the function stays what it is.
     damping: added to second moments, as a fraction of their mean diagonal.
     max_condition: condition number above which a block gets a Hadamard matrix.
     samples: calibration samples to measure; not given: all.
@@ -90,10 +93,15 @@ class TransformInputs(Pass):
     kind: Literal["hadamard", "wush"] = "hadamard"
     block: int = 32
     signs: bool = False
+    matrix: Format | None = None
     damping: float = 1e-4
     max_condition: float = 1e3
     samples: int | None = None
     select: Selector = ALL
+
+    def __post_init__(self) -> None:
+        if self.matrix is not None and self.kind == "hadamard":
+            raise ValueError("'matrix' is the format of a matrix that data decided: 'hadamard' stores none, or signs")
 
     def foresee(self, rw: Rewriter) -> int | None:
         found = [site for site in sites(rw, self.select) if self._fits(rw, site)]
@@ -110,7 +118,7 @@ class TransformInputs(Pass):
             transform = self._transform(rw, site, moments, generator)
             note = _describe(self._words(site, transform.matrix.shape[-1]), transform)
             if rw.match(site.linears[0], note=f"{note}; {len(site.linears)} linears"):
-                insert(rw, site, transform, plain=self.kind == "hadamard" and not self.signs)
+                insert(rw, site, transform, plain=self.kind == "hadamard" and not self.signs, fmt=self.matrix)
                 rw.record.details[site.name] = _account(self.kind, site, transform)
 
     def _fits(self, rw: Rewriter, site: Site) -> bool:
@@ -188,10 +196,12 @@ def orthogonal(blocks: Tensor) -> BlockTransform:
     )
 
 
-def insert(rw: Rewriter, site: Site, transform: BlockTransform, *, plain: bool) -> None:
-    """Put T behind the site's tensor and T⁻ᵀ into its linears; ``plain`` Hadamards need no stored matrix."""
+def insert(rw: Rewriter, site: Site, transform: BlockTransform, *, plain: bool, fmt: Format | None = None) -> None:
+    """Put T, on the grid of ``fmt``, behind the site's tensor and T⁻ᵀ into its linears; ``plain`` Hadamards need no
+    stored matrix.
+    """
     if not plain:
-        transform = transform.stored_as(rw.program.dtype)
+        transform = transform.stored_as(rw.program.dtype, fmt)
     inverse = transform.inverse.mT
     for linear in site.linears:
         change_input(rw, linear, lambda w: apply_blocks(w, inverse))
@@ -201,6 +211,9 @@ def insert(rw: Rewriter, site: Site, transform: BlockTransform, *, plain: bool) 
     else:
         matrix = rw.add_weight(free_name(rw, f"transforms.{site.name}.input"), transform.matrix, first)
         new = rw.call(torch.ops.mxfx.block_transform.default, site.source, matrix, like=first)
+        if fmt is not None:
+            rw.set_info(new, info(new).with_format("matrix", Annotation(fmt, rw.pass_name)))
+            mark_rounded(rw, new, "matrix")
     for linear in site.linears:
         spec(linear).set(rw, "input", new)
         rw.set_info(linear, info(linear).with_note(_NOTE, new.name))

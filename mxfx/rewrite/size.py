@@ -58,7 +58,7 @@ def _bits(program: Program, name: str, planned: bool) -> float:
     for reader in readers_of(program, name):
         fmt = weight_format(reader, name, program)
         stored = fmt is not None and any(
-            planned or is_rounded(reader, operand) for operand in ("weight", "bias") if operand in info(reader).formats
+            planned or is_rounded(reader, operand) for operand in weights_of(reader) if operand in info(reader).formats
         )
         if fmt is not None and stored:
             return fmt.bits_per_element

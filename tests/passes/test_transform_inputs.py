@@ -7,9 +7,10 @@ import torch
 
 from mxfx.calibration.moments import block_moments
 from mxfx.formats import parse
-from mxfx.graph.node import kind, path_of
+from mxfx.graph.node import info, kind, path_of
 from mxfx.passes import Annotate, FuseNorm, Rule, TransformInputs
 from mxfx.rewrite import MissingCalibration, Selector, apply
+from mxfx.rewrite.size import bits_per_weight
 
 FAMILIES = ["llama-tiny", "qwen2-tiny", "qwen3-tiny", "mistral-tiny", "gemma3-tiny", "phi3-tiny", "olmo2-tiny"]
 
@@ -85,3 +86,20 @@ def test_conditioning_is_reported_and_bad_blocks_fall_back(raised, preserved):
     account = record.details["model.layers.0.self_attn.q_proj"]
     assert account["fallen_back_blocks"] == 4
     assert account["worst_condition"] > 1.0
+
+
+def test_a_matrix_in_a_format_lies_on_its_grid_takes_its_bits_and_leaves_the_logits(raised, ctx, preserved):
+    fmt = parse("mxint5@32/mse")
+    before = raised("llama-tiny")
+    plain, _ = preserved(TransformInputs(kind="wush", block=32), before)
+    program, _ = preserved(TransformInputs(kind="wush", block=32, matrix=fmt), before)
+    assert bits_per_weight(program) < bits_per_weight(plain)
+    node = next(iter(program.nodes("block_transform")))
+    assert info(node).formats["matrix"].format == fmt
+    matrix = program.weights[str(node.args[1].target)]
+    assert torch.equal(fmt.fake_quantize(matrix), matrix)
+
+
+def test_hadamards_have_no_matrix_to_give_a_format():
+    with pytest.raises(ValueError, match="'hadamard' stores none"):
+        TransformInputs(matrix=parse("mxint5@32"))
