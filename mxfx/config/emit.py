@@ -50,6 +50,9 @@ def emit_stage(settings: EmitConfig, device: str) -> list[tuple[str, Mapping[str
         if target == "cpu":
             # Saved packed; without a kernel a CPU multiplies faster than it decodes.
             stage.append(("unpack-weights", {"unserved": True}))
+        else:
+            # A kernel reads the whole matrix of a transform, a few kilobytes, in each of its programs.
+            stage.append(("unpack-weights", {"select": "type: mx_decode"}))
     stage += [(name, {}) for name in FUSIONS]
     stage.append(("lower", {"device": target}))
     if target == "cuda":

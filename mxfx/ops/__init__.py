@@ -9,7 +9,7 @@ from mxfx.ops.dialect import all_ops, define, find_op
 from mxfx.ops.experts import expert_linear
 from mxfx.ops.mixer import mixer
 from mxfx.ops.norm import layer_norm, rms_norm
-from mxfx.ops.packed import mx_embedding, mx_expert_linear, mx_linear
+from mxfx.ops.packed import mx_decode, mx_embedding, mx_expert_linear, mx_linear
 from mxfx.ops.plugins import load_ops
 from mxfx.ops.positions import length, positions, real_tokens, select_tokens
 from mxfx.ops.quantize import fake_quantize, first_slots, keep_first_quantize
@@ -61,6 +61,7 @@ __all__ = [
     "layer_norm",
     "length",
     "mixer",
+    "mx_decode",
     "mx_embedding",
     "mx_expert_linear",
     "mx_linear",

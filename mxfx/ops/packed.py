@@ -1,4 +1,4 @@
-"""``mx_linear``, ``mx_expert_linear`` and ``mx_embedding``: weights as packed codes and shared scales."""
+"""``mx_linear``, ``mx_expert_linear``, ``mx_embedding``, ``mx_decode``: weights as packed codes and shared scales."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ def _projected(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, fo
 
 def _gathered(codes: Tensor, scales: Tensor, ids: Tensor, format: str, width: int) -> Tensor:
     return codes.new_empty((*ids.shape, width), dtype=torch.float32)
+
+
+def _decoded(codes: Tensor, scales: Tensor, format: str, width: int) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], width), dtype=torch.float32)
 
 
 def _through_experts(
@@ -68,3 +72,13 @@ def mx_expert_linear(
 def mx_embedding(codes: Tensor, scales: Tensor, ids: Tensor, format: str, width: int) -> Tensor:
     """Rows ``ids`` of a packed ``(rows, width)`` table, float32 ``(*ids.shape, width)``; only they are decoded."""
     return restore(codes[ids], scales[ids], _format(format), width, torch.float32)
+
+
+@define(
+    "mx_decode",
+    operands=(weight("weight", "codes"), weight("scales", axis=None), OUTPUT),
+    fake=_decoded,
+)
+def mx_decode(codes: Tensor, scales: Tensor, format: str, width: int) -> Tensor:
+    """All of a packed tensor ``(..., width)``, float32: for who reads it whole, as a transform reads its matrix."""
+    return restore(codes, scales, _format(format), width, torch.float32)

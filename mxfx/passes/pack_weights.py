@@ -15,9 +15,9 @@ from mxfx.graph.node import info, kind, path_of
 from mxfx.ops.catalogue import spec, weights_of
 from mxfx.rewrite import ALL, Context, Exact, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.facts import LOWERED, RAISED, Fact
-from mxfx.rewrite.operands import is_rounded, readers_of, weight_format
+from mxfx.rewrite.operands import is_rounded, mark_rounded, readers_of, weight_format
 
-_READERS = ("linear", "expert_linear", "embedding")
+_READERS = ("linear", "expert_linear", "embedding", "block_transform")
 _PARTS = ("codes", "scales")
 
 
@@ -36,9 +36,10 @@ class PackWeights(Pass):
         %x4 = mxfx.fake_quantize(%x, "mxint4@32", -1)
         %y  = mxfx.mx_linear(%x4, @up.weight.codes, @up.weight.scales, None, "mxint4@32")
 
-    Experts become ``mx_expert_linear``, an embedding ``mx_embedding``; a tied weight is packed once for all who read
-    it. What is decoded has the bits of the weight that was packed, so the logits keep theirs. A weight that lies off
-    its grid, or that someone reads unpacked, stays as it is, and the record says why.
+    Experts become ``mx_expert_linear``, an embedding ``mx_embedding``, the matrix of a transform what ``mx_decode``
+    gives; a tied weight is packed once for all who read it. What is decoded has the bits of the weight that was
+    packed, so the logits keep theirs. A weight that lies off its grid, or that someone reads unpacked, stays as it
+    is, and the record says why.
     """
 
     name: ClassVar[str] = "pack-weights"
@@ -50,11 +51,12 @@ class PackWeights(Pass):
     def run(self, rw: Rewriter, ctx: Context) -> None:
         done: set[str] = set()
         for node in rw.program.nodes(*_READERS):
-            if not self.select(node) or "weight" not in info(node).formats:
+            operand = _operand(node)
+            if not self.select(node) or operand not in info(node).formats:
                 continue
-            source = weights_of(node).get("weight")
+            source = weights_of(node).get(operand)
             if source is None:
-                rw.skip(node, "its weight is computed, not stored")
+                rw.skip(node, f"its {operand} is computed, not stored")
                 continue
             name = rw.weights.canonical(str(source.target))
             if name not in done:
@@ -62,7 +64,7 @@ class PackWeights(Pass):
                 self._pack(rw, node, name)
 
     def _pack(self, rw: Rewriter, node: fx.Node, name: str) -> None:
-        fmt = info(node).formats["weight"].format
+        fmt = info(node).formats[_operand(node)].format
         readers = readers_of(rw.program, name)
         reason = _why_not(rw, readers, name, fmt)
         if reason is not None:
@@ -70,7 +72,7 @@ class PackWeights(Pass):
             return
         stored = store(rw.weights.master(name), fmt)
         if stored is None:
-            rw.skip(node, f"its weight does not lie on the grid of {fmt}, or has no packed form in it")
+            rw.skip(node, f"its {_operand(node)} does not lie on the grid of {fmt}, or has no packed form in it")
             return
         if not rw.match(node, note=f"{fmt}, {fmt.bits_per_element:g} bits"):
             return
@@ -80,14 +82,19 @@ class PackWeights(Pass):
             _unpack_at(rw, reader, name, fmt)
 
 
+def _operand(reader: fx.Node) -> str:
+    """Which operand of a reader is packed."""
+    return "matrix" if kind(reader) == "block_transform" else "weight"
+
+
 def _why_not(rw: Rewriter, readers: list[fx.Node], name: str, fmt: Format) -> str | None:
     if rw.weights[name].device.type == "meta":
         return "its weight has no data (meta device)"
     for reader in readers:
         if weight_format(reader, name, rw.program) != fmt:
             return f"{path_of(reader) or reader.name} reads the same tensor, not as {fmt}"
-        if not is_rounded(reader, "weight"):
-            return f"its weight is not rounded to {fmt} yet"
+        if not is_rounded(reader, _operand(reader)):
+            return f"its {_operand(reader)} is not rounded to {fmt} yet"
         if kind(reader) == "embedding" and rw.program.dtype == torch.float64:
             return "an embedding is decoded in float32, and this program runs in float64"
     return None
@@ -98,6 +105,15 @@ def _unpack_at(rw: Rewriter, reader: fx.Node, name: str, fmt: Format) -> None:
     call = spec(reader)
     codes, scales = (rw.weight(f"{name}.{part}", reader) for part in _PARTS)
     val = reader.meta["val"]
+    if call.concept == "block_transform":
+        width, annotation = rw.weights[name].shape[-1], info(reader).formats["matrix"]
+        whole = rw.call(torch.ops.mxfx.mx_decode.default, codes, scales, str(fmt), width, like=reader)
+        rw.set_info(whole, replace(info(whole), formats=MappingProxyType({"weight": annotation})))
+        mark_rounded(rw, whole, "weight")
+        matrix = rw.call(torch.ops.mxfx.cast.default, whole, "model", like=reader)
+        rw.set_info(matrix, replace(info(matrix), formats=MappingProxyType({})))
+        call.set(rw, "matrix", matrix)
+        return
     if call.concept != "embedding":
         given = (call.get("input"), codes, scales)
         if call.concept == "linear":

@@ -19,7 +19,7 @@ from mxfx.rewrite import ALL, Exact, NodePass, Numerics, Rewriter, Selector, reg
 from mxfx.rewrite.facts import LOWERED, Fact
 
 #: Ops that read packed weights.
-PACKED = ("mx_linear", "mx_expert_linear", "mx_embedding")
+PACKED = ("mx_linear", "mx_expert_linear", "mx_embedding", "mx_decode")
 _CODES, _SCALES = ".codes", ".scales"
 
 
@@ -88,6 +88,9 @@ def _unpack(rw: Rewriter, node: fx.Node, name: str) -> None:
     if name not in rw.weights:
         rw.weights.add(name, _floats(rw, name, node), rw.pass_name)
     weight = rw.weight(name, node)
+    if kind(node) == "mx_decode":
+        _give(rw, node, weight)
+        return
     if "ids" in given:
         new = rw.call(aten.embedding.default, weight, given["ids"], like=node)
     elif "experts" in given:
@@ -97,6 +100,12 @@ def _unpack(rw: Rewriter, node: fx.Node, name: str) -> None:
         new = rw.call(aten.linear.default, given["x"], weight, given["bias"], like=node, val=node.meta["val"])
     rw.set_info(new, replace(info(new), notes=info(node).notes))
     rw.replace(node, new)
+
+
+def _give(rw: Rewriter, node: fx.Node, weight: fx.Node) -> None:
+    """Let who reads all of a decoded tensor, in the model's dtype, read the weight instead."""
+    for cast in list(node.users):
+        rw.replace(cast, weight)
 
 
 def _floats(rw: Rewriter, name: str, node: fx.Node) -> Tensor:

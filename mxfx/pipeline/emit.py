@@ -11,6 +11,7 @@ from mxfx.config.emit import EmitConfig
 from mxfx.config.pipeline import Pipeline
 from mxfx.graph.phases import joined
 from mxfx.graph.program import Program
+from mxfx.passes.unpack_weights import PACKED
 from mxfx.pipeline.manager import Instrument, PassManager
 from mxfx.rewrite import Context
 
@@ -52,7 +53,7 @@ def _emitted(
 ) -> Program:
     if "lowered" in program.facts:
         return program
-    settings = settings or EmitConfig(packed=any(program.nodes("mx_linear", "mx_expert_linear", "mx_embedding")))
+    settings = settings or EmitConfig(packed=any(program.nodes(*PACKED)))
     place = torch.device(device)
     stage = Pipeline(emit=settings).emitted(place.type)
     return PassManager(instruments).run(program, stage, replace(ctx, device=place)).program

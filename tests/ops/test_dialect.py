@@ -122,6 +122,7 @@ SAMPLES: dict[str, list[tuple]] = {
         (randn(5, 2, 64), *STACKED, EXPERTS, None, "mxint4@32"),
     ],
     "mx_embedding": [(*packed(9, 48, "mxfp4_e2m1@32"), torch.tensor([[0, 8], [3, 3]]), "mxfp4_e2m1@32", 48)],
+    "mx_decode": [(*packed(9, 48, "mxint6@32"), "mxint6@32", 48)],
 }
 CASES = [(name, i) for name, samples in SAMPLES.items() for i in range(len(samples))]
 

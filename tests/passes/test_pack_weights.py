@@ -5,13 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mxfx.config.emit import EmitConfig
 from mxfx.export.artefact import WEIGHTS, load, save
 from mxfx.formats import parse
 from mxfx.graph.execute import execute
 from mxfx.graph.node import kind
 from mxfx.graph.program import Program
 from mxfx.graph.verify import verify
-from mxfx.passes import Annotate, FuseNorm, InsertFakeQuant, Lower, PackWeights, RoundWeights, Rule, UnpackWeights
+from mxfx.passes import (
+    Annotate,
+    FuseNorm,
+    InsertFakeQuant,
+    Lower,
+    PackWeights,
+    RoundWeights,
+    Rule,
+    TransformInputs,
+    UnpackWeights,
+)
 from mxfx.passes.unpack_weights import PACKED
 from mxfx.pipeline.emit import emitted
 from mxfx.rewrite import Selector, apply
@@ -156,3 +167,23 @@ def test_packed_experts_take_four_bits_and_a_quarter() -> None:
     stacks = {str(node.args[1].target): node for node in before.nodes("expert_linear")}
     held = sum(after.weights[f"{name}.{part}"].numel() for name in stacks for part in ("codes", "scales"))
     assert held * 8 == 4.25 * sum(before.weights[name].numel() for name in stacks)
+
+
+def test_the_matrix_of_a_transform_is_saved_as_codes_and_runs_as_numbers(tmp_path, ctx) -> None:
+    form = parse("mxint4@32")
+    rule = Rule(Selector(MLP), weight=form, input=form)
+    before = passed(raised("llama-tiny"), (FuseNorm(), Annotate(rule=(rule,))))
+    before = apply(TransformInputs(kind="wush", block=32, matrix=parse("mxint6@32")), before, ctx).program
+    before = passed(before, (RoundWeights(), InsertFakeQuant()))
+    after = apply(PackWeights(), before).program
+    verify(after)
+    assert len(list(after.nodes("mx_decode"))) == 4
+    assert not [name for name in after.weights if name.startswith("transforms.") and name.endswith(".input")]
+    assert bits_per_weight(after) == pytest.approx(bits_per_weight(before))
+    assert torch.equal(logits(after), logits(before))
+    save(after, tmp_path / "saved")
+    opened = load(tmp_path / "saved")
+    for device in ("cpu", "cuda"):
+        running = emitted(opened, settings=EmitConfig(device=device))
+        assert not list(running.nodes("mx_decode"))
+        assert torch.equal(logits(running), logits(emitted(before, settings=EmitConfig(device=device))))
