@@ -111,7 +111,12 @@ def _solve(weight: Tensor, goal: Tensor, hessian: Tensor, fmt: Format, common: T
 
 
 def asymmetric_target(
-    weight: Tensor, hessian_q: Tensor, cross: Tensor, alpha: float = 0.25, lam: float = 0.1
+    weight: Tensor,
+    hessian_q: Tensor,
+    cross: Tensor,
+    alpha: float = 0.25,
+    lam: float = 0.1,
+    drift: Tensor | None = None,
 ) -> Tensor:
     """The weight that, on quantized inputs Xq, best repeats W's outputs on the float inputs X.
 
@@ -120,7 +125,8 @@ def asymmetric_target(
 
         W* = W + ((Hq + λ I)⁻¹ (Xqᵀ X - Hq) Wᵀ)ᵀ,
 
-    of which only the part alpha is taken: full strength overfits the calibration data.
+    of which only the part alpha is taken: full strength overfits the calibration data. Where the output is added to a
+    residual stream that is Rq and was R, min ‖(R + X Wᵀ) - (Rq + Xq Qᵀ)‖² adds Xqᵀ (R - Rq) to the bracket.
 
     Args:
         weight: `(rows, cols)`.
@@ -128,6 +134,7 @@ def asymmetric_target(
         cross: `(cols, cols)`, Xqᵀ X, same scale; row = quantized channel.
         alpha: 0 gives W, 1 gives W*.
         lam: λ relative to the mean diagonal of Hq.
+        drift: `(cols, rows)`, Xqᵀ (R - Rq), same scale; None for no residual stream.
 
     Returns:
         `(rows, cols)`, float64 for float64 weights, else float32.
@@ -144,7 +151,10 @@ def asymmetric_target(
         )
     h, w = hessian_q.double(), weight.double()
     ridge = lam * h.diagonal().mean() * torch.eye(cols, dtype=torch.float64, device=h.device)
-    step = torch.cholesky_solve((cross.double() - h) @ w.mT, torch.linalg.cholesky(h + ridge)).mT
+    missing = (cross.double() - h) @ w.mT
+    if drift is not None:
+        missing += drift.double()
+    step = torch.cholesky_solve(missing, torch.linalg.cholesky(h + ridge)).mT
     return (w + alpha * step).to(torch.promote_types(weight.dtype, torch.float32))
 
 
