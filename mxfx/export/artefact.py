@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +24,7 @@ from mxfx.graph.phases import PhaseError, joined
 from mxfx.graph.program import Program
 from mxfx.graph.text import TextError, parse, to_text
 from mxfx.ground.errors import MxfxError
-from mxfx.ground.files import DamagedFile, read_json, read_text, remove_partial_files, write_file
+from mxfx.ground.files import DamagedFile, decoded, parse_json, remove_partial_files, write_file
 from mxfx.ground.versions import version
 from mxfx.ops import RUNTIME_FUNCTIONS
 
@@ -85,7 +85,7 @@ def save(program: Program, folder: Path | str, *, shard_bytes: int = SHARD_BYTES
     for name, entry in entries.items():
         _check_weights(entry)
         printed = to_text(entry)
-        _check_ops(folder / name, printed)
+        check_ops(folder / name, printed)
         texts[name] = printed.encode()
     weights = _all_weights(program)
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,36 +121,64 @@ def load(folder: Path | str) -> Program:
 
     Raises ``ArtefactError`` for anything missing, truncated, changed or made by another version.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ArtefactError(f"{folder} is no folder; give one that a run wrote its model to")
-    manifest = _read_manifest(folder / MANIFEST)
-    shards = _check_files(folder, manifest)
-    weights: dict[str, Tensor] = {}
-    for name in shards:
-        found = _read_weights(folder / name)
-        if twice := sorted(found.keys() & weights):
-            raise ArtefactError(f"{folder / name}: holds {twice[0]!r}, which another file of weights holds too")
-        weights |= found
-    _lay_out(weights, manifest.get("layouts", {}), folder / MANIFEST)
-    program = _read_program(folder / PROGRAM, weights)
-    known = set(program.weights)
-    if (phases := manifest.get("phases")) is not None:
-        own = {name.removeprefix(_OWN): tensor for name, tensor in weights.items() if name.startswith(_OWN)}
-        decode = _read_program(folder / DECODE, weights | own)
-        known |= {_OWN + name if name in own else name for name in decode.weights}
-        try:
-            program = joined(program, decode, str(phases["handoff"]))
-        except (PhaseError, KeyError, TypeError) as error:
-            raise ArtefactError(f"{folder / MANIFEST}: 'phases': {error}") from error
-    if strangers := sorted(set(weights) - known):
-        raise ArtefactError(f"{folder}: its weights hold {strangers[0]!r}, which the program does not name")
-    return program
+    return Opened.of(folder).program()
 
 
-def _read_program(path: Path, weights: Mapping[str, Tensor]) -> Program:
-    text = _told(read_text, path)
-    _check_ops(path, text)
+@dataclass(frozen=True)
+class Opened:
+    """An artefact whose files are all there and have the sizes, its programs the hashes, that the manifest names.
+
+    ``manifest`` and ``texts``, by file, are as read; ``weights`` are mapped, and not yet compared with their hashes.
+    """
+
+    folder: Path
+    manifest: bytes
+    texts: Mapping[str, str]
+    weights: Mapping[str, Tensor]
+    handoff: str | None
+
+    @classmethod
+    def of(cls, folder: Path | str) -> Opened:
+        """Raises ``ArtefactError`` for a file that is missing, or not as the manifest says."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ArtefactError(f"{folder} is no folder; give one that a run wrote its model to")
+        read, manifest = _read_manifest(folder / MANIFEST)
+        shards, texts = _check_files(folder, manifest)
+        weights: dict[str, Tensor] = {}
+        for name in shards:
+            found = _read_weights(folder / name)
+            if twice := sorted(found.keys() & weights):
+                raise ArtefactError(f"{folder / name}: holds {twice[0]!r}, which another file of weights holds too")
+            weights |= found
+        _lay_out(weights, manifest.get("layouts", {}), folder / MANIFEST)
+        handoff = None
+        if (phases := manifest.get("phases")) is not None:
+            if not isinstance(phases, dict) or "handoff" not in phases:
+                raise ArtefactError(f"{folder / MANIFEST}: 'phases' must name the 'handoff'")
+            handoff = str(phases["handoff"])
+        return cls(folder, read, texts, weights, handoff)
+
+    def program(self) -> Program:
+        """All that the texts say, checked. Raises ``ArtefactError``."""
+        weights = self.weights
+        program = _parsed(self.folder / PROGRAM, self.texts[PROGRAM], weights)
+        known = set(program.weights)
+        if self.handoff is not None:
+            own = {name.removeprefix(_OWN): tensor for name, tensor in weights.items() if name.startswith(_OWN)}
+            decode = _parsed(self.folder / DECODE, self.texts[DECODE], {**weights, **own})
+            known |= {_OWN + name if name in own else name for name in decode.weights}
+            try:
+                program = joined(program, decode, self.handoff)
+            except PhaseError as error:
+                raise ArtefactError(f"{self.folder / MANIFEST}: 'phases': {error}") from error
+        if strangers := sorted(set(weights) - known):
+            raise ArtefactError(f"{self.folder}: its weights hold {strangers[0]!r}, which the program does not name")
+        return program
+
+
+def _parsed(path: Path, text: str, weights: Mapping[str, Tensor]) -> Program:
+    check_ops(path, text)
     try:
         program = parse(text, weights)
     except TextError as error:
@@ -234,21 +262,25 @@ def _check_weights(program: Program) -> None:
             )
 
 
-def _read_manifest(path: Path) -> Mapping[str, object]:
+def _read_manifest(path: Path) -> tuple[bytes, Mapping[str, object]]:
     if not path.is_file():
         raise ArtefactError(f"{path.parent} holds no {MANIFEST}: no artefact, or one whose writing was cut short")
-    manifest = _told(read_json, path)
+    try:
+        read = path.read_bytes()
+        manifest = parse_json(read, path)
+    except DamagedFile as error:
+        raise ArtefactError(str(error)) from error
     if not isinstance(manifest, dict) or "schema" not in manifest:
         raise ArtefactError(f"{path}: is no manifest of an artefact: it has no 'schema'")
     if manifest["schema"] != SCHEMA:
         raise ArtefactError(
             f"{path}: schema {manifest['schema']!r}, written by mxfx {manifest.get('mxfx')}; this mxfx reads {SCHEMA}"
         )
-    return manifest
+    return read, manifest
 
 
-def _check_files(folder: Path, manifest: Mapping[str, object]) -> list[str]:
-    """The names of the files of weights; every file is there and as large as the manifest says."""
+def _check_files(folder: Path, manifest: Mapping[str, object]) -> tuple[list[str], dict[str, str]]:
+    """The names of the files of weights, and the text of each program; every file is as the manifest says."""
     files = manifest.get("files")
     programs = [PROGRAM, DECODE] if "phases" in manifest else [PROGRAM]
     shards = _shard_names(max(len(files) - len(programs), 1)) if isinstance(files, dict) else []
@@ -268,26 +300,32 @@ def _check_files(folder: Path, manifest: Mapping[str, object]) -> list[str]:
                 f"{path}: has {path.stat().st_size} bytes, the manifest says {facts['bytes']}: truncated or changed"
             )
     # The weights need no hash of the file: the program names the hash of each tensor.
+    texts = {}
     for name in programs:
-        if _hash((folder / name).read_bytes()) != files[name].get("blake2b"):
+        data = (folder / name).read_bytes()
+        if _hash(data) != files[name].get("blake2b"):
             raise ArtefactError(f"{folder / name}: does not have the hash that the manifest names: it was changed")
+        try:
+            texts[name] = decoded(data, folder / name)
+        except DamagedFile as error:
+            raise ArtefactError(str(error)) from error
     if extra := sorted(_stored(folder) - set(shards)):
         raise ArtefactError(f"{folder / extra[0]}: the manifest does not name it: remove it, or save the model again")
-    return shards
+    return shards, texts
 
 
-def _told(read: Callable[[Path], Any], path: Path) -> Any:
-    try:
-        return read(path)
-    except DamagedFile as error:
-        raise ArtefactError(str(error)) from error
+def check_ops(path: Path, text: str) -> None:
+    """Let only ops through that compute on tensors: a name in a file must not become a call of anything else.
 
-
-def _check_ops(path: Path, text: str) -> None:
-    """Let only ops through that compute on tensors: a name in a file must not become a call of anything else."""
+    Raises ``ArtefactError``.
+    """
+    known: set[str] = set()
     for number, line in enumerate(text.splitlines(), start=1):
         found = _CALL.match(line)
-        if found is not None and not _allowed(found[1]):
+        if found is None or found[1] in known:
+            continue
+        known.add(found[1])
+        if not _allowed(found[1]):
             raise ArtefactError(
                 f"{path}: line {number}: {found[1]!r} is no op of a program; programs call "
                 f"{', '.join(f'{module}.…' for module in _NAMESPACES)} and "

@@ -11,6 +11,8 @@ and the artefact's own files (``mxfx.export.artefact``): the printed program, it
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils.hub import convert_file_size_to_int
 
-from mxfx.export.artefact import SHARD_BYTES, ArtefactError, load, save
+from mxfx.export.artefact import SHARD_BYTES, ArtefactError, Opened, save
 from mxfx.export.folder_config import ARCHITECTURE, MODEL_TYPE, MxfxConfig
+from mxfx.export.kept import emission
 from mxfx.graph.program import Program
 from mxfx.ground.files import read_json, write_file
 from mxfx.ground.versions import version
@@ -60,22 +63,36 @@ not import mxfx itself is told to by `trust_remote_code=True`, which runs the th
 
 
 class MxfxForCausalLM(EmittedCausalLM):
-    """An emitted model that is opened from, and saved to, its folder; ``program`` is what the folder holds.
+    """An emitted model that is opened from, and saved to, its folder.
 
-    ``ready`` is what the emit stage made of it for the device, where that has run.
+    ``program`` is what the folder holds, or gives it when it is asked for: to save it, or to emit it for another
+    device. ``ready`` is what the emit stage made of it for the device, where that has run.
     """
 
     config_class = MxfxConfig
 
-    def __init__(self, program: Program, device: torch.device | str = "cpu", *, ready: Program | None = None) -> None:
-        super().__init__(emitted(program if ready is None else ready, device))
-        self.program = program
+    def __init__(
+        self,
+        program: Program | Callable[[], Program],
+        device: torch.device | str = "cpu",
+        *,
+        ready: Program | None = None,
+    ) -> None:
+        given = program if isinstance(program, Program) else None
+        ready = (given or program()) if ready is None else ready  # type: ignore[operator]
+        super().__init__(emitted(ready, device))
+        self._later = program
         self._kernels = torch.device(device).type
         #: The model card of the folder that it was opened from, which has a run's figures.
         self.card: bytes | None = None
-        self.config = config_of(program)
+        self.config = config_of(ready)
         self.config.use_cache = bool(getattr(self.generation_config, "use_cache", False))
         self.to(device)
+
+    @cached_property
+    def program(self) -> Program:
+        """What the folder holds: before the passes of the emit stage that are a device's own."""
+        return self._later if isinstance(self._later, Program) else self._later()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *args: Any, **options: Any) -> MxfxForCausalLM:
@@ -83,7 +100,8 @@ class MxfxForCausalLM(EmittedCausalLM):
 
         Raises ``ArtefactError`` for a folder that is none or is damaged, and ``TypeError`` for another ``dtype``.
         """
-        model = cls(load(folder), _device(options.get("device_map")))
+        opened, device = Opened.of(folder), torch.device(_device(options.get("device_map")))
+        model = cls(opened.program, device, ready=emission(opened, device))
         wanted = options.get("dtype", options.get("torch_dtype"))
         if wanted not in (None, "auto"):
             model.to(getattr(torch, wanted) if isinstance(wanted, str) else wanted)

@@ -6,7 +6,9 @@ import contextlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,15 @@ class DamagedFile(MxfxError, ValueError):
 
 def read_text(path: Path) -> str:
     """The UTF-8 text of a file. Raises ``DamagedFile``, and ``OSError`` for one that cannot be opened."""
+    return decoded(path.read_bytes(), path)
+
+
+def decoded(data: bytes, where: object) -> str:
+    """The UTF-8 text that was read at ``where``. Raises ``DamagedFile``."""
     try:
-        return path.read_bytes().decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DamagedFile(f"{path}: is not UTF-8 (byte {error.start})") from error
+        raise DamagedFile(f"{where}: is not UTF-8 (byte {error.start})") from error
 
 
 def read_json(path: Path) -> Any:
@@ -82,6 +89,26 @@ def cache_home() -> Path:
     given = os.environ.get("MXFX_CACHE")
     base = os.environ.get("XDG_CACHE_HOME")
     return Path(given) if given else (Path(base) if base else Path.home() / ".cache") / "mxfx"
+
+
+def keep(path: Path, data: bytes) -> bool:
+    """Write what spares later processes work; whether it was written. That it was not is a warning, once a folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, data)
+    except OSError as error:
+        _say_not_kept(path.parent, reason_of(error))
+        return False
+    return True
+
+
+@cache
+def _say_not_kept(folder: Path, why: str) -> None:
+    warnings.warn(
+        f"{folder} cannot be written to ({why}): what is kept there is measured and made again by every process; "
+        "set MXFX_CACHE to a folder that can",
+        stacklevel=3,
+    )
 
 
 def write_text(path: Path, text: str, *, flush: bool = True) -> None:

@@ -46,6 +46,20 @@ def on_demand(device: str, load: Callable[[], str | None]) -> None:
     _LOADERS[device] = load
 
 
+def offered(device: torch.device) -> tuple[str, ...]:
+    """In words, all kernels for the type of a device, in the order in which they are asked, and why there are no
+    others.
+    """
+    missing = _LOADERS[device.type]() if device.type in _LOADERS else None
+    mine = [one for one in _PROVIDERS if one.device == device.type]
+    return (missing or "", *(f"{one.name} {one.op} {_said(one.target)} {_said(one.takes)}" for one in mine))
+
+
+def _said(function: Callable) -> str:
+    """Its full name: ``repr`` of a function has its address."""
+    return f"{function.__module__}.{getattr(function, '__qualname__', function)}"
+
+
 @dataclass(frozen=True)
 class Choice:
     """The provider that a node gets; without one, the ``reasons`` of all that might have been."""

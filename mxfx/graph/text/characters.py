@@ -10,6 +10,7 @@ import torch
 from mxfx.graph.text.words import BY_NAME, TextError
 
 _JSON = json.JSONDecoder()
+_TYPE = re.compile(r"\w+\[[^\]]*\]|sym\((?:[^()]|\([^()]*\))*\)|\(.*?\)(?= |$)|\?")
 
 
 class Lines:
@@ -33,14 +34,11 @@ class Lines:
         return False
 
     def until_type_end(self) -> str:
-        found = re.compile(r"\w+\[[^\]]*\]|sym\((?:[^()]|\([^()]*\))*\)|\(.*?\)(?= |$)|\?").match(self.line, self.at)
+        found = _TYPE.match(self.line, self.at)
         if found is None:
             raise self.error("expected a type such as bf16[batch, seq, 64]")
         self.at = found.end()
         return found[0]
-
-    def word_is(self, word: str) -> bool:
-        return re.compile(rf"{word}(?![\w.])").match(self.line, self.at) is not None
 
     def json(self) -> dict:
         try:

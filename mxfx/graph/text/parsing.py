@@ -50,6 +50,10 @@ _SYMBOL = re.compile(r"(\w+) in \[(\d+), (\d+)\]")
 _SECTION = re.compile(r" (\S.*|):")
 _NODE = re.compile(r"%(\w+) = ")
 _WORD = re.compile(r"[\w.+-]+")
+_INPUT = re.compile(r"input(?![\w.])")
+_KEY = re.compile(r"(\w+)=")
+_NODE_READ = re.compile(r"%\w+")
+_WEIGHT_READ = re.compile(r"@[^\s,()\[\]]+")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?([eE][+-]?\d+)?|inf|nan)(?![\w.])")
 _JSON = json.JSONDecoder()
 
@@ -62,6 +66,7 @@ class Reader(Lines):
         self.store = store
         self.env: dict[str, fx.Node] = {}
         self.weight_nodes: dict[str, fx.Node] = {}
+        self.targets: dict[str, Callable] = {}
 
     def program(self) -> Program:
         if not self.advance() or self.line != f"mxfx-ir {VERSION}":
@@ -85,10 +90,14 @@ class Reader(Lines):
             facts,
             _tuples(json.loads(header.get("notes", "{}"))),
         )
-        self.mode, self.sizes = _environment(self.symbols)
-        self.fake = FakeRunner(self.mode)
+        self.prepare()
         self.graph()
         return self.result
+
+    def prepare(self) -> None:
+        """What ops run in, before the first."""
+        self.mode, self.sizes = _environment(self.symbols)
+        self.fake = FakeRunner(self.mode)
 
     def source(self, header: Mapping[str, str]) -> tuple[str, str, str]:
         if "source" not in header:
@@ -166,11 +175,15 @@ class Reader(Lines):
         if name in self.env:
             raise self.error(f"%{name} is defined twice")
         self.at = found.end()
-        node = self.input(name) if self.word_is("input") else self.call(name)
+        node = self.input(name) if _INPUT.match(self.line, self.at) else self.call(name)
         if node.name != name:
             raise self.error(f"%{name} is no name that a graph can keep (it became %{node.name})")
         self.env[name] = node
         self.expect(" : ")
+        self.rest(node, path)
+
+    def rest(self, node: fx.Node, path: str) -> None:
+        """The type of a node and its record; what the op gives must be of the type."""
         stated = self.until_type_end()
         record = NodeInfo(path=path)
         if self.take(" in "):
@@ -189,7 +202,7 @@ class Reader(Lines):
         node.meta["val"] = self.fake_input(stated) if node.op == "placeholder" else self.run(node)
         actual = type_text(node.meta["val"], self.names())
         if actual != stated:
-            raise self.error(f"%{name} is said to be {stated}, but {target_text(node.target)} gives {actual}")
+            raise self.error(f"%{node.name} is said to be {stated}, but {target_text(node.target)} gives {actual}")
 
     def input(self, name: str) -> fx.Node:
         self.pattern(_WORD)
@@ -209,7 +222,7 @@ class Reader(Lines):
         kwargs: dict = {}
         self.expect("(")
         while not self.take(")"):
-            key = re.compile(r"(\w+)=").match(self.line, self.at)
+            key = _KEY.match(self.line, self.at)
             if key:
                 self.at = key.end()
                 kwargs[key[1]] = self.value()
@@ -220,6 +233,8 @@ class Reader(Lines):
 
     def target(self) -> Callable:
         text = self.pattern(_WORD)
+        if text in self.targets:
+            return self.targets[text]
         module, _, rest = text.partition(".")
         if module in MODULES:
             found = getattr(MODULES[module], rest, None)
@@ -229,6 +244,7 @@ class Reader(Lines):
             found = getattr(packet, overload or "default", None)
         if not callable(found):
             raise self.error(f"unknown op {text!r}; a program is made of torch ops, mxfx.… and {', '.join(MODULES)}.…")
+        self.targets[text] = found
         return found
 
     def formats(self, record: NodeInfo) -> NodeInfo:
@@ -249,13 +265,13 @@ class Reader(Lines):
     def value(self) -> object:
         rest = self.line[self.at : self.at + 1]
         if rest == "%":
-            name = self.pattern(re.compile(r"%\w+"))[1:]
+            name = self.pattern(_NODE_READ)[1:]
             if name not in self.env:
                 raise self.error(f"%{name} is read before it is defined")
             self.take("!")
             return self.env[name]
         if rest == "@":
-            return self.weight(self.pattern(re.compile(r"@[^\s,()\[\]]+"))[1:])
+            return self.weight(self.pattern(_WEIGHT_READ)[1:])
         if rest == '"':
             return self.string()
         if rest and rest in "[(":
@@ -299,16 +315,20 @@ class Reader(Lines):
         weights = self.result.weights
         if name not in weights:
             raise self.error(f"@{name} is not among the weights")
+        node = self.weight_nodes[name] = self.result.graph.create_node("get_attr", name)
+        self.describe(node)
+        return node
+
+    def describe(self, node: fx.Node) -> None:
+        """Say what a weight is: its shape, and the dtype that it runs in."""
+        name, weights = str(node.target), self.result.weights
         tensor = weights[name]
         compute, model = (compute_dtype(self.dtype), self.dtype) if self.lowered else (NOMINAL_COMPUTE, NOMINAL_MODEL)
         constant = weights.canonical(name) in weights.constants
         dtype = tensor.dtype if not tensor.is_floating_point() else compute if constant else model
-        node = self.result.graph.create_node("get_attr", name)
         with self.mode:
             node.meta["val"] = torch.empty(tensor.shape, dtype=dtype, device="meta")
         set_info(node, NodeInfo())
-        self.weight_nodes[name] = node
-        return node
 
     def fake_input(self, stated: str) -> object:
         found = re.fullmatch(r"(\w+)\[(.*)\]", stated)

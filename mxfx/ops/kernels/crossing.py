@@ -21,7 +21,7 @@ from torch import Tensor
 from mxfx.formats import parse
 from mxfx.formats.stored import store
 from mxfx.ground.errors import MxfxError
-from mxfx.ground.files import DamagedFile, cache_home, read_json, write_file
+from mxfx.ground.files import DamagedFile, cache_home, keep, read_json
 from mxfx.ops.kernels.build import library, processor
 
 VARIABLE = "MXFX_CPU_ROWS"
@@ -59,11 +59,7 @@ def rows_of(format: str, dtype: torch.dtype, by_codes: Product, decoded: Product
         pass  # not there yet, or cut short: measured anew
     rows, times = _measured(format, dtype, by_codes, decoded)
     about = {"format": format, "dtype": str(dtype).removeprefix("torch."), "rows": rows, "microseconds": times}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, (json.dumps(about, indent=1) + "\n").encode())
-    except (MxfxError, OSError):
-        pass  # a home that cannot be written to: the next process measures again
+    keep(path, (json.dumps(about, indent=1) + "\n").encode())
     return rows
 
 
