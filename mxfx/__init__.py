@@ -39,6 +39,8 @@ def _register_with_transformers() -> None:
     from importlib import import_module
     from importlib.util import find_spec
 
+    from mxfx.ground.garbage import uncollected
+
     waiting = {theirs for theirs in _REGISTERED_AT if theirs not in sys.modules}
     for theirs in _REGISTERED_AT:
         if theirs not in waiting:
@@ -59,7 +61,8 @@ def _register_with_transformers() -> None:
 
             def then_register(module: object) -> None:
                 execute(module)  # type: ignore[arg-type]
-                import_module(_REGISTERED_AT[name]).register()
+                with uncollected():
+                    import_module(_REGISTERED_AT[name]).register()
 
             spec.loader.exec_module = then_register  # type: ignore[method-assign]
             return spec

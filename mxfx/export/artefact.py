@@ -160,8 +160,9 @@ class Opened:
         return cls(folder, read, texts, weights, handoff)
 
     def program(self) -> Program:
-        """All that the texts say, checked. Raises ``ArtefactError``."""
-        weights = self.weights
+        """All that the texts say, checked; packed weights stay mapped. Raises ``ArtefactError``."""
+        # What is multiplied as it lies is cloned off the mapping, so that memory is aligned as everywhere else.
+        weights = {n: t.clone() if t.is_floating_point() else t for n, t in self.weights.items()}
         program = _parsed(self.folder / PROGRAM, self.texts[PROGRAM], weights)
         known = set(program.weights)
         if self.handoff is not None:
@@ -347,10 +348,8 @@ def _allowed(target: str) -> bool:
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
-        # Packed weights stay in the file's mapping, which outlives a file that is replaced whole, as `save` does. What
-        # is multiplied as it lies is cloned off it, so that memory is aligned as everywhere else.
-        found = load_file(path)
-        return {name: tensor.clone() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
+        # In the file's mapping, which outlives a file that is replaced whole, as `save` does.
+        return load_file(path)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ArtefactError(f"{path}: is no safetensors file ({error})") from error
 

@@ -25,9 +25,9 @@ from mxfx.export.folder_config import ARCHITECTURE, MODEL_TYPE, MxfxConfig
 from mxfx.export.kept import emission
 from mxfx.graph.program import Program
 from mxfx.ground.files import read_json, write_file
+from mxfx.ground.garbage import uncollected
 from mxfx.ground.versions import version
 from mxfx.pipeline.emit import emitted
-from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.causal_lm import EmittedCausalLM, configs_of
 
 _CODE = '''"""Opens this folder with mxfx. Programs that `import mxfx` first need none of this."""
@@ -80,7 +80,8 @@ class MxfxForCausalLM(EmittedCausalLM):
     ) -> None:
         given = program if isinstance(program, Program) else None
         ready = (given or program()) if ready is None else ready  # type: ignore[operator]
-        super().__init__(emitted(ready, device))
+        # What a folder gives, nobody else has.
+        super().__init__(emitted(ready, device), consume=given is None)
         self._later = program
         self._kernels = torch.device(device).type
         #: The model card of the folder that it was opened from, which has a run's figures.
@@ -100,8 +101,9 @@ class MxfxForCausalLM(EmittedCausalLM):
 
         Raises ``ArtefactError`` for a folder that is none or is damaged, and ``TypeError`` for another ``dtype``.
         """
-        opened, device = Opened.of(folder), torch.device(_device(options.get("device_map")))
-        model = cls(opened.program, device, ready=emission(opened, device))
+        with uncollected():
+            opened, device = Opened.of(folder), torch.device(_device(options.get("device_map")))
+            model = cls(opened.program, device, ready=emission(opened, device))
         wanted = options.get("dtype", options.get("torch_dtype"))
         if wanted not in (None, "auto"):
             model.to(getattr(torch, wanted) if isinstance(wanted, str) else wanted)
@@ -196,6 +198,8 @@ def save_folder(
 
 def write_card(program: Program, folder: Path, table: str = "") -> None:
     """Write, or write again, the model card; ``table`` is the run's, in Markdown. Raises ``WriteError``."""
+    from mxfx.rewrite.size import bits_per_weight
+
     card = _CARD.format(
         name=Path(program.source.name).name or program.source.architecture,
         source=program.source.name,

@@ -33,6 +33,7 @@ from mxfx.ground.source import source_digest
 from mxfx.ops.kernels.build import library
 from mxfx.ops.plugins import ENTRY_POINT_GROUP
 from mxfx.ops.providers import offered
+from mxfx.pipeline.emit import emitted
 
 #: Bytes of weights that the stage may have made: beyond, its result is as large as the model and is made anew.
 _MOST = 64 << 20
@@ -50,11 +51,10 @@ def emission(opened: Opened, device: torch.device) -> Program:
     found = None if path is None else _read(path, opened)
     if found is not None:
         return found
-    from mxfx.pipeline.emit import emitted
-
-    made = emitted(opened.program(), device)
+    program = opened.program()
+    made = emitted(program, device)
     if path is not None:
-        _keep(path, opened, made)
+        _keep(path, opened, program, made)
     return made
 
 
@@ -96,8 +96,9 @@ def _sealed(text: str) -> str:
     return f"// {hashlib.blake2b(text.encode(), digest_size=32).hexdigest()}"
 
 
-def _keep(path: Path, opened: Opened, program: Program) -> None:
-    made = {name: tensor for name, tensor in program.weights.items() if tensor is not opened.weights.get(name)}
+def _keep(path: Path, opened: Opened, source: Program, program: Program) -> None:
+    read = dict(source.weights.items())
+    made = {name: tensor for name, tensor in program.weights.items() if tensor is not read.get(name)}
     if sum(tensor.nbytes for tensor in made.values()) > _MOST:
         return
     text = to_text(program)

@@ -11,9 +11,12 @@ from torch import fx, nn
 from mxfx.graph.program import Program, compute_dtype, copy_graph
 
 
-def build(program: Program, shared: Mapping[str, torch.Tensor] | None = None) -> fx.GraphModule:
+def build(
+    program: Program, shared: Mapping[str, torch.Tensor] | None = None, *, consume: bool = False
+) -> fx.GraphModule:
     """The ``GraphModule`` of a lowered program, weights cast to the program's dtype; those named in ``shared``, by the
-    names of the store, are tensors of another module.
+    names of the store, are tensors of another module. ``consume``: the graph goes over to it, since nobody reads the
+    program afterwards; else it has a copy.
 
     Call it as ``gm(input_ids, position_ids=None, attention_mask=None)``; it returns logits
     ``(batch, seq, vocabulary)``.
@@ -21,7 +24,7 @@ def build(program: Program, shared: Mapping[str, torch.Tensor] | None = None) ->
     """
     if "lowered" not in program.facts:
         raise ValueError("only a lowered program can be built; run the pass 'lower' first")
-    root = nn.Module()
+    root: dict[str, nn.Parameter | torch.Tensor] = {}
     cast: dict[str, nn.Parameter | torch.Tensor] = dict(shared or {})
     for node in program.graph.nodes:
         if node.op != "get_attr":
@@ -29,19 +32,20 @@ def build(program: Program, shared: Mapping[str, torch.Tensor] | None = None) ->
         home = program.weights.canonical(str(node.target))
         if home not in cast:
             cast[home] = _runtime_tensor(program, home)
-        _attach(root, str(node.target), cast[home])
-    module = fx.GraphModule(root, copy_graph(program.graph), class_name=program.source.architecture)
+        root[str(node.target)] = cast[home]
+    graph = program.graph if consume else copy_graph(program.graph)
+    module = fx.GraphModule(root, graph, class_name=program.source.architecture)
     for parent in module.modules():
         # Found before `__getattr__` is asked: a step of decoding looks up thousands.
         vars(parent).update(parent.named_children())
     return module.eval()
 
 
-def build_phases(program: Program) -> tuple[fx.GraphModule, fx.GraphModule | None]:
+def build_phases(program: Program, *, consume: bool = False) -> tuple[fx.GraphModule, fx.GraphModule | None]:
     """The modules of a lowered program and of its decode program, if it has one; a weight of both is held once."""
-    first = build(program)
     if program.phases is None:
-        return first, None
+        return build(program, consume=consume), None
+    first = build(program)
     decode = program.phases.decode
     held = {name for name in decode.weights if name in program.weights and program.weights.canonical(name) == name}
     read = {program.weights.canonical(str(n.target)): str(n.target) for n in first.graph.nodes if n.op == "get_attr"}
@@ -75,18 +79,3 @@ def _runtime_tensor(program: Program, name: str) -> nn.Parameter | torch.Tensor:
     if name in program.weights.constants:
         return tensor.to(compute_dtype(program.dtype))
     return nn.Parameter(tensor.to(program.dtype), requires_grad=False)
-
-
-def _attach(root: nn.Module, dotted: str, tensor: nn.Parameter | torch.Tensor) -> None:
-    *path, leaf = dotted.split(".")
-    module = root
-    for atom in path:
-        if not hasattr(module, atom):
-            module.add_module(atom, nn.Module())
-        module = getattr(module, atom)
-    if leaf in module._parameters or leaf in module._buffers:
-        return
-    if isinstance(tensor, nn.Parameter):
-        module.register_parameter(leaf, tensor)
-    else:
-        module.register_buffer(leaf, tensor)

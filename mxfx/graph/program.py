@@ -17,6 +17,11 @@ from mxfx.ops.catalogue import spec, weights_of
 NOMINAL_MODEL = torch.bfloat16
 NOMINAL_COMPUTE = torch.float32
 
+#: Entry of a source's configuration that holds how the model wants to generate.
+GENERATION = "generation_config"
+#: The input that says of which tokens logits are wanted, int64 ``(kept,)``; None for all.
+KEPT = "kept"
+
 
 def compute_dtype(model: torch.dtype) -> torch.dtype:
     """The precision that upcasts ask for: float32, or float64 if the model itself runs in float64."""

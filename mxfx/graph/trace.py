@@ -31,7 +31,7 @@ from mxfx.graph.mixers import opaque_mixers
 from mxfx.graph.node import NodeInfo, kind, set_info
 from mxfx.graph.normalize import normalize, remove_dead
 from mxfx.graph.pieces import join_pieces
-from mxfx.graph.program import NOMINAL_MODEL, Program, Source, Symbol
+from mxfx.graph.program import GENERATION, NOMINAL_MODEL, Program, Source, Symbol
 from mxfx.graph.prove import prove_if_possible
 from mxfx.graph.refusal import refusal, rope_type
 from mxfx.graph.ropes import frequencies_by_length
@@ -42,8 +42,6 @@ _MAX_BATCH = 4096
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 #: Tokens that a model takes that does not say.
 _LONGEST = 1 << 17
-#: Entry of a source's configuration that holds how the model wants to generate.
-GENERATION = "generation_config"
 
 
 def trace(model: nn.Module, *, name: str | None = None, proven: bool = True) -> Program:

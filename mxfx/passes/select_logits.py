@@ -13,13 +13,12 @@ from mxfx.formats import parse
 from mxfx.formats.stored import stores
 from mxfx.graph.fake import sizes_text
 from mxfx.graph.node import kind, op_name
+from mxfx.graph.program import KEPT
 from mxfx.graph.tokenwise import mixes_tokens
 from mxfx.ops.catalogue import spec
 from mxfx.rewrite import Context, Exact, Numerics, Pass, Rewriter, register
 from mxfx.rewrite.facts import LOWERED, RAISED, Fact
 
-#: Name of the input.
-KEPT = "kept"
 #: Ops of the dialect that treat each token by itself.
 _TOKENWISE = frozenset(
     {"cast", "fake_quantize", "rms_norm", "layer_norm", "hadamard", "block_transform", "linear", "mx_linear"}

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from mxfx.config.emit import EmitConfig
-from mxfx.config.pipeline import Pipeline
-from mxfx.graph.phases import joined
+from mxfx.graph.phases import entries, joined
 from mxfx.graph.program import Program
-from mxfx.passes.unpack_weights import PACKED
-from mxfx.pipeline.manager import Instrument, PassManager
-from mxfx.rewrite import Context
+
+if TYPE_CHECKING:
+    from mxfx.config.emit import EmitConfig
+    from mxfx.pipeline.manager import Instrument
+    from mxfx.rewrite import Context
 
 
 def emitted(
@@ -26,6 +27,11 @@ def emitted(
 
     Without ``settings`` a program with packed weights keeps them packed.
     """
+    if all("lowered" in one.facts for one in entries(program).values()):
+        return program
+    # A saved model that was emitted before is opened without passes.
+    from mxfx.rewrite import Context
+
     if program.phases is not None:
         return _of_phases(program, device, settings, instruments)
     return _emitted(program, device, settings, instruments, Context())
@@ -35,6 +41,8 @@ def _of_phases(
     program: Program, device: torch.device | str, settings: EmitConfig | None, instruments: Sequence[Instrument]
 ) -> Program:
     """Both programs, each with the other as its peer."""
+    from mxfx.rewrite import Context
+
     assert program.phases is not None
     decode, handoff = program.phases.decode, program.phases.handoff
     first, second = (
@@ -53,6 +61,11 @@ def _emitted(
 ) -> Program:
     if "lowered" in program.facts:
         return program
+    from mxfx.config.emit import EmitConfig
+    from mxfx.config.pipeline import Pipeline
+    from mxfx.passes.unpack_weights import PACKED
+    from mxfx.pipeline.manager import PassManager
+
     settings = settings or EmitConfig(packed=any(program.nodes(*PACKED)))
     place = torch.device(device)
     stage = Pipeline(emit=settings).emitted(place.type)

@@ -13,10 +13,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mxfx.graph.execute import execute
 from mxfx.graph.module import build, build_phases
 from mxfx.graph.phases import NO_CACHE, PHASES, entries
-from mxfx.graph.program import Program
-from mxfx.graph.trace import GENERATION
+from mxfx.graph.program import GENERATION, KEPT, Program
 from mxfx.ops import real_tokens
-from mxfx.passes.select_logits import KEPT
 from mxfx.pipeline.emit import emitted
 from mxfx.runtime.cache import CacheError, KVCache, Storage, cache_specs
 from mxfx.runtime.decode import records, replayed
@@ -65,7 +63,8 @@ class InPieces(nn.Module):
 class EmittedCausalLM(PreTrainedModel, GenerationMixin):
     """Wraps an emitted graph. With a cache (``use_cache=True`` or ``past_key_values``) it reads only new tokens.
 
-    ``pieces_on`` is a device that the graph runs on in pieces; None builds the whole.
+    ``pieces_on`` is a device that the graph runs on in pieces; None builds the whole. ``consume`` gives the program's
+    graph away: see ``mxfx.graph.module.build``.
 
     A program with phases has a graph for each: a call of one token that finds others in its cache is decode, any other
     is a prefill, as is every call without a cache. So what several tokens a call verify (assisted generation) is not
@@ -76,21 +75,21 @@ class EmittedCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     base_model_prefix = "graph"
 
-    def __init__(self, program: Program, pieces_on: torch.device | None = None) -> None:
+    def __init__(self, program: Program, pieces_on: torch.device | None = None, *, consume: bool = False) -> None:
         config, generation = configs_of(program)
         super().__init__(config)
-        self._take(program, pieces_on)
+        self._take(program, pieces_on, consume)
         config.use_cache = bool(self.specs)
         self.generation_config = generation
         self.generation_config.use_cache = bool(self.specs)
 
-    def _take(self, program: Program, pieces_on: torch.device | None = None) -> None:
+    def _take(self, program: Program, pieces_on: torch.device | None = None, consume: bool = False) -> None:
         """Let an emitted program be what runs."""
         self.specs = cache_specs(program if program.phases is None else program.phases.decode)
         self.graph: nn.Module
         self.decode_graph: nn.Module | None = None
         if pieces_on is None:
-            self.graph, self.decode_graph = build_phases(program)
+            self.graph, self.decode_graph = build_phases(program, consume=consume)
         else:
             self.graph = InPieces(program, pieces_on)
             if program.phases is not None:
