@@ -78,10 +78,10 @@ class MxfxForCausalLM(EmittedCausalLM):
         *,
         ready: Program | None = None,
     ) -> None:
-        given = program if isinstance(program, Program) else None
-        ready = (given or program()) if ready is None else ready  # type: ignore[operator]
+        if ready is None:
+            ready = program if isinstance(program, Program) else program()
         # What a folder gives, nobody else has.
-        super().__init__(emitted(ready, device), consume=given is None)
+        super().__init__(emitted(ready, device), consume=not isinstance(program, Program))
         self._later = program
         self._kernels = torch.device(device).type
         #: The model card of the folder that it was opened from, which has a run's figures.

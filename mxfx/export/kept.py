@@ -119,12 +119,12 @@ def _keep(path: Path, opened: Opened, source: Program, program: Program) -> None
 def _calls(graph: fx.Graph) -> list[tuple[object, ...]]:
     """All that is built of a graph."""
     called = (n for n in graph.nodes if n.op != "get_attr")
-    return [(n.op, n.name, n.target, repr(_named(n.args)), repr(_named(n.kwargs))) for n in called]
+    return [(n.op, n.name, n.target, repr(fx.map_arg((n.args, n.kwargs), _named))) for n in called]
 
 
-def _named(operands: object) -> object:
+def _named(node: fx.Node) -> str:
     """A weight by its name in the store, as printed: that of the node that reads it is free."""
-    return fx.map_arg(operands, lambda n: f"@{n.target}" if n.op == "get_attr" else f"%{n.name}")  # type: ignore[arg-type]
+    return f"@{node.target}" if node.op == "get_attr" else f"%{node.name}"
 
 
 def _forget(folder: Path) -> None:
