@@ -58,7 +58,12 @@ VARIANTS: tuple[Mapping[str, object], ...] = (
     {"layers": 4, "defaults": _OF_LAYERS},
     {"layers": 4, "num_key_value_heads": 4, "defaults": _OF_LAYERS},
     *({"layer_types": [kind, "full_attention"]} for kind in ("conv", "linear_attention", "sliding_attention")),
-)
+    {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
+        "indexer_compress_ratio": 4, "hc_lowrank": 16,
+    },
+)  # fmt: skip
 
 
 def every_name() -> tuple[str, ...]:
