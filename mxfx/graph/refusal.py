@@ -25,6 +25,8 @@ def refusal(error: BaseException, model: nn.Module) -> str:
     place = _place(frames) if "data-dependent" in said else None
     if place is not None:
         return f"{where}, at {place}: what it computes hangs on a number that only the data knows"
+    if "expected scalar type" in said:
+        return f"{where} (a trace runs with parameters in bfloat16 and buffers in float32, whatever dtype they have)"
     kind = rope_type(model, running[-1]) if running else None
     return where if kind is None else f"{where} (RoPE of type {kind!r} depends on the length of its input)"
 

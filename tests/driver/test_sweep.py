@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.architectures import every_name
 from tests.graph.test_architectures import sampled
-from tests.sweep import EXCUSED, FILES, LEAST, Outcome, apart
+from tests.sweep import CONFIGS, EXCUSED, FILES, LEAST, Outcome, apart, outcome
 
 #: Fused by heads with an attention of its own; fused rows; experts and latent attention.
 FIXED = ("bloom", "phi3", "deepseek_v3")
@@ -23,6 +25,20 @@ def told(found: Outcome) -> str:
     if found.kind == "ok" and found.configs["A"] == "ok" and found.share < LEAST and found.name not in EXCUSED:
         return f"{found.name}: A takes {found.share:.0%} of the weights, not {found.left}"
     return ""
+
+
+def test_a_family_of_which_little_gets_a_format_fails_unless_a_reason_is_listed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    less = tmp_path / "attention.toml"
+    less.write_text((CONFIGS / FILES["A"]).read_text().replace('"attention, mlp"', '"attention"'))
+    for config in set(FILES) - {"A"}:
+        monkeypatch.delitem(FILES, config)
+    monkeypatch.setitem(FILES, "A", str(less))
+    found = outcome("llama")
+    assert 0.3 < found.share < LEAST and "model.layers.1.mlp.down_proj" in told(found)
+    monkeypatch.setitem(EXCUSED, "llama", "a reason")
+    assert told(found) == ""
 
 
 @pytest.mark.parametrize("name", FIXED)

@@ -213,3 +213,8 @@ def test_a_loop_over_what_the_data_says_is_refused_with_its_line() -> None:
     """Experts that are not behind transformers' interface for them ask each tensor which of them it chose."""
     with pytest.raises(TraceError, match=r"in model\.layers\.0\.mlp\.experts: .* at \(.*:\d+ in forward\): what it"):
         trace(build("longcat_flash"))
+
+
+def test_a_product_of_a_buffer_and_a_parameter_is_refused_with_their_dtypes() -> None:
+    with pytest.raises(TraceError, match=r"in model\.layers\.1\.self_attn: expected .* \(a trace runs with parameters"):
+        trace(build("minimax"))
