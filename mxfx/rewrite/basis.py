@@ -106,7 +106,12 @@ def _by_block(x: Tensor, blocks: Tensor) -> Tensor:
 
 
 def free_name(rw: Rewriter, wanted: str) -> str:
-    """``wanted``, or with a number behind it where an earlier pass took the name."""
+    """``wanted``, or with a number behind it where an earlier pass took the name.
+
+    A tensor has no members: under the name of stacked weights, which is their own, ``.bias`` becomes ``_bias``.
+    """
+    owner, _, leaf = wanted.rpartition(".")
+    wanted = f"{owner}_{leaf}" if owner in rw.weights else wanted
     name, count = wanted, 1
     while name in rw.weights:
         count += 1

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mxfx.graph.module import build
 from mxfx.graph.node import path_of
-from mxfx.passes import FuseNorm
+from mxfx.passes import FuseNorm, Lower
 from mxfx.rewrite import FactError, Selector, apply
+from tests.mixtures import raised_mixture
+from tests.programs import passed
 
 #: Family → norms that a layer of it can give away (OLMo 2 normalizes behind its linears).
 FUSED_PER_LAYER = {
@@ -32,6 +35,15 @@ def test_a_tied_head_is_untied_and_the_embedding_keeps_its_values(raised, preser
     assert program.weights.canonical(name) != program.weights.canonical(head_name)
     assert torch.equal(program.weights[name], before.weights[name])
     assert not torch.equal(program.weights[head_name], before.weights[head_name])
+
+
+def test_a_shift_that_stacked_experts_take_in_is_stored_beside_them_and_not_under_them():
+    before = raised_mixture("phimoe")
+    program = apply(FuseNorm(), before).program
+    added = {name for name in program.weights if name not in before.weights and "experts" in name}
+    assert added == {f"model.layers.{layer}.mlp.experts.gate_up_proj_bias" for layer in range(2)}
+    module = build(passed(program, (Lower(),)))
+    assert {name for name, _ in module.named_parameters()} >= added
 
 
 def test_query_and_key_norms_keep_their_gain_with_a_reason(raised, preserved):
