@@ -25,10 +25,13 @@ def refusal(error: BaseException, model: nn.Module) -> str:
     place = _place(frames) if "data-dependent" in said else None
     if place is not None:
         return f"{where}, at {place}: what it computes hangs on a number that only the data knows"
-    if "expected scalar type" in said:
-        return f"{where} (a trace runs with parameters in bfloat16 and buffers in float32, whatever dtype they have)"
     kind = rope_type(model, running[-1]) if running else None
     return where if kind is None else f"{where} (RoPE of type {kind!r} depends on the length of its input)"
+
+
+def is_mismatch(error: BaseException | None) -> bool:
+    """Whether a product found operands of two dtypes."""
+    return "expected scalar type" in str(error) or "to have the same dtype" in str(error)
 
 
 def rope_type(model: nn.Module, path: str) -> str | None:

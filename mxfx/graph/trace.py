@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 
 import torch
@@ -31,9 +31,9 @@ from mxfx.graph.mixers import opaque_mixers
 from mxfx.graph.node import NodeInfo, kind, set_info
 from mxfx.graph.normalize import normalize, remove_dead
 from mxfx.graph.pieces import join_pieces
-from mxfx.graph.program import GENERATION, NOMINAL_MODEL, Program, Source, Symbol
+from mxfx.graph.program import GENERATION, NOMINAL_COMPUTE, NOMINAL_MODEL, Program, Source, Symbol
 from mxfx.graph.prove import prove_if_possible
-from mxfx.graph.refusal import refusal, rope_type
+from mxfx.graph.refusal import is_mismatch, refusal, rope_type
 from mxfx.graph.ropes import frequencies_by_length
 from mxfx.graph.weights import WeightStore
 
@@ -57,13 +57,12 @@ def trace(model: nn.Module, *, name: str | None = None, proven: bool = True) -> 
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "forward"):
         raise TraceError(f"expected a transformers causal LM with a .config, got {type(model).__name__}")
-    skeleton = _skeleton(model)
-    exported, longest = _export(skeleton, int(_context(config) * frequencies_by_length(skeleton)))
+    skeleton, exported, longest = _exported(model)
     module = exported.module(check_guards=False)
     if not make_functional(module.graph):
         module = _functional(exported, skeleton).module(check_guards=False)
     weights, rename = _weights(model, module)
-    graph = _adopt_graph(module.graph, module, rename)
+    graph = _adopt_graph(module.graph, module, rename, weights.constants)
     weights = weights.extended(store_literals(graph))
     symbols = (Symbol("batch", 1, _MAX_BATCH), Symbol("seq", 1, longest))
     source = Source(
@@ -138,8 +137,31 @@ class _Logits(nn.Module):
         ).logits
 
 
-def _skeleton(model: nn.Module) -> nn.Module:
-    """A structural copy without data: bfloat16 meta parameters, meta buffers, its own config."""
+def _exported(model: nn.Module) -> tuple[nn.Module, torch.export.ExportedProgram, int]:
+    """A skeleton of the model, its export, and the longest sequence that this takes.
+
+    Where a product finds a weight and a float32 buffer, buffers beside weights get the model's dtype in the trace.
+    """
+
+    def attempt(narrow: Set[int]) -> tuple[nn.Module, torch.export.ExportedProgram, int]:
+        skeleton = _skeleton(model, narrow)
+        return skeleton, *_export(skeleton, int(_context(model.config) * frequencies_by_length(skeleton)))
+
+    try:
+        return attempt(frozenset())
+    except TraceError as error:
+        holders = [module for module in model.modules() if next(module.parameters(), None) is not None]
+        beside = {id(buffer) for module in holders for buffer in module.buffers(recurse=False)}
+        if not beside or not is_mismatch(error.__cause__):
+            raise
+    return attempt(beside)
+
+
+def _skeleton(model: nn.Module, narrow: Set[int] = frozenset()) -> nn.Module:
+    """A structural copy without data: bfloat16 meta parameters, meta buffers, its own config.
+
+    The buffers whose identities ``narrow`` holds are bfloat16 too.
+    """
     memo: dict[int, object] = {}
     for parameter in model.parameters():
         dtype = NOMINAL_MODEL if parameter.is_floating_point() else parameter.dtype
@@ -147,7 +169,8 @@ def _skeleton(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
     for buffer in model.buffers():
         # Buffers such as inv_freq hold float32 constants whatever the model's dtype.
-        dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype
+        nominal = NOMINAL_MODEL if id(buffer) in narrow else NOMINAL_COMPUTE
+        dtype = nominal if buffer.is_floating_point() else buffer.dtype
         memo[id(buffer)] = torch.empty_like(buffer, device="meta", dtype=dtype)
     skeleton = copy.deepcopy(model, memo)
     skeleton.eval()
@@ -311,7 +334,7 @@ def _lookup(module: nn.Module, target: str) -> object:
     return found
 
 
-def _adopt_graph(graph: fx.Graph, module: fx.GraphModule, rename: Mapping[str, str]) -> fx.Graph:
+def _adopt_graph(graph: fx.Graph, module: fx.GraphModule, rename: Mapping[str, str], constants: Set[str]) -> fx.Graph:
     """The exported graph with plain placeholders, store names, module paths and fake values on every node."""
     mode = next(v for n in graph.nodes if (v := n.meta.get("val")) is not None and hasattr(v, "fake_mode")).fake_mode
     result = fx.Graph()
@@ -331,6 +354,12 @@ def _adopt_graph(graph: fx.Graph, module: fx.GraphModule, rename: Mapping[str, s
             copied.target = rename[str(node.target)]
             copied._rename(copied.target.replace(".", "_"))
             copied.meta["val"] = mode.from_tensor(torch.empty_like(attribute, device="meta"), static_shapes=True)
+            if attribute.dtype == NOMINAL_MODEL and copied.target in constants:
+                # A constant runs in compute precision; this one was traced in the model's dtype.
+                env[node] = result.call_function(torch.ops.mxfx.cast.default, (copied, "model"))
+                env[node].meta["val"] = copied.meta["val"]
+                set_info(env[node], NodeInfo(path=_module_path(node)))
+                copied.meta["val"] = copied.meta["val"].to(NOMINAL_COMPUTE)
         set_info(copied, NodeInfo(path=_module_path(node)))
     return result
 

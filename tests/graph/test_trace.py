@@ -9,11 +9,13 @@ import torch
 from torch import fx
 from transformers import AutoModelForCausalLM
 
+from mxfx.graph.execute import execute
 from mxfx.graph.node import kind, op_name, path_of
 from mxfx.graph.program import Program
 from mxfx.graph.text import to_text
 from mxfx.graph.tiny import FAMILIES, tiny
 from mxfx.graph.trace import TraceError, bind, trace
+from mxfx.graph.verify import verify
 from mxfx.runtime.causal_lm import emit
 from tests.architectures import build
 from tests.programs import RAISE, model, padded_batch, passed, raised, relative, traced
@@ -215,6 +217,17 @@ def test_a_loop_over_what_the_data_says_is_refused_with_its_line() -> None:
         trace(build("longcat_flash"))
 
 
-def test_a_product_of_a_buffer_and_a_parameter_is_refused_with_their_dtypes() -> None:
-    with pytest.raises(TraceError, match=r"in model\.layers\.1\.self_attn: expected .* \(a trace runs with parameters"):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_buffer_that_a_product_meets_beside_weights_has_their_dtype(dtype: torch.dtype) -> None:
+    """A mask of ones and zeros that scores are multiplied by: in float32 they would not meet the values."""
+    model = build("openai-gpt").to(dtype)
+    program = trace(model)
+    verify(program)
+    ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert relative(execute(program, ids), model(input_ids=ids).logits) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_blocks_that_a_loop_counts_are_refused_with_its_line() -> None:
+    with pytest.raises(TraceError, match=r"does not hold for every batch and length: .* at \(.*modeling_minimax\.py:"):
         trace(build("minimax"))
