@@ -13,9 +13,10 @@ from mxfx.compat.widths import Written, read_format
 from mxfx.config import options
 from mxfx.config.locate import Cursor, KeyPath, Mark
 from mxfx.config.options import listed
-from mxfx.config.phases import PHASES, PhasesConfig
+from mxfx.config.phases import PhasesConfig
 from mxfx.config.pipeline import CalibrationConfig, ModelConfig, Pipeline
 from mxfx.config.spec import PassSpec
+from mxfx.graph.phases import PHASES
 from mxfx.ground.nearest import did_you_mean
 
 #: Types of matmul that a search may name.

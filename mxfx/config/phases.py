@@ -16,8 +16,6 @@ from mxfx.passes.annotate import Annotate, Rule
 if TYPE_CHECKING:
     from mxfx.config.pipeline import Pipeline
 
-#: As ``mxfx.graph.phases`` has them, which needs torch.
-PHASES = ("prefill", "decode")
 _PARTING = Annotate.name
 
 

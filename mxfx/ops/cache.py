@@ -208,14 +208,56 @@ def _kernels(
     q: Tensor, k: Tensor, v: Tensor, key_format: Format | None, value_format: Format | None
 ) -> tuple[Callable[..., None], Callable[..., Tensor]] | None:
     """The kernels that write tokens and attend, where they take such ones; None where the definition runs."""
-    if not q.is_cuda or not has_triton() or q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+    if not q.is_cuda or _why_not_triton(q, k, v, key_format, value_format) is not None:
         return None
     # Importable only where `triton` is.
-    from mxfx.ops.kernels.cache_rows_triton import takes, write_tokens
+    from mxfx.ops.kernels.cache_rows_triton import write_tokens
     from mxfx.ops.kernels.cache_triton import attend_token
 
-    fits = takes(k.shape[-1], key_format) and takes(v.shape[-1], value_format)
-    return (write_tokens, attend_token) if fits else None
+    return write_tokens, attend_token
+
+
+def _why_not_triton(
+    q: Tensor, k: Tensor, v: Tensor, key_format: Format | None, value_format: Format | None
+) -> str | None:
+    if not has_triton():
+        return "triton is not installed"
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        return f"attends in {q.dtype}, with keys in {k.dtype} and values in {v.dtype}"
+    from mxfx.ops.kernels.cache_rows_triton import takes
+
+    found = ((name, x.shape[-1], fmt) for name, x, fmt in (("keys", k, key_format), ("values", v, value_format)))
+    refused = (f"{name} of {width} channels in {fmt or q.dtype}" for name, width, fmt in found if not takes(width, fmt))
+    return next(refused, None)
+
+
+def why_defined(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    key_format: str | None,
+    value_format: str | None,
+    keeps_first: bool,
+    device: torch.device,
+) -> str | None:
+    """Why a step of decoding over a cache is computed by the definition on a device; None where a kernel does it."""
+    if keeps_first:
+        return "first tokens are kept as they are beside the codes of the others, and no kernel reads both"
+    if bias is not None or (mask is not None and mask.dim() == 4 and not known_true(mask.shape[1] == 1)):
+        return "scores get a bias, or heads masks of their own"
+    if device.type == "cuda":
+        return _why_not_triton(
+            q, k, v, *(None if text is None else _format(text) for text in (key_format, value_format))
+        )
+    if device.type != "cpu":
+        return f"no kernel for {device.type}"
+    if (missing := load_cpu()) is not None:
+        return missing
+    from mxfx.ops.kernels.structs import why_not_cached
+
+    return why_not_cached(q.dtype, k.dtype, key_format) or why_not_cached(q.dtype, v.dtype, value_format)
 
 
 #: Operands that ``cached_attend`` and ``mxfx::cached_attention`` write.

@@ -45,6 +45,9 @@ class QuantizeKvCache(Pass):
 
     keep_first: how many tokens at the beginning of each text, padding not counted, are not rounded. Other than 0, steps
         of decoding are computed by the definition: no kernel reads two caches.
+    keep_last: refused unless 0: the newest tokens are rounded as they come. Were they kept until their block is full,
+        a key would be one number for the queries of its block and another for later ones, and a prefill would need
+        both for every query to be what decoding is.
     """
 
     name: ClassVar[str] = "quantize-kv-cache"
@@ -55,8 +58,14 @@ class QuantizeKvCache(Pass):
     by_phase: ClassVar[bool] = True
     select: Selector = ALL
     keep_first: int = 0
+    keep_last: int = 0
 
     def __post_init__(self) -> None:
+        if self.keep_last:
+            raise ValueError(
+                f"keep_last = {self.keep_last}: no cache keeps the newest tokens until their block is full; expected 0 "
+                "(they are rounded as they come), and keep_first for the tokens that attention rests on"
+            )
         if self.keep_first < 0:
             raise ValueError(f"keep_first = {self.keep_first}; expected a number of tokens, 0 or more")
 

@@ -34,8 +34,9 @@ from mxfx.ops import (
     real_tokens,
     select_tokens,
 )
+from mxfx.ops.cache import why_defined
 from mxfx.ops.fused import FUSED
-from mxfx.ops.providers import Choice, choose
+from mxfx.ops.providers import Choice, Provider, choose
 from mxfx.rewrite.facts import LOWERED, FactError, Selected
 from mxfx.rewrite.inline import Inliner
 from mxfx.rewrite.rewriter import Rewriter, clean
@@ -79,7 +80,7 @@ def lower_calls(rw: Rewriter, device: torch.device) -> None:
         elif op.name == "expert_linear":
             rw.retarget(node, expert_linear)
         elif op.name == "cached_attention":
-            _lower_cached_attention(rw, node, biases)
+            _lower_cached_attention(rw, node, biases, device)
         elif provider is not None:
             rw.replace(node, rw.call(provider.target, *node.args, like=node, val=node.meta["val"]))
         elif op.name == "hadamard":
@@ -177,15 +178,28 @@ def _lower_attention(rw: Rewriter, node: fx.Node, biases: dict[tuple, fx.Node]) 
     rw.replace(node, rw.call(attend, *given, like=node, val=node.meta["val"]))
 
 
-def _lower_cached_attention(rw: Rewriter, node: fx.Node, biases: dict[tuple, fx.Node]) -> None:
-    """One mask for all layers whose caches have as many places; then a call that writes and attends."""
+def _lower_cached_attention(rw: Rewriter, node: fx.Node, biases: dict[tuple, fx.Node], device: torch.device) -> None:
+    """One mask for all layers whose caches have as many places; then a call that writes and attends.
+
+    What computes a step of decoding is noted here and chosen at the call; several tokens meet the definition.
+    """
     given = operands(node)
+    if given["keys"] is not None:
+        kept = given["starts"] is not None and not given["first_keys"] is given["first_values"] is None
+        q, k, v, mask, bias = (_value(given[name]) for name in ("q", "k", "v", "mask", "bias"))
+        reason = why_defined(q, k, v, mask, bias, given["key_format"], given["value_format"], kept, device)
+        kernel = Provider("attend_token", "cached_attention", device.type, cached_attend)
+        _account(rw, node, "a step of cached_attention", Choice(kernel) if reason is None else Choice(None, (reason,)))
     key = tuple(given[name] for name in ("mask", "slots", "causal", "window", "chunk"))
     if key not in biases:
         operand = [given[name] for name in ("mask", "q", "k", "slots", "keys", "causal", "window", "chunk")]
         biases[key] = rw.call(cache_bias, *operand, like=node)
     args = [biases[key] if name == "mask" else value for name, value in given.items()]
     rw.replace(node, rw.call(cached_attend, *args, like=node, val=node.meta["val"]))
+
+
+def _value(given: object) -> object:
+    return given.meta["val"] if isinstance(given, fx.Node) else given
 
 
 def _lower_hadamard(rw: Rewriter, node: fx.Node, inliner: Inliner) -> None:

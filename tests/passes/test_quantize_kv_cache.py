@@ -98,3 +98,9 @@ def test_facts_are_required_and_verified() -> None:
     assert "k of model.layers.0.self_attn" in str(KV_QUANTIZED.check(part))
     with pytest.raises(FactError, match="requires 'annotated'"):
         apply(QuantizeKvCache(), raised("llama-tiny"))
+
+
+@pytest.mark.parametrize(("option", "why"), [("keep_last", "rounded as they come"), ("keep_first", "0 or more")])
+def test_what_no_cache_keeps_is_refused_by_name(option: str, why: str) -> None:
+    with pytest.raises(ValueError, match=f"{option} = -1.*{why}"):
+        QuantizeKvCache(**{option: -1})

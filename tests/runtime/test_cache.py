@@ -18,6 +18,9 @@ from mxfx.graph.program import Program
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
 from mxfx.ops import first_slots, keep_first_quantize
+from mxfx.passes.insert_kv_cache import InsertKvCache
+from mxfx.rewrite.lowering import lower_calls
+from mxfx.rewrite.rewriter import Rewriter
 from mxfx.runtime.cache import CacheError, CacheOutOfMemory, KVCache, Storage, cache_bytes
 from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm
 from mxfx.runtime.decode import RecordedStep
@@ -139,6 +142,19 @@ def test_first_tokens_that_are_kept_have_the_bits_of_a_rounded_cache_with_the_sa
         found = steps(packed, ids, mask, lengths)
         assert torch.equal(found, steps(plain, ids, mask, lengths))
         torch.testing.assert_close(found[mask.bool()], whole[mask.bool()], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_what_computes_a_step_of_decoding_is_told(first: int) -> None:
+    program = passed(behind(first), (InsertKvCache(),))
+    for device, by in (("cpu", "attend_token"), ("meta", None)):
+        rw = Rewriter(program.copy(), "lower")
+        lower_calls(rw, torch.device(device))
+        told = [row for row in rw.record.details["providers"] if row["op"] == "a step of cached_attention"]
+        assert [row["path"] for row in told] == [f"model.layers.{layer}.self_attn" for layer in range(2)]
+        assert {row["provider"] for row in told} == {None if first else by}
+        (reason,) = {row["reason"] for row in told}
+        assert "first tokens are kept" in reason if first else reason == ("" if by else "no kernel for meta")
 
 
 def test_what_is_kept_counts_from_the_first_real_token_and_in_the_memory_of_the_cache() -> None:

@@ -22,7 +22,7 @@ from mxfx.formats import parse
 from mxfx.formats.stored import restore
 from mxfx.ops import packed
 from mxfx.ops.fused import _transformed
-from mxfx.ops.kernels import takes
+from mxfx.ops.kernels import structs, takes
 from mxfx.ops.kernels.build import library
 from mxfx.ops.kernels.crossing import rows_of
 from mxfx.ops.kernels.library import _LIBRARY, kernel
@@ -357,7 +357,8 @@ def attend_token(
     """
     keys, values, *scales = tensors
     plain = type(q) is Tensor and not torch.compiler.is_compiling() and not _get_current_dispatch_mode_stack()
-    if not plain or q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+    both = ((k, formats[0]), (v, formats[1]))
+    if not plain or any(structs.why_not_cached(q.dtype, x.dtype, format) is not None for x, format in both):
         return NotImplemented
     caches = []
     for cache, own, x, format in zip((keys, values), scales, (k, v), formats, strict=True):
@@ -365,7 +366,7 @@ def attend_token(
             return NotImplemented
         of_format = (None, None, 0, 0)
         if format is not None:
-            if own is None or own.stride(3) != 1 or table_of(format)[2] not in (4, 8) or refused(format):
+            if own is None or own.stride(3) != 1:
                 return NotImplemented
             _, *of_table = table_of(format)
             of_format = (of_table[0], rule_of(format, q.dtype), *of_table[1:])

@@ -62,6 +62,16 @@ def refused(text: str) -> str | None:
     return None if takes_format(fmt) and fmt.block is not None else f"the C kernels do not round onto {text}"
 
 
+def why_not_cached(dtype: torch.dtype, own: torch.dtype, format: str | None) -> str | None:
+    """Why ``attend_token`` does not take keys or values of dtype ``own`` for queries of ``dtype``; None if it does."""
+    if dtype not in DTYPES or own != dtype:
+        return f"attends in {dtype}, with keys or values in {own}"
+    if format is None:
+        return None
+    bits = table_of(format)[2]
+    return refused(format) or (None if bits in (4, 8) else f"reads codes of 4 or 8 bits, not the {bits} of {format}")
+
+
 @lru_cache(maxsize=256)
 def _rule(text: str, dtype: torch.dtype) -> Rule:
     fmt = parse(text)
