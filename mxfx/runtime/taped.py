@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from mxfx.ops.kernels import cpu
+from mxfx.ops.kernels import cpu, few_rows
 
 
 class Tape(fx.Interpreter):
@@ -41,6 +41,13 @@ class Tape(fx.Interpreter):
             self._note(n, result, calls)
         self._known.update(map(_memory, filter(_is_tensor, tree_leaves(result))))
         return result
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        if target is torch.ops.aten.linear.default:
+            found = few_rows.linear(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
+        return super().call_function(target, args, kwargs)
 
     def _note(self, n: fx.Node, result: Any, calls: list[cpu.Call]) -> None:
         values = list(filter(_is_tensor, tree_leaves(result)))

@@ -242,3 +242,29 @@ def _failing(folder: Path) -> str:
     script.write_text("#!/bin/sh\necho it is Sunday >&2\nexit 1\n")
     script.chmod(0o755)
     return str(script)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 8, 13])
+@pytest.mark.parametrize("width", [64, 100])
+def test_a_plain_linear_of_few_rows_is_that_of_float64_rounded_once(rows: int, width: int) -> None:
+    from mxfx.ops.kernels import few_rows
+
+    x, weight, bias = (
+        random(*shape, seed=i).bfloat16() for i, shape in enumerate(((rows, 1, width), (37, width), (37,)))
+    )
+    found = few_rows.linear(x, weight, bias)
+    if found is NotImplemented:
+        pytest.skip("this CPU has no products of bfloat16")
+    wanted = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=1e-4)
+    plain = few_rows.linear(x, weight)
+    assert not torch.equal(plain, found)
+
+
+def test_a_plain_linear_leaves_whole_prompts_and_float32_to_the_library() -> None:
+    from mxfx.ops.kernels import few_rows
+
+    weight = random(8, 64)
+    assert few_rows.linear(random(2, 1, 64), weight) is NotImplemented
+    assert few_rows.linear(random(2, 5, 64).bfloat16(), weight.bfloat16()) is NotImplemented
+    assert few_rows.linear(random(17, 1, 64).bfloat16(), weight.bfloat16()) is NotImplemented

@@ -31,6 +31,7 @@ _SIGNATURES = {
     "mxfx_rows": (_P, _P, _L, _L, _I, _P, _P, _I),
     "mxfx_restore": (_P, _P, _P, _L, _L, _L, _I, _P, _I, _I),
     "mxfx_product": (_P, _P, _P, _P, _P, _L, _L, _L, _L, _P, _I, _I, _I, _I),
+    "mxfx_linear": (_P, _P, _P, _P, _L, _L, _L, _I),
     "mxfx_attend": (_P, _P, _P, _P, _P, _P, ctypes.c_int64, _P, _P, _P, _L, _L, _L, _L, _F, _F, _I, _I, _I),
     "mxfx_divergence": (_P, _P, _P, _P, _P, _P, _P, _P, _L, _L, _I, _F, _I),
 }

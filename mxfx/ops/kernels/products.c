@@ -1,4 +1,4 @@
-/* Behind rows.c, in one unit with it: few rows times a packed weight, and the attention of one token over a cache. */
+/* Behind rows.c, in one unit with it: few rows times a packed weight or a plain one, and the attention of one token over a cache. */
 
 /* A row that lies on the grid of some integers: int8 codes, even ones and odd ones apart as the nibbles of a weight are,
    and an exponent a block. 1 if it does not. `start`: what the products of `bias` take away, four codes a lane. */
@@ -143,6 +143,47 @@ int mxfx_product(const void *x, const uint8_t *codes, const uint8_t *scales, con
   }
   free(space), free(wide_row), free(found);
   return failed;
+}
+
+#ifdef __AVX512BF16__
+/* A row of a plain weight times up to eight rows: of a constant number of them, so that sums stay in registers. */
+static inline __attribute__((always_inline)) void plain_products(const uint16_t *w, const uint16_t *x, long n, int rows,
+                                                                 float *sums) {
+  __m512 dots[8];
+  for (int r = 0; r < rows; r++) dots[r] = _mm512_setzero_ps();
+  for (long i = 0; i < n; i += 32) {
+    __mmask32 held = n - i >= 32 ? ~(__mmask32)0 : ((__mmask32)1 << (n - i)) - 1;
+    __m512bh own = (__m512bh)_mm512_maskz_loadu_epi16(held, w + i);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+      dots[r] = _mm512_dpbf16_ps(dots[r], own, (__m512bh)_mm512_maskz_loadu_epi16(held, x + r * n + i));
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++) sums[r] = _mm512_reduce_add_ps(dots[r]);
+}
+#endif
+
+/* y (rows, outs) = x (rows, n) times a weight (outs, n) plus bias, all bfloat16, sums in float32: a few rows wait for the
+   weight, which a library lays out anew in every call. 1 on a CPU without products of bfloat16. */
+int mxfx_linear(const uint16_t *x, const uint16_t *w, const uint16_t *bias, uint16_t *y, long rows, long n, long outs,
+                int threads) {
+#ifdef __AVX512BF16__
+#pragma omp parallel for num_threads(threads) if (threads > 1 && outs * n > 65536) schedule(static)
+  for (long o = 0; o < outs; o++) { /* one after the other, as the memory's prefetcher expects */
+    float sums[8], own = bias == NULL ? 0 : from_bf16(bias[o]);
+    for (long r = 0, taken; r < rows; r += taken) {
+      const uint16_t *weight = w + o * n, *given = x + r * n;
+      taken = rows - r >= 8 ? 8 : rows - r >= 4 ? 4 : 1;
+      if (taken == 8) plain_products(weight, given, n, 8, sums);
+      else if (taken == 4) plain_products(weight, given, n, 4, sums);
+      else plain_products(weight, given, n, 1, sums);
+      for (long j = 0; j < taken; j++) y[(r + j) * outs + o] = to_bf16(sums[j] + own);
+    }
+  }
+  return 0;
+#else
+  return 1;
+#endif
 }
 
 /* One tensor of a cache: strides in bytes; bits = 0 for plain numbers. */
