@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -106,7 +107,8 @@ def _solve(weight: Tensor, goal: Tensor, hessian: Tensor, fmt: Format, common: T
         return solve(weight, goal, hessian, fmt, common, *how)
     mine = (slice(None), ranks.share(count)) if dim else (ranks.share(count),)
     own = None if common is None else common[mine]
-    solved = solve(weight[mine], goal[mine], hessian if dim else hessian[mine], fmt, own, *how)
+    with nullcontext() if dim else ranks.alone():
+        solved = solve(weight[mine], goal[mine], hessian if dim else hessian[mine], fmt, own, *how)
     return solved.of_all_ranks(dim, count)
 
 

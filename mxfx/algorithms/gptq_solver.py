@@ -102,12 +102,12 @@ def solve(
     refine: int,
     any_dead: bool,
 ) -> Solved:
-    """Rounds `(groups, rows, cols)`, one Hessian a group."""
+    """Rounds `(groups, rows, cols)`, one Hessian a group; ranks that meet here have the same Hessians."""
     groups, rows, n = weight.shape
     live, dead = revive_dead_columns(hessian) if any_dead else (hessian, hessian.new_zeros(groups, n, dtype=torch.bool))
     natural = torch.arange(n, device=weight.device).expand(groups, n)
     columns = rounding_order(live, fmt.block) if order == "block" else natural
-    factor = factorize(live, columns, damping, weight.dtype)
+    factor = factorize(live, columns, damping, weight.dtype, spread=True)
     solved = []
     for start in range(0, rows, step := rows_at_a_time(rows, n)):
         part = slice(start, start + step)

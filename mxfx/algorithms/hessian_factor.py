@@ -12,11 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mxfx.ground import ranks
+
 _ESCALATIONS = 3
 _FIRST_DAMPING = 0.01
 _SLAB = 1024
 # On CUDA the library's batched factorization is made for small matrices: wider ones go one by one.
 _LOOPED = 512
+# Ranks share the inverse of a matrix that is wider: of a narrow one its way to the others takes as long.
+_SHARED_FROM = 8192
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,9 @@ def rounding_order(hessian: Tensor, block: int | None) -> Tensor:
     return torch.cat([columns.flatten(1), ragged], dim=1)
 
 
-def factorize(hessian: Tensor, order: Tensor, damping: float, dtype: torch.dtype) -> HessianFactor:
+def factorize(
+    hessian: Tensor, order: Tensor, damping: float, dtype: torch.dtype, *, spread: bool = False
+) -> HessianFactor:
     """Factorizes in float64, with ten times more damping, up to three times, where that fails.
 
     Args:
@@ -95,6 +101,7 @@ def factorize(hessian: Tensor, order: Tensor, damping: float, dtype: torch.dtype
         order: `(groups, n)` rounding order.
         damping: added to the diagonal, relative to its mean. From 0 the ladder goes on at 0.01.
         dtype: of `feedback` and `precision`.
+        spread: every rank factorizes the same matrices, so that each inverts a part of wide ones.
     """
     mean = hessian.diagonal(dim1=-2, dim2=-1).double().mean(-1)
     used = torch.full_like(mean, damping)
@@ -115,7 +122,8 @@ def factorize(hessian: Tensor, order: Tensor, damping: float, dtype: torch.dtype
         ridge = (used * mean)[pending]
         lower[pending], info[pending] = _cholesky(hessian[pending], order[pending], ridge)
     precision = lower.diagonal(dim1=-2, dim2=-1).square().flip(-1).to(dtype)
-    return HessianFactor(_unit_inverse(lower, dtype).flip(-2, -1), precision, used, used * mean, failed)
+    inverse = _unit_inverse(lower, dtype, spread and lower.shape[-1] >= _SHARED_FROM)
+    return HessianFactor(inverse.flip(-2, -1), precision, used, used * mean, failed)
 
 
 def _cholesky(hessian: Tensor, order: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,20 +141,45 @@ def _cholesky(hessian: Tensor, order: Tensor, ridge: Tensor) -> tuple[Tensor, Te
     return matrix, torch.stack(infos)
 
 
-def _unit_inverse(lower: Tensor, dtype: torch.dtype) -> Tensor:
+def _unit_inverse(lower: Tensor, dtype: torch.dtype, spread: bool = False) -> Tensor:
     """diag(L) L⁻¹, unit lower triangular, a slab of columns at a time.
 
-    The slabs bound the float64 memory, and each skips the rows that are zero above it.
+    The slabs bound the float64 memory, and each skips the rows that are zero above it. With `spread` each rank computes
+    some of them.
     """
     n = lower.shape[-1]
     scale = lower.diagonal(dim1=-2, dim2=-1)[:, :, None]
     inverse = torch.zeros_like(lower, dtype=dtype)
-    for start in range(0, n, _SLAB):
-        unit = torch.eye(n - start, min(_SLAB, n - start), dtype=torch.float64, device=lower.device)
-        corner = lower[:, start:, start:]
-        slab = torch.linalg.solve_triangular(corner, unit.expand(len(lower), -1, -1), upper=False)
-        inverse[:, start:, start : start + _SLAB] = slab * scale[:, start:]
-    return inverse
+    starts = range(0, n, _SLAB)
+    for start in _mine(starts) if spread else starts:
+        slab = _slab(lower, start)
+        inverse[:, start:, start : start + _SLAB] = slab.mul_(scale[:, start:])
+    return ranks.summed(inverse) if spread else inverse
+
+
+def _slab(lower: Tensor, start: int) -> Tensor:
+    """Columns of L⁻¹ from `start` on and down, by blocks of rows.
+
+    Of a corner of L, which lies tight in neither order, one `solve_triangular` would copy all: of a wide matrix, more
+    memory than anything else here takes.
+    """
+    n = lower.shape[-1]
+    slab = lower.new_zeros(len(lower), n - start, min(_SLAB, n - start))
+    for row in range(start, n, _SLAB):
+        block, done = slice(row, min(row + _SLAB, n)), slice(start, row)
+        if row == start:
+            right = torch.eye(slab.shape[-1], dtype=lower.dtype, device=lower.device).expand(len(lower), -1, -1)
+        else:
+            right = (lower[:, block, done] @ slab[:, : row - start]).neg_()
+        here = slab[:, row - start : block.stop - start]
+        here.copy_(torch.linalg.solve_triangular(lower[:, block, block], right, upper=False))
+    return slab
+
+
+def _mine(starts: range) -> list[int]:
+    """This rank's slabs: dealt out and back, since each costs less than the one before."""
+    world, rank = ranks.world(), ranks.rank()
+    return [start for place, start in enumerate(starts) if place % (2 * world) in (rank, 2 * world - 1 - rank)]
 
 
 def permute_symmetric(matrix: Tensor, order: Tensor) -> Tensor:

@@ -165,11 +165,8 @@ class Distillation:
         return order[: self._plan.steps * size].split(size)
 
     def _one(self, step: int, batch: Tensor) -> None:
-        gradients = self._gradients(batch)
-        if isinstance(self._update, ShardedUpdate):
-            self._update(self._share(step), gradients)
-        else:
-            self._update(self._share(step))
+        self._gradients(batch)
+        self._update(self._share(step))
         if self._average is not None:
             self._average.add(step + 1)
 
@@ -178,27 +175,23 @@ class Distillation:
         warm = max(1, self._plan.steps // 20)
         return min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / self._plan.steps)))
 
-    def _gradients(self, batch: Tensor) -> list[Tensor]:
-        """This rank's part of every parameter's gradient; of one process they stand in the parameters' ``grad``."""
+    def _gradients(self, batch: Tensor) -> None:
+        """Gradients of a batch, of this rank's samples: where the update expects them."""
         mine = batch[ranks.share(len(batch))]
         parts = mine.tensor_split(self._plan.accumulate) if self._plan.accumulate > 1 else [mine]
         sums: list[Tensor] = []
         for part in parts:
             self._step(*self._take(part))
-            if len(parts) == 1 and ranks.world() == 1:
-                return []
-            grads = [p.grad for p in self._parameters.values() if p.grad is not None]
-            if not sums:
-                sums = [torch.zeros_like(grad) for grad in grads]
-            for total, grad in zip(sums, grads, strict=True):
-                total.add_(grad, alpha=len(part) / len(batch))
-        if ranks.world() > 1:
-            return sums
-        for parameter, total in zip(self._parameters.values(), sums, strict=True):
+            if isinstance(self._update, ShardedUpdate):
+                self._update.add(len(part) / len(batch))
+            elif len(parts) > 1:
+                grads = [p.grad for p in self._parameters.values() if p.grad is not None]
+                sums = sums or [torch.zeros_like(grad) for grad in grads]
+                torch._foreach_add_(sums, grads, alpha=len(part) / len(batch))
+        for parameter, total in zip(self._parameters.values(), sums, strict=False):
             # On a GPU the gradient is a place that a recorded graph writes to: its content changes, not the tensor.
             assert parameter.grad is not None
             parameter.grad.copy_(total)
-        return sums
 
     def _judge(self, step: int) -> None:
         self._compare(step, self.history.held_out)

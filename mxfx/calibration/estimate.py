@@ -59,8 +59,9 @@ class Footprint:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors that are made while it is on, until they are gone.
 
-    What CUDA makes of an index by several tensors counts too, on whatever device: where they differ in shape it spells
-    each out, eight bytes for every element of the result.
+    What operations make for themselves counts too where it is large: CUDA's index by several tensors, on whatever
+    device, spells each out where they differ in shape, eight bytes for every element of the result; a triangular
+    solution copies a matrix that lies tight in neither order.
     """
 
     def __init__(self) -> None:
@@ -78,6 +79,10 @@ class LiveBytes(TorchDispatchMode):
             indices = [index for index in args[1] if index is not None]
             if len({index.shape for index in indices}) > 1:
                 self.peak = max(self.peak, self.now + 8 * len(indices) * found.numel())
+        if func is torch.ops.aten.linalg_solve_triangular.default:
+            matrix = args[0]
+            if not matrix.is_contiguous() and not matrix.mT.is_contiguous():
+                self.peak = max(self.peak, self.now + matrix.nbytes)
         return found
 
     def note(self, tensor: Tensor) -> None:

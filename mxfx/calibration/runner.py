@@ -124,6 +124,10 @@ class Runner:
         self._transfers.close()
         self._store.close()
 
+    def settle(self) -> None:
+        """Wait until values that wait elsewhere have left the device: for work that needs its memory."""
+        self._transfers.settle()
+
     def sources(self, measured: dict[fx.Node, list[fx.Node]]) -> dict[fx.Node, fx.Node]:
         """Which node of this program corresponds to each measured node of another, by the linears that read it."""
         mine = {n.name: source for stage in self.stages for source, readers in stage.measured.items() for n in readers}

@@ -226,7 +226,10 @@ class _Stream:
             moments = self._run_to(index)
             self._note_weights(self._main.stages[index])
             # Groups of plain linears are measured all at once, then handed out one by one.
-            yield from self._measure(index, moments)
+            groups = self._measure(index, moments)
+            for runner in filter(None, (self._main, self._reference)):
+                runner.settle()
+            yield from groups
             yield from self._measure_experts(index)
 
     def _run_to(self, index: int) -> _Moments:

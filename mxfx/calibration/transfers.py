@@ -141,6 +141,13 @@ class Transfers:
             for done, _ in self._leaving.popleft():
                 done.synchronize()
 
+    def settle(self) -> None:
+        """Wait until nothing is left on the device that only waits for its way down."""
+        for batch in self._leaving:
+            for done, _ in batch:
+                done.synchronize()
+        self._leaving = deque([[]])
+
     def staged_up(self, source: Tensor) -> Arrival:
         """Begin to copy a tensor that lies anywhere in host memory, or in a file mapped there, to the device."""
         if source.device.type == self.device.type:
@@ -186,10 +193,7 @@ class Transfers:
         if self._worker is not None:
             self._worker.shutdown()
             self._worker = None
-        for batch in self._leaving:
-            for done, _ in batch:
-                done.synchronize()
-        self._leaving = deque([[]])
+        self.settle()
         self.buffers.close()
 
     def _now(self) -> torch.cuda.Event:

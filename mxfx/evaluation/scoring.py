@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mxfx.evaluation.recorded import Forward
 from mxfx.evaluation.results import Scores
 from mxfx.evaluation.windows import Window, equal_lengths
 from mxfx.ground import ranks
@@ -51,13 +52,15 @@ class FloatLogits:
         self._room = keep_bytes
         self._folder: tempfile.TemporaryDirectory | None = None
 
-    def __call__(self, key: str, windows: Sequence[Window], chosen: Sequence[int]) -> list[Tensor]:
+    def __call__(
+        self, key: str, windows: Sequence[Window], chosen: Sequence[int], forward: Forward | None = None
+    ) -> list[Tensor]:
         """Logits `(scored, vocabulary)` of the chosen windows of a domain whose text has the digest `key`."""
         paths = [self._path(f"{key[:16]}-{index}") for index in chosen]
         kept = [path is not None and path.exists() for path in paths]
         if all(kept):
             return [load_file(path)["logits"] for path in paths if path is not None]
-        found = logits_of(self.model, [windows[index] for index in chosen])
+        found = logits_of(self.model, [windows[index] for index in chosen], forward)
         for path, logits in zip(paths, found, strict=True):
             self._keep(path, logits)
         return found
@@ -94,11 +97,13 @@ class FloatLogits:
         save_file({"logits": logits.to("cpu").contiguous()}, path)
 
 
-def logits_of(model: Any, windows: Sequence[Window]) -> list[Tensor]:
-    """Logits `(scored, vocabulary)` of windows of one length, on the model's device, in its dtype."""
-    ids = torch.stack([window.ids for window in windows]).to(model.device)
-    out = model(input_ids=ids)
-    logits = out.logits if hasattr(out, "logits") else out
+def logits_of(model: Any, windows: Sequence[Window], forward: Forward | None = None) -> list[Tensor]:
+    """Logits `(scored, vocabulary)` of windows of one length, on the model's device, in its dtype.
+
+    Those of a `forward` hold until the next.
+    """
+    ids = torch.stack([window.ids for window in windows])
+    logits = (forward or Forward())(model, ids)
     return [row[-window.scored :] for row, window in zip(logits, windows, strict=True)]
 
 
@@ -120,15 +125,16 @@ def score(
     batches = equal_lengths(windows, batch_size)
     batches = batches[ranks.share(len(batches))]
     own = reference is not None and reference.is_of(model)
+    forward = Forward((len(batch), windows[batch[0]].ids.numel()) for batch in batches)
     with torch.no_grad():
         for batch in track(batches, title, len(batches)):
             expected: Sequence[Tensor | None] = [None] * len(batch)
             if own and reference is not None:
                 # What the float model says of itself is no divergence; its logits are kept for the others.
-                actual = reference(key, windows, batch)
+                actual = reference(key, windows, batch, forward)
             else:
-                actual = logits_of(model, [windows[index] for index in batch])
-                expected = expected if reference is None else reference(key, windows, batch)
+                actual = logits_of(model, [windows[index] for index in batch], forward)
+                expected = expected if reference is None else reference(key, windows, batch, forward)
             for index, mine, theirs in zip(batch, actual, expected, strict=True):
                 found = _score_rows(mine, windows[index].targets, theirs)
                 for name, values in found.items():

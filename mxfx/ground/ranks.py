@@ -67,6 +67,9 @@ def is_first() -> bool:
 def start() -> None:
     """Join the processes that ``torchrun`` started, if it did; a CUDA device of its own becomes each one's current one.
 
+    Where ``OMP_NUM_THREADS`` is 1, as ``torchrun`` sets it for want of a wish, each process takes its share of the
+    host's cores: host memory is touched and copied by as many threads. Another number stays.
+
     Raises ``RankError`` if there are fewer devices than processes of this host.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "LOCAL_RANK" not in os.environ:
@@ -85,6 +88,9 @@ def start() -> None:
     _now.rank, _now.world = dist.get_rank(), dist.get_world_size()
     _now.first = _now.rank == 0
     _now.several = True
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", str(_now.world)))))
     _end_when_told()
     if not is_first():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (as long as the process)
@@ -197,6 +203,19 @@ def joined(part: Tensor, dim: int, count: int) -> Tensor:
         dist.all_gather(parts, padded)
     sizes = [count // _now.world + (r < count % _now.world) for r in range(_now.world)]
     return torch.cat([found[:size] for found, size in zip(parts, sizes, strict=True)]).movedim(0, dim).contiguous()
+
+
+def filled(whole: Tensor) -> Tensor:
+    """A 1-dim tensor of equal parts, one a rank and each rank's own in its place, gets those of all; in place."""
+    if _now.world > 1:
+        from torch import distributed as dist
+
+        # Its name until torch 2.13.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        with _together():
+            # Backends differ in whether a part may lie in what is written.
+            gather(whole, whole.view(_now.world, -1)[_now.rank].clone())
+    return whole
 
 
 def collected(value: _T) -> list[_T]:

@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from mxfx.algorithms import hessian_factor
 from mxfx.algorithms.gptq import GptqResult, asymmetric_target, gptq_batch
 from mxfx.algorithms.gptq_refine import refine_blocks
 from mxfx.algorithms.gptq_solver import candidate_scales
 from mxfx.algorithms.hessian_factor import factorize, permute_symmetric, revive_dead_columns, rounding_order
+from mxfx.calibration.estimate import LiveBytes
 from mxfx.formats import E8M0, Format, ScaleRule, parse
+from mxfx.ground import ranks
 from tests.algorithms.gptq_reference import gptq_reference
 from tests.algorithms.one_weight import gptq
 from tests.algorithms.synthetic_layer import correlated_inputs, correlated_layer
@@ -116,6 +119,34 @@ def test_remaining_columns_satisfy_the_normal_equations_after_each_block(dtype: 
         moved = _continue_columns(error, factor.feedback[0].double(), stop)
         force = error @ damped[done, rest]
         assert ((moved @ damped[rest, rest] + force).norm() / force.norm()).item() < 1e-4
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_inverse_by_slabs_is_the_inverse_and_ranks_share_it(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hessian_factor, "_SLAB", 16)
+    x = torch.randn(2, 200, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    lower = torch.linalg.cholesky(x.mT @ x)
+    wanted = torch.linalg.inv(lower) * lower.diagonal(dim1=-2, dim2=-1)[:, :, None]
+    parts = []
+    for rank in range(world):
+        monkeypatch.setattr(ranks, "_now", ranks._Together(rank, world, rank == 0))
+        monkeypatch.setattr(ranks, "summed", lambda tensor: tensor)
+        parts.append(hessian_factor._unit_inverse(lower, torch.float64, spread=True))
+    assert torch.allclose(sum(parts), wanted, rtol=1e-12, atol=1e-12)
+    assert all(part.any() for part in parts) and sum((part != 0).sum() for part in parts) <= (wanted != 0).sum()
+
+
+def test_a_wide_inverse_copies_no_corner_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hessian_factor, "_SLAB", 32)
+    n = 256
+    lower = torch.eye(n, dtype=torch.float64).expand(1, n, n).contiguous()
+    with LiveBytes() as live:
+        hessian_factor._unit_inverse(lower, torch.float32)
+    # The matrix, which views of it bring in, the inverse, and slabs.
+    assert 12 * n * n < live.peak <= 12 * n * n + 24 * 32 * n
+    with LiveBytes() as corner:
+        torch.linalg.solve_triangular(lower[:, 32:, 32:], torch.ones(1, n - 32, 1, dtype=torch.float64), upper=False)
+    assert corner.peak >= 8 * (n - 32) ** 2
 
 
 def _continue_columns(error: Tensor, feedback: Tensor, stop: int) -> Tensor:

@@ -17,8 +17,8 @@ from mxfx.rewrite import Context
 _SIZES = {"a": (7,), "b": (5, 3), "c": (11, 13), "d": (1,)}
 
 
-def tuned(steps: int = 12, file: Path | None = None, accumulate: int = 1) -> tuple[dict[str, Tensor], Distillation]:
-    """Parameters after ``steps``, by name: a small net that learns what another one computes."""
+def tuned(steps: int = 12, file: Path | None = None, accumulate: int = 1, only: str = "") -> tuple[dict[str, Tensor], Distillation]:
+    """Parameters after ``steps``, by name: a small net that learns what another one computes; ``only`` one is tuned."""
     generator = torch.Generator().manual_seed(0)
     wanted = {name: torch.randn(size, generator=generator) for name, size in _SIZES.items()}
     given = torch.randn(9, 11, generator=generator)
@@ -39,7 +39,8 @@ def tuned(steps: int = 12, file: Path | None = None, accumulate: int = 1) -> tup
 
     plan = Plan(12, 4, 0.05, accumulate=accumulate, check_every=3, checkpoint_every=5, average=4)
     ctx = Context(progress=lambda items, *_: items if steps == 12 else list(items)[:steps])
-    loop = Distillation(plan, parameters, loss, check, lambda chosen: (given[chosen],), 9, ctx, file=file)
+    chosen_ones = {name: p for name, p in parameters.items() if only in ("", name)}
+    loop = Distillation(plan, chosen_ones, loss, check, lambda chosen: (given[chosen],), 9, ctx, file=file)
     loop.run()
     return {name: parameter.detach().clone().contiguous() for name, parameter in parameters.items()}, loop
 
@@ -58,9 +59,13 @@ def main(out: Path) -> None:
     assert all(torch.equal(other[name], found[name]) for other in everywhere for name in found), "ranks differ"
     counts = ranks.collected(held)
     split, _ = tuned(accumulate=2)
+    one, loop = tuned(only="d")
+    held_by_all = [one["d"].tolist(), *(moment.tolist() for of in loop._update.moments() for moment in of)]
+    assert all(other == held_by_all for other in ranks.collected(held_by_all)), "ranks differ"
     if ranks.is_first():
         save_file(found, out / "found.safetensors")
         save_file(resumed, out / "resumed.safetensors")
+        save_file(one, out / "one.safetensors")
         save_file(split, out / "split.safetensors")
         save_file({"held": torch.tensor(counts)}, out / "held.safetensors")
     ranks.stop()

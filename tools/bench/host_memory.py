@@ -4,10 +4,10 @@
 
 Writes a Llama of random weights of that size to a folder, layer by layer; then, in a process of its own, loads it,
 runs annotate, gptq and pack-weights with new weights in mapped files, saves the artefact and proves it in pieces, as
-``mxfx run`` does with a model that does not fit. Prints, after each of them and beside the bar of
+``mxfx run`` does with a model that does not fit. On a CPU ``--gptq-layers 2`` lets gptq take only so many layers, and
+round-weights the rest: its solver would take minutes a layer. Prints, after each of them and beside the bar of
 two layers and 4 GB: the most anonymous memory that the process held (what the system cannot take back), and the most
-of pages of files that were mapped (which it can). Needs disk of three times the size. Times say little: the layers are
-narrow, so that a CPU gets through.
+of pages of files that were mapped (which it can). Needs disk of three times the size.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mxfx.driver.proof import check_saved, logits_of
 from mxfx.export.artefact import safetensors_pieces, save
 from mxfx.formats import parse
 from mxfx.ground.files import write_file, write_json
-from mxfx.passes import Annotate, Gptq, PackWeights, Rule
+from mxfx.passes import Annotate, Gptq, PackWeights, RoundWeights, Rule
 from mxfx.pipeline.emit import emitted
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Context, Selector
@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=30, help="of the model in bfloat16")
     parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--gptq-layers", type=int, help="that gptq takes; all by default")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -146,7 +147,7 @@ def _quantize(args: argparse.Namespace) -> dict[str, object]:
     ids = torch.randint(3, 8192, (args.samples, args.length), generator=torch.Generator().manual_seed(0))
     ctx = Context(device=torch.device(args.device), tokens=lambda: ids)
     rule = Rule(Selector(r"model\.layers\.\d+\..*_proj"), weight=parse("mxint4@32"))
-    passes = [Annotate((rule,)), Gptq(batch_size=4), PackWeights()]
+    passes = [Annotate((rule,)), Gptq(batch_size=4, max_layers=args.gptq_layers), RoundWeights(), PackWeights()]
     packed = PassManager().run(program, Pipeline(passes).completed(), ctx).program
     after = {"passes": watch.most["RssAnon"] / 1e9}
     save(packed, args.folder / "artefact")
