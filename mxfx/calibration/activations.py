@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mxfx.calibration.transfers import Arrival, Layout, Transfers
+from mxfx.graph.transfers import Arrival, Layout, Transfers
 
 Placement = Literal["device", "cpu", "disk"]
 

@@ -7,6 +7,7 @@ depends on rewritten predecessors comes from ``mxfx.calibration.stream``.)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing, nullcontext
 
 import torch
 from torch import Tensor, fx
@@ -14,6 +15,7 @@ from torch import Tensor, fx
 import mxfx.ops  # noqa: F401  (registers the dialect)
 from mxfx.calibration.estimate import SHARE, free_bytes
 from mxfx.graph.execute import execute, runtime_weight
+from mxfx.graph.feed import Feed
 from mxfx.graph.program import Program
 from mxfx.graph.weights import WeightStore
 from mxfx.rewrite import Context
@@ -51,11 +53,15 @@ def watch(program: Program, sinks: Mapping[fx.Node, Sink], ctx: Context, tokens:
         return value
 
     batches = tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
-    for ids in ctx.progress(batches, "calibration", len(batches)):
-        try:
-            execute(there, ids.to(ctx.device), observe=observe, device=None if whole else ctx.device)
-        except _LastSeen:
-            continue
+    feed = None if whole else Feed(program, ctx.device)
+    with nullcontext() if feed is None else closing(feed):
+        for ids in ctx.progress(batches, "calibration", len(batches)):
+            if feed is not None:
+                feed.start()
+            try:
+                execute(there, ids.to(ctx.device), observe=observe, feed=feed)
+            except _LastSeen:
+                continue
 
 
 def block_moments(
@@ -73,10 +79,41 @@ def block_moments(
     ``(batch, heads, seq, n)`` node ``(heads, n / b, b, b)``. With ``unit_rows`` each token's row is first divided by
     its root mean square, so that a few huge tokens do not speak for all. Without ``by_head`` the rows of a tensor of
     any rank count alike, as those of a linear's input do.
+
+    The sums lie on the device (``moment_bytes``); where they take more of it than weights leave free, the tokens run
+    through the program once for each part of the nodes.
     """
-    sums = {node: _BlockMoment(block, unit_rows, by_head) for node, block in blocks.items()}
-    watch(program, sums, ctx, tokens)
-    return {node: moment.value() for node, moment in sums.items()}
+    found: dict[fx.Node, Tensor] = {}
+    for part in _parts(blocks, (1 - SHARE) * free_bytes(ctx.device), by_head):
+        sums = {node: _BlockMoment(blocks[node], unit_rows, by_head) for node in part}
+        watch(program, sums, ctx, tokens)
+        found |= {node: moment.value() for node, moment in sums.items()}
+    return found
+
+
+def moment_bytes(blocks: Mapping[fx.Node, int], *, by_head: bool = True) -> int:
+    """What ``block_moments`` sums up for these nodes takes on the device, in float32."""
+    return sum(_bytes_of(node, block, by_head) for node, block in blocks.items())
+
+
+def _bytes_of(node: fx.Node, block: int, by_head: bool) -> int:
+    shape = node.meta["val"].shape
+    return 4 * int(shape[-1]) * block * (int(shape[1]) if by_head and len(shape) == 4 else 1)
+
+
+def _parts(blocks: Mapping[fx.Node, int], most: float, by_head: bool) -> list[list[fx.Node]]:
+    """Nodes in order, together of no more than ``most`` bytes, a new moment of the widest among them counted."""
+    parts: list[list[fx.Node]] = []
+    sums = widest = 0
+    for node, block in blocks.items():
+        size = _bytes_of(node, block, by_head)
+        widest = max(widest, size)
+        if not parts or sums + size + widest > most:
+            parts.append([])
+            sums, widest = 0, size
+        sums += size
+        parts[-1].append(node)
+    return parts
 
 
 class _BlockMoment:
@@ -94,7 +131,7 @@ class _BlockMoment:
         self._rows += wide.shape[-2]
         columns = wide.unflatten(-1, (-1, self._block)).transpose(-3, -2)  # (…, blocks, tokens, b)
         moment = columns.mT @ columns
-        self._sum = moment if self._sum is None else self._sum + moment
+        self._sum = moment if self._sum is None else self._sum.add_(moment)
 
     def value(self) -> Tensor:
         if self._sum is None:

@@ -1,7 +1,7 @@
 """Runs the stages of a lowered program over batches of tokens: one stage over all of them, then the next.
 
 What a stage reads comes to the device a batch ahead, its weights a stage ahead, and what it gives leaves beside the
-work of the next batch (``mxfx.calibration.transfers``).
+work of the next batch (``mxfx.graph.transfers``).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor, fx
 from mxfx.calibration.activations import ActivationStore, Placement, arrived
 from mxfx.calibration.expert_statistics import choice_of
 from mxfx.calibration.stages import Stage, added_to, cut, input_of
-from mxfx.calibration.transfers import Arrival, Transfers
 from mxfx.graph.program import Program, compute_dtype
+from mxfx.graph.transfers import Arrival, Transfers
 
 #: Sees values of nodes of one batch after the other.
 Watch = Callable[[dict[fx.Node, Tensor]], None]

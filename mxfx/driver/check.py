@@ -25,7 +25,7 @@ from mxfx.graph.prove import Proof, prove
 from mxfx.graph.trace import bind, trace
 from mxfx.ground.errors import MxfxError
 from mxfx.ops.catalogue import weights_of
-from mxfx.passes import Annotate, Distill, Gptq, InsertKvCache, QuantizeKvCache, RotationSearch
+from mxfx.passes import Annotate, Distill, Gptq, InsertKvCache, QuantizeKvCache, RotationSearch, TransformInputs
 from mxfx.pipeline.manager import PassError, PassManager
 from mxfx.report.memory import memory
 from mxfx.rewrite import Context, Pass, PassRecord, Rewriter, apply
@@ -96,9 +96,7 @@ class Checked:
 
     def cache_line(self, context: int, batch: int) -> str:
         """What the cache of ``batch`` texts of ``context`` tokens takes, beside one in the model's dtype."""
-        plain = self.annotated
-        if "raised" not in plain.facts:
-            plain = PassManager().run(plain, Pipeline([]).completed()).program
+        plain = _raised(self.annotated)
         programs = {"": plain}
         if quantizers := [pass_ for pass_ in self.pipeline.passes if isinstance(pass_, QuantizeKvCache)]:
             programs = entries(self.annotated)
@@ -129,9 +127,7 @@ class Checked:
     def _streamed(self) -> str:
         """What gptq's calibration takes, weights waiting on the host; see ``mxfx.calibration.estimate``."""
         calibration, gptq = self.pipeline.calibration, next(p for p in self.pipeline.passes if isinstance(p, Gptq))
-        program = entries(self.annotated).get(gptq.phase or "decode", self.annotated)
-        if "raised" not in program.facts:
-            program = PassManager().run(program, Pipeline([]).completed()).program
+        program = _raised(entries(self.annotated).get(gptq.phase or "decode", self.annotated))
         found = footprint(
             lowered_copy(program, torch.device("cuda")),
             [n.name for n in program.products() if "weight" in info(n).formats and "weight" in weights_of(n)],
@@ -154,11 +150,22 @@ class Checked:
         yield f"{model_gb:.2f} GB of weights in {str(program.dtype).removeprefix('torch.')}"
         if "gptq" in names:
             yield self._streamed()
+        for pass_ in (p for p in self.pipeline.passes if isinstance(p, TransformInputs)):
+            rewriters = (Rewriter(_raised(one), pass_.name) for one in entries(program).values())
+            if moments := max(map(pass_.moment_bytes, rewriters)):
+                yield (
+                    f"{pass_.name} sums {moments / _GB:.2f} GB of second moments on the device, or parts of them where "
+                    "that is more than weights leave"
+                )
         for distill in (p for p in self.pipeline.passes if isinstance(p, Distill)):
             # Both models; of each tuned weight parameter, gradient, two moments and what is averaged in float32.
             each = 20 if distill.average else 16
             held = 2 * model_gb + each * _planned(program) / 1e9
             yield f"distill holds {held:.2f} GB beside activations and logits"
+
+
+def _raised(program: Program) -> Program:
+    return program if "raised" in program.facts else PassManager().run(program, Pipeline([]).completed()).program
 
 
 def check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from mxfx.config.emit import EmitConfig
 from mxfx.export.artefact import load
 from mxfx.graph.execute import execute
+from mxfx.graph.feed import Feed
 from mxfx.graph.module import build
 from mxfx.graph.phases import entries
 from mxfx.graph.program import Program
@@ -27,9 +29,14 @@ def logits_of(program: Program, ids: Tensor, device: torch.device, *, whole: boo
     """
     found = entries(program)
     if not whole:
-        return {phase: execute(one, ids.to(device), device=device) for phase, one in found.items()}
+        return {phase: _in_pieces(one, ids.to(device)) for phase, one in found.items()}
     with torch.no_grad():
         return {phase: build(one).to(device)(ids.to(device)) for phase, one in found.items()}
+
+
+def _in_pieces(program: Program, ids: Tensor) -> Tensor:
+    with closing(Feed(program, ids.device)) as feed:
+        return execute(program, ids, feed=feed)
 
 
 def check_saved(

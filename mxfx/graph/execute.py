@@ -59,7 +59,7 @@ def execute(
     observe: Observer | None = None,
     quantize: bool = True,
     casts: CastCache | None = None,
-    device: torch.device | None = None,
+    feed: Callable[[fx.Node], Tensor] | None = None,
     others: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Logits ``(batch, seq, vocabulary)`` of a program in its own dtype, from the definitions of its ops.
@@ -67,7 +67,8 @@ def execute(
     ``input_ids``, ``position_ids`` and ``attention_mask`` are int64 ``(batch, seq)``; ``others`` are further inputs of
     the graph. ``quantize=False`` reads every ``fake_quantize`` as the identity: the real function behind a program with
     quantizers. ``casts`` is kept by a caller that executes several programs with the same weights. A weight is brought
-    to its dtype, and to ``device`` where one is given, when the first node reads it, and goes with the last.
+    to its dtype when the first node reads it, and goes with the last; ``feed`` (``mxfx.graph.feed``) brings those of a
+    model that the device does not hold.
 
     Raises ``ValueError`` if a weight is on the meta device (there are no numbers to compute with), and, to be without
     quantizers, if one is part of a fused op.
@@ -85,8 +86,8 @@ def execute(
                 continue
             for operand in node.all_input_nodes:
                 if operand not in env:
-                    weight = runtime_weight(program, str(operand.target), casts)
-                    env[operand] = weight if device is None else weight.to(device)
+                    name = str(operand.target)
+                    env[operand] = runtime_weight(program, name, casts) if feed is None else feed(operand)
             value = call(program, node, env, given, quantize, casts)
             env[node] = value if observe is None else observe(node, value)
             for operand in last_reader.get(node, ()):
@@ -107,9 +108,19 @@ def executable(program: Program) -> str | None:
 
 def runtime_weight(program: Program, name: str, casts: CastCache | None = None) -> Tensor:
     """A weight in the dtype that it runs in: the model's, or compute precision for constants such as ``inv_freq``."""
+    return as_run(program, name, checked_weight(program, name), casts)
+
+
+def checked_weight(program: Program, name: str) -> Tensor:
+    """A weight as it is stored. Raises ``ValueError`` if there are no numbers in it."""
     tensor = program.weights[name]
     if tensor.device.type == "meta":
         raise ValueError(f"weight {name!r} has no data (meta device): the program can be printed, not run")
+    return tensor
+
+
+def as_run(program: Program, name: str, tensor: Tensor, casts: CastCache | None = None) -> Tensor:
+    """The tensor of a weight, on whatever device, in the dtype that it runs in."""
     if not tensor.is_floating_point():
         return tensor
     constant = program.weights.canonical(name) in program.weights.constants

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from mxfx.algorithms.block_transform import BlockTransform, apply_blocks, best_order, narrow, wush
 from mxfx.algorithms.hadamard import fitting_order, hadamard_matrix, order_words, orders_near, random_signs
-from mxfx.calibration.moments import block_moments
+from mxfx.calibration.moments import block_moments, moment_bytes
 from mxfx.formats import Format
 from mxfx.graph.node import Annotation, info, kind, layer_of, op_name, path_of
 from mxfx.graph.program import Program
@@ -111,8 +111,7 @@ class TransformInputs(Pass):
         found = [site for site in sites(rw, self.select) if self._fits(rw, site)]
         moments: dict[fx.Node, Tensor] = {}
         if self.kind == "wush":
-            blocks = {site.source: lcm(*self._orders(site)) for site in found}
-            moments = block_moments(rw.program, blocks, ctx, ctx.tokens()[: self.samples], by_head=False)
+            moments = block_moments(rw.program, self._blocks(found), ctx, ctx.tokens()[: self.samples], by_head=False)
         generator = ctx.generator("transform-inputs")
         for site in found:
             transform = self._transform(rw, site, moments, generator)
@@ -120,6 +119,15 @@ class TransformInputs(Pass):
             if rw.match(site.linears[0], note=f"{note}; {len(site.linears)} linears"):
                 insert(rw, site, transform, plain=self.kind == "hadamard" and not self.signs, fmt=self.matrix)
                 rw.record.details[site.name] = _account(self.kind, site, transform)
+
+    def moment_bytes(self, rw: Rewriter) -> int:
+        """What the second moments of all sites take on the device while they are summed; 0 where none are."""
+        found = [site for site in sites(rw, self.select) if self._fits(rw, site)] if self.kind == "wush" else []
+        return moment_bytes(self._blocks(found), by_head=False)
+
+    def _blocks(self, found: list[Site]) -> dict[fx.Node, int]:
+        """Blocks of moments: those of every order that may be chosen lie within one of their common multiple."""
+        return {site.source: lcm(*self._orders(site)) for site in found}
 
     def _fits(self, rw: Rewriter, site: Site) -> bool:
         reason = None

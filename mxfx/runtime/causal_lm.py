@@ -11,6 +11,7 @@ from transformers import AutoConfig, Cache, GenerationConfig, GenerationMixin, P
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mxfx.graph.execute import execute
+from mxfx.graph.feed import Feed
 from mxfx.graph.module import build, build_phases
 from mxfx.graph.phases import NO_CACHE, PHASES, entries
 from mxfx.graph.program import GENERATION, KEPT, Program
@@ -42,13 +43,14 @@ def as_causal_lm(program: Program, device: torch.device | str = "cpu", *, whole:
 class InPieces(nn.Module):
     """A lowered program that is run node by node, called as the module that ``build`` makes of it.
 
-    Weights lie where they did; each comes to ``device`` for the nodes that read it.
+    Weights lie where they did; each comes to ``device`` for the nodes that read it, while those before it run.
     """
 
     def __init__(self, program: Program, device: torch.device) -> None:
         super().__init__()
         self.program = program
         self.device = device
+        self._feed = Feed(program, device)
 
     def forward(
         self,
@@ -57,7 +59,8 @@ class InPieces(nn.Module):
         attention_mask: Tensor | None = None,
         **others: Tensor,
     ) -> Tensor:
-        return execute(self.program, input_ids, position_ids, attention_mask, device=self.device, others=others)
+        self._feed.start()
+        return execute(self.program, input_ids, position_ids, attention_mask, feed=self._feed, others=others)
 
 
 class EmittedCausalLM(PreTrainedModel, GenerationMixin):

@@ -93,3 +93,21 @@ def test_what_does_not_fit_is_watched_in_pieces(program, ctx, monkeypatch):
     monkeypatch.setattr(moments, "_on_device", None)
     pieces = block_moments(program, {down(program): 32}, ctx)
     assert all(torch.equal(whole[node], pieces[node]) for node in whole)
+
+
+def test_moments_that_do_not_fit_together_are_measured_in_parts(program, ctx, monkeypatch):
+    blocks = {node.args[0]: 32 for node in program.nodes("linear") if not node.args[0].meta["val"].shape[-1] % 32}
+    together = block_moments(program, blocks, ctx)
+    runs = []
+    watched = moments.watch
+    monkeypatch.setattr(moments, "watch", lambda *given: runs.append(list(given[1])) or watched(*given))
+    each = moments.moment_bytes(dict(list(blocks.items())[:1]))
+    monkeypatch.setattr(moments, "free_bytes", lambda device: 1e9)
+    block_moments(program, blocks, ctx)
+    assert len(runs) == 1
+    monkeypatch.setattr(moments, "SHARE", 0.0)
+    monkeypatch.setattr(moments, "free_bytes", lambda device: 4 * each)
+    found = block_moments(program, blocks, ctx)
+    assert len(runs) > 2 and [node for part in runs[1:] for node in part] == list(blocks)
+    assert all(moments.moment_bytes({node: 32 for node in part}) <= 4 * each for part in runs[1:] if len(part) > 1)
+    assert all(torch.equal(together[node], found[node]) for node in blocks)

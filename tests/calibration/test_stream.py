@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from mxfx.calibration import transfers
+from mxfx.graph import transfers
 from mxfx.calibration.stages import cut
 from mxfx.calibration.statistics import Gram, StaleStatistics
 from mxfx.calibration.stream import StreamOptions, stream_layers, without_quantizers
-from mxfx.calibration.transfers import HostBuffers
+from mxfx.graph.transfers import HostBuffers
 from mxfx.formats import parse
 from mxfx.graph.execute import execute
 from mxfx.graph.node import layer_of, path_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from mxfx.config.pipeline import loads
@@ -42,3 +43,26 @@ def test_more_samples_wait_and_the_device_holds_no_more(tmp_path: Path, monkeypa
     few, waiting, with_them = _line(tmp_path, 16)
     more, twice, with_more = _line(tmp_path, 32)
     assert few == more and twice == 2 * waiting and with_more > with_them > few > 0
+
+
+def test_second_moments_of_inputs_are_told(tmp_path: Path, monkeypatch) -> None:
+    save_model(tmp_path)
+    monkeypatch.setattr("mxfx.driver.check._GB", 1.0)
+    transform = '[[pass]]\nname = "transform-inputs"\nkind = "KIND"\nblock = 16\n\n[[pass]]\nname = "gptq"'
+    text = _PIPELINE.replace("MODEL", str(tmp_path)).replace("SAMPLES", "16").replace(
+        'weight = "mxint4@32"\n', 'weight = "mxint4@32"\n  input = "mxint4@32"\n'
+    )
+    lines = {
+        kind: [
+            line
+            for line in check(loads(text.replace('[[pass]]\nname = "gptq"', transform.replace("KIND", kind)))).lines()
+            if "second moments" in line
+        ]
+        for kind in ("wush", "hadamard")
+    }
+    assert lines["hadamard"] == []
+    (line,) = lines["wush"]
+    config = json.loads((tmp_path / "config.json").read_text())
+    hidden, wide, layers = (config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    # q/k/v, o, gate/up and down: four inputs a layer, float32, 16 columns for each.
+    assert f"sums {4 * 16 * layers * (3 * hidden + wide):.2f} GB" in line

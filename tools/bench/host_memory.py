@@ -142,6 +142,7 @@ def _quantize(args: argparse.Namespace) -> dict[str, object]:
     size = sum(p.nbytes for p in model.parameters())
     layers = model.config.num_hidden_layers
     started, watch = time.perf_counter(), _Watch()
+    print(f"{size / 1e9:.3f} GB in {layers} layers", flush=True)
     program = trace(model, proven=False)
     program.weights.keep_in_files(args.folder / "weights")
     ids = torch.randint(3, 8192, (args.samples, args.length), generator=torch.Generator().manual_seed(0))
@@ -149,12 +150,19 @@ def _quantize(args: argparse.Namespace) -> dict[str, object]:
     rule = Rule(Selector(r"model\.layers\.\d+\..*_proj"), weight=parse("mxint4@32"))
     passes = [Annotate((rule,)), Gptq(batch_size=4, max_layers=args.gptq_layers), RoundWeights(), PackWeights()]
     packed = PassManager().run(program, Pipeline(passes).completed(), ctx).program
-    after = {"passes": watch.most["RssAnon"] / 1e9}
+    after: dict[str, float] = {}
+
+    def note(what: str) -> None:
+        # At once: a run that is cut off has said that much.
+        after[what] = watch.most["RssAnon"] / 1e9
+        print(f"{time.perf_counter() - started:.0f} s, {after[what]:.3f} GB held at most after {what}", flush=True)
+
+    note("passes")
     save(packed, args.folder / "artefact")
-    after["saving"] = watch.most["RssAnon"] / 1e9
+    note("saving")
     settings = EmitConfig(packed=True)
     logits = logits_of(emitted(packed, ctx.device, settings), ids[:1, :64], ctx.device, whole=False)
-    after["running"] = watch.most["RssAnon"] / 1e9
+    note("running")
     del packed, program, model
     check_saved(args.folder / "artefact", logits, ids[:1, :64], ctx.device, settings, files=args.folder / "proof")
     most = watch.stop()
