@@ -18,7 +18,7 @@ from mxfx.config import Pipeline, check_order
 from mxfx.config.phases import of_phase
 from mxfx.driver.matched import attention_lines, matched_lines, site_lines
 from mxfx.driver.pretrained import load_checked, load_meta_model
-from mxfx.graph.node import info, kind
+from mxfx.graph.node import info, kind, layer_of
 from mxfx.graph.phases import entries
 from mxfx.graph.program import Program
 from mxfx.graph.prove import Proof, prove
@@ -158,10 +158,13 @@ class Checked:
                     "that is more than weights leave"
                 )
         for distill in (p for p in self.pipeline.passes if isinstance(p, Distill)):
-            # Both models; of each tuned weight parameter, gradient, two moments and what is averaged in float32.
-            each = 20 if distill.average else 16
-            held = 2 * model_gb + each * _planned(program) / 1e9
-            yield f"distill holds {held:.2f} GB beside activations and logits"
+            of_all, of_layer = (
+                (2 * read * program.dtype.itemsize + distill.bytes_of(tuned)) / _GB
+                for read, tuned in ((weights, _planned(program)), _largest_layer(program))
+            )
+            held = f"{of_all:.2f} GB, or {of_layer:.2f} GB with scope = 'layer',"
+            held = f"{of_layer:.2f} GB" if distill.scope == "layer" else held
+            yield f"distill holds {held} beside activations and logits"
 
 
 def _raised(program: Program) -> Program:
@@ -241,7 +244,20 @@ def _hopeless(pass_: Pass, program: Program) -> MxfxError | None:
     return None
 
 
-def _planned(program: Program) -> int:
-    """Weights that are to be rounded, counted once."""
-    found = {program.weight_of(node) for node in program.products() if "weight" in info(node).formats}
+def _planned(program: Program, layer: int | None = None) -> int:
+    """Weights that are to be rounded, of all layers or one, counted once."""
+    products = (node for node in program.products() if "weight" in info(node).formats)
+    found = {program.weight_of(node) for node in products if layer is None or layer_of(node) == layer}
     return sum(program.weights[name].numel() for name in found)
+
+
+def _largest_layer(program: Program) -> tuple[int, int]:
+    """Of the decoder layer that has most: its weights, and those of them that are to be rounded."""
+    read: dict[int, set[str]] = {}
+    for node in program.graph.nodes:
+        if (layer := layer_of(node)) is not None:
+            names = (str(source.target) for source in node.all_input_nodes if source.op == "get_attr")
+            read.setdefault(layer, set()).update(map(program.weights.canonical, names))
+    sizes = {layer: sum(program.weights[name].numel() for name in names) for layer, names in read.items()}
+    largest = max(sizes, key=sizes.__getitem__, default=-1)
+    return sizes.get(largest, 0), _planned(program, largest)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mxfx.calibration.distillation import Distillation, History, Plan
+from mxfx.calibration.estimate import SHARE, free_bytes
 from mxfx.calibration.keys import Keys, environment, token_key
 from mxfx.calibration.layerwise import LayeredModel, tune_layers
 from mxfx.calibration.staged import Staged
@@ -62,8 +63,12 @@ class Distill(Pass):
     to nearest and the run is warned. The device holds both models and 16 bytes for each weight that is tuned; where
     they fit a quarter of its free memory, also the float model's last states of all samples, each computed once.
 
+    Several processes share the samples of a batch and Adam's moments (12 + 8 / N bytes a tuned weight and N processes, 4
+    more for sums), but each holds both models and all parameters: these are not sharded (no FSDP). Where that is more than the
+    device has free, the pass is refused before it begins, with both figures; ``scope = "layer"`` is for such models.
+
     scope: ``model`` tunes all weights together; ``layer`` each decoder layer in turn, so that its output agrees with
-        the float layer's on quantized inputs: the device holds one layer and a batch, not the model.
+        the float layer's on quantized inputs: the device holds one layer and a batch, not the model, the host the rest.
     steps: steps of the optimizer; with ``scope = "layer"`` in each layer.
     learning_rate: of Adam, relative to each tensor's root mean square; warm-up, then a cosine to zero.
     batch_size: calibration samples a step.
@@ -144,6 +149,7 @@ class Distill(Pass):
     def _end_to_end(self, rw: Rewriter, ctx: Context, grids: Mapping[str, Format], free: set[str]) -> dict[str, Tensor]:
         """Weights by name, tuned so that the logits agree; none where that made nothing better."""
         assert ctx.reference is not None
+        self._check_room(rw.program, ctx, [*grids, *free])
         student, parameters = trainable(rw.program, grids, ctx.device, free=free)
         teacher = Teacher(Staged(trainable(ctx.reference, {}, ctx.device)[0]), ctx)
         tokens, last = _split(ctx.tokens(), self.held_out)
@@ -183,6 +189,31 @@ class Distill(Pass):
             f"no weight was tuned: KL on held-out samples went from {history.held_out[0]:.4f} to {last:.4f} at the end"
         )
         return {}
+
+    def bytes_of(self, tuned: int, world: int = 1) -> int:
+        """What so many tuned weights take on the device of one of ``world`` processes: parameter and gradient in
+        float32, two moments, of several processes the sums that they exchange, and what is averaged.
+        """
+        return tuned * (8 + 4 * (world > 1) + 4 * (self.average > 0)) + -(-8 * tuned // world)
+
+    def _check_room(self, program: Program, ctx: Context, tuned: list[str]) -> None:
+        """Raise ``ValueError`` where the device does not hold what the pass will."""
+        assert ctx.reference is not None
+        models = sum(
+            tensor.numel() * one.dtype.itemsize
+            for one in (program, ctx.reference)
+            for tensor in one.weights.values()
+            if tensor.device.type != ctx.device.type or tensor.dtype != one.dtype
+        )
+        count = sum(program.weights[name].numel() for name in tuned)
+        needed, free = models + self.bytes_of(count, ranks.world()), free_bytes(ctx.device)
+        if needed > SHARE * free:
+            raise ValueError(
+                f"scope = 'model' takes {needed / 1e9:.2f} GB on {ctx.device} beside activations and logits, and "
+                f"{free / 1e9:.2f} GB are free: each process holds both models and every parameter (Adam's moments alone "
+                "are spread over processes; parameters are not sharded). Take scope = 'layer', which holds one layer at "
+                "a time, or let select take fewer weights"
+            )
 
     def _by_layer(self, rw: Rewriter, ctx: Context, grids: Mapping[str, Format], free: set[str]) -> dict[str, Tensor]:
         """Weights by name, each decoder layer's tuned so that its output agrees with the float layer's."""

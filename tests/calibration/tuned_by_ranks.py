@@ -17,7 +17,9 @@ from mxfx.rewrite import Context
 _SIZES = {"a": (7,), "b": (5, 3), "c": (11, 13), "d": (1,)}
 
 
-def tuned(steps: int = 12, file: Path | None = None, accumulate: int = 1, only: str = "") -> tuple[dict[str, Tensor], Distillation]:
+def tuned(
+    steps: int = 12, file: Path | None = None, accumulate: int = 1, only: str = ""
+) -> tuple[dict[str, Tensor], Distillation]:
     """Parameters after ``steps``, by name: a small net that learns what another one computes; ``only`` one is tuned."""
     generator = torch.Generator().manual_seed(0)
     wanted = {name: torch.randn(size, generator=generator) for name, size in _SIZES.items()}

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from mxfx.config.pipeline import loads
 from mxfx.driver.check import check
+from mxfx.graph.program import Program
 from tests.local_model import save_model
 
 _PIPELINE = r"""
@@ -49,8 +52,10 @@ def test_second_moments_of_inputs_are_told(tmp_path: Path, monkeypatch) -> None:
     save_model(tmp_path)
     monkeypatch.setattr("mxfx.driver.check._GB", 1.0)
     transform = '[[pass]]\nname = "transform-inputs"\nkind = "KIND"\nblock = 16\n\n[[pass]]\nname = "gptq"'
-    text = _PIPELINE.replace("MODEL", str(tmp_path)).replace("SAMPLES", "16").replace(
-        'weight = "mxint4@32"\n', 'weight = "mxint4@32"\n  input = "mxint4@32"\n'
+    text = (
+        _PIPELINE.replace("MODEL", str(tmp_path))
+        .replace("SAMPLES", "16")
+        .replace('weight = "mxint4@32"\n', 'weight = "mxint4@32"\n  input = "mxint4@32"\n')
     )
     lines = {
         kind: [
@@ -66,3 +71,27 @@ def test_second_moments_of_inputs_are_told(tmp_path: Path, monkeypatch) -> None:
     hidden, wide, layers = (config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     # q/k/v, o, gate/up and down: four inputs a layer, float32, 16 columns for each.
     assert f"sums {4 * 16 * layers * (3 * hidden + wide):.2f} GB" in line
+
+
+def test_a_distillation_by_layer_is_told_to_hold_one_layer(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    distill = '[[pass]]\nname = "insert-fake-quant"\n\n[[pass]]\nname = "distill"\nscope = "SCOPE"'
+    text = _PIPELINE.partition('[[pass]]\nname = "gptq"')[0].replace("MODEL", str(tmp_path)) + distill
+
+    def said(scope: str) -> list[float]:
+        (line,) = (line for line in check(loads(text.replace("SCOPE", scope))).lines() if "distill holds" in line)
+        words = line.split("distill holds")[1].split()
+        return [float(word) for word in words if word.replace(".", "").isdigit()]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mxfx.driver.check._GB", 1.0)
+        whole, one = said("model")
+        assert said("layer") == [one]
+    program = check(loads(text.replace("SCOPE", "model"))).annotated
+    assert one == _layer_bytes(program) and whole > 2 * one
+
+
+def _layer_bytes(program: Program) -> int:
+    """Of a layer of a float32 Llama: two copies of its weights, 16 bytes for each of those in linears."""
+    of = {name: tensor.numel() for name, tensor in program.weights.items() if name.startswith("model.layers.0.")}
+    return 8 * sum(of.values()) + 16 * sum(count for name, count in of.items() if "_proj" in name)
