@@ -63,9 +63,10 @@ class Distill(Pass):
     to nearest and the run is warned. The device holds both models and 16 bytes for each weight that is tuned; where
     they fit a quarter of its free memory, also the float model's last states of all samples, each computed once.
 
-    Several processes share the samples of a batch and Adam's moments (12 + 8 / N bytes a tuned weight and N processes, 4
-    more for sums), but each holds both models and all parameters: these are not sharded (no FSDP). Where that is more than the
-    device has free, the pass is refused before it begins, with both figures; ``scope = "layer"`` is for such models.
+    Several processes share the samples of a batch and Adam's moments (12 + 8 / N bytes a tuned weight and N processes,
+    4 more for sums), but each holds both models and all parameters: these are not sharded (no FSDP). Where that is more
+    than the device has free, the pass is refused before it begins, with both figures; ``scope = "layer"`` is for such
+    models.
 
     scope: ``model`` tunes all weights together; ``layer`` each decoder layer in turn, so that its output agrees with
         the float layer's on quantized inputs: the device holds one layer and a batch, not the model, the host the rest.
@@ -210,9 +211,9 @@ class Distill(Pass):
         if needed > SHARE * free:
             raise ValueError(
                 f"scope = 'model' takes {needed / 1e9:.2f} GB on {ctx.device} beside activations and logits, and "
-                f"{free / 1e9:.2f} GB are free: each process holds both models and every parameter (Adam's moments alone "
-                "are spread over processes; parameters are not sharded). Take scope = 'layer', which holds one layer at "
-                "a time, or let select take fewer weights"
+                f"{free / 1e9:.2f} GB are free: each process holds both models and every parameter (Adam's moments "
+                "alone are spread over processes; parameters are not sharded). Take scope = 'layer', which holds one "
+                "layer at a time, or let select take fewer weights"
             )
 
     def _by_layer(self, rw: Rewriter, ctx: Context, grids: Mapping[str, Format], free: set[str]) -> dict[str, Tensor]:

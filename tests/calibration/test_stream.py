@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from mxfx.graph import transfers
 from mxfx.calibration.stages import cut
 from mxfx.calibration.statistics import Gram, StaleStatistics
 from mxfx.calibration.stream import StreamOptions, stream_layers, without_quantizers
-from mxfx.graph.transfers import HostBuffers
 from mxfx.formats import parse
+from mxfx.graph import transfers
 from mxfx.graph.execute import execute
 from mxfx.graph.node import layer_of, path_of
 from mxfx.graph.program import Program
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
+from mxfx.graph.transfers import HostBuffers
 from mxfx.passes import Annotate, InsertFakeQuant, Lower, RaiseAttention, RaiseNorm, RaiseRope, Rule
 from mxfx.rewrite import Context, Rewriter, Selector, apply
 

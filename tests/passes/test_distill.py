@@ -387,13 +387,13 @@ def _bytes(program: Program) -> dict[str, str]:
 
 
 def test_a_model_that_does_not_fit_is_refused_with_both_figures_and_by_layer_it_runs(programs, monkeypatch) -> None:
-    start, quantized = programs
+    _, quantized = programs
     grids = sum(quantized.weights[quantized.weight_of(n)].numel() for n in quantized.nodes("linear") if info(n).formats)
     assert Distill().bytes_of(100) == 1600 and Distill(average=4).bytes_of(100) == 2000
     assert Distill().bytes_of(100, 4) == 800 + 400 + 200
     needed = Distill().bytes_of(grids)  # the models are on the CPU already
     monkeypatch.setattr(distill, "free_bytes", lambda device: needed / distill.SHARE - 2)
-    with pytest.raises(ValueError, match="scope = 'model' takes .* GB on cpu .* not sharded.*scope = 'layer'"):
+    with pytest.raises(ValueError, match=r"scope = 'model' takes .* GB on cpu .* not sharded.*scope = 'layer'"):
         _distill(programs, steps=1)
     assert _distill(programs, steps=1, scope="layer").record.details["held_out_error_by_layer"]
     monkeypatch.setattr(distill, "free_bytes", lambda device: needed / distill.SHARE + 2)

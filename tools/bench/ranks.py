@@ -4,11 +4,12 @@
     torchrun --nproc-per-node 2 -m tools.bench.ranks --beside one.json [--json two.json]
 
 Prints the machine, then of the pass ``distill`` and of an evaluation with divergence from the float model, on a random
-model of SmolLM2-135M's shape: seconds from the second step on, of the first step (which compiles and records) apart, and
-the median of later steps in milliseconds, of an evaluation a window of all processes together. The seconds have in them
-what is done once (recording, the held-out samples, the meeting at the end), the medians only what grows with the work;
-``--beside`` adds the ratio of both to an earlier run. Every process traces and emits by itself, which no figure has. ``--rehearse`` does everything once, tiny, on the CPU. GPTQ by several processes is ``tools.bench.gptq``'s,
-which ``torchrun`` starts in the same way.
+model of SmolLM2-135M's shape: seconds from the second step on, of the first step (which compiles and records) apart,
+and the median of later steps in milliseconds, of an evaluation a window of all processes together. The seconds have in
+them what is done once (recording, the held-out samples, the meeting at the end), the medians only what grows with the
+work; ``--beside`` adds the ratio of both to an earlier run. Every process traces and emits by itself, which no figure
+has. ``--rehearse`` does everything once, tiny, on the CPU. GPTQ by several processes is ``tools.bench.gptq``'s, which
+``torchrun`` starts in the same way.
 """
 
 from __future__ import annotations
