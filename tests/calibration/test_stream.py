@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import cache
 
 import pytest
 import torch
 from torch import Tensor, fx
 
+from mxfx.calibration.runner import Runner
 from mxfx.calibration.stages import cut
 from mxfx.calibration.statistics import Gram, StaleStatistics
 from mxfx.calibration.stream import StreamOptions, stream_layers, without_quantizers
@@ -139,6 +141,45 @@ def test_memory_that_cannot_be_pinned_is_said_once_and_changes_nothing(monkeypat
     found = _measure(rw, StreamOptions(batch_size=2, activations="disk"))
     assert rw.record.warnings == ["copies wait for the host: it pins no more memory for them (no page is left)"]
     assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+def test_nothing_waits_on_the_device_while_groups_are_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    settle, run_next = Runner.settle, Runner.run_next
+
+    def settled(self: Runner) -> None:
+        happened.append("settled")
+        settle(self)
+
+    def ran(self: Runner, *given: object) -> None:
+        happened.append("ran")
+        run_next(self, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Runner, "settle", settled)
+    monkeypatch.setattr(Runner, "run_next", ran)
+    rw = _rewriter(_raised())
+    for layer in stream_layers(rw, Context(), _projections(rw.program), _TOKENS, StreamOptions(activations="cpu")):
+        for _ in layer.groups():
+            happened.append("solved")
+    assert "ran,solved" not in (order := ",".join(happened)) and "ran,settled,solved" in order
+
+
+def test_what_leaves_is_held_until_it_has_left() -> None:
+    waited: list[str] = []
+
+    class Event:
+        def synchronize(self) -> None:
+            waited.append("event")
+
+    moving = transfers.Transfers(torch.device("cpu"))
+    tensor = torch.ones(3)
+    moving._leaving[-1].append((Event(), tensor))  # type: ignore[arg-type]
+    gone = weakref.ref(tensor)
+    del tensor
+    moving.end_of_batch()
+    assert gone() is not None and not waited
+    moving.settle()
+    assert gone() is None and waited == ["event"]
 
 
 def test_every_group_sees_the_rewrites_of_all_groups_before_it() -> None:
