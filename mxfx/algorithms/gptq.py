@@ -151,12 +151,13 @@ def asymmetric_target(
             f"asymmetric_target: weight {tuple(weight.shape)} needs two ({cols}, {cols}) matrices, got "
             f"{tuple(hessian_q.shape)} and {tuple(cross.shape)}"
         )
-    h, w = hessian_q.double(), weight.double()
-    ridge = lam * h.diagonal().mean() * torch.eye(cols, dtype=torch.float64, device=h.device)
-    missing = (cross.double() - h) @ w.mT
+    # In place: these are the largest matrices of a run.
+    h, w = hessian_q.to(torch.float64, copy=True), weight.double()
+    missing = cross.to(torch.float64, copy=True).sub_(h) @ w.mT
     if drift is not None:
         missing += drift.double()
-    step = torch.cholesky_solve(missing, torch.linalg.cholesky(h + ridge)).mT
+    h.diagonal().add_(lam * h.diagonal().mean())
+    step = torch.cholesky_solve(missing, torch.linalg.cholesky(h)).mT
     return (w + alpha * step).to(torch.promote_types(weight.dtype, torch.float32))
 
 

@@ -128,7 +128,7 @@ def footprint(
     batches are on their way.
     """
     batches = -(-shape[0] // batch_size)
-    simulation = _Simulation(lowered, stored, min(batch_size, shape[0]), shape[1], batches, device)
+    simulation = _Simulation(lowered, stored, min(batch_size, shape[0]), shape[1], batches, device, reference)
     found = simulation.run(cut(lowered.graph, frozenset(targets)))
     return replace(found, waiting=2 * found.waiting, resident=2 * found.resident) if reference else found
 
@@ -153,6 +153,13 @@ def solver_bytes(rows: int, columns: int) -> int:
     return max(factorization, rounding)
 
 
+def target_bytes(rows: int, columns: int) -> int:
+    """What ``asymmetric_target`` takes beside the stored weights and the cross moment: the Hessian and, in float64, its
+    copy and the factor, or the cross moment's copy; the weights in both precisions, two right sides and the step.
+    """
+    return 20 * columns * columns + 36 * rows * columns
+
+
 class _Simulation:
     """Stages on tensors without data, one batch through each."""
 
@@ -164,11 +171,13 @@ class _Simulation:
         length: int,
         batches: int,
         device: torch.device,
+        reference: bool = False,
     ) -> None:
         self._program = program
         self._device = device
         self._batches = batches
         self._stored = stored
+        self._reference = reference
         self._env: dict[fx.Node, object] = {
             node: torch.empty(batch, length, dtype=torch.int64, device=_META) if node.target == "input_ids" else None
             for node in program.graph.nodes
@@ -217,8 +226,13 @@ class _Simulation:
             stacks = [shape for shape in shapes if len(shape) == 3]
             rows = sum(shape[0] for shape in shapes if len(shape) == 2)
             if rows:
-                hessians += 4 * columns**2
-                most = max(most, solver_bytes(rows, columns) - 4 * columns**2)
+                # With a reference a cross moment waits beside it.
+                hessians += (4 + 4 * self._reference) * columns**2
+                taken = solver_bytes(rows, columns)
+                if self._reference:
+                    # The weights that are aimed at are others than those that they come from.
+                    taken = max(taken + 8 * rows * columns, target_bytes(rows, columns))
+                most = max(most, taken - 4 * columns**2)
             if stacks:
                 sums = 4 * min(shape[0] for shape in stacks) * columns**2
                 most = max(most, min(sums, _budget(BUDGET, self._device)) + _budget(SOLVED_AT_ONCE, self._device))

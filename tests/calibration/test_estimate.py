@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxfx.algorithms.gptq import gptq_batch
+from mxfx.algorithms.gptq import asymmetric_target, gptq_batch
 from mxfx.algorithms.hessian_factor import permute_symmetric
-from mxfx.calibration.estimate import Footprint, LiveBytes, footprint, place, solver_bytes
+from mxfx.calibration.estimate import Footprint, LiveBytes, footprint, place, solver_bytes, target_bytes
 from mxfx.calibration.stream import StreamOptions, stream_layers
 from mxfx.formats import parse
 from mxfx.graph.node import path_of
@@ -74,6 +74,19 @@ def test_the_peak_of_the_solver_is_within_15_percent_of_the_formula(rows: list[i
         gptq_batch(weights, hessian, parse("mxint4@32"))
     mine = 4 * columns * columns + 4 * sum(rows) * columns
     assert live.peak + mine == pytest.approx(solver_bytes(sum(rows), columns), rel=0.15)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(384, 512), (1024, 256), (128, 1024)])
+def test_the_peak_of_moved_targets_is_within_15_percent_of_the_formula(rows: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2 * columns, columns, generator=generator) for _ in range(2))
+    weight, hessian, cross = torch.randn(rows, columns, generator=generator), x.mT @ x, x.mT @ y
+    kept = [t.clone() for t in (weight, hessian, cross)]
+    with LiveBytes() as live:
+        found = asymmetric_target(weight, hessian, cross)
+    assert found.shape == weight.shape and all(map(torch.equal, kept, (weight, hessian, cross)))
+    mine = 4 * columns * columns + 4 * rows * columns
+    assert live.peak + mine == pytest.approx(target_bytes(rows, columns), rel=0.15)
 
 
 def test_an_index_by_both_axes_counts_what_cuda_spells_out() -> None:
