@@ -15,7 +15,7 @@ from mxfx.api import load_pipeline
 from mxfx.config import Pipeline
 from mxfx.driver.job import default_instruments
 from mxfx.graph.execute import execute
-from mxfx.graph.node import path_of
+from mxfx.graph.node import op_name
 from mxfx.graph.program import Program
 from mxfx.graph.trace import trace
 from mxfx.ground.errors import MxfxError
@@ -34,12 +34,30 @@ TOKENS = torch.randint(3, VOCABULARY, (4, 24), generator=torch.Generator().manua
 LEAST = 0.9
 EXCUSED = {"gemma3n_text": "alternating updates and low-rank residuals mix streams: products of no role"}
 
+#: Ops that move a weight and change nothing in it, and ops that multiply matrices.
+MOVES = (
+    "transpose",
+    "t",
+    "mT",
+    "permute",
+    "view",
+    "reshape",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "select",
+    "slice",
+    "cast",
+)
+MULTIPLIES = ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "mv")
+
 
 @dataclass
 class Outcome:
     """What became of a family: ``none`` (no tiny model), ``refused``, ``ok`` or ``CRASH``, and by configuration.
 
-    ``share``: of the weights that layers multiply by, what A gave a format; ``left``: what it did not, by path.
+    ``share``: of the weights that layers multiply by, what A gave a format; ``left``: what it did not, by path;
+    ``unseen``: what is multiplied by and counted nowhere.
     """
 
     name: str
@@ -48,8 +66,7 @@ class Outcome:
     configs: dict[str, str] = field(default_factory=dict)
     share: float = 1.0
     left: list[str] = field(default_factory=list)
-    aside: dict[str, list] = field(default_factory=dict)
-    unseen: dict[str, list[int]] = field(default_factory=dict)
+    unseen: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -74,8 +91,7 @@ def outcome(name: str) -> Outcome:
         logits = execute(result.program, TOKENS[:2])
         found.configs[config] = "ok" if bool(logits.isfinite().all()) else "CRASH: logits are not finite"
         if config == "A":
-            weights = inner(found_all := multiplied(result.before_emit))
-            found.aside = {path_of(one.node): [one.role, one.elements] for one in found_all if one not in weights}
+            weights = inner(multiplied(result.before_emit))
             found.share = share_in_format(weights)
             found.left = sorted({one.node.meta["mxfx"].path for one in weights if one.format is None})
             found.unseen = unseen(result.before_emit)
@@ -84,26 +100,27 @@ def outcome(name: str) -> Outcome:
     return found
 
 
-def unseen(program: Program) -> dict[str, list[int]]:
-    """Stored tensors of more than one axis that are in no product with a weight and no table of an embedding: shapes.
+def unseen(program: Program) -> list[str]:
+    """Stored tensors that a matrix product multiplies by and that no op of the catalogue has as its weight.
 
-    A product that nobody described would be missing from ``multiplied``, and so from the share.
+    ``multiplied``, and so the share, knows nothing of them.
     """
-    seen: set[fx.Node] = set()
+    found = []
     for node in program.nodes():
-        call = spec(node)
-        known = "weight" if call.product is not None or call.concept == "embedding" else None
-        pending = [] if known is None or call.node_of(known) is None else [call.node_of(known)]
-        while pending:
-            one = pending.pop()
-            seen.add(one)
-            pending += one.all_input_nodes
-    stored = [node for node in program.nodes() if node.op == "get_attr" and node not in seen]
-    return {
-        str(node.target): list(node.meta["val"].shape)
-        for node in stored
-        if sum(size > 1 for size in node.meta["val"].shape) > 1 and str(node.target) not in program.weights.constants
-    }
+        if node.op != "get_attr" or str(node.target) in program.weights.constants:
+            continue
+        frontier = [node]
+        while frontier:
+            readers = {reader: _op(reader) for reader in frontier.pop().users}
+            frontier += [reader for reader, op in readers.items() if op in MOVES]
+            if any(op in MULTIPLIES and not spec(reader).product for reader, op in readers.items()):
+                found.append(str(node.target))
+    return found
+
+
+def _op(node: fx.Node) -> str:
+    """``matmul`` for ``aten.matmul.default``."""
+    return op_name(node).rpartition(".")[0].rpartition(".")[2]
 
 
 def shortened(file: str) -> Pipeline:

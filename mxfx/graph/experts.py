@@ -61,7 +61,7 @@ def settle_experts(program: Program) -> None:
     batched product with a stored weight is an expert linear too: each expert reads rows of its own.
     """
     for node in list(program.nodes()):
-        if node.target is aten.bmm.default and _is_stack(node.args[1]):
+        if node.target is aten.bmm.default and (_is_stack(node.args[1]) or _is_turned(node.args[1])):
             node = _expert_linear(program, node)
         if kind(node) != "expert_linear":
             continue
@@ -80,8 +80,18 @@ def _is_stack(operand: object) -> bool:
     return isinstance(operand, fx.Node) and operand.op == "get_attr" and operand.meta["val"].dim() == 3
 
 
+def _is_turned(operand: object) -> bool:
+    """Whether an operand is a stored weight ``(experts, out, in)`` with its last two axes swapped."""
+    if not isinstance(operand, fx.Node) or operand.target not in _TRANSPOSES or not _is_stack(operand.args[0]):
+        return False
+    return operand.target is aten.mT.default or {int(axis) % 3 for axis in operand.args[1:3]} == {1, 2}
+
+
 def _expert_linear(program: Program, product: fx.Node) -> fx.Node:
-    """``bmm(x, w)`` for ``x`` of ``(experts, rows, in)``: an expert linear whose slice ``e`` chooses expert ``e``."""
+    """``bmm(x, w)`` for ``x`` of ``(experts, rows, in)``: an expert linear whose slice ``e`` chooses expert ``e``.
+
+    ``w`` is a stored weight ``(experts, in, out)``, or the turned view of one ``(experts, out, in)``.
+    """
     x, weight = product.args
     assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
     runner = FakeRunner(weight.meta["val"].fake_mode)
@@ -96,7 +106,8 @@ def _expert_linear(program: Program, product: fx.Node) -> fx.Node:
     experts = weight.meta["val"].shape[0]
     numbers = call(aten.unsqueeze.default, call(torch.ops.mxfx.arange.default, x, 0, experts), 1)
     chosen = call(aten.expand.default, numbers, [experts, call(aten.sym_size.int, x, 1)])
-    made = call(torch.ops.mxfx.expert_linear.default, x, _store_transposed(program, weight, product), chosen)
+    stored = weight.args[0] if _is_turned(weight) else _store_transposed(program, weight, product)
+    made = call(torch.ops.mxfx.expert_linear.default, x, stored, chosen)
     product.replace_all_uses_with(made)
     for stale in (product, weight):
         if not stale.users:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import fx
 
 from mxfx.graph.experts import TRANSPOSED
+from mxfx.graph.fake import FakeRunner
 from mxfx.graph.node import info, operands, set_info
 from mxfx.graph.program import Program
 
@@ -16,12 +19,16 @@ _TURNS = (aten.t.default, aten.mT.default, aten.transpose.int, aten.permute.defa
 
 
 def settle_linears(program: Program) -> None:
-    """In a fresh trace: ``linear(x, W, b)`` for every product of a value with a stored matrix on its right.
+    """In a fresh trace: ``linear(x, W, b)`` for every product of a value with a stored matrix on its right; one with a
+    stored matrix on its left, ``W @ x``, is that of ``x.mT``, turned back.
 
     A weight that the model keeps as ``(in, out)`` is stored as a view of it, ``(out, in)``, under a name that says so.
     """
     for node in program.nodes():
         if node.target not in _PRODUCTS:
+            continue
+        if node.target is aten.matmul.default and _is_matrix(node.args[0]) and not _is_matrix(node.args[1]):
+            _turn(program, node)
             continue
         given = list(node.args)
         bias = given.pop(0) if node.target is aten.addmm.default else None
@@ -34,6 +41,30 @@ def settle_linears(program: Program) -> None:
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         program.graph.erase_node(node)
+
+
+def _is_matrix(operand: object) -> bool:
+    return isinstance(operand, fx.Node) and operand.op == "get_attr" and operand.meta["val"].dim() == 2
+
+
+def _turn(program: Program, product: fx.Node) -> None:
+    """``matmul(W, x)`` as ``linear(x.mT, W).mT``."""
+    weight, x = product.args
+    assert isinstance(weight, fx.Node) and isinstance(x, fx.Node)
+    if x.meta["val"].dim() < 2:
+        return
+    runner = FakeRunner(weight.meta["val"].fake_mode)
+
+    def call(target: Callable, *args: object) -> fx.Node:
+        with program.graph.inserting_before(product):
+            node = program.graph.call_function(target, args)
+        node.meta = {"val": runner.run(node)}
+        set_info(node, info(product))
+        return node
+
+    rows = call(aten.transpose.int, x, -2, -1)
+    product.replace_all_uses_with(call(aten.transpose.int, call(aten.linear.default, rows, weight), -2, -1))
+    program.graph.erase_node(product)
 
 
 def _is_plain(node: fx.Node, bias: object) -> bool:

@@ -11,6 +11,7 @@ from mxfx.graph.verify import verify
 from mxfx.ops.catalogue import spec
 from tests.architectures import build
 from tests.programs import relative
+from tests.sweep import unseen
 
 CONV1D, TURNED = "gpt2", "falcon"
 
@@ -37,3 +38,14 @@ def test_a_weight_stored_the_other_way_round_shares_its_memory_and_binds() -> No
     ids = torch.randint(3, 128, (2, 9))
     with torch.no_grad():
         assert relative(execute(bind(trace(empty), model), ids), model(ids).logits) < 1e-6
+
+
+def test_a_stored_matrix_on_the_left_is_the_weight_of_a_linear_too() -> None:
+    model = build("mamba")
+    program = trace(model)
+    verify(program)
+    assert "backbone.layers.1.mixer.dt_proj.weight" in {program.weight_of(n) for n in program.products()}
+    assert not unseen(program)
+    ids = torch.randint(3, 128, (2, 9))
+    with torch.no_grad():
+        assert relative(execute(program, ids), model(ids).logits) < 1e-5

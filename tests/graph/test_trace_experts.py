@@ -13,8 +13,10 @@ from mxfx.graph.node import path_of
 from mxfx.graph.trace import bind, trace
 from mxfx.graph.verify import verify
 from mxfx.passes import Lower, RaiseAttention, RaiseNorm, RaiseRope
+from tests import architectures
 from tests.mixtures import MIXTURES, mixture, traced_mixture
 from tests.programs import RAISE, padded_batch, passed, relative
+from tests.sweep import unseen
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -120,3 +122,11 @@ def test_rows_that_the_data_cuts_by_expert_are_one_expert_linear() -> None:
     one = torch.tensor([[5]])
     with torch.no_grad():
         assert relative(execute(program, one), mixture("jetmoe")(input_ids=one).logits) < 1e-5
+
+
+def test_a_batched_product_with_turned_weights_is_an_expert_linear_that_reads_them_as_they_are() -> None:
+    program = trace(architectures.build("inkling_text"))
+    shared = [path_of(n) for n in program.nodes("expert_linear") if "layers.1.mlp.shared" in path_of(n)]
+    assert shared == [f"model.layers.1.mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")]
+    assert {program.weight_of(n) for n in program.nodes("expert_linear")} >= set(shared)
+    assert not unseen(program)
