@@ -21,9 +21,10 @@ else:
     from mxfx.ops.attention import attend
     from mxfx.ops.cache import write_cache
     from mxfx.ops.kernels import cache_triton
-    from mxfx.ops.kernels.cache_rows_triton import row_of, takes, write_tokens
+    from mxfx.ops.kernels.cache_rows_triton import takes, write_tokens
     from mxfx.ops.kernels.cache_triton import attend_token
 
+    BF16 = torch.bfloat16
     FORMATS = ("mxint4@32/mse", "mxint8@16", "mxfp4_e2m1@16/ceil", "mxfp8_e4m3@32", "mxfp8_e5m2@32", None)
 
     def _grid(text: str | None, *shape: int, seed: int = 0) -> Tensor:
@@ -68,8 +69,7 @@ else:
         keys, key_scales = _filled(text, 20, width, 20, 2)
         values, value_scales = _filled(text, 20, width, 20, 3)
         q = torch.randn(2, 4, 1, width, generator=torch.Generator().manual_seed(4))
-        row = row_of(width, fmt)
-        assert takes(width, fmt) and cache_triton._padded(row) // (2 if row.bits == 4 else 1) >= 16
+        assert takes(width, fmt)
         got = attend_token(q, (keys, values, key_scales, value_scales), None, torch.tensor([19]), 0.3, width, fmt, fmt)
         k, v = keys, values
         if key_scales is not None and value_scales is not None and fmt is not None:
@@ -78,11 +78,12 @@ else:
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
         assert not takes(16, parse("mxint4@16"))
 
-    @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.parametrize(("masked", "warps"), [(False, 1), (True, 2)])
     @pytest.mark.parametrize(("key", "value"), [(f, f) for f in FORMATS] + [("mxint4@32/mse", None)])
-    def test_attention_over_the_cache_is_that_of_the_definition(key, value, masked, monkeypatch):
-        monkeypatch.setattr(cache_triton, "PLACES", 16)
-        monkeypatch.setattr(cache_triton, "PROGRAMS", {True: 12, False: 12})
+    def test_attention_over_the_cache_is_that_of_the_definition(key, value, masked, warps, monkeypatch):
+        monkeypatch.setattr(cache_triton, "PLACES", {True: 16, False: 16})
+        monkeypatch.setattr(cache_triton, "WARPS", {True: warps, False: warps})
+        monkeypatch.setattr(cache_triton, "TOGETHER", {True: 8, False: 8})
         room, width, v_width, count = 70, 64, 96, 49
         fmts = [None if text is None else parse(text) for text in (key, value)]
         keys, key_scales = _filled(key, room, width, count, 2)
@@ -105,8 +106,8 @@ else:
     @pytest.mark.parametrize("width", [64, 128])
     def test_codes_are_read_four_at_a_time(width, monkeypatch):
         """As on a GPU in bfloat16, which the interpreter cannot multiply."""
-        read_as = cache_triton._read_as
-        monkeypatch.setattr(cache_triton, "_read_as", lambda row, dtype: read_as(row, torch.bfloat16))
+        read_of = cache_triton.read_of
+        monkeypatch.setattr(cache_triton, "read_of", lambda width, fmt, lanes, _: read_of(width, fmt, lanes, BF16))
         fmt = parse("mxint4@32/mse")
         (keys, ks), (values, vs) = (_filled(str(fmt), 70, width, 70, seed) for seed in (2, 3))
         q = torch.randn(2, 6, 1, width, generator=torch.Generator().manual_seed(4)) * 0.2
@@ -115,7 +116,7 @@ else:
         torch.testing.assert_close(got, attend(q, k, v, None, 0.3, False), rtol=1e-5, atol=1e-5)
 
     def test_soft_caps_and_sinks_are_those_of_attention(monkeypatch):
-        monkeypatch.setattr(cache_triton, "PROGRAMS", {True: 12, False: 12})
+        monkeypatch.setattr(cache_triton, "TOGETHER", {True: 12, False: 12})
         keys, values = (_filled(None, 49, 32, 49, seed)[0] for seed in (2, 3))
         q, sinks = torch.randn(2, 6, 1, 32), torch.randn(6)
         got = attend_token(q, (keys, values, None, None), None, torch.tensor([48]), 0.3, 32, None, None, 5.0, sinks)
@@ -126,3 +127,14 @@ else:
         assert takes(64, parse("mxint4@32")) and takes(80, None)
         assert not takes(80, parse("mxint4@32")) and not takes(64, parse("mxfp6_e3m2@32"))
         assert not takes(64, parse("mxint4@8"))
+
+    def test_one_stretch_is_whole_by_itself(monkeypatch):
+        """No second kernel; sinks too."""
+        monkeypatch.setattr(cache_triton, "TOGETHER", {True: 1, False: 1})
+        monkeypatch.setattr(cache_triton, "_join_kernel", None)
+        keys, values = (_filled(None, 49, 32, 49, seed)[0] for seed in (2, 3))
+        q, sinks = torch.randn(2, 6, 1, 32), torch.randn(6)
+        for given in (None, sinks):
+            got = attend_token(q, (keys, values, None, None), None, torch.tensor([48]), 0.3, 32, None, None, None, given)
+            wanted = attend(q, keys, values, None, 0.3, False, None, given)
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)

@@ -163,6 +163,41 @@ def nibbles(halfwords, scale, part: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
+def narrow_power(biased):
+    """2^(biased - 127) as bfloat16 for E8M0 bytes, int16; infinity for 255, whose codes are zero: a product is NaN."""
+    if _PACKS:
+        powers = tl.inline_asm_elementwise(
+            "{.reg .b32 x, c; mov.b32 c, 0x00400040; shl.b32 x, $1, 7; max.u16x2 $0, x, c;}",
+            "=r,r", [biased], dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        powers = tl.maximum(biased << 7, 0x40).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return powers
+
+
+@triton.constexpr_function
+def _four_bits_fused(part):
+    """As `_four_bits`, the scale and 136 times it in one step: the product is not rounded, so neither is the result."""
+    return (
+        "{.reg .b32 x, c; mov.b32 c, 0x43084308; shr.b32 x, $1, "
+        + str(4 * part)
+        + "; lop3.b32 x, x, 0x000f000f, c, 0x6a; fma.rn.bf16x2 $0, x, $2, $3;}"
+    )
+
+
+@triton.jit
+def fused_nibbles(halfwords, scale, less, part: tl.constexpr, dtype: tl.constexpr):
+    """As `nibbles`; `less` is -136 times the scales."""
+    if _PACKS:
+        values = tl.inline_asm_elementwise(
+            _four_bits_fused(part), "=r,r,r,r", [halfwords, scale, less], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        values = nibbles(halfwords, scale, part, dtype)
+    return values
+
+
+@triton.jit
 def _expand_kernel(
     codes_ptr,
     scales_ptr,
