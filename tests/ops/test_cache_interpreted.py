@@ -81,7 +81,7 @@ else:
     @pytest.mark.parametrize(("masked", "warps"), [(False, 1), (True, 2)])
     @pytest.mark.parametrize(("key", "value"), [(f, f) for f in FORMATS] + [("mxint4@32/mse", None)])
     def test_attention_over_the_cache_is_that_of_the_definition(key, value, masked, warps, monkeypatch):
-        monkeypatch.setattr(cache_triton, "PLACES", {True: 16, False: 16})
+        monkeypatch.setattr(cache_triton, "PLACES", {True: 32, False: 16})
         monkeypatch.setattr(cache_triton, "WARPS", {True: warps, False: warps})
         monkeypatch.setattr(cache_triton, "TOGETHER", {True: 8, False: 8})
         room, width, v_width, count = 70, 64, 96, 49
@@ -107,7 +107,9 @@ else:
     def test_codes_are_read_four_at_a_time(width, monkeypatch):
         """As on a GPU in bfloat16, which the interpreter cannot multiply."""
         read_of = cache_triton.read_of
-        monkeypatch.setattr(cache_triton, "read_of", lambda width, fmt, lanes, _: read_of(width, fmt, lanes, BF16))
+        monkeypatch.setattr(
+            cache_triton, "read_of", lambda width, fmt, lanes, _, *tile: read_of(width, fmt, lanes, BF16, *tile)
+        )
         fmt = parse("mxint4@32/mse")
         (keys, ks), (values, vs) = (_filled(str(fmt), 70, width, 70, seed) for seed in (2, 3))
         q = torch.randn(2, 6, 1, width, generator=torch.Generator().manual_seed(4)) * 0.2
@@ -135,6 +137,8 @@ else:
         keys, values = (_filled(None, 49, 32, 49, seed)[0] for seed in (2, 3))
         q, sinks = torch.randn(2, 6, 1, 32), torch.randn(6)
         for given in (None, sinks):
-            got = attend_token(q, (keys, values, None, None), None, torch.tensor([48]), 0.3, 32, None, None, None, given)
+            got = attend_token(
+                q, (keys, values, None, None), None, torch.tensor([48]), 0.3, 32, None, None, None, given
+            )
             wanted = attend(q, keys, values, None, 0.3, False, None, given)
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)

@@ -163,6 +163,27 @@ def nibbles(halfwords, scale, part: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
+def fetch(pointers):
+    """Let the device's second cache fetch what pointers point to."""
+    if _PACKS:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def held(x):
+    """int16 `x`, of which the compiler does not know that it was loaded.
+
+    It would lay operands of products out for loads of so few bits, and move codes between lanes to get there.
+    """
+    if _PACKS:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int16, is_pure=False, pack=2)
+    return x
+
+
+@triton.jit
 def narrow_power(biased):
     """2^(biased - 127) as bfloat16 for E8M0 bytes, int16; infinity for 255, whose codes are zero: a product is NaN."""
     if _PACKS:
@@ -176,24 +197,29 @@ def narrow_power(biased):
 
 
 @triton.constexpr_function
-def _four_bits_fused(part):
-    """As `_four_bits`, the scale and 136 times it in one step: the product is not rounded, so neither is the result."""
+def _four_bit_floats(part):
+    """Two codes of E2M1, nibble `part` of two halfwords, as bfloat16: their bits below the exponent, times 2^126."""
+    shift, up = 6 - 4 * part, 12 - 4 * part
     return (
-        "{.reg .b32 x, c; mov.b32 c, 0x43084308; shr.b32 x, $1, "
-        + str(4 * part)
-        + "; lop3.b32 x, x, 0x000f000f, c, 0x6a; fma.rn.bf16x2 $0, x, $2, $3;}"
+        "{.reg .b32 x, s, c; "
+        + (f"shl.b32 x, $1, {shift}; " if shift > 0 else f"shr.b32 x, $1, {-shift}; ")
+        + f"shl.b32 s, $1, {up}; and.b32 s, s, 0x80008000; mov.b32 c, 0x01c001c0; lop3.b32 x, x, c, s, 0xea; "
+        + "mov.b32 c, 0x7e807e80; mul.rn.bf16x2 x, x, c; mul.rn.bf16x2 $0, x, $2;}"
     )
 
 
 @triton.jit
-def fused_nibbles(halfwords, scale, less, part: tl.constexpr, dtype: tl.constexpr):
-    """As `nibbles`; `less` is -136 times the scales."""
+def float_nibbles(halfwords, scale, part: tl.constexpr, dtype: tl.constexpr):
+    """As `nibbles`, of E2M1."""
     if _PACKS:
         values = tl.inline_asm_elementwise(
-            _four_bits_fused(part), "=r,r,r,r", [halfwords, scale, less], dtype=tl.bfloat16, is_pure=True, pack=2
+            _four_bit_floats(part), "=r,r,r", [halfwords, scale], dtype=tl.bfloat16, is_pure=True, pack=2
         )
     else:
-        values = nibbles(halfwords, scale, part, dtype)
+        code = halfwords.to(tl.int32) >> (4 * part)
+        bits = ((code & 7) << 6) | ((code & 8) << 12)
+        values = (bits << 16).to(tl.float32, bitcast=True) * 2.0**126 * scale.to(tl.float32)
+        values = values.to(dtype)
     return values
 
 
