@@ -81,7 +81,7 @@ else:
     @pytest.mark.parametrize(("masked", "warps"), [(False, 1), (True, 2)])
     @pytest.mark.parametrize(("key", "value"), [(f, f) for f in FORMATS] + [("mxint4@32/mse", None)])
     def test_attention_over_the_cache_is_that_of_the_definition(key, value, masked, warps, monkeypatch):
-        monkeypatch.setattr(cache_triton, "PLACES", {True: 32, False: 16})
+        monkeypatch.setattr(cache_triton, "TILE_BYTES", 0)
         monkeypatch.setattr(cache_triton, "WARPS", {True: warps, False: warps})
         monkeypatch.setattr(cache_triton, "TOGETHER", {True: 8, False: 8})
         room, width, v_width, count = 70, 64, 96, 49

@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from mxfx.algorithms.launch import Launch
 from mxfx.formats import parse
 from mxfx.ops.kernels import cache_triton, heads_triton, integer_triton, norm_triton, transform_triton
-from mxfx.ops.kernels.cache_rows_triton import row_of
+from mxfx.ops.kernels.cache_tiles_triton import KEY_LANES, VALUE_LANES, read_of
 
 pytestmark = pytest.mark.triton
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -26,12 +26,20 @@ BF16, CPU = torch.bfloat16, torch.device("cpu")
 
 
 def compiled(kernel: Any, kinds: Sequence[str], scalars: Sequence[object], constants: Mapping, options: Mapping) -> Any:
-    """A kernel for pointers to `kinds`, then scalars, all pointers aligned to 16 bytes."""
+    """A kernel for pointers to `kinds`, then scalars; as at a launch, it is told which numbers 16 divides.
+
+    All pointers are aligned to 16 bytes.
+    """
     names = kernel.arg_names
     given = [*kinds, *("fp32" if isinstance(value, float) else "i32" for value in scalars)]
     signature = dict(zip(names, given, strict=False)) | dict.fromkeys(constants, "constexpr")
     at = {(names.index(name),): value for name, value in constants.items()}
-    aligned = {(index,): [["tt.divisibility", 16]] for index in range(len(kinds))}
+    given = [*kinds, *scalars]
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, value in enumerate(given)
+        if isinstance(value, str) or (isinstance(value, int) and value % 16 == 0)  # a pointer, a number
+    }
     return triton.compile(ASTSource(kernel, signature, at, aligned), target=HOPPER, options=dict(options))
 
 
@@ -77,20 +85,31 @@ def test_heads_of_a_step(width: int) -> None:
     launch(heads_triton._launch((1, 32, 8, 1), CPU, strides, strides, strides, 0, *heads), ["*bf16"] * 11)
 
 
-@pytest.mark.parametrize(("width", "text"), [(8, None), (16, "mxint8@16"), (32, "mxint4@16"), (64, "mxint4@32")])
-def test_attention_of_narrow_heads(width: int, text: str | None) -> None:
-    row = cache_triton._read_as(row_of(width, None if text is None else parse(text)), BF16)
-    kind = "*bf16" if text is None else "*i16" if row.halfwords else "*u8"
-    scales = "*bf16" if text is None else "*u8"
-    kinds = ["*bf16", kind, kind, scales, scales, "*bf16", "*i64", *["*fp32"] * 3]
-    constants = {
-        "KEY": row,
-        "VALUE": row,
-        "GROUP": 2,
-        "GROUP_PADDED": 8,
-        "PLACES": 64,
-        "HAS_BIAS": False,
-        "HAS_CAP": False,
-    }
-    scalars = [2, 64, 4, 0.3, 1.0, *[4096] * 9]
-    compiled(cache_triton._attend_kernel, kinds, scalars, constants, {"num_warps": 4 if text is None else 1})
+def attention(width: int, text: str | None, packed: bool) -> Any:
+    fmt, warps, places = (
+        None if text is None else parse(text),
+        1 if packed else 4,
+        32 if width > 64 or not packed else 64,
+    )
+    key, value = (read_of(width, fmt, lanes, BF16, places, warps) for lanes in (KEY_LANES, VALUE_LANES))
+    kind, scales = ("*bf16", "*bf16") if text is None else ("*i16", "*u8")
+    kinds = ["*bf16", kind, kind, scales, scales, "*bf16", "*i64", *["*fp32"] * 3, "*bf16"]
+    given = {"HAS_BIAS": False, "HAS_CAP": False, "HAS_SINKS": False, "ALONE": False, "GROUP": 4, "GROUP_PADDED": 8}
+    scalars = [8, 64, 4, 0.3, 1.0, *[4096] * 9]
+    options = {"num_warps": warps, "num_stages": 1 if packed else 2}
+    return compiled(cache_triton._attend_kernel, kinds, scalars, {"KEY": key, "VALUE": value, **given}, options)
+
+
+@pytest.mark.parametrize(("width", "text"), [(8, None), (16, "mxint8@16"), (32, "mxint4@16"), (96, "mxfp8_e4m3@32")])
+def test_attention_of_heads_of_all_widths(width: int, text: str | None) -> None:
+    attention(width, text, text is not None)
+
+
+@pytest.mark.parametrize("text", ["mxint4@32/mse", "mxfp4_e2m1@32"])
+@pytest.mark.parametrize("width", [64, 128])
+def test_codes_are_decoded_by_the_lanes_that_multiply_them(width: int, text: str) -> None:
+    found = attention(width, text, True)
+    # Shared memory serves queries and sums; one tile of decoded keys would take 4096 bytes or more.
+    assert found.metadata.shared <= 1024
+    loop = found.asm["ptx"].split("mma.sync")[1:-1]
+    assert len(loop) > 60 and not any("ldmatrix" in part or "st.shared" in part for part in loop[:31])

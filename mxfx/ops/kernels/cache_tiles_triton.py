@@ -22,7 +22,8 @@ import triton.language as tl
 
 from mxfx.formats import Format
 from mxfx.ops.kernels.cache_rows_triton import Row, row_of
-from mxfx.ops.kernels.packed_triton import element, fetch, float_nibbles, held, narrow_power, narrowed, nibbles, power
+from mxfx.ops.kernels.nibbles_triton import float_nibbles, held, narrow_power, nibbles
+from mxfx.ops.kernels.packed_triton import element, narrowed, power
 
 #: Lanes along a row.
 KEY_LANES, VALUE_LANES = 4, 8
@@ -132,21 +133,6 @@ def loaded(cache_ptr, scales_ptr, begin, end, READ: tl.constexpr, WHOLE: tl.cons
 
 
 @triton.jit
-def announced(cache_ptr, scales_ptr, begin, end, READ: tl.constexpr):
-    """Let the device's cache fetch the rows at the places from `begin` on, which is before `end`."""
-    TILE: tl.constexpr = READ.value.places * READ.value.warps
-    at = (end - (end - begin)).to(tl.int64)
-    last = end - begin
-    # 32 halfwords, 64 bytes of scales.
-    CHUNKS: tl.constexpr = triton.next_power_of_2(triton.cdiv(TILE * READ.value.halfwords, 32))
-    chunk = tl.minimum(tl.arange(0, CHUNKS) * 32, last * READ.value.halfwords - 1)
-    fetch(cache_ptr + at * READ.value.halfwords + chunk)
-    CHUNKS_OF_SCALES: tl.constexpr = triton.next_power_of_2(triton.cdiv(TILE * READ.value.row.blocks, 64))
-    chunk = tl.minimum(tl.arange(0, CHUNKS_OF_SCALES) * 64, last * READ.value.row.blocks - 1)
-    fetch(scales_ptr + at * READ.value.row.blocks + chunk)
-
-
-@triton.jit
 def offsets(READ: tl.constexpr):
     """Which place each row of an operand is, counted from the first: (warps, places)."""
     line = tl.arange(0, READ.value.places)[None, :]
@@ -200,11 +186,7 @@ def powers(bytes, READ: tl.constexpr):
     else:
         spread = tl.broadcast_to(bytes[:, :, :, :, :, None, :], (4, 8, WARPS, EIGHTS, GROUPS, ALIKE, 2))
         spread = tl.reshape(spread, (4, 8, WARPS, EIGHTS, GROUPS * ALIKE, 2))
-    if READ.value.paired != "":
-        found = narrow_power(spread)
-    else:
-        found = power(spread.to(tl.int32))
-    return found
+    return narrow_power(spread) if READ.value.paired != "" else power(spread.to(tl.int32))
 
 
 @triton.jit

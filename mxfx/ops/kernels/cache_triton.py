@@ -14,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxfx.algorithms.launch import on_device_of
 from mxfx.formats import Format
@@ -22,7 +21,6 @@ from mxfx.ops.kernels.cache_rows_triton import Caches
 from mxfx.ops.kernels.cache_tiles_triton import (
     KEY_LANES,
     VALUE_LANES,
-    announced,
     key_channels,
     key_tile,
     loaded,
@@ -33,17 +31,13 @@ from mxfx.ops.kernels.cache_tiles_triton import (
     value_tile,
 )
 
-#: By whether the cache is packed: places that a warp meets at a time, warps of a program, and warps that a device
-#: should have to do. Of an H200.
-PLACES = {True: 32, False: 32}
-WARPS = {True: 4, False: 4}
+#: Bytes of keys, and of values, that a warp meets at a time; no fewer than 32 places, and no more than 64.
+TILE_BYTES = 2048
+#: By whether the cache is packed: warps of a program, and warps that a device should have to do. Of an H200.
+WARPS = {True: 1, False: 4}
 TOGETHER = {True: 2112, False: 1056}
 #: Channels of a row that one program joins.
 JOINED = 16
-OVERLAPS = False
-AHEAD = False
-FETCHES = False
-OPTIONS: dict[str, int] = {}
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -69,7 +63,9 @@ def attend_token(
     kv_heads, room = keys.shape[1:3]
     group = heads // kv_heads
     packed = key_scales is not None or value_scales is not None
-    warps, places = WARPS[packed], PLACES[packed]
+    warps = WARPS[packed]
+    bytes_a_place = max(keys.shape[3] * keys.element_size(), values.shape[3] * values.element_size())
+    places = 64 if 64 * bytes_a_place <= TILE_BYTES else 32
     stretches = max(1, min(TOGETHER[packed] // (batch * kv_heads * warps), triton.cdiv(room, places * warps)))
     alone = stretches == 1
     key = read_of(q.shape[-1], key_format, KEY_LANES, q.dtype, places, warps)
@@ -85,8 +81,6 @@ def attend_token(
     values, vs = (values, values) if value_scales is None else (values.view(torch.int16), value_scales)
     given = q if bias is None else bias.expand(batch, 1, 1, room)
     sunk = q if sinks is None else sinks
-    # The second kernel starts while the first ends, and waits for it on the device; not in the interpreter.
-    overlaps = OVERLAPS and not alone
     with on_device_of(q):
         _attend_kernel[(batch * kv_heads, stretches)](
             q, keys, values, ks, vs, given, slots, partial, sums[0], sums[-1], sunk,
@@ -95,14 +89,12 @@ def attend_token(
             0 if bias is None else given.stride(0),
             KEY=key, VALUE=value, GROUP=group, GROUP_PADDED=max(8, triton.next_power_of_2(group)),
             HAS_BIAS=bias is not None, HAS_CAP=softcap is not None, HAS_SINKS=sinks is not None,
-            ALONE=alone, OVERLAPS=overlaps, AHEAD=packed and AHEAD, FETCHES=FETCHES and not (key.plain or value.plain),
-            num_warps=warps, num_stages=1 if packed else 2, **(OPTIONS if packed else {}),
+            ALONE=alone, num_warps=warps, num_stages=1 if packed else 2,
         )  # fmt: skip
         if not alone:
             _join_kernel[(batch * heads, lines // JOINED)](
                 partial, sums[0], sums[1], out, sunk, stretches, heads, HAS_SINKS=sinks is not None,
-                VALUE=value, LANES=JOINED, STRETCHES=triton.next_power_of_2(stretches), OVERLAPS=overlaps,
-                num_warps=4, **({"launch_pdl": True} if overlaps else {}),
+                VALUE=value, LANES=JOINED, STRETCHES=triton.next_power_of_2(stretches), num_warps=4,
             )  # fmt: skip
     return out
 
@@ -201,9 +193,6 @@ def _attend_kernel(
     HAS_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     ALONE: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    FETCHES: tl.constexpr,
 ):
     """A stretch of places for one text and key-value head; `ALONE`: it is the only one, and its sums are the result."""
     pair, stretch = tl.program_id(0), tl.program_id(1)
@@ -236,31 +225,13 @@ def _attend_kernel(
     total = tl.zeros([WARPS, GROUP_PADDED], tl.float32)
     o0 = tl.zeros([WARPS, CHANNELS, GROUP_PADDED], tl.float32)
     o1, o2, o3 = o0, o0, o0
-    if AHEAD and start < whole:
-        keys, key_scales = loaded(keys_ptr, key_scales_ptr, start, end, KEY, True)
-        values, value_scales = loaded(values_ptr, value_scales_ptr, start, end, VALUE, True)
-        for begin in range(start, whole, TILE):
-            now = keys, key_scales, values, value_scales
-            # The last ones are read again: a branch would keep loads from moving among what they are to hide.
-            following = tl.minimum(begin + TILE, whole - TILE)
-            keys, key_scales = loaded(keys_ptr, key_scales_ptr, following, end, KEY, True)
-            values, value_scales = loaded(values_ptr, value_scales_ptr, following, end, VALUE, True)
-            largest, total, o0, o1, o2, o3 = _met(
-                *now, bias_ptr, begin, end, q0, q1, q2, q3, largest, total, o0, o1, o2, o3, scale, softcap,
-                KEY, VALUE, HAS_BIAS, HAS_CAP,
-            )  # fmt: skip
-    if not AHEAD:
-        for begin in range(start, whole, TILE):
-            if FETCHES:
-                if begin + TILE < end:
-                    announced(keys_ptr, key_scales_ptr, begin + TILE, end, KEY)
-                    announced(values_ptr, value_scales_ptr, begin + TILE, end, VALUE)
-            keys, key_scales = loaded(keys_ptr, key_scales_ptr, begin, end, KEY, True)
-            values, value_scales = loaded(values_ptr, value_scales_ptr, begin, end, VALUE, True)
-            largest, total, o0, o1, o2, o3 = _met(
-                keys, key_scales, values, value_scales, bias_ptr, begin, end, q0, q1, q2, q3,
-                largest, total, o0, o1, o2, o3, scale, softcap, KEY, VALUE, HAS_BIAS, HAS_CAP,
-            )  # fmt: skip
+    for begin in range(start, whole, TILE):
+        keys, key_scales = loaded(keys_ptr, key_scales_ptr, begin, end, KEY, True)
+        values, value_scales = loaded(values_ptr, value_scales_ptr, begin, end, VALUE, True)
+        largest, total, o0, o1, o2, o3 = _met(
+            keys, key_scales, values, value_scales, bias_ptr, begin, end, q0, q1, q2, q3,
+            largest, total, o0, o1, o2, o3, scale, softcap, KEY, VALUE, HAS_BIAS, HAS_CAP,
+        )  # fmt: skip
     if whole < end:
         keys, key_scales = loaded(keys_ptr, key_scales_ptr, whole, end, KEY, False)
         values, value_scales = loaded(values_ptr, value_scales_ptr, whole, end, VALUE, False)
@@ -268,8 +239,6 @@ def _attend_kernel(
             keys, key_scales, values, value_scales, bias_ptr, whole, end, q0, q1, q2, q3,
             largest, total, o0, o1, o2, o3, scale, softcap, KEY, VALUE, HAS_BIAS, HAS_CAP,
         )  # fmt: skip
-    if OVERLAPS:
-        gdc_launch_dependents()
     # The warps' sums, each by its share of the softmax.
     peak = tl.max(largest, 0)
     if ALONE and HAS_SINKS:
@@ -323,13 +292,10 @@ def _join_kernel(
     VALUE: tl.constexpr,
     LANES: tl.constexpr,
     STRETCHES: tl.constexpr,
-    OVERLAPS: tl.constexpr,
 ):
     """One program a text, a query head and a few channels: the stretches' sums, each by its share of the softmax."""
     row = tl.program_id(0).to(tl.int64)
     stretch = tl.arange(0, STRETCHES)
-    if OVERLAPS:
-        gdc_wait()
     lane = tl.program_id(1) * LANES + tl.arange(0, LANES)
     here = stretch < stretches
     largest = tl.load(largest_ptr + row * stretches + stretch, mask=here, other=float("-inf"))

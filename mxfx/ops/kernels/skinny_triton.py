@@ -18,7 +18,8 @@ from torch import Tensor
 
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
-from mxfx.ops.kernels.packed_triton import codes_of, element, narrowed, nibbles, power
+from mxfx.ops.kernels.nibbles_triton import nibbles
+from mxfx.ops.kernels.packed_triton import codes_of, element, narrowed, power
 
 
 @dataclass(frozen=True)
