@@ -25,10 +25,23 @@ else:
     from mxfx.formats import parse
     from mxfx.formats.stored import restore, store
     from mxfx.ops import fp8
-    from mxfx.ops.kernels import cuda, packed, packed_cuda
+    from mxfx.ops.kernels import cuda, limits, packed, packed_cuda
     from mxfx.ops.kernels.fp8_triton import rows_to_e4m3
+    from mxfx.ops.kernels.integer_mma_triton import Tiling, multiply_integer_tiles
+    from mxfx.ops.kernels.integer_triton import multiply_integers
     from mxfx.ops.kernels.packed_triton import expand, expand_to_e4m3, multiply_rows, nibbles
     from mxfx.ops.kernels.skinny_triton import multiply_some_rows
+
+    #: Rows, both operands' format, width: words of scales and single ones, rows of a tile and more.
+    PRODUCTS = (
+        (2, "mxint4@16", 96),
+        (3, "mxint4@32", 256),
+        (9, "mxint4@32", 288),
+        (40, "mxint4@32", 128),
+        (5, "mxint4@64", 512),
+        (5, "mxint4@128", 640),
+    )
+    TILINGS = (Tiling(16, 8, 8, 4, 2), Tiling(32, 16, 4, 4, 3), Tiling(64, 32, 2, 4, 1))
 
     @triton.jit
     def _nibbles_kernel(halfwords_ptr, scale_ptr, out_ptr, PART: tl.constexpr):
@@ -206,7 +219,8 @@ else:
     def _values(codes: torch.Tensor, units: torch.Tensor, block: int) -> torch.Tensor:
         """What `multiply_integers` takes, as float64."""
         parts = codes.view(*units.shape, 2, block // 2).transpose(-1, -2).reshape(*units.shape, block).double()
-        return (parts * torch.exp2(units.double() - 127)[..., None]).flatten(-2)
+        powers = torch.exp2(units.double() - 127).masked_fill(units == 255, float("nan"))
+        return (parts * powers[..., None]).flatten(-2)
 
     def _calls(dtype: torch.dtype, rows: int) -> list[tuple[str, tuple]]:
         generator = torch.Generator().manual_seed(rows)
@@ -244,28 +258,29 @@ else:
         x = torch.ones(3, 64)
         x[1, 40] = float("nan")
         codes, units = packed_cuda.integers("fake_quantize", x, "mxint4@32", -1)
-        assert units.tolist() == [[121, 121], [121, 254], [121, 121]] and not codes[1, 32:].any()
+        assert units.tolist() == [[121, 121], [121, 255], [121, 121]] and not codes[1, 32:].any()
         before = int(packed.inexact_rows(x.device))
         tiny = torch.full((1, 64), 2.0**-126)
         tiny[0, 3] = 2.0**-127
         packed_cuda.integers("fake_quantize", tiny, "mxint4@32", -1)
         assert int(packed.inexact_rows(x.device)) == before + 1
 
-    # Two rows each: 6 meet codes as integers, 12 as they are where products of 16 bits take them, else as E4M3.
+    # Two rows each: 2 and 6 meet codes as integers, 66 and, in blocks of 16, 14 as E4M3.
     @pytest.mark.parametrize("residual", [False, True])
-    @pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 3), (torch.float16, 3), (torch.float16, 6)])
+    @pytest.mark.parametrize("rows", [1, 3, 7, 33])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     def test_a_quantizer_and_its_linears_are_one_op(dtype, rows, residual):
         for name, args in _calls(dtype, rows):
-            text = next(a for a in args if isinstance(a, str)).partition("/")[0].replace("mxfp4_e2m1", "mxint4")
-            text = text.replace("mxfp6_e2m3", "mxint4")
+            given = parse(next(a for a in args if isinstance(a, str)))
+            text = f"mxint4@{given.block}"
             weights = [_packed(text, n, 96)[:2] for n in (7, 4, 2, 5)]
             codes, scales = [w[0] for w in weights], [w[1] for w in weights]
             biases = [torch.randn(n).to(dtype) for n in (7, 4, 2, 5)] if name == "norm_quantize" else []
             added = torch.randn(rows, 2, 18).to(dtype) if residual else None
-            given = (codes, scales, biases, added, text, *args)
-            got = getattr(packed_cuda, f"{name}_linear")(*given)
+            got = getattr(packed_cuda, f"{name}_linear")(codes, scales, biases, added, text, *args)
             # Here, on a CPU, the op of a quantizer is not its kernel for a device.
-            x = getattr(cuda if rows == 3 else torch.ops.mxfx_kernels, name)(*args).double()
+            integers = limits.takes_integers(parse(text), given, 2 * rows, 96)
+            x = getattr(cuda if integers else torch.ops.mxfx_kernels, name)(*args).double()
             parts = [
                 F.linear(x, restore(c, s, parse(text), 96, torch.float64), biases[i].double() if biases else None)
                 for i, (c, s) in enumerate(weights)
@@ -273,6 +288,46 @@ else:
             wanted = torch.cat(parts, -1).to(dtype) + (0 if added is None else added)
             tolerance = 1e-5 if dtype == torch.float32 else 4e-3
             torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+    @pytest.mark.parametrize("residual", [False, True])
+    @pytest.mark.parametrize(("rows", "text", "width"), PRODUCTS)
+    def test_products_in_integers_are_those_of_the_definition(rows, text, width, residual):
+        """Every way of them, bit by bit: sums that float32 holds, so that no order of theirs may round."""
+        fmt, generator, dtype = parse(text), torch.Generator().manual_seed(rows), torch.float32
+        x = torch.randn(rows, width, generator=generator).clamp(-3, 3)
+        x[0, : fmt.block], x[-1, -1] = 0.0, float("nan")
+        found = packed_cuda.integers("fake_quantize", x, text, -1)
+        x = _values(*found, fmt.block)
+        sizes = (40, 7, 3, 18)
+        weights = [fmt.fake_quantize(torch.randn(n, width, generator=generator).clamp(-3, 3)) for n in sizes]
+        for weight in weights:
+            weight[0, : fmt.block] = 0.0
+        packed_weights = [store(weight, fmt) for weight in weights]
+        codes, scales = [p[0] for p in packed_weights], [p[1] for p in packed_weights]
+        scales[1][3, 0], weights[1][3] = 255, float("nan")
+        biases = [torch.randn(n, generator=generator).round() for n in sizes] if residual else []
+        added = torch.randn(rows, sum(sizes), generator=generator).round() if residual else None
+        wanted = F.linear(x, torch.cat(weights).double(), torch.cat(biases).double() if biases else None)
+        wanted = wanted.to(dtype) + (0 if added is None else added)
+        assert wanted[-1].isnan().all() and wanted[:-1].isnan().sum() == rows - 1
+        for tiling in (None, *TILINGS) if fmt.block >= 32 else ():
+            out = torch.empty(rows, sum(sizes))
+            multiply_integer_tiles(*found, codes, scales, biases, added, fmt, out, tiling)
+            assert _same(out, wanted), tiling
+        out = torch.empty(rows, sum(sizes))
+        multiply_integers(*found, codes, scales, biases, added, fmt, out)
+        assert _same(out, wanted)
+
+    def test_scales_that_do_not_lie_on_a_word_are_read_one_by_one():
+        x = parse("mxint4@32").fake_quantize(torch.randn(9, 256))
+        codes, units = packed_cuda.integers("fake_quantize", x, "mxint4@32", -1)
+        weight, powers, _ = _packed("mxint4@32", 16, 256)
+        wanted, out = torch.empty(9, 16), torch.empty(9, 16)
+        given = ([], None, parse("mxint4@32"))
+        multiply_integer_tiles(codes, units, [weight], [powers], *given, wanted)
+        moved = torch.empty(powers.numel() + 1, dtype=torch.uint8)[1:].view(powers.shape).copy_(powers)
+        multiply_integer_tiles(codes, units, [weight], [moved], *given, out)
+        assert torch.equal(out, wanted)
 
     def test_weights_of_more_bits_than_e4m3_holds_are_never_expanded_to_it():
         codes, scales, _ = _packed("mxint8@32", 16, 64)

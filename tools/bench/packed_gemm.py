@@ -1,7 +1,7 @@
 """Products of MX operands on one GPU beside bfloat16's: are they exact, what do they cost?
 
-    python -m tools.bench.packed_gemm [--part exact|sums|many|few|together|tilings …] [--operands FILE] [--json FILE]
-        [--rehearse]
+    python -m tools.bench.packed_gemm [--part exact|sums|many|few|together|tilings|tiles|norms …] [--operands FILE]
+        [--json FILE] [--rehearse] [--quick]
 
 `exact`: every kernel beside its definition. `sums`: rows whose FP8 product differs from float64's, with and without
 the tensor cores' fast sums; with `--operands` also on recorded ones (safetensors: `NAME/x`, `NAME/codes`,
@@ -298,6 +298,87 @@ def tilings(device: str, counts: tuple[int, ...]) -> Iterator[dict[str, object]]
             yield {"linears": name, "rows": rows, "tiling": str(tiling), "µs": ms * 1e3, "chosen now": now * 1e3}
 
 
+#: Quantizer of the linears that read one input, in D.
+QUANTIZERS = {
+    "q k v": "norm_quantize",
+    "o": "transform_quantize",
+    "gate up": "norm_quantize",
+    "down": "silu_mul_quantize",
+}
+#: Channels, warps and stages of the product in integers on tensor cores.
+TILES = ((16, 4, 3), (16, 8, 3), (16, 8, 2), (32, 4, 3), (32, 4, 4), (32, 8, 3), (64, 4, 3))
+
+
+def tiles(device: str, counts: tuple[int, ...]) -> Iterator[dict[str, object]]:
+    """Each way to multiply few to 64 rows: µs, and results that differ from float64's rounded to bfloat16.
+
+    `op` is what a graph of D calls, its quantizer in it.
+    """
+    from mxfx.ops.kernels.integer_mma_triton import Tiling, multiply_integer_tiles
+
+    text, bf16 = "mxint4@32/mse", torch.bfloat16
+    fmt = parse(text)
+    for model, (name, width, channels) in ((m, s) for m, shapes in SHAPES.items() for s in shapes):
+        size = sum(channels) * width
+        sets = [[packed_weight(n, width, text, device) for n in channels] for _ in range(-(-2 * CACHE // size))]
+        packed = [tuple([list(part) for part in zip(*s, strict=True)]) for s in sets]
+        wide = [[torch.randn(n, width, device=device, dtype=bf16) for n in channels] for _ in range(2 + CACHE // size)]
+        definition = torch.cat([restore(c, s, fmt, width, torch.float32) for c, s in sets[0]]).double()
+        gain, own = torch.ones(width, device=device, dtype=bf16), torch.randn(width // 32, 32, 32, device=device) / 6
+        extra = {"norm_quantize": (gain, own.to(bf16), text, 1e-5), "silu_mul_quantize": (own.to(bf16), text)}
+        for rows in counts:
+            x = torch.randn(rows, width, device=device, dtype=bf16)
+            codes, units = as_integers(x, text)
+            payload, factors = ops.fake_quantize_e4m3(x, text, -1)
+            wanted = (ops.fake_quantize(x, text, -1).double() @ definition.t()).to(bf16)
+            out, residual = torch.empty_like(wanted), torch.zeros_like(wanted)
+            turn = itertools.cycle(packed)
+            quantizer = QUANTIZERS[name]
+            given = (x, x) if quantizer == "silu_mul_quantize" else (x,)
+            given += extra.get(quantizer, (own.to(bf16), text))
+            op = getattr(ops, f"{quantizer}_linear")
+            ways: dict[str, Callable[[tuple], object]] = {
+                "op": lambda w, op=op, given=given, r=residual: op(*w, [], r, text, *given)
+            }
+            if rows <= 8:
+                ways["dp4a"] = lambda w, a=codes, u=units, o=out: in_integers(a, u, *w, o, text)
+            if rows > 4:
+                ways["E4M3"] = lambda w, p=payload, f=factors: ops.mx_linear_e4m3(p, f, *w, [], text, bf16)
+            for tile in TILES if rows > 1 else ():
+                tiling = Tiling(tile[0], min(max(rows, 8), 32), tile[1], 4, tile[2])
+                ways["/".join(map(str, tile))] = lambda w, t=tiling, a=codes, u=units, o=out: multiply_integer_tiles(
+                    a, u, *w, [], None, fmt, o, t
+                )
+            plain = itertools.cycle(wide)
+            base = kernel_ms(lambda plain=plain, x=x: [F.linear(x, w) for w in next(plain)])
+            row: dict[str, object] = {"linears": f"{model} {name}", "rows": rows, "bf16 µs": f"{base * 1e3:.2f}"}
+            for way, call in ways.items():
+                found = call(packed[0])
+                result = out if found is None else found
+                unlike = "" if way == "op" else f" !{int((result != wanted).sum())}"
+                ms = kernel_ms(lambda call=call, turn=turn: call(next(turn)))
+                row[way] = f"{ms * 1e3:.2f} {ms / base:.2f}{unlike.replace(' !0', ' =')}"
+            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+            yield row
+
+
+def norms(device: str, counts: tuple[int, ...]) -> Iterator[dict[str, object]]:
+    """µs of a norm, transform and rounding to integers, its factors found inside, or by a kernel before."""
+    from mxfx.ops.kernels import packed_cuda
+
+    kept = packed_cuda.FACTORS_INSIDE
+    for width, rows in itertools.product((2048, 4096), counts):
+        x = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
+        own = (torch.randn(width // 32, 32, 32, device=device) / 6).to(torch.bfloat16)
+        given = (x, torch.ones(width, device=device, dtype=x.dtype), own, "mxint4@32/mse", 1e-5)
+        row: dict[str, object] = {"width": width, "rows": rows}
+        for where, inside in (("inside", 64), ("before", 0)):
+            packed_cuda.FACTORS_INSIDE = inside
+            row[where] = kernel_ms(lambda given=given: packed_cuda.integers("norm_quantize", *given)) * 1e3
+        packed_cuda.FACTORS_INSIDE = kept
+        yield row
+
+
 def main() -> None:
     parser = arguments_of("Products of MX operands beside bfloat16's")
     parser.add_argument("--part", nargs="*", default=["exact", "sums", "many", "few", "together"])
@@ -314,6 +395,8 @@ def main() -> None:
         "many": lambda: many(device, 2048 if arguments.quick else 16384),
         "together": lambda: together(device, (1, 16) if arguments.quick else (1, 2, 4, 8, 16)),
         "tilings": lambda: tilings(device, (1, 16) if arguments.quick else (1, 4, 16)),
+        "tiles": lambda: tiles(device, (1, 8, 16) if arguments.quick else (1, 2, 4, 8, 16, 32, 64)),
+        "norms": lambda: norms(device, (1, 2, 4, 8, 16, 64)),
         "few": lambda: few(device, (1, 16) if arguments.quick else (1, 4, 8, 16, 64)),
     }
     rows: list[dict[str, object]] = []

@@ -1,6 +1,7 @@
 """What simulated quantization costs a prefill: Llama-3.2-1B's shape, random weights, bfloat16, 8 × 2048 tokens.
 
-    python -m tools.bench.prefill [--json FILE] [--quick] [--compiled] [--packed] [--layers N] [--rehearse]
+    python -m tools.bench.prefill [--json FILE] [--quick] [--compiled] [--packed] [--profile] [--layers N]
+        [--rehearse]
 
 Rows: the Hugging Face model in eager mode; W4A4KV4 as the tutorial's config A (no transforms) and as config D's graph
 (`passes_configs/best_w4a4kv4.toml`: a matrix for every block of every linear's input, one a head for queries and keys);
@@ -197,11 +198,25 @@ def compiled(name: str, module: fx.GraphModule, ids: torch.Tensor, base: float) 
         yield row | {"note": cold}
 
 
+def profiled(module: fx.GraphModule, ids: torch.Tensor, heaviest: int = 30) -> str:
+    """Milliseconds and launches of the kernels that take longest in one call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        module(ids)
+        torch.cuda.synchronize()
+    found = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)
+    rows = [
+        {"ms": e.self_device_time_total / 1e3, "launches": e.count, "kernel": e.key[:110]} for e in found[:heaviest]
+    ]
+    total = sum(e.self_device_time_total for e in found) / 1e3
+    return f"{table(rows)}\nall kernels: {total:.2f} ms"
+
+
 @torch.no_grad()
 def main() -> None:
     parser = arguments_of("Prefill of the quantized graph beside the float model")
     parser.add_argument("--compiled", action="store_true", help="A and D through torch.compile instead")
     parser.add_argument("--packed", action="store_true", help="D with packed weights and FP8 products instead")
+    parser.add_argument("--profile", action="store_true", help="what each kernel takes, too; nothing is compiled")
     parser.add_argument("--layers", type=int, default=16, help="decoder layers")
     parser.add_argument("--rehearse", action="store_true", help="everything once, tiny, on the CPU; times say nothing")
     arguments = parser.parse_args()
@@ -239,8 +254,10 @@ def main() -> None:
             # At once, so that a run that is cut short has said what it found.
             print(table([row]), flush=True)
             rows.append(row)
+        if arguments.profile:
+            print(profiled(module, ids), flush=True)
         del module
-    if arguments.packed:
+    if arguments.packed and not arguments.profile:
         function = torch.compile(model)
         rows.append(measure("Hugging Face, compiled", lambda: function(ids, use_cache=False), base))
         print(f"inexact rows: {inexact_count()}")

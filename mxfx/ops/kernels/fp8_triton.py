@@ -150,8 +150,10 @@ def _align_kernel(
     each = tl.reshape(tl.broadcast_to(of_row[:, None], (TILE, BLOCKS)), (TILE * BLOCKS,))
     # float16 holds every E4M3 number, and as many octaves below them as matter.
     factor = (tl.maximum(127 + scale - each, 1) << 23).to(tl.float32, bitcast=True).to(tl.float16)
-    x = tl.load(payload_ptr + at, mask=inside, other=0).to(tl.float8e4nv, bitcast=True).to(tl.float16)
-    tl.store(payload_ptr + at, to_e4m3(x * factor[:, None]), mask=inside)
+    # Those that are in units of the row's already stay where they are: a block is a sector of memory, or more.
+    moved = inside & (scale != each)[:, None]
+    x = tl.load(payload_ptr + at, mask=moved, other=0).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    tl.store(payload_ptr + at, to_e4m3(x * factor[:, None]), mask=moved)
     beyond = tl.reshape(too_far(scale, each, OCTAVES), (TILE, BLOCKS))
     store_rows(scales_ptr, inexact_ptr, rows, of_row, beyond, TILE)
 

@@ -5,7 +5,7 @@ exact, and only the sum over blocks rounds, in float32. Weights that read one in
 
 An operand's rows are int8 (rows, width): in each block those of even places first, so that a word of them meets the low
 nibbles of a word of packed codes, or its high ones. A block's unit is a power of two, uint8 exponent + 127 (rows,
-width / block); 254 says that the block is no number.
+width / block); 255 says that the block is no number, and its codes are zero.
 
 Importable only where `triton` is.
 """
@@ -31,8 +31,7 @@ Integers = tuple[Tensor, Tensor, Tensor]
 #: Weights of one launch.
 TOGETHER = 3
 _HIGH_NIBBLES = tl.constexpr(0xF0F0F0F0 - 2**32)
-_BROKEN = tl.constexpr(254)
-_NAN = tl.constexpr(0x7FC0_0000)
+_BROKEN = tl.constexpr(255)
 
 
 @dataclass(frozen=True)
@@ -83,13 +82,13 @@ def multiply_integers(
         )
         words, powers = [c.view(torch.int32) for c in codes[some]], scales[some]
         launch(
-            *(x.view(torch.int32), units, *_filled(words), *_filled(powers), *_filled(biases[some] or powers)),
+            *(x.view(torch.int32), units, *filled(words), *filled(powers), *filled(biases[some] or powers)),
             *(out if residual is None else residual, out),
         )
         start += sum(sizes)
 
 
-def _filled(tensors: Sequence[Tensor]) -> list[Tensor]:
+def filled(tensors: Sequence[Tensor]) -> list[Tensor]:
     """As many as a launch takes."""
     return [*tensors, *[tensors[0]] * (TOGETHER - len(tensors))]
 
@@ -224,8 +223,8 @@ def _integers_kernel(
 
 @triton.jit
 def unit_power(unit):
-    """A block's power of two from its byte, float32; NaN for a block that is no number."""
-    return tl.where(unit == _BROKEN, _NAN, tl.maximum(unit, 1) << 23).to(tl.float32, bitcast=True)
+    """A block's power of two from its byte, float32; infinity for a block that is no number, whose codes are zero."""
+    return (unit << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

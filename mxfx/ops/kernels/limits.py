@@ -22,8 +22,12 @@ MAX_ROW = 16384
 #: Rows that meet packed codes in ordinary arithmetic, and on tensor cores; from there on expanding the weight pays.
 FEW_ROWS = 2
 SOME_ROWS = 16
-#: Rows of codes that meet packed codes in integer arithmetic; from there on tensor cores are faster, on an H200.
-INTEGER_ROWS = 8
+#: Rows of codes that meet packed codes in integer arithmetic: four products at an instruction, where blocks are too
+#: short for tensor cores, or where tensor cores are slower; and on them. Of an H200.
+SHORT_INTEGERS, FEW_INTEGERS = 8, 4
+INTEGER_ROWS = 64
+#: As many entries of a block as tensor cores multiply at least.
+INTEGER_BLOCK = 32
 #: Largest number of FP8 E4M3.
 E4M3_MAX = 448.0
 
@@ -120,7 +124,9 @@ def takes_some_rows(fmt: Format, rows: int, dtype: torch.dtype) -> bool:
 @lru_cache(maxsize=256)
 def takes_integers(weight: Format, x: Format, rows: int, width: int) -> bool:
     """Whether few rows of codes meet 4-bit integers as they lie: int8 holds all that a block of `x` may have."""
-    if rows > INTEGER_ROWS or weight.block != x.block or not takes_packed(weight, width) or x.block is None:
+    if weight.block != x.block or not takes_packed(weight, width) or x.block is None:
+        return False
+    if rows > (INTEGER_ROWS if x.block >= INTEGER_BLOCK else min(SHORT_INTEGERS, INTEGER_ROWS)):
         return False
     element = x.element
     if isinstance(element, FloatElement):

@@ -16,9 +16,10 @@ from torch import Tensor
 from mxfx.formats import Format
 from mxfx.ops.experts import expert_linear
 from mxfx.ops.fp8 import E4M3, carries, from_rows
-from mxfx.ops.kernels import takes
+from mxfx.ops.kernels import limits, takes
 from mxfx.ops.kernels.cuda import if_it_fits
 from mxfx.ops.kernels.fp8_triton import align_rows, rows_to_e4m3
+from mxfx.ops.kernels.integer_mma_triton import multiply_integer_tiles
 from mxfx.ops.kernels.integer_triton import multiply_integers
 from mxfx.ops.kernels.limits import (
     DTYPES,
@@ -38,6 +39,8 @@ from mxfx.ops.quantize import _format
 
 #: Ada and Hopper: the first with tensor cores for FP8.
 FP8_CAPABILITY = (8, 9)
+#: Rows of which each program of a norm finds all factors itself; more get them from a kernel before.
+FACTORS_INSIDE = 4
 
 
 def mx_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str) -> Tensor:
@@ -232,7 +235,10 @@ def _multiplying(name: str) -> Callable[..., Tensor]:
             if found is not NotImplemented:
                 out = torch.empty((*x.shape[:-1], sum(c.shape[0] for c in codes)), dtype=x.dtype, device=x.device)
                 flat, rest = out.view(rows, -1), None if residual is None else residual.reshape(rows, -1).contiguous()
-                multiply_integers(found[0], found[1], codes, scales, biases, rest, fmt, flat)
+                assert fmt.block is not None
+                plainly = rows <= limits.FEW_INTEGERS or fmt.block < limits.INTEGER_BLOCK
+                multiply = multiply_integers if plainly else multiply_integer_tiles
+                multiply(*found, codes, scales, biases, rest, fmt, flat)
                 return out
         multiply = _multiplier(fmt, rows, x.dtype) if takes_packed(fmt, width) else None
         if multiply is not None:
@@ -295,7 +301,8 @@ def integers(name: str, *operands: Any) -> tuple[Tensor, Tensor]:
         weight, eps = given["weight"], given["eps"]
         offset, gain_first = given.get("offset", 0.0), given.get("gain_first", False)
         if matrix is not None and matrix.dim() == 3:
-            gain = (eps, weight, float(offset) if gain_first else 0.0)
+            factors = eps if rows <= FACTORS_INSIDE else row_scales_of_norm(x, eps)
+            gain = (factors, weight, float(offset) if gain_first else 0.0)
             transform_triton(x, matrix, False, fmt, norm=gain, integers=written)
         else:
             norm_triton(x, weight, eps, offset, gain_first, matrix, signs, fmt, integers=written)

@@ -105,7 +105,7 @@ def element(code, CODES: tl.constexpr):
 @triton.jit
 def power(biased):
     """2^(biased - 127) as float32 for an E8M0 byte; NaN for 255."""
-    bits = tl.where(biased == 0, 1 << 22, biased << 23)
+    bits = tl.maximum(biased << 23, 1 << 22)
     return tl.where(biased == 255, _NAN, bits).to(tl.float32, bitcast=True)
 
 
