@@ -13,11 +13,15 @@ from mxfx.ops.kernels.rounding_triton import _PACKS
 
 @triton.constexpr_function
 def _four_bits(part):
-    """Two codes, nibble `part` of two halfwords, as bfloat16: 128 + (code + 8) by its bits, less 136; then scaled."""
+    """Two codes, nibble `part` of two halfwords, as bfloat16: 128 + (code + 8) by its bits, less 136; then scaled.
+
+    By FMA alone, which is exact here: bfloat16 is subtracted and multiplied only since Hopper.
+    """
     return (
-        "{.reg .b32 x, c; mov.b32 c, 0x43084308; shr.b32 x, $1, "
+        "{.reg .b32 x, c, one, less, zero; mov.b32 c, 0x43084308; mov.b32 one, 0x3f803f80; mov.b32 less, 0xc308c308; "
+        "mov.b32 zero, 0x80008000; shr.b32 x, $1, "
         + str(4 * part)
-        + "; lop3.b32 x, x, 0x000f000f, c, 0x6a; sub.rn.bf16x2 x, x, c; mul.rn.bf16x2 $0, x, $2;}"
+        + "; lop3.b32 x, x, 0x000f000f, c, 0x6a; fma.rn.bf16x2 x, x, one, less; fma.rn.bf16x2 $0, x, $2, zero;}"
     )
 
 
