@@ -16,16 +16,31 @@ from triton.compiler import ASTSource
 
 from mxfx.algorithms.launch import Launch
 from mxfx.formats import parse
-from mxfx.ops.kernels import cache_triton, heads_triton, integer_triton, norm_triton, transform_triton
+from mxfx.ops.kernels import (
+    cache_triton,
+    heads_triton,
+    integer_mma_triton,
+    integer_triton,
+    norm_triton,
+    skinny_triton,
+    transform_triton,
+)
 from mxfx.ops.kernels.cache_tiles_triton import KEY_LANES, VALUE_LANES, read_of
 
 pytestmark = pytest.mark.triton
-HOPPER = GPUTarget("cuda", 90, 32)
+ADA, HOPPER = GPUTarget("cuda", 89, 32), GPUTarget("cuda", 90, 32)
 FORMAT = parse("mxint4@32/mse")
 BF16, CPU = torch.bfloat16, torch.device("cpu")
 
 
-def compiled(kernel: Any, kinds: Sequence[str], scalars: Sequence[object], constants: Mapping, options: Mapping) -> Any:
+def compiled(
+    kernel: Any,
+    kinds: Sequence[str],
+    scalars: Sequence[object],
+    constants: Mapping,
+    options: Mapping,
+    target: GPUTarget = HOPPER,
+) -> Any:
     """A kernel for pointers to `kinds`, then scalars; as at a launch, it is told which numbers 16 divides.
 
     All pointers are aligned to 16 bytes.
@@ -40,11 +55,11 @@ def compiled(kernel: Any, kinds: Sequence[str], scalars: Sequence[object], const
         for index, value in enumerate(given)
         if isinstance(value, str) or (isinstance(value, int) and value % 16 == 0)  # a pointer, a number
     }
-    return triton.compile(ASTSource(kernel, signature, at, aligned), target=HOPPER, options=dict(options))
+    return triton.compile(ASTSource(kernel, signature, at, aligned), target=target, options=dict(options))
 
 
-def launch(made: Launch, kinds: Sequence[str]) -> Any:
-    return compiled(made._kernel, kinds, made._with_turns(1), made._constants, made._options)
+def launch(made: Launch, kinds: Sequence[str], target: GPUTarget = HOPPER) -> Any:
+    return compiled(made._kernel, kinds, made._with_turns(1), made._constants, made._options, target)
 
 
 @pytest.mark.parametrize("rows", [1, 6])
@@ -56,6 +71,27 @@ def test_products_in_integers(rows: int) -> None:
     assert "dp4a.s32.s32" in found.asm["ptx"]
     # Weights go from memory to the threads that multiply them: shared memory holds no more than sums.
     assert found.metadata.shared <= 256
+
+
+@pytest.mark.parametrize("target", [ADA, HOPPER], ids=["Ada", "Hopper"])
+@pytest.mark.parametrize("rows", [8, 40])
+def test_products_in_integers_on_tensor_cores(rows: int, target: GPUTarget) -> None:
+    sizes, tiling = (2048, 512, 512), integer_mma_triton.tiling_for(rows, 3072, 64)
+    made = integer_mma_triton._launch(rows, 2048, sizes, 3072, 0, BF16, CPU, True, True, True, FORMAT, tiling)
+    found = launch(made, ["*i8", "*i32", *["*u8"] * 3, *["*i32"] * 3, *["*bf16"] * 5], target)
+    assert "mma.sync.aligned.m16n8k32.row.col" in found.asm["ptx"] and ".s32.s8.s8.s32" in found.asm["ptx"]
+    # Codes are decoded in the registers that tensor cores read: what shared memory holds is still packed.
+    loop = found.asm["ttgir"].partition("scf.for")[2].partition("scf.yield")[0]
+    assert "tt.dot" in loop and "convert_layout" not in loop and "local_alloc" not in loop
+
+
+@pytest.mark.parametrize("target", [ADA, HOPPER], ids=["Ada", "Hopper"])
+@pytest.mark.parametrize("kind", ["bf16", "u8"])
+def test_some_rows_times_codes_that_are_decoded_as_they_arrive(kind: str, target: GPUTarget) -> None:
+    dtype, tiling = {"bf16": BF16, "u8": torch.uint8}[kind], skinny_triton.tiling_for(2048)
+    made = skinny_triton._launch(16, 2048, 2048, 2048, dtype, BF16, CPU, True, FORMAT, tiling)
+    found = launch(made, [f"*{kind}", "*fp32", "*i16", "*u8", "*bf16", "*bf16"], target)
+    assert "fma.rn.bf16x2" in found.asm["ptx"]
 
 
 @pytest.mark.parametrize("before", ["none", "silu", "scale"])

@@ -1,7 +1,7 @@
 """Products of MX operands on one GPU beside bfloat16's: are they exact, what do they cost?
 
     python -m tools.bench.packed_gemm [--part exact|sums|many|few|together|tilings|tiles|norms …] [--operands FILE]
-        [--json FILE] [--rehearse] [--quick]
+        [--json FILE] [--rehearse] [--quick] [--linears NAME] [--once]
 
 `exact`: every kernel beside its definition. `sums`: rows whose FP8 product differs from float64's, with and without
 the tensor cores' fast sums; with `--operands` also on recorded ones (safetensors: `NAME/x`, `NAME/codes`,
@@ -306,23 +306,26 @@ QUANTIZERS = {
     "down": "silu_mul_quantize",
 }
 #: Channels, warps and stages of the product in integers on tensor cores.
-TILES = ((16, 4, 3), (16, 8, 3), (16, 8, 2), (32, 4, 3), (32, 4, 4), (32, 8, 3), (64, 4, 3))
+TILES = ((16, 8, 3), (32, 4, 3), (16, 4, 3), (16, 8, 2), (32, 4, 4), (32, 8, 3), (64, 4, 3))
 
 
-def tiles(device: str, counts: tuple[int, ...]) -> Iterator[dict[str, object]]:
+def tiles(device: str, counts: tuple[int, ...], only: str | None, once: bool) -> Iterator[dict[str, object]]:
     """Each way to multiply few to 64 rows: µs, and results that differ from float64's rounded to bfloat16.
 
-    `op` is what a graph of D calls, its quantizer in it.
+    `op` is what a graph of D calls, its quantizer in it. `once` compiles and measures nothing.
     """
     from mxfx.ops.kernels.integer_mma_triton import Tiling, multiply_integer_tiles
 
     text, bf16 = "mxint4@32/mse", torch.bfloat16
     fmt = parse(text)
     for model, (name, width, channels) in ((m, s) for m, shapes in SHAPES.items() for s in shapes):
+        if only not in (None, name):
+            continue
         size = sum(channels) * width
-        sets = [[packed_weight(n, width, text, device) for n in channels] for _ in range(-(-2 * CACHE // size))]
+        many = 1 if once else 2 + CACHE // size
+        sets = [[packed_weight(n, width, text, device) for n in channels] for _ in range(2 * many)]
         packed = [tuple([list(part) for part in zip(*s, strict=True)]) for s in sets]
-        wide = [[torch.randn(n, width, device=device, dtype=bf16) for n in channels] for _ in range(2 + CACHE // size)]
+        wide = [[torch.randn(n, width, device=device, dtype=bf16) for n in channels] for _ in range(many)]
         definition = torch.cat([restore(c, s, fmt, width, torch.float32) for c, s in sets[0]]).double()
         gain, own = torch.ones(width, device=device, dtype=bf16), torch.randn(width // 32, 32, 32, device=device) / 6
         extra = {"norm_quantize": (gain, own.to(bf16), text, 1e-5), "silu_mul_quantize": (own.to(bf16), text)}
@@ -337,18 +340,22 @@ def tiles(device: str, counts: tuple[int, ...]) -> Iterator[dict[str, object]]:
             given = (x, x) if quantizer == "silu_mul_quantize" else (x,)
             given += extra.get(quantizer, (own.to(bf16), text))
             op = getattr(ops, f"{quantizer}_linear")
-            ways: dict[str, Callable[[tuple], object]] = {
-                "op": lambda w, op=op, given=given, r=residual: op(*w, [], r, text, *given)
-            }
+            ways: dict[str, Callable[[tuple], object]] = {}
+            if rows not in (2, 32):
+                ways["op"] = lambda w, op=op, given=given, r=residual: op(*w, [], r, text, *given)
             if rows <= 8:
                 ways["dp4a"] = lambda w, a=codes, u=units, o=out: in_integers(a, u, *w, o, text)
             if rows > 4:
                 ways["E4M3"] = lambda w, p=payload, f=factors: ops.mx_linear_e4m3(p, f, *w, [], text, bf16)
-            for tile in TILES if rows > 1 else ():
+            for tile in TILES[: {1: 0, 2: 1, 4: 2}.get(rows)]:
                 tiling = Tiling(tile[0], min(max(rows, 8), 32), tile[1], 4, tile[2])
                 ways["/".join(map(str, tile))] = lambda w, t=tiling, a=codes, u=units, o=out: multiply_integer_tiles(
                     a, u, *w, [], None, fmt, o, t
                 )
+            if once:
+                for call in ways.values():
+                    call(packed[0])
+                continue
             plain = itertools.cycle(wide)
             base = kernel_ms(lambda plain=plain, x=x: [F.linear(x, w) for w in next(plain)])
             row: dict[str, object] = {"linears": f"{model} {name}", "rows": rows, "bf16 µs": f"{base * 1e3:.2f}"}
@@ -383,6 +390,8 @@ def main() -> None:
     parser = arguments_of("Products of MX operands beside bfloat16's")
     parser.add_argument("--part", nargs="*", default=["exact", "sums", "many", "few", "together"])
     parser.add_argument("--operands", type=Path, help="recorded operands for 'sums' (safetensors)")
+    parser.add_argument("--linears", help="of 'tiles' only those: 'q k v', 'o', 'gate up' or 'down'")
+    parser.add_argument("--once", action="store_true", help="'tiles' compiles its kernels, and measures nothing")
     parser.add_argument("--rehearse", action="store_true", help="'exact' alone, on the CPU: that it runs")
     arguments = parser.parse_args()
     device = "cpu" if arguments.rehearse else "cuda"
@@ -395,7 +404,9 @@ def main() -> None:
         "many": lambda: many(device, 2048 if arguments.quick else 16384),
         "together": lambda: together(device, (1, 16) if arguments.quick else (1, 2, 4, 8, 16)),
         "tilings": lambda: tilings(device, (1, 16) if arguments.quick else (1, 4, 16)),
-        "tiles": lambda: tiles(device, (1, 8, 16) if arguments.quick else (1, 2, 4, 8, 16, 32, 64)),
+        "tiles": lambda: tiles(
+            device, (1, 8, 16) if arguments.quick else (1, 2, 4, 8, 16, 32, 64), arguments.linears, arguments.once
+        ),
         "norms": lambda: norms(device, (1, 2, 4, 8, 16, 64)),
         "few": lambda: few(device, (1, 16) if arguments.quick else (1, 4, 8, 16, 64)),
     }

@@ -240,6 +240,7 @@ def main() -> None:
     if arguments.packed:
         in_bf16 = quantizers("/mse", transforms=True, weights=True)
         jobs = {"config D, packed": in_bf16, "config D, bf16 weights": in_bf16, "float": []}
+        jobs = dict(list(jobs.items())[:1]) if arguments.profile else jobs
     elif not arguments.quick and not arguments.compiled:
         jobs |= {"float": [], "A with mse": quantizers("/mse", transforms=False)}
     bytes_of_bf16 = decoder_bytes(model)
