@@ -1,6 +1,6 @@
 """Decoding on a GPU: a step of D beside the emitted bf16 graph, generated text beside Hugging Face's, and the cache.
 
-    python -m tools.bench.decode [--quick] [--json FILE] [--rehearse] [--only-steps] [--e4m3]
+    python -m tools.bench.decode [--quick] [--json FILE] [--rehearse] [--only-steps] [--e4m3] [--late]
 
 The model is random, of Llama-3.2-1B's shape. D is W4 A4 KV4 MXINT4 blocks of 32 with online transforms, weights and
 cache packed. A step is the replay of a recorded graph, and `kernels` how many it launches; with `--e4m3` few rows meet
@@ -245,7 +245,12 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="everything once, tiny, on the CPU; times say nothing")
     parser.add_argument("--only-steps", action="store_true", help="neither texts nor attention alone")
     parser.add_argument("--e4m3", action="store_true", help="few rows as E4M3, not as integers")
+    parser.add_argument("--late", action="store_true", help="no kernel starts before the one before it ends")
     given = parser.parse_args()
+    if not given.rehearse:
+        from mxfx.ops.kernels import early_triton
+
+        early_triton.EARLY = not given.late
     limits.INTEGER_ROWS = 0 if given.e4m3 else limits.INTEGER_ROWS
     device = "cpu" if given.rehearse else "cuda"
     layers = 2 if given.rehearse else 16

@@ -312,7 +312,8 @@ TILES = ((16, 8, 3), (32, 4, 3), (16, 4, 3), (16, 8, 2), (32, 4, 4), (32, 8, 3),
 def tiles(device: str, counts: tuple[int, ...], only: str | None, once: bool) -> Iterator[dict[str, object]]:
     """Each way to multiply few to 64 rows: µs, and results that differ from float64's rounded to bfloat16.
 
-    `op` is what a graph of D calls, its quantizer in it. `once` compiles and measures nothing.
+    `op` is what a graph of D calls, its quantizer in it; `late` is the same where no kernel starts early. `once`
+    compiles and measures nothing.
     """
     from mxfx.ops.kernels.integer_mma_triton import Tiling, multiply_integer_tiles
 
@@ -342,31 +343,44 @@ def tiles(device: str, counts: tuple[int, ...], only: str | None, once: bool) ->
             op = getattr(ops, f"{quantizer}_linear")
             ways: dict[str, Callable[[tuple], object]] = {}
             if rows not in (2, 32):
-                ways["op"] = lambda w, op=op, given=given, r=residual: op(*w, [], r, text, *given)
+                ways["op late"] = ways["op"] = lambda w, op=op, given=given, r=residual: op(*w, [], r, text, *given)
             if rows <= 8:
-                ways["dp4a"] = lambda w, a=codes, u=units, o=out: in_integers(a, u, *w, o, text)
+                ways["dp4a late"] = ways["dp4a"] = lambda w, a=codes, u=units, o=out: in_integers(a, u, *w, o, text)
             if rows > 4:
                 ways["E4M3"] = lambda w, p=payload, f=factors: ops.mx_linear_e4m3(p, f, *w, [], text, bf16)
-            for tile in TILES[: {1: 0, 2: 1, 4: 2}.get(rows)]:
+            for tile in (*TILES[: {1: 0, 2: 1, 4: 2}.get(rows)], *TILES[: rows > 4]):
                 tiling = Tiling(tile[0], min(max(rows, 8), 32), tile[1], 4, tile[2])
-                ways["/".join(map(str, tile))] = lambda w, t=tiling, a=codes, u=units, o=out: multiply_integer_tiles(
-                    a, u, *w, [], None, fmt, o, t
+                late = " late" if "/".join(map(str, tile)) in ways else ""
+                ways["/".join(map(str, tile)) + late] = lambda w, t=tiling, a=codes, u=units, o=out: (
+                    multiply_integer_tiles(a, u, *w, [], None, fmt, o, t)
                 )
             if once:
-                for call in ways.values():
+                for way, call in ways.items():
+                    start_early(not way.endswith("late"))
                     call(packed[0])
                 continue
             plain = itertools.cycle(wide)
             base = kernel_ms(lambda plain=plain, x=x: [F.linear(x, w) for w in next(plain)])
             row: dict[str, object] = {"linears": f"{model} {name}", "rows": rows, "bf16 µs": f"{base * 1e3:.2f}"}
+            first: dict[str, Tensor] = {}
             for way, call in ways.items():
+                start_early(not way.endswith("late"))
                 found = call(packed[0])
-                result = out if found is None else found
-                unlike = "" if way == "op" else f" !{int((result != wanted).sum())}"
+                result = first[way] = out.clone() if found is None else found  # type: ignore[assignment]
+                unlike = f" !{int((result != (first['op late'] if way.startswith('op') else wanted)).sum())}"
                 ms = kernel_ms(lambda call=call, turn=turn: call(next(turn)))
                 row[way] = f"{ms * 1e3:.2f} {ms / base:.2f}{unlike.replace(' !0', ' =')}"
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             yield row
+
+
+def start_early(early: bool) -> None:
+    """Whether kernels that can start while the one before them ends do so from here on."""
+    from mxfx.ops.kernels import early_triton, integer_mma_triton, integer_triton, transform_triton
+
+    early_triton.EARLY = early
+    for module in (integer_triton, integer_mma_triton, transform_triton):
+        module._launch.cache_clear()
 
 
 def norms(device: str, counts: tuple[int, ...]) -> Iterator[dict[str, object]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
+from mxfx.ops.kernels.early_triton import ask_for, starts_early, wait
 from mxfx.ops.kernels.integer_triton import TOGETHER, filled, unit_power
 from mxfx.ops.kernels.packed_triton import power
 from mxfx.ops.kernels.rounding_triton import _PACKS
@@ -122,8 +123,10 @@ def _launch(
             "BIAS": bias,
             "RESIDUAL": residual,
             "STAGES": tiling.stages,
+            "EARLY": starts_early(device),
         },
         num_warps=tiling.warps,
+        launch_pdl=starts_early(device),
     )
 
 
@@ -161,6 +164,7 @@ def _integer_tiles_kernel(
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program, `ROWS` rows and `CHANNELS` results of one weight; neighbours take the other rows of the same.
 
@@ -176,6 +180,9 @@ def _integer_tiles_kernel(
     first = tl.where(is_third, third, tl.where(is_second, second, 0))
     start += tl.where(is_third, size0 + size1, tl.where(is_second, size0, 0))
     channel = (tile - first) * CHANNELS + tl.arange(0, CHANNELS)
+    ask_for(codes_ptr, channel, size, per_row * (BLOCK // 2), EARLY)
+    ask_for(scales_ptr, channel, size, per_row, EARLY)
+    wait(EARLY)
     real, known = channel < size, row < rows
     words = per_row // BLOCKS
     line = channel.to(tl.int64) * words

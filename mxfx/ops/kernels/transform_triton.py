@@ -24,6 +24,7 @@ from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
 from mxfx.ops.kernels.activation_triton import rotate, silu_times
 from mxfx.ops.kernels.addressing import Rows, as_rows, is_walkable
+from mxfx.ops.kernels.early_triton import starts_early, wait
 from mxfx.ops.kernels.fp8_triton import blocks_to_e4m3
 from mxfx.ops.kernels.integer_triton import Integers, blocks_to_integers, count_lost, place
 from mxfx.ops.kernels.matrix_triton import load_matrix, multiply, quantize_blocks, terms_of
@@ -209,7 +210,9 @@ def _launch(
             # More operands on their way need more shared memory.
             "STAGES": min(tiling.stages, 2) if before in ("silu", "rope") else tiling.stages,
             "GRID": fmt and grid_of(fmt, dtype),
+            "EARLY": few and starts_early(device),
         },
+        launch_pdl=few and starts_early(device),
         num_warps=max(1, blocks * tile * padded // (32 * tiling.per_thread)),
         maxnreg=tiling.registers,
         # A product that meets its sum in one FMA would skip a rounding that the ops of RoPE make.
@@ -281,12 +284,14 @@ def _transform_kernel(
     SIGNS: tl.constexpr,
     STAGES: tl.constexpr,
     GRID: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A program keeps the matrix of one column and walks down that column's tiles.
 
     A column is a part of the row, `WIDTH` wide; with `HEADS`, of the rows of one head; with `BLOCKS`, so many parts,
     each below the one before it in the tile.
     """
+    wait(EARLY)
     narrow = x_ptr.dtype.element_ty
     column = tl.program_id(0) % columns
     parts = columns // HEADS
