@@ -393,7 +393,7 @@ def norms(device: str, counts: tuple[int, ...]) -> Iterator[dict[str, object]]:
         own = (torch.randn(width // 32, 32, 32, device=device) / 6).to(torch.bfloat16)
         given = (x, torch.ones(width, device=device, dtype=x.dtype), own, "mxint4@32/mse", 1e-5)
         row: dict[str, object] = {"width": width, "rows": rows}
-        for where, inside in (("inside", 64), ("before", 0)):
+        for where, inside in (("inside", 1 << 20), ("before", 0)):
             packed_cuda.FACTORS_INSIDE = inside
             row[where] = kernel_ms(lambda given=given: packed_cuda.integers("norm_quantize", *given)) * 1e3
         packed_cuda.FACTORS_INSIDE = kept

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
-from mxfx.ops.kernels.early_triton import ask_for, starts_early, wait
 from mxfx.ops.kernels.integer_triton import TOGETHER, filled, unit_power
 from mxfx.ops.kernels.packed_triton import power
 from mxfx.ops.kernels.rounding_triton import _PACKS
@@ -31,7 +30,9 @@ _NIBBLES = tl.constexpr("{.reg .b32 low; shl.b32 low, $2, 4; and.b32 $0, low, 0x
 #: 1.5 * 2^23 by its bits, beside which the unit in the last place is 1: sums below 2^22 need no conversion.
 _BESIDE = tl.constexpr(0x4B40_0000)
 _BESIDE_VALUE = tl.constexpr(1.5 * 2.0**23)
-#: Blocks whose scales are a word.
+
+
+#: Scales of a word.
 _WORD = 4
 
 
@@ -46,10 +47,10 @@ class Tiling:
     stages: int
 
 
-def tiling_for(rows: int, channels: int, blocks: int) -> Tiling:
-    """For so many rows, output channels in all and blocks of a row."""
+def tiling_for(rows: int, channels: int) -> Tiling:
+    """For so many rows and output channels in all."""
     each = min(max(triton.next_power_of_2(rows), 8), 32)
-    return Tiling(32 if channels >= 4096 else 16, each, 4 if channels >= 4096 else 8, _WORD, 3)
+    return Tiling(32 if channels >= 4096 else 16, each, 4 if channels >= 4096 else 8, 4, 3)
 
 
 def multiply_integer_tiles(
@@ -65,26 +66,24 @@ def multiply_integer_tiles(
 ) -> None:
     """What `multiply_integers` does, for blocks of 32, 64 or 128; `tiling` instead of that of `tiling_for`."""
     assert out.is_contiguous() and (residual is None or residual.is_contiguous())
-    start, per_row = 0, units.shape[1]
-    # A word of scales has to lie on its address.
-    words = per_row % _WORD == 0 and not any(t.data_ptr() % _WORD for t in (units, *scales))
+    start = 0
+    # A word of scales, which is fetched ahead, has to lie on its address.
+    words = units.shape[1] % _WORD == 0 and not any(t.data_ptr() % _WORD for t in (units, *scales))
+    if words:
+        units, scales = units.view(torch.int32), [s.view(torch.int32) for s in scales]
     for first in range(0, len(codes), TOGETHER):
         some = slice(first, first + TOGETHER)
         sizes = tuple(c.shape[0] for c in codes[some])
         launch = _launch(
             *(x.shape[0], x.shape[1], sizes, out.shape[1], start, out.dtype, x.device),
-            *(bool(biases), residual is not None, words, fmt, tiling or tiling_for(x.shape[0], sum(sizes), per_row)),
+            *(bool(biases), residual is not None, fmt, tiling or tiling_for(x.shape[0], sum(sizes))),
         )
         powers = scales[some]
         launch(
-            *(x, _in_words(units, words), *filled(codes[some]), *filled([_in_words(s, words) for s in powers])),
+            *(x, units, *filled(codes[some]), *filled(powers)),
             *(*filled(biases[some] or powers), out if residual is None else residual, out),
         )
         start += sum(sizes)
-
-
-def _in_words(scales: Tensor, words: bool) -> Tensor:
-    return scales.view(torch.int32) if words else scales
 
 
 @lru_cache(maxsize=KEPT_SHAPES)
@@ -98,7 +97,6 @@ def _launch(
     device: torch.device,
     bias: bool,
     residual: bool,
-    words: bool,
     fmt: Format,
     tiling: Tiling,
 ) -> Launch:
@@ -106,27 +104,23 @@ def _launch(
     tiles = [triton.cdiv(n, tiling.channels) for n in sizes] + [0] * (TOGETHER - len(sizes))
     padded = [*sizes, *[0] * (TOGETHER - len(sizes))]
     groups, per_row = triton.cdiv(rows, tiling.rows), width // fmt.block
-    at_a_time = tiling.blocks if words else 1
     return Launch(
         _integer_tiles_kernel,
         lambda _: sum(tiles) * groups,
         (
-            *(rows, per_row, triton.cdiv(per_row, tiling.warps * at_a_time), out_width, start),
+            *(rows, per_row, triton.cdiv(per_row, tiling.warps * tiling.blocks), out_width, start),
             *(*padded, tiles[0], tiles[0] + tiles[1], groups),
         ),
         {
             "ROWS": tiling.rows,
             "CHANNELS": tiling.channels,
-            "WARPS": tiling.warps,
-            "BLOCKS": at_a_time,
+            "BLOCKS": tiling.warps * tiling.blocks,
             "BLOCK": fmt.block,
             "BIAS": bias,
             "RESIDUAL": residual,
             "STAGES": tiling.stages,
-            "EARLY": starts_early(device),
         },
         num_warps=tiling.warps,
-        launch_pdl=starts_early(device),
     )
 
 
@@ -158,13 +152,11 @@ def _integer_tiles_kernel(
     groups,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    WARPS: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     STAGES: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """One program, `ROWS` rows and `CHANNELS` results of one weight; neighbours take the other rows of the same.
 
@@ -180,36 +172,31 @@ def _integer_tiles_kernel(
     first = tl.where(is_third, third, tl.where(is_second, second, 0))
     start += tl.where(is_third, size0 + size1, tl.where(is_second, size0, 0))
     channel = (tile - first) * CHANNELS + tl.arange(0, CHANNELS)
-    ask_for(codes_ptr, channel, size, per_row * (BLOCK // 2), EARLY)
-    ask_for(scales_ptr, channel, size, per_row, EARLY)
-    wait(EARLY)
     real, known = channel < size, row < rows
-    words = per_row // BLOCKS
-    line = channel.to(tl.int64) * words
-    warp = tl.arange(0, WARPS)
-    byte = tl.arange(0, BLOCK // 2)[None, None, :]
-    lane = tl.arange(0, BLOCK)[None, None, :]
-    total = tl.zeros((WARPS, CHANNELS, ROWS), tl.float32)
-    beside = tl.full((WARPS, CHANNELS, ROWS), _BESIDE, tl.int32)
+    EACH: tl.constexpr = 4 if units_ptr.dtype.element_ty == tl.int32 else 1
+    block = tl.arange(0, BLOCKS)
+    shift = (8 * (block % EACH))[None, :]
+    byte = tl.arange(0, BLOCKS * BLOCK // 2)
+    lane = tl.arange(0, BLOCKS * BLOCK)
+    of_weight, of_x = channel.to(tl.int64)[:, None] * per_row, row[:, None] * per_row
+    total = tl.zeros((BLOCKS, CHANNELS, ROWS), tl.float32)
+    beside = tl.full((BLOCKS, CHANNELS, ROWS), _BESIDE, tl.int32)
     for turn in tl.range(0, turns, num_stages=STAGES):
-        word = turn * WARPS + warp
-        inside = word < words
-        of_weight = inside[:, None] & real[None, :]
-        of_x = inside[:, None] & known[None, :]
-        there = word[:, None] + line[None, :]
-        at = word[:, None] + (row * words)[None, :]
-        scale = tl.load(scales_ptr + there, mask=of_weight, other=0).to(tl.int32)
-        unit = tl.load(units_ptr + at, mask=of_x, other=0).to(tl.int32)
-        for i in tl.static_range(BLOCKS):
-            places = (there * BLOCKS + i)[:, :, None] * (BLOCK // 2) + byte
-            codes = tl.load(codes_ptr + places, mask=of_weight[:, :, None], other=0)
-            places = (at * BLOCKS + i)[:, :, None] * BLOCK + lane
-            entries = tl.load(x_ptr + places, mask=of_x[:, :, None], other=0)
-            part = tl.dot(nibbles(codes), in_words(entries), beside, out_dtype=tl.int32)
-            # Codes came times 16.
-            of_channel = power((scale >> (8 * i)) & 0xFF) * 0.0625
-            value = (part.to(tl.float32, bitcast=True) - _BESIDE_VALUE) * of_channel[:, :, None]
-            total += value * unit_power((unit >> (8 * i)) & 0xFF)[:, None, :]
+        at = turn * BLOCKS
+        inside = (at + block < per_row)[None, :]
+        places = (at + block)[None, :] // EACH
+        scale = tl.load(scales_ptr + of_weight // EACH + places, mask=inside & real[:, None], other=0).to(tl.int32)
+        unit = tl.load(units_ptr + of_x // EACH + places, mask=inside & known[:, None], other=0).to(tl.int32)
+        inside = (at * (BLOCK // 2) + byte < per_row * (BLOCK // 2))[None, :] & real[:, None]
+        places = of_weight * (BLOCK // 2) + (at * (BLOCK // 2) + byte)[None, :]
+        codes = tl.load(codes_ptr + places, mask=inside, other=0)
+        inside = (at * BLOCK + lane < per_row * BLOCK)[None, :] & known[:, None]
+        entries = tl.load(x_ptr + of_x * BLOCK + (at * BLOCK + lane)[None, :], mask=inside, other=0)
+        part = tl.dot(nibbles(by_block(codes, BLOCKS)), in_words(by_block(entries, BLOCKS)), beside, out_dtype=tl.int32)
+        # Codes came times 16.
+        of_channel = tl.permute(power((scale >> shift) & 0xFF) * 0.0625, (1, 0))[:, :, None]
+        of_row = tl.permute(unit_power((unit >> shift) & 0xFF), (1, 0))[:, None, :]
+        total += (part.to(tl.float32, bitcast=True) - _BESIDE_VALUE) * of_channel * of_row
     y = tl.sum(total, axis=0)
     if BIAS:
         bias_ptr = tl.where(is_third, bias2_ptr, tl.where(is_second, bias1_ptr, bias0_ptr))
@@ -220,6 +207,12 @@ def _integer_tiles_kernel(
     if RESIDUAL:
         y = (tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32) + y.to(tl.float32)).to(y.dtype)
     tl.store(y_ptr + at, y, mask=mask)
+
+
+@triton.jit
+def by_block(tile, BLOCKS: tl.constexpr):
+    """Rows of blocks as blocks of rows."""
+    return tl.permute(tl.reshape(tile, (tile.shape[0], BLOCKS, tile.shape[1] // BLOCKS)), (1, 0, 2))
 
 
 @triton.jit

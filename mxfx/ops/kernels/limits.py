@@ -22,10 +22,10 @@ MAX_ROW = 16384
 #: Rows that meet packed codes in ordinary arithmetic, and on tensor cores; from there on expanding the weight pays.
 FEW_ROWS = 2
 SOME_ROWS = 16
-#: Rows of codes that meet packed codes in integer arithmetic: four products at an instruction, where blocks are too
-#: short for tensor cores, or where tensor cores are slower; and on them. Of an H200.
-SHORT_INTEGERS, FEW_INTEGERS = 8, 4
-INTEGER_ROWS = 64
+#: Rows of codes that meet packed codes in integer arithmetic, four products at an instruction; and on tensor cores, where
+#: blocks are long enough. From there on FP8 is faster, on an H200.
+FEW_INTEGERS = 8
+INTEGER_ROWS = 16
 #: As many entries of a block as tensor cores multiply at least.
 INTEGER_BLOCK = 32
 #: Largest number of FP8 E4M3.
@@ -126,7 +126,7 @@ def takes_integers(weight: Format, x: Format, rows: int, width: int) -> bool:
     """Whether few rows of codes meet 4-bit integers as they lie: int8 holds all that a block of `x` may have."""
     if weight.block != x.block or not takes_packed(weight, width) or x.block is None:
         return False
-    if rows > (INTEGER_ROWS if x.block >= INTEGER_BLOCK else min(SHORT_INTEGERS, INTEGER_ROWS)):
+    if rows > (INTEGER_ROWS if x.block >= INTEGER_BLOCK else min(FEW_INTEGERS, INTEGER_ROWS)):
         return False
     element = x.element
     if isinstance(element, FloatElement):

@@ -39,8 +39,8 @@ from mxfx.ops.quantize import _format
 
 #: Ada and Hopper: the first with tensor cores for FP8.
 FP8_CAPABILITY = (8, 9)
-#: Rows of which each program of a norm finds all factors itself; more get them from a kernel before.
-FACTORS_INSIDE = 4
+#: Entries of rows of which each program of a norm finds all factors itself; more get them from a kernel before.
+FACTORS_INSIDE = 8192
 
 
 def mx_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str) -> Tensor:
@@ -236,8 +236,8 @@ def _multiplying(name: str) -> Callable[..., Tensor]:
                 out = torch.empty((*x.shape[:-1], sum(c.shape[0] for c in codes)), dtype=x.dtype, device=x.device)
                 flat, rest = out.view(rows, -1), None if residual is None else residual.reshape(rows, -1).contiguous()
                 assert fmt.block is not None
-                plainly = rows <= limits.FEW_INTEGERS or fmt.block < limits.INTEGER_BLOCK
-                multiply = multiply_integers if plainly else multiply_integer_tiles
+                few = rows <= limits.FEW_INTEGERS or fmt.block < limits.INTEGER_BLOCK
+                multiply = multiply_integers if few else multiply_integer_tiles
                 multiply(*found, codes, scales, biases, rest, fmt, flat)
                 return out
         multiply = _multiplier(fmt, rows, x.dtype) if takes_packed(fmt, width) else None
@@ -301,7 +301,7 @@ def integers(name: str, *operands: Any) -> tuple[Tensor, Tensor]:
         weight, eps = given["weight"], given["eps"]
         offset, gain_first = given.get("offset", 0.0), given.get("gain_first", False)
         if matrix is not None and matrix.dim() == 3:
-            factors = eps if rows <= FACTORS_INSIDE else row_scales_of_norm(x, eps)
+            factors = eps if x.numel() <= FACTORS_INSIDE else row_scales_of_norm(x, eps)
             gain = (factors, weight, float(offset) if gain_first else 0.0)
             transform_triton(x, matrix, False, fmt, norm=gain, integers=written)
         else:
