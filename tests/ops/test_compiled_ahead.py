@@ -76,8 +76,8 @@ def test_products_in_integers(rows: int) -> None:
 @pytest.mark.parametrize("target", [ADA, HOPPER], ids=["Ada", "Hopper"])
 @pytest.mark.parametrize("rows", [8, 40])
 def test_products_in_integers_on_tensor_cores(rows: int, target: GPUTarget) -> None:
-    sizes, tiling = (2048, 512, 512), integer_mma_triton.tiling_for(rows, 3072, 64)
-    made = integer_mma_triton._launch(rows, 2048, sizes, 3072, 0, BF16, CPU, True, True, True, FORMAT, tiling)
+    sizes, tiling = (2048, 512, 512), integer_mma_triton.tiling_for(rows, 3072)
+    made = integer_mma_triton._launch(rows, 2048, sizes, 3072, 0, BF16, CPU, True, True, FORMAT, tiling)
     found = launch(made, ["*i8", "*i32", *["*u8"] * 3, *["*i32"] * 3, *["*bf16"] * 5], target)
     assert "mma.sync.aligned.m16n8k32.row.col" in found.asm["ptx"] and ".s32.s8.s8.s32" in found.asm["ptx"]
     # Codes are decoded in the registers that tensor cores read: what shared memory holds is still packed.

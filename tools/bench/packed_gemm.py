@@ -305,8 +305,11 @@ QUANTIZERS = {
     "gate up": "norm_quantize",
     "down": "silu_mul_quantize",
 }
-#: Channels, warps and stages of the product in integers on tensor cores.
-TILES = ((16, 8, 3), (32, 4, 3), (16, 4, 3), (16, 8, 2), (32, 4, 4), (32, 8, 3), (64, 4, 3))
+#: Channels, warps, blocks of a warp and stages of the product in integers on tensor cores.
+TILES = (
+    *((16, 8, 4, 3), (32, 4, 2, 3), (16, 4, 4, 3), (32, 4, 4, 3), (16, 8, 2, 4), (32, 8, 2, 3), (64, 4, 1, 4)),
+    *((16, 4, 4, 5), (16, 16, 2, 3)),
+)
 
 
 def tiles(device: str, counts: tuple[int, ...], only: str | None, once: bool) -> Iterator[dict[str, object]]:
@@ -319,14 +322,14 @@ def tiles(device: str, counts: tuple[int, ...], only: str | None, once: bool) ->
 
     text, bf16 = "mxint4@32/mse", torch.bfloat16
     fmt = parse(text)
-    for model, (name, width, channels) in ((m, s) for m, shapes in SHAPES.items() for s in shapes):
+    for model, (name, width, outputs) in ((m, s) for m, shapes in SHAPES.items() for s in shapes):
         if only not in (None, name):
             continue
-        size = sum(channels) * width
+        size = sum(outputs) * width
         many = 1 if once else 2 + CACHE // size
-        sets = [[packed_weight(n, width, text, device) for n in channels] for _ in range(2 * many)]
+        sets = [[packed_weight(n, width, text, device) for n in outputs] for _ in range(2 * many)]
         packed = [tuple([list(part) for part in zip(*s, strict=True)]) for s in sets]
-        wide = [[torch.randn(n, width, device=device, dtype=bf16) for n in channels] for _ in range(many)]
+        wide = [[torch.randn(n, width, device=device, dtype=bf16) for n in outputs] for _ in range(many)]
         definition = torch.cat([restore(c, s, fmt, width, torch.float32) for c, s in sets[0]]).double()
         gain, own = torch.ones(width, device=device, dtype=bf16), torch.randn(width // 32, 32, 32, device=device) / 6
         extra = {"norm_quantize": (gain, own.to(bf16), text, 1e-5), "silu_mul_quantize": (own.to(bf16), text)}
@@ -345,14 +348,19 @@ def tiles(device: str, counts: tuple[int, ...], only: str | None, once: bool) ->
             if rows not in (2, 32):
                 ways["op late"] = ways["op"] = lambda w, op=op, given=given, r=residual: op(*w, [], r, text, *given)
             if rows <= 8:
-                ways["dp4a late"] = ways["dp4a"] = lambda w, a=codes, u=units, o=out: in_integers(a, u, *w, o, text)
+                ways["dp4a"] = lambda w, a=codes, u=units, o=out: in_integers(a, u, *w, o, text)
+            if rows == 1:
+                ways["dp4a late"] = ways["dp4a"]
             if rows > 4:
                 ways["E4M3"] = lambda w, p=payload, f=factors: ops.mx_linear_e4m3(p, f, *w, [], text, bf16)
-            for tile in (*TILES[: {1: 0, 2: 1, 4: 2}.get(rows)], *TILES[: rows > 4]):
-                tiling = Tiling(tile[0], min(max(rows, 8), 32), tile[1], 4, tile[2])
-                late = " late" if "/".join(map(str, tile)) in ways else ""
-                ways["/".join(map(str, tile)) + late] = lambda w, t=tiling, a=codes, u=units, o=out: (
-                    multiply_integer_tiles(a, u, *w, [], None, fmt, o, t)
+            for channels, warps, blocks, stages in TILES if rows > 2 else ():
+                each = min(max(rows, 8), 32)
+                if channels * blocks * each > 2048:
+                    continue  # more sums than registers
+                tiling = Tiling(channels, each, warps, blocks, stages)
+                name_of = f"{channels}/{warps}/{blocks}/{stages}"
+                ways[name_of] = lambda w, t=tiling, a=codes, u=units, o=out: multiply_integer_tiles(
+                    a, u, *w, [], None, fmt, o, t
                 )
             if once:
                 for way, call in ways.items():
@@ -431,7 +439,8 @@ def main() -> None:
             found.extend(parts[name]())
         except Exception:
             traceback.print_exc()
-        print(f"\n{name}\n{table(found)}", flush=True)
+        if name != "tiles":  # which prints its rows itself: they have not the same columns
+            print(f"\n{name}\n{table(found)}", flush=True)
         rows += [{"part": name, **row} for row in found]
     print("  ".join(f"{k}={v}" for k, v in machine().items()))
     write({"rows": rows}, arguments.json)

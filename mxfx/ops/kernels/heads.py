@@ -1,6 +1,6 @@
 """Queries, keys and values of an attention made ready at once: rotated, transformed, rounded.
 
-On a CUDA device one kernel does so for few tokens, a step of decoding; for many each tensor has the kernels of its own.
+On a CUDA device one kernel does so for few tokens, a step of decoding; for many each tensor has kernels of its own.
 """
 
 from __future__ import annotations
@@ -47,17 +47,24 @@ def ready_heads(
     """``q`` (batch, heads, seq, width) and ``k`` (batch, kv_heads, seq, width) rotated, transformed and rounded.
 
     ``v`` is transformed and rounded. ``matrices`` are as for ``block_transform``, one for each, or None; a format of
-    None does not round; hadamard says that a matrix's entries are all ±1/√b. All three results are contiguous.
+    None does not round; hadamard says that a matrix's entries are all ±1/√b. The results are contiguous, ``q`` with
+    its heads beside each other: attention gives its result the layout of its queries, and so nobody has to turn that.
     """
     formats, signs = (q_format, k_format, v_format), (q_hadamard, k_hadamard, v_hadamard)
     angles = ((cos, sin), (cos, sin), None)
     parts = zip((q, k, v), angles, matrices, formats, signs, strict=True)
-    one, two, three = (_ready(*part).contiguous() for part in parts)
-    return one, two, three
+    one, two, three = (_ready(*part) for part in parts)
+    return one.transpose(1, 2).contiguous().transpose(1, 2), two.contiguous(), three.contiguous()
+
+
+def heads_together(x: Tensor) -> Tensor:
+    """An empty tensor like ``x``, (batch, heads, seq, width), in which a token's heads are beside each other."""
+    batch, heads, seq, width = x.shape
+    return x.new_empty(batch, seq, heads, width).transpose(1, 2)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return heads_together(q), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 READY = _define(

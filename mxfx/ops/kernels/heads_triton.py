@@ -19,10 +19,12 @@ from torch import Tensor
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.ops.kernels import takes
 from mxfx.ops.kernels.activation_triton import rotate
-from mxfx.ops.kernels.cuda import _format
+from mxfx.ops.kernels.cuda import _format, if_it_fits
+from mxfx.ops.kernels.heads import _ready, heads_together
 from mxfx.ops.kernels.limits import DTYPES
 from mxfx.ops.kernels.matrix_triton import quantize_blocks
 from mxfx.ops.kernels.rounding_triton import Grid, as_stored, grid_of
+from mxfx.ops.kernels.transform_triton import transform_triton
 
 #: Tokens that are few.
 TOKENS = 16
@@ -68,9 +70,12 @@ def ready_heads(
     k_hadamard: bool,
     v_hadamard: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`mxfx.ops.kernels.heads.ready_heads` of few tokens; `NotImplemented` for what it does not take."""
+    """`mxfx.ops.kernels.heads.ready_heads`; of few tokens in one launch. `NotImplemented` for what it does not take."""
     batch, heads, seq, _ = q.shape
-    if batch * seq > TOKENS or not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+    if batch * seq > TOKENS:
+        signs = (q_hadamard, k_hadamard, v_hadamard)
+        return _many(q, k, v, (cos, sin), matrices, (q_format, k_format, v_format), signs)
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         return NotImplemented
     if takes.rope(q, cos, sin) or takes.rope(k, cos, sin) or q.numel() == 0:
         return NotImplemented
@@ -82,13 +87,32 @@ def ready_heads(
         return NotImplemented
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     cos, sin = cos.contiguous(), sin.contiguous()
-    outs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    outs = (heads_together(q), *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v)))
     launch = _launch(
         (batch, heads, k.shape[1], seq), q.device, q.stride()[:3], k.stride()[:3], v.stride()[:3],
         0 if cos.shape[0] == 1 else cos.stride(0), *made,
     )  # fmt: skip
     launch(q, k, v, cos, sin, *(q if m is None else m.contiguous() for m in matrices), *outs)
     return outs
+
+
+@if_it_fits
+def _many(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    angles: tuple[Tensor, Tensor],
+    matrices: list[Tensor | None],
+    formats: tuple[str | None, ...],
+    signs: tuple[bool, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries by one kernel, whether they are rounded or not; keys and values by those that each of their steps has."""
+    if q.dtype not in DTYPES or takes.rope(q, *angles) or takes.heads(q, matrices[0], formats[0]):
+        return NotImplemented
+    fmt = None if formats[0] is None else _format(formats[0])
+    queries = transform_triton(q, matrices[0], signs[0], fmt, angles=angles, heads_together=True)
+    keys = _ready(k, angles, matrices[1], formats[1], signs[1]).contiguous()
+    return queries, keys, _ready(v, None, matrices[2], formats[2], signs[2]).contiguous()
 
 
 def _head(x: Tensor, matrix: Tensor | None, format: str | None, signs: bool, rotated: bool) -> Head | None:
@@ -186,7 +210,7 @@ def _heads_kernel(
     sin_ptr += angle
     if head < heads:
         x_ptr = q_ptr + batch * q_batch + head * q_head + token * q_token
-        y_ptr = q_out_ptr + ((batch * heads + head) * seq + token) * Q.value.width
+        y_ptr = q_out_ptr + ((batch * seq + token) * heads + head) * Q.value.width
         _one_head(x_ptr, cos_ptr, sin_ptr, q_matrix_ptr, y_ptr, head, Q)
     elif head < heads + kv_heads:
         head -= heads

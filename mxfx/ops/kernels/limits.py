@@ -22,8 +22,8 @@ MAX_ROW = 16384
 #: Rows that meet packed codes in ordinary arithmetic, and on tensor cores; from there on expanding the weight pays.
 FEW_ROWS = 2
 SOME_ROWS = 16
-#: Rows of codes that meet packed codes in integer arithmetic, four products at an instruction; and on tensor cores, where
-#: blocks are long enough. From there on FP8 is faster, on an H200.
+#: Rows of codes that meet packed codes in integer arithmetic, four products at an instruction; and on tensor cores,
+#: where blocks are long enough. From there on FP8 is faster, on an H200.
 FEW_INTEGERS = 8
 INTEGER_ROWS = 16
 #: As many entries of a block as tensor cores multiply at least.

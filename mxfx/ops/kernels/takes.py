@@ -104,6 +104,11 @@ def silu_mul_quantize(
     return unlike(gate, up) or _dtype(up) or _transform(up, matrix, format)
 
 
+def heads(x: Tensor, matrix: Tensor | None, format: str | None) -> str | None:
+    """Of heads that are rotated first."""
+    return None if matrix is None and format is None else _transform(x, matrix, format)
+
+
 def rope_quantize(
     x: Tensor, cos: Tensor, sin: Tensor, matrix: Tensor | None, format: str, hadamard: bool = False
 ) -> str | None:

@@ -81,6 +81,7 @@ def transform_triton(
     norm: tuple[Tensor | float, Tensor | None, float] | None = None,
     e4m3: tuple[Tensor, Tensor] | None = None,
     integers: Integers | None = None,
+    heads_together: bool = False,
 ) -> Tensor:
     """`x_B @ matrix` per block, then `fmt`; contiguous, same shape and dtype as `x`.
 
@@ -97,10 +98,14 @@ def transform_triton(
             without the roundings of `rms_norm`. Only with (n / b, b, b).
         e4m3: where to put the rounded result instead, as `align_rows` takes it: E4M3 bytes like `x`, and an exponent a
             block. Blocks are powers of two from 16, and x has three axes at most.
-        integers: the same, as `integer_triton` takes it; of so few rows that one tile holds them.
+        integers: the same, as `integer_triton` takes it; of few rows.
+        heads_together: with `angles`, the result is contiguous as (batch, seq, heads, n), and given transposed.
     """
     written = e4m3 or integers
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if written is None else written[0]
+    if heads_together:
+        out = x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+    else:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if written is None else written[0]
     if out.numel() == 0:
         return out
     before, first, second, one_angle, offset, eps = "none", x, x, False, 0.0, None
@@ -128,8 +133,9 @@ def transform_triton(
         terms = 2 if before == "norm" else terms_of(matrix.dtype, x.dtype, signs)
     few = integers is not None
     launch = _launch(
-        x.shape, x.stride(), x.dtype, x.device, kind, terms, signs, fmt, before, one_angle, offset, eps, few
-    )
+        x.shape, x.stride(), x.dtype, x.device, kind, terms, signs, fmt, before, one_angle, offset, eps, few,
+        heads_together,
+    )  # fmt: skip
     rest = (out, out) if written is None else (written[1], written[1] if integers is None else integers[2])
     launch(x, first, second, x if matrix is None else matrix, out, *rest)
     return out
@@ -150,6 +156,7 @@ def _launch(
     offset: float,
     eps: float | None,
     few: bool,
+    heads_together: bool = False,
 ) -> Launch:
     length, own = shape[-1], matrix is not None and len(matrix) > 2
     block = matrix[-1] if matrix is not None else fmt.block if fmt and fmt.block else length
@@ -193,6 +200,7 @@ def _launch(
             "SCALE": block**-0.5,
             "GAIN_OFFSET": offset,
             "HEADS": heads,
+            "TOGETHER": heads_together,
             "TILE": tile,
             "FLAT": rows.flat and not in_axes and tile * rows.length < 2**31,
             "EVEN": rows.count % tile == 0,
@@ -268,6 +276,7 @@ def _transform_kernel(
     SCALE: tl.constexpr,
     GAIN_OFFSET: tl.constexpr,
     HEADS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     TILE: tl.constexpr,
     FLAT: tl.constexpr,
     EVEN: tl.constexpr,
@@ -329,7 +338,9 @@ def _transform_kernel(
             start = index0.to(tl.int64) * stride0 + index1.to(tl.int64) * stride1 + index2.to(tl.int64) * stride2
             start += head.to(tl.int64) * head_stride
             target = row
-            if HEADS > 1:
+            if TOGETHER:
+                target = ((index0 * size2 + index2) * HEADS + head) * size1 + index1
+            elif HEADS > 1:
                 target = ((index0 * HEADS + head) * size1 + index1) * size2 + index2
             target = target.to(tl.int64) * (parts * BLOCKS * WIDTH)
         inside = (row < rows)[:, None] | EVEN
