@@ -238,7 +238,7 @@ def _multiplying(name: str) -> Callable[..., Tensor]:
                 assert fmt.block is not None
                 few = rows <= limits.FEW_INTEGERS or fmt.block < limits.INTEGER_BLOCK
                 multiply = multiply_integers if few else multiply_integer_tiles
-                multiply(*found, codes, scales, biases, rest, fmt, flat)
+                multiply(found[0], found[1], codes, scales, biases, rest, fmt, flat)
                 return out
         multiply = _multiplier(fmt, rows, x.dtype) if takes_packed(fmt, width) else None
         if multiply is not None:
