@@ -71,10 +71,10 @@ def _four_bit_floats(part):
     """Two codes of E2M1, nibble `part` of two halfwords, as bfloat16: their bits below the exponent, times 2^126."""
     shift, up = 6 - 4 * part, 12 - 4 * part
     return (
-        "{.reg .b32 x, s, c; "
+        "{.reg .b32 x, s, c, zero; mov.b32 zero, 0x80008000; "
         + (f"shl.b32 x, $1, {shift}; " if shift > 0 else f"shr.b32 x, $1, {-shift}; ")
         + f"shl.b32 s, $1, {up}; and.b32 s, s, 0x80008000; mov.b32 c, 0x01c001c0; lop3.b32 x, x, c, s, 0xea; "
-        + "mov.b32 c, 0x7e807e80; mul.rn.bf16x2 x, x, c; mul.rn.bf16x2 $0, x, $2;}"
+        + "mov.b32 c, 0x7e807e80; fma.rn.bf16x2 x, x, c, zero; fma.rn.bf16x2 $0, x, $2, zero;}"
     )
 
 
