@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, fx
 
 from mxfx.export.artefact import Opened, check_ops
+from mxfx.graph.execute import runtime_weight
 from mxfx.graph.program import Program
 from mxfx.graph.text import to_text
 from mxfx.graph.text.stated import parse_stated
@@ -35,17 +36,18 @@ from mxfx.ops.plugins import ENTRY_POINT_GROUP
 from mxfx.ops.providers import offered
 from mxfx.pipeline.emit import emitted
 
-#: Bytes of weights that the stage may have made: beyond, its result is as large as the model and is made anew.
-_MOST = 64 << 20
-#: Emissions that are kept, those that were read last.
-_COUNT = 64
+#: Bytes of weights that the stage may have made: beyond, an emission is not kept.
+_MOST = 256 << 20
+#: Bytes of all that is kept, that which was read last.
+_ROOM = 2 << 30
 
 
 def emission(opened: Opened, device: torch.device) -> Program:
     """The lowered program of a folder for a device, to be built: as it was kept, else emitted, and kept.
 
-    A program with phases, and one for other devices than CPUs and CUDA, is emitted every time. Raises what
-    ``Opened.program`` and the emit stage raise.
+    A program with phases, one for other devices than CPUs and CUDA, and one for which the stage makes weights of
+    more than ``_MOST`` bytes (a packed head of 8 bits, which no kernel of a CPU multiplies), is emitted every time. Raises what ``Opened.program`` and the
+    emit stage raise.
     """
     path = _path(opened, device) if opened.handoff is None and device.type in ("cpu", "cuda") else None
     found = None if path is None else _read(path, opened)
@@ -98,9 +100,12 @@ def _sealed(text: str) -> str:
 
 def _keep(path: Path, opened: Opened, source: Program, program: Program) -> None:
     read = dict(source.weights.items())
-    made = {name: tensor for name, tensor in program.weights.items() if tensor is not read.get(name)}
+    made = {n: runtime_weight(program, n) for n, tensor in program.weights.items() if tensor is not read.get(n)}
     if sum(tensor.nbytes for tensor in made.values()) > _MOST:
         return
+    for name, tensor in made.items():
+        # As it runs: half the bytes of the precision that passes compute in.
+        program.weights.share(name, tensor)
     text = to_text(program)
     try:
         again = parse_stated(text, {**opened.weights, **made})
@@ -128,9 +133,12 @@ def _named(node: fx.Node) -> str:
 
 
 def _forget(folder: Path) -> None:
-    """Remove those that nobody has read for the longest time."""
+    """Remove what nobody has read for the longest time, where all together have no room."""
     with contextlib.suppress(OSError):
-        found = sorted(folder.glob("*.mxir"), key=lambda one: one.stat().st_mtime, reverse=True)
-        for old in found[_COUNT:]:
-            old.unlink(missing_ok=True)
-            old.with_suffix(".safetensors").unlink(missing_ok=True)
+        left = _ROOM
+        for text in sorted(folder.glob("*.mxir"), key=lambda one: one.stat().st_mtime, reverse=True):
+            beside = text.with_suffix(".safetensors")
+            left -= sum(one.stat().st_size for one in (text, beside) if one.is_file())
+            if left < 0:
+                text.unlink(missing_ok=True)
+                beside.unlink(missing_ok=True)

@@ -12,11 +12,13 @@ from torch.ops import aten
 from mxfx.formats import parse
 from mxfx.formats.stored import restore
 from mxfx.graph.node import info, kind, operands
+from mxfx.graph.program import Program
 from mxfx.ops.catalogue import spec
 from mxfx.ops.kernels.library import load_cpu
 from mxfx.ops.kernels.structs import fits_byte, units_of
 from mxfx.rewrite import ALL, Exact, NodePass, Numerics, Rewriter, Selector, register
 from mxfx.rewrite.facts import LOWERED, Fact
+from mxfx.rewrite.operands import readers_of
 
 #: Ops that read packed weights.
 PACKED = ("mx_linear", "mx_expert_linear", "mx_embedding", "mx_decode")
@@ -42,7 +44,7 @@ class UnpackWeights(NodePass):
 
     select: whose weights are unpacked.
     unserved: leave packed what a kernel of this machine multiplies as it is: linears of 4 bits whose input is rounded
-        onto a grid of integers.
+        onto a grid of integers, and embeddings, of which it decodes the rows that are looked up.
     """
 
     name: ClassVar[str] = "unpack-weights"
@@ -55,7 +57,7 @@ class UnpackWeights(NodePass):
     def refuse(self, rw: Rewriter, node: fx.Node) -> str | None:
         if rw.weights[_codes(node)].device.type == "meta":
             return "its weight has no data (meta device)"
-        return "a kernel of this CPU multiplies its codes" if self.unserved and _served(node) else None
+        return "its codes are read as they lie" if self.unserved and _served(rw.program, node) else None
 
     def note(self, node: fx.Node) -> str:
         return str(operands(node)["format"])
@@ -68,8 +70,13 @@ def _codes(node: fx.Node) -> str:
     return str(operands(node)["codes"].target)
 
 
-def _served(node: fx.Node) -> bool:
-    """Whether codes of the weight meet codes of the input, few rows at a time, without being decoded."""
+def _served(program: Program, node: fx.Node) -> bool:
+    """Whether codes of the weight meet codes of the input, few rows at a time, without being decoded; of an embedding,
+    whether only the rows that are looked up are, since nobody else reads it as numbers.
+    """
+    if kind(node) == "mx_embedding":
+        others = (one for one in readers_of(program, _codes(node)) if kind(one) != "mx_embedding")
+        return all(_served(program, one) for one in others)
     given = operands(node)
     source = given.get("x") if kind(node) == "mx_linear" else None
     if not isinstance(source, fx.Node) or load_cpu() is not None or units_of(str(given["format"])) is None:

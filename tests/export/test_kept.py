@@ -185,8 +185,9 @@ def test_a_cache_that_cannot_be_written_to_is_said_once(
         assert torch.equal(_logits(MxfxForCausalLM.from_pretrained(folder)), _logits(first))
 
 
-def test_only_so_many_are_kept(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "_COUNT", 2)
+def test_only_so_much_is_kept(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    MxfxForCausalLM.from_pretrained(folder)
+    monkeypatch.setattr(kept, "_ROOM", 5 * next(cache.glob("*.mxir")).stat().st_size // 2)
     for number in range(4):
         monkeypatch.setattr(kept, "source_digest", lambda number=number: f"code {number}")
         MxfxForCausalLM.from_pretrained(folder)
