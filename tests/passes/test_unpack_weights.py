@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from mxfx.config import loads
+from mxfx.graph.module import build
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
 from mxfx.passes import PackWeights, UnpackWeights
+from mxfx.pipeline.emit import emitted
 from mxfx.pipeline.manager import PassManager, PipelineResult
 from mxfx.rewrite import apply
 
@@ -22,8 +24,8 @@ name = "round-weights"
 """
 
 
-def _result(device: str = "cpu") -> PipelineResult:
-    return PassManager().run(trace(tiny("llama-tiny")), loads(_TEXT).completed().emitted(device))
+def _result(device: str = "cpu", **config: object) -> PipelineResult:
+    return PassManager().run(trace(tiny("llama-tiny", **config)), loads(_TEXT).completed().emitted(device))
 
 
 def test_weights_come_back_bit_for_bit() -> None:
@@ -35,11 +37,21 @@ def test_weights_come_back_bit_for_bit() -> None:
 
 
 def test_a_cpu_runs_floats_and_saves_codes() -> None:
-    result = _result()
+    result = _result(tie_word_embeddings=True)
     assert any(name.endswith(".codes") for name in result.portable.weights)
     assert not any(name.endswith(".codes") for name in result.program.weights)
 
 
-def test_a_gpu_keeps_codes() -> None:
-    names = [spec.name for spec in loads(_TEXT).completed().emitted("cuda").specs]
-    assert "pack-weights" in names and "unpack-weights" not in names
+def test_of_an_embedding_that_nobody_else_reads_only_rows_are_decoded() -> None:
+    result = _result(tie_word_embeddings=False)
+    codes = [name for name in result.program.weights if name.endswith(".codes")]
+    assert codes == ["model.embed_tokens.weight.codes"]
+    ids = torch.arange(3, 25).view(2, 11)
+    numbers = apply(UnpackWeights(), result.portable).program
+    with torch.no_grad():
+        assert torch.equal(build(result.program)(ids), build(emitted(numbers))(ids))
+
+
+def test_a_gpu_keeps_codes_but_of_matrices_of_transforms() -> None:
+    specs = {spec.name: spec.value for spec in loads(_TEXT).completed().emitted("cuda").specs}
+    assert "pack-weights" in specs and str(specs["unpack-weights"].select) == "type: mx_decode"
