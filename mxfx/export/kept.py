@@ -45,9 +45,9 @@ _ROOM = 2 << 30
 def emission(opened: Opened, device: torch.device) -> Program:
     """The lowered program of a folder for a device, to be built: as it was kept, else emitted, and kept.
 
-    A program with phases, one for other devices than CPUs and CUDA, and one for which the stage makes weights of
-    more than ``_MOST`` bytes (a packed head of 8 bits, which no kernel of a CPU multiplies), is emitted every time. Raises what ``Opened.program`` and the
-    emit stage raise.
+    Emitted every time: a program with phases, one for other devices than CPUs and CUDA, and one for which the stage
+    makes more than ``_MOST`` bytes of weights (a packed head of 8 bits, which no kernel of a CPU multiplies). Raises
+    what ``Opened.program`` and the emit stage raise.
     """
     path = _path(opened, device) if opened.handoff is None and device.type in ("cpu", "cuda") else None
     found = None if path is None else _read(path, opened)
