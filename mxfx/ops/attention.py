@@ -15,11 +15,21 @@ from mxfx.ops.dialect import compute, define
 
 
 def _allowed(
-    mask: Tensor | None, queries: int, like: Tensor, keys: int, causal: bool, window: int | None, chunk: int | None
+    mask: Tensor | None,
+    queries: int,
+    like: Tensor,
+    keys: int,
+    causal: bool,
+    window: int | None,
+    chunk: int | None,
+    slots: Tensor | None = None,
 ) -> Tensor:
-    """Boolean ``(batch | 1, 1, queries, keys)`` on the device of ``like``; see ``attention``."""
+    """Boolean ``(batch | 1, 1, queries, keys)`` on the device of ``like``; see ``attention``.
+
+    The queries are the last tokens, or those at ``slots``.
+    """
     places = torch.arange(keys, device=like.device)
-    mine = places[keys - queries :]
+    mine = places[keys - queries :] if slots is None else slots
     distance = mine[:, None] - places[None, :]
     allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     if window is not None:
@@ -29,7 +39,8 @@ def _allowed(
         # Chunks are counted from the first real token of a row.
         start = 0 if mask is None else (mask.ne(0).cumsum(-1) == 0).sum(-1, keepdim=True)
         number = (places[None, :] - start) // chunk
-        allowed = allowed & (number[:, keys - queries :, None] == number[:, None, :])[:, None]
+        own = number[:, keys - queries :] if slots is None else number.index_select(1, slots)
+        allowed = allowed & (own[:, :, None] == number[:, None, :])[:, None]
     if mask is not None:
         allowed = allowed & mask.ne(0)[:, None, None, :] | (distance == 0)[None, None]
     return allowed
@@ -53,13 +64,22 @@ def attention_bias(
 
 
 @define("position_mask")
-def position_mask(tokens: Tensor, mask: Tensor | None, causal: bool, window: int | None, chunk: int | None) -> Tensor:
+def position_mask(
+    tokens: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    window: int | None,
+    chunk: int | None,
+    slots: Tensor | None = None,
+) -> Tensor:
     """The mask of ``attention`` as a tensor, for a model that computes with it: boolean ``(batch, 1, seq, seq)``.
 
-    ``tokens`` is ``(batch, seq)``; the rest as for ``attention``.
+    ``tokens`` is ``(batch, seq)``; the rest as for ``attention``. With a cache, queries are the tokens at ``slots``.
     """
     batch, length = tokens.shape
-    return _allowed(mask, length, tokens, length, causal, window, chunk).expand(batch, 1, length, length)
+    queries = length if slots is None else slots.shape[0]
+    allowed = _allowed(mask, length, tokens, length, causal, window, chunk, slots)
+    return allowed.expand(batch, 1, queries, length)
 
 
 @define("places")

@@ -42,11 +42,11 @@ class InsertKvCache(Pass):
     attention lets tokens see each other, nothing is changed: no cache holds its state.
 
     Tokens that the model numbers itself (attention temperatures by place) get the numbers of their slots. A mask or a
-    bias that the model makes itself (ALiBi, masks of other shapes), from padding and places alone, is made for all
-    tokens of the cache, and ``at_slots`` takes the rows of the new ones::
+    bias that the model makes itself (ALiBi, masks of other shapes), from padding and places alone, is made for the new
+    tokens over all that the cache holds: ``at_slots`` takes their rows of what it is made from, as early as it can::
 
         %b = …(%input_ids, %attention_mask)                   %t = mxfx.real_tokens(%input_ids, %attention_mask)
-        %o = mxfx.attention(%q, %k, %v, None, s, …, %b)       %b = mxfx.at_slots(…(%t, %attention_mask), %slots)
+        %o = mxfx.attention(%q, %k, %v, None, s, …, %b)       %b = …(mxfx.at_slots(…(%t, %attention_mask), %slots))
     """
 
     name: ClassVar[str] = "insert-kv-cache"

@@ -30,6 +30,7 @@ class OwnMasks:
         inputs = {n.target: n for n in rw.graph.nodes if n.op == "placeholder"}
         self._ids, self._mask = inputs["input_ids"], inputs["attention_mask"]
         self._known: dict[fx.Node, fx.Node] = {}
+        self._taken: dict[fx.Node, fx.Node] = {}
         self._tokens: fx.Node | None = None
 
     def makers(self, values: list[fx.Node]) -> set[fx.Node]:
@@ -53,15 +54,27 @@ class OwnMasks:
         return None
 
     def rows(self, value: fx.Node, slots: fx.Node, like: fx.Node) -> fx.Node:
-        """``value`` over all tokens of a cache, of which the rows at ``slots`` are kept."""
+        """``value`` for the queries at ``slots`` and all tokens of a cache."""
         whole = self._made(value, like)
-        if value.meta["val"].shape[-2] == 1:
-            return whole
-        if whole not in self._known:
-            self._known[whole] = self._rw.call(
-                torch.ops.mxfx.at_slots.default, whole, slots, like=like, val=value.meta["val"]
-            )
-        return self._known[whole]
+        return self._at(whole, slots, like) if _by_query(whole) else whole
+
+    def _at(self, node: fx.Node, slots: fx.Node, like: fx.Node) -> fx.Node:
+        """The rows of ``node`` at ``slots``, taken of what it is computed from: no step makes a square of a room."""
+        if node not in self._taken:
+            args, kwargs = node.args, node.kwargs
+            rows = lambda n: self._at(n, slots, like) if _by_query(n) else n  # noqa: E731
+            if node.target is torch.ops.mxfx.position_mask.default:
+                args = (*args[:5], slots)
+            elif _by_entry(node) or _adds_axis_before(node):
+                args, kwargs = fx.map_arg((args, kwargs), rows)
+            elif node.target is aten.expand.default and _by_query(source := node.all_input_nodes[0]):
+                sizes = list(args[1])
+                args = (rows(source), [*sizes[:-2], -1, sizes[-1]])
+            else:
+                args, kwargs = (node, slots), {}
+            taken = torch.ops.mxfx.at_slots.default if args == (node, slots) else node.target
+            self._taken[node] = self._rw.call(taken, *args, like=like, val=node.meta["val"], **kwargs)
+        return self._taken[node]
 
     def _closure(self, value: fx.Node) -> list[fx.Node]:
         """``value`` and all that it is computed from, sizes as they are."""
@@ -124,6 +137,24 @@ class OwnMasks:
             result = compute(value)
         assert isinstance(result, Tensor)
         return result
+
+
+def _by_query(node: fx.Node) -> bool:
+    """Whether a value has a row for each query."""
+    val = node.meta.get("val")
+    return isinstance(val, Tensor) and val.dim() >= 2 and val.shape[-2] != 1
+
+
+def _by_entry(node: fx.Node) -> bool:
+    """Whether each entry of a value is computed from the entries that lie there in its operands."""
+    target = node.target
+    return kind(node) == "cast" or (isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags)
+
+
+def _adds_axis_before(node: fx.Node) -> bool:
+    """Whether a value is another with an axis more, before its queries."""
+    rank = node.meta["val"].dim()
+    return node.target is aten.unsqueeze.default and int(node.args[1]) % rank < rank - 2
 
 
 def _hides_later(value: Tensor) -> bool:

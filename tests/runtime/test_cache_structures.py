@@ -123,6 +123,14 @@ def test_what_a_model_makes_itself_covers_the_cache(family: str, make, operand: 
         torch.testing.assert_close(found[mask.bool()], whole[mask.bool()], rtol=1e-5, atol=1e-5)
 
 
+def test_no_step_makes_a_square_of_its_room() -> None:
+    """A mask of the model's own making is made for the new tokens: of what it is computed from no more is taken."""
+    program = apply(InsertKvCache(), with_own(raised("llama-tiny"), sparse, 3, False)).program
+    (taken,), (mask,) = (list(program.nodes(op)) for op in ("at_slots", "position_mask"))
+    assert taken.args[0].meta["val"].shape[1:] == (1,)
+    assert mask.args[5] is taken.args[1] and mask.args[5].target == "slots"
+
+
 @pytest.mark.parametrize(("make", "operand", "causal"), [(alibi, 10, True), (sparse, 3, False)])
 def test_a_packed_cache_under_an_own_mask_gives_the_bits_of_a_rounded_one(make, operand, causal, monkeypatch) -> None:
     program = with_own(passed(raised("llama-tiny"), config_a()), make, operand, causal)
