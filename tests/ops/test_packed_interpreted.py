@@ -243,9 +243,10 @@ else:
             ("silu_mul_quantize", (gate, x, own, "mxint4@32")),
         ]
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-    @pytest.mark.parametrize("rows", [1, 5])
-    def test_quantizers_give_few_rows_as_integers(rows, dtype):
+    @pytest.mark.parametrize("inside", [0, 8192])
+    @pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 1), (torch.float16, 5)])
+    def test_quantizers_give_few_rows_as_integers(rows, dtype, inside, monkeypatch):
+        monkeypatch.setattr(packed_cuda, "FACTORS_INSIDE", inside)
         before = int(packed.inexact_rows(torch.device("cpu")))
         for name, args in _calls(dtype, rows):
             wanted = getattr(cuda, name)(*args)
