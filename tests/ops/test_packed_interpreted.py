@@ -29,7 +29,8 @@ else:
     from mxfx.ops.kernels.fp8_triton import rows_to_e4m3
     from mxfx.ops.kernels.integer_mma_triton import Tiling, multiply_integer_tiles
     from mxfx.ops.kernels.integer_triton import multiply_integers
-    from mxfx.ops.kernels.packed_triton import expand, expand_to_e4m3, multiply_rows, nibbles
+    from mxfx.ops.kernels.nibbles_triton import nibbles
+    from mxfx.ops.kernels.packed_triton import expand, expand_to_e4m3, multiply_rows
     from mxfx.ops.kernels.skinny_triton import multiply_some_rows
 
     #: Rows, both operands' format, width, and whether more is added: words of scales and single ones, rows of a tile
