@@ -77,13 +77,23 @@ def sample(
 
 
 def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One token for each row of ``logits`` ``(rows, vocabulary)`` by its softmax; int64 ``(rows, 1)``.
-
-    The least of exponential times, each over its share: ``torch.multinomial`` draws so too, and gives the same tokens,
-    but looks at the shares first, for which the host waits.
-    """
+    """One token for each row of ``logits`` ``(rows, vocabulary)`` by its softmax; int64 ``(rows, 1)``."""
     shares = logits.float().softmax(-1)
+    return (_by_sums if shares.device.type == "cpu" else _by_times)(shares, generator)
+
+
+def _by_times(shares: Tensor, generator: torch.Generator) -> Tensor:
+    """The least of exponential times, each over its share: ``torch.multinomial`` draws so too, and gives the same
+    tokens, but looks at the shares first, for which the host waits.
+    """
     return shares.div_(torch.empty_like(shares).exponential_(generator=generator)).argmax(-1, keepdim=True)
+
+
+def _by_sums(shares: Tensor, generator: torch.Generator) -> Tensor:
+    """Where a random part of the row's sum is passed: one random number a row, of which a CPU makes few a second."""
+    sums = shares.cumsum(-1, dtype=torch.float64)
+    passed = sums[:, -1:] * torch.rand(len(sums), 1, generator=generator, dtype=torch.float64)
+    return torch.searchsorted(sums, passed, right=True).clamp_max_(shares.shape[-1] - 1)
 
 
 def _positions(mask: Tensor, count: int) -> Tensor:

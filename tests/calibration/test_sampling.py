@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mxfx.calibration.datasets import DatasetError, load_tokens
-from mxfx.calibration.sampling import _batches, drawn, sample, self_samples, start_token, user_turn
+from mxfx.calibration.sampling import _batches, _by_times, drawn, sample, self_samples, start_token, user_turn
 from mxfx.calibration.sources import OPENING, calibration_tokens, split_by_share
 from mxfx.driver.texts import FloatTexts
 from mxfx.runtime.causal_lm import EmittedCausalLM
@@ -37,8 +37,7 @@ def test_with_its_cache_a_text_is_that_of_the_whole_prefix_each_time(model) -> N
     found = sample(model, [[5, 6, 7]], 24, _generator(3))[0].tolist()
     generator, ids = _generator(3), [5, 6, 7]
     for token in found:
-        shares = model(torch.tensor([ids])).logits[0, -1:].float().softmax(-1)
-        assert int(torch.multinomial(shares, 1, generator=generator)) == token
+        assert int(drawn(model(torch.tensor([ids])).logits[0, -1:], generator)) == token
         ids.append(token)
 
 
@@ -61,10 +60,20 @@ def test_a_row_that_ended_stays_at_its_end(model) -> None:
         assert set(row[end:]) == {row[end]}
 
 
-def test_drawn_as_torch_draws() -> None:
-    logits = torch.randn(64, 999, generator=_generator(1))
-    wanted = torch.multinomial(logits.softmax(-1), 1, generator=_generator(2))
-    assert torch.equal(drawn(logits, _generator(2)), wanted)
+def test_on_a_gpu_tokens_are_drawn_as_torch_draws() -> None:
+    shares = torch.randn(64, 999, generator=_generator(1)).softmax(-1)
+    wanted = torch.multinomial(shares, 1, generator=_generator(2))
+    assert torch.equal(_by_times(shares, _generator(2)), wanted)
+
+
+def test_on_a_cpu_tokens_are_drawn_in_their_shares_and_impossible_ones_never() -> None:
+    count, shares = 50_000, torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    found = drawn(shares.log().expand(count, -1), _generator())
+    assert found.shape == (count, 1) and found.dtype == torch.int64
+    seen = torch.bincount(found[:, 0], minlength=6) / count
+    spread = (shares * (1 - shares) / count).sqrt()
+    assert bool(((seen - shares).abs() <= 5 * spread).all())
+    assert seen[shares == 0].sum() == 0
 
 
 @pytest.mark.parametrize("prompts", [[[5, 6, 7]] * 3, [[5, 6, 7], [9], list(range(20, 40))]])
