@@ -11,7 +11,6 @@ and the artefact's own files (``mxfx.export.artefact``): the printed program, it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -65,24 +64,24 @@ not import mxfx itself is told to by `trust_remote_code=True`, which runs the th
 class MxfxForCausalLM(EmittedCausalLM):
     """An emitted model that is opened from, and saved to, its folder.
 
-    ``program`` is what the folder holds, or gives it when it is asked for: to save it, or to emit it for another
-    device. ``ready`` is what the emit stage made of it for the device, where that has run.
+    It is made of what the folder holds, or of the opened folder, whose program is read when somebody asks for it: to
+    save it, say. ``ready`` is what the emit stage made of it for the device, where that has run.
     """
 
     config_class = MxfxConfig
 
     def __init__(
         self,
-        program: Program | Callable[[], Program],
+        source: Program | Opened,
         device: torch.device | str = "cpu",
         *,
         ready: Program | None = None,
     ) -> None:
-        if ready is None:
-            ready = program if isinstance(program, Program) else program()
+        place = torch.device(device)
+        ready = _ready(source, place) if ready is None else emitted(ready, place)
         # What a folder gives, nobody else has.
-        super().__init__(emitted(ready, device), consume=not isinstance(program, Program))
-        self._later = program
+        super().__init__(ready, consume=isinstance(source, Opened))
+        self._source = source
         self._kernels = torch.device(device).type
         #: The model card of the folder that it was opened from, which has a run's figures.
         self.card: bytes | None = None
@@ -93,7 +92,7 @@ class MxfxForCausalLM(EmittedCausalLM):
     @cached_property
     def program(self) -> Program:
         """What the folder holds: before the passes of the emit stage that are a device's own."""
-        return self._later if isinstance(self._later, Program) else self._later()
+        return self._source if isinstance(self._source, Program) else self._source.program()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *args: Any, **options: Any) -> MxfxForCausalLM:
@@ -103,7 +102,7 @@ class MxfxForCausalLM(EmittedCausalLM):
         """
         with uncollected():
             opened, device = Opened.of(folder), torch.device(_device(options.get("device_map")))
-            model = cls(opened.program, device, ready=emission(opened, device))
+            model = cls(opened, device)
         wanted = options.get("dtype", options.get("torch_dtype"))
         if wanted not in (None, "auto"):
             model.to(getattr(torch, wanted) if isinstance(wanted, str) else wanted)
@@ -119,7 +118,7 @@ class MxfxForCausalLM(EmittedCausalLM):
         """
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
         if device is not None and device.type not in (self._kernels, "meta"):
-            self._take(emitted(self.program, device))
+            self._take(_ready(self._source, device), consume=isinstance(self._source, Opened))
             self._kernels = device.type
         super().to(*args, **kwargs)
         return self
@@ -152,6 +151,11 @@ class MxfxForCausalLM(EmittedCausalLM):
         save_folder(self.program, folder, generation=self.generation_config, shard_bytes=shard_bytes)
         if self.card is not None:
             write_file(Path(folder) / _CARD_FILE, self.card)
+
+
+def _ready(source: Program | Opened, device: torch.device) -> Program:
+    """The lowered program, of a folder as it was kept."""
+    return emission(source, device) if isinstance(source, Opened) else emitted(source, device)
 
 
 #: Options of transformers' ``save_pretrained`` that ask for what is done anyway.
