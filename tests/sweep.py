@@ -56,8 +56,7 @@ MULTIPLIES = ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "mv")
 class Outcome:
     """What became of a family: ``none`` (no tiny model), ``refused``, ``ok`` or ``CRASH``, and by configuration.
 
-    ``share``: of the weights that layers multiply by, what A gave a format; ``left``: what it did not, by path;
-    ``unseen``: what is multiplied by and counted nowhere.
+    ``share``: of the weights that layers multiply by, what A gave a format; ``left``: what it did not, by path.
     """
 
     name: str
@@ -66,7 +65,6 @@ class Outcome:
     configs: dict[str, str] = field(default_factory=dict)
     share: float = 1.0
     left: list[str] = field(default_factory=list)
-    unseen: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -92,20 +90,21 @@ def outcome(name: str) -> Outcome:
         found.configs[config] = "ok" if bool(logits.isfinite().all()) else "CRASH: logits are not finite"
         if config == "A":
             weights = inner(multiplied(result.before_emit))
-            found.share = share_in_format(weights)
-            found.left = sorted({one.node.meta["mxfx"].path for one in weights if one.format is None})
-            found.unseen = unseen(result.before_emit)
+            uncounted = unseen(result.before_emit)
+            known = sum(one.elements for one in weights)
+            found.share = share_in_format(weights) * known / (known + sum(uncounted.values()))
+            found.left = sorted({one.node.meta["mxfx"].path for one in weights if one.format is None} | set(uncounted))
     found.kind = "CRASH" if any(said.startswith("CRASH") for said in found.configs.values()) else "ok"
     found.seconds = time.perf_counter() - started
     return found
 
 
-def unseen(program: Program) -> list[str]:
-    """Stored tensors that a matrix product multiplies by and that no op of the catalogue has as its weight.
+def unseen(program: Program) -> dict[str, int]:
+    """Stored tensors that a matrix product multiplies by and no op of the catalogue has as its weight: elements.
 
-    ``multiplied``, and so the share, knows nothing of them.
+    ``multiplied`` knows nothing of them.
     """
-    found = []
+    found = {}
     for node in program.nodes():
         if node.op != "get_attr" or str(node.target) in program.weights.constants:
             continue
@@ -114,7 +113,7 @@ def unseen(program: Program) -> list[str]:
             readers = {reader: _op(reader) for reader in frontier.pop().users}
             frontier += [reader for reader, op in readers.items() if op in MOVES]
             if any(op in MULTIPLIES and not spec(reader).product for reader, op in readers.items()):
-                found.append(str(node.target))
+                found[str(node.target)] = node.meta["val"].numel()
     return found
 
 

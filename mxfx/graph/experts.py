@@ -63,6 +63,8 @@ def settle_experts(program: Program) -> None:
     for node in list(program.nodes()):
         if node.target is aten.bmm.default and (_is_stack(node.args[1]) or _is_turned(node.args[1])):
             node = _expert_linear(program, node)
+        if node.target is aten.matmul.default and _is_by_head(node.args[0]):
+            node = _expert_linear_on_the_left(program, node)
         if kind(node) != "expert_linear":
             continue
         source = node.args[1]
@@ -87,6 +89,12 @@ def _is_turned(operand: object) -> bool:
     return operand.target is aten.mT.default or {int(axis) % 3 for axis in operand.args[1:3]} == {1, 2}
 
 
+def _is_by_head(operand: object) -> bool:
+    """Whether an operand is ``W[:, None]`` of a stored weight ``(heads, out, in)``."""
+    unsqueezed = isinstance(operand, fx.Node) and operand.target is aten.unsqueeze.default
+    return unsqueezed and operand.args[1] == 1 and _is_stack(operand.args[0])
+
+
 def _expert_linear(program: Program, product: fx.Node) -> fx.Node:
     """``bmm(x, w)`` for ``x`` of ``(experts, rows, in)``: an expert linear whose slice ``e`` chooses expert ``e``.
 
@@ -94,25 +102,54 @@ def _expert_linear(program: Program, product: fx.Node) -> fx.Node:
     """
     x, weight = product.args
     assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
-    runner = FakeRunner(weight.meta["val"].fake_mode)
+    stored = weight.args[0] if _is_turned(weight) else _store_transposed(program, weight, product)
+    made = _each_its_own(_Before(product), x, stored)
+    _replace(product, made, weight)
+    return made
 
-    def call(target: Callable, *args: object) -> fx.Node:
-        with program.graph.inserting_before(product):
-            node = program.graph.call_function(target, args)
-        node.meta = {"val": runner.run(node)}
-        set_info(node, info(product))
-        return node
 
-    experts = weight.meta["val"].shape[0]
+def _expert_linear_on_the_left(program: Program, product: fx.Node) -> fx.Node:
+    """``matmul(W[:, None], x)`` for ``x`` of ``(heads, batch, in, seq)``: each head is an expert of its own rows."""
+    weight, x = product.args
+    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    call, stack = _Before(product), weight.args[0]
+    assert isinstance(stack, fx.Node)
+    heads, out, width = stack.meta["val"].shape
+    rows = call(aten.reshape.default, call(aten.transpose.int, x, -2, -1), [heads, -1, width])
+    made = _each_its_own(call, rows, stack)
+    shape = [heads, call(aten.sym_size.int, x, 1), call(aten.sym_size.int, x, 3), out]
+    _replace(product, call(aten.transpose.int, call(aten.reshape.default, made, shape), -2, -1), weight)
+    return made
+
+
+class _Before:
+    """Makes calls before a node, on its behalf."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self._node = node
+        self._runner = FakeRunner(node.meta["val"].fake_mode)
+
+    def __call__(self, target: Callable, *args: object) -> fx.Node:
+        with self._node.graph.inserting_before(self._node):
+            made = self._node.graph.call_function(target, args)
+        made.meta = {"val": self._runner.run(made)}
+        set_info(made, info(self._node))
+        return made
+
+
+def _each_its_own(call: _Before, x: fx.Node, stack: object) -> fx.Node:
+    """The expert linear of ``(experts, rows, in)`` whose slice ``e`` chooses expert ``e``."""
+    experts = x.meta["val"].shape[0]
     numbers = call(aten.unsqueeze.default, call(torch.ops.mxfx.arange.default, x, 0, experts), 1)
     chosen = call(aten.expand.default, numbers, [experts, call(aten.sym_size.int, x, 1)])
-    stored = weight.args[0] if _is_turned(weight) else _store_transposed(program, weight, product)
-    made = call(torch.ops.mxfx.expert_linear.default, x, stored, chosen)
+    return call(torch.ops.mxfx.expert_linear.default, x, stack, chosen)
+
+
+def _replace(product: fx.Node, made: fx.Node, weight: fx.Node) -> None:
     product.replace_all_uses_with(made)
     for stale in (product, weight):
         if not stale.users:
-            program.graph.erase_node(stale)
-    return made
+            product.graph.erase_node(stale)
 
 
 def _store_transposed(program: Program, weight: fx.Node, before: fx.Node) -> fx.Node:

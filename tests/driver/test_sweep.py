@@ -24,8 +24,6 @@ def told(found: Outcome) -> str:
         return f"{found.name}: only {list(found.configs)} ran"
     if found.kind == "ok" and found.configs["A"] == "ok" and found.share < LEAST and found.name not in EXCUSED:
         return f"{found.name}: A takes {found.share:.0%} of the weights, not {found.left}"
-    if found.unseen:
-        return f"{found.name}: products with {found.unseen} are no linears to the catalogue"
     return ""
 
 
@@ -63,7 +61,7 @@ FOUND: dict[str, Outcome] = {}
 @pytest.mark.parametrize("name", every_name())
 def test_a_family_is_ok_or_refused_with_a_reason(name: str) -> None:
     one = FOUND[name] = apart(name)
-    said = f"{one.configs or one.why} {one.left or ''} {one.unseen or ''}"
+    said = f"{one.configs or one.why} {one.left or ''}"
     print(f"\n{one.name:24} {one.kind:8} {one.share:4.0%} {one.seconds:4.0f} s {said}")
     assert told(one) == ""
     assert not (one.name in EXCUSED and one.share >= LEAST), "it needs no excuse any more"

@@ -130,3 +130,15 @@ def test_a_batched_product_with_turned_weights_is_an_expert_linear_that_reads_th
     assert shared == [f"model.layers.1.mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")]
     assert {program.weight_of(n) for n in program.nodes("expert_linear")} >= set(shared)
     assert not unseen(program)
+
+
+def test_a_matrix_a_head_on_the_left_of_a_product_is_an_expert_linear_too() -> None:
+    model = architectures.build("zamba")
+    program = trace(model)
+    verify(program)
+    stacks = [path_of(n) for n in program.nodes("expert_linear") if "layers.1" in path_of(n)]
+    assert stacks == [f"model.layers.1.mamba.{name}_proj_weight" for name in ("x", "dt")]
+    assert not unseen(program)
+    ids = torch.randint(3, 128, (2, 13), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert relative(execute(program, ids), model(input_ids=ids, use_cache=False).logits) < 1e-5
