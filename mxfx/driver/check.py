@@ -26,6 +26,7 @@ from mxfx.graph.trace import bind, trace
 from mxfx.ground.errors import MxfxError
 from mxfx.ops.catalogue import weights_of
 from mxfx.passes import Annotate, Distill, Gptq, InsertKvCache, QuantizeKvCache, RotationSearch, TransformInputs
+from mxfx.passes.insert_kv_cache import without_cache
 from mxfx.pipeline.manager import PassError, PassManager
 from mxfx.report.memory import memory
 from mxfx.rewrite import Context, Pass, PassRecord, Rewriter, apply
@@ -71,6 +72,8 @@ class Checked:
             yield f"numbers: the program is the model to {self.proof.error:.1e} on rows of {lengths} tokens"
             yield from self.proof.notes
         yield from attention_lines(self.records)
+        if "raised" in program.facts and (reason := without_cache(program)) is not None:
+            yield f"no cache of keys and values: {reason}; text is written without one"
         yield from self._by_phase()
         yield "memory: " + "; ".join(self._held(weights))
         yield f"on the device, once emitted: {memory(program)}"
@@ -110,7 +113,7 @@ class Checked:
         }
         held = specs.get("decode", next(iter(specs.values())))
         if not held:
-            return "cache: none; something in the model but attention looks at other tokens"
+            return f"cache: none, {without_cache(plain)}"
         numbers = cache_specs(apply(InsertKvCache(), plain).program)
         sizes = (cache_bytes(of, batch, context, plain.dtype) / _GB for of in (held, numbers))
         size, whole = sizes

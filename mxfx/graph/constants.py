@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 from mxfx.graph.node import NodeInfo, path_of, set_info
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL
 
+aten = torch.ops.aten
+
 
 @torch.library.custom_op("mxfx::literal", mutates_args=())
 def _literal(values: Sequence[float], shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -86,13 +88,21 @@ def _dtype(flat: list) -> torch.dtype:
 
 
 def store_literals(graph: fx.Graph) -> dict[str, Tensor]:
-    """Read every literal from a weight instead; returns the weights, constants of compute precision, by name."""
+    """Read every literal from a weight instead; returns the weights, constants of compute precision, by name.
+
+    A single number of compute precision stays in the graph.
+    """
     found: dict[str, Tensor] = {}
     names: dict[str, str] = {}
     for node in list(graph.nodes):
         if node.target is not torch.ops.mxfx.literal.default:
             continue
-        values, shape, dtype, _ = node.args
+        values, shape, dtype, device = node.args
+        if not shape and dtype == NOMINAL_COMPUTE:
+            # A number stays one, so that whoever reads the graph sees it: what hides a score, for one.
+            node.target, node.args = aten.scalar_tensor.default, tuple(values)
+            node.kwargs = {"dtype": dtype, "device": device}
+            continue
         # A literal in the model's dtype is kept exact and cast where it is read.
         stored = NOMINAL_COMPUTE if dtype == NOMINAL_MODEL else dtype
         name = names.setdefault(str((values, shape, stored)), f"constants.literal_{len(names)}")

@@ -7,7 +7,8 @@ stays a function of places: of queries, of keys, of padding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +111,19 @@ def mask_forward(
     else:
         allowed = _evaluated(mask_function, tokens, attention_mask)
     return torch.where(allowed, 0.0, torch.finfo(NOMINAL_MODEL).min).to(NOMINAL_MODEL)
+
+
+@contextmanager
+def traced_as(name: str) -> Iterator[None]:
+    """Attention and masks under a name of transformers' own are those of a trace meanwhile."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name] = attention_forward, mask_forward
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from mxfx.graph.experts import experts_forward, find_weight, settle_experts
 from mxfx.graph.fake import sizes_text
 from mxfx.graph.functional import make_functional
 from mxfx.graph.linears import settle_linears
-from mxfx.graph.masks import attention_forward, mask_forward, settle_masks
+from mxfx.graph.masks import attention_forward, mask_forward, settle_masks, traced_as
 from mxfx.graph.mixers import opaque_mixers
 from mxfx.graph.node import NodeInfo, kind, set_info
 from mxfx.graph.normalize import normalize, remove_dead
@@ -40,6 +40,7 @@ from mxfx.graph.weights import WeightStore
 _INTERFACE = "mxfx"
 _MAX_BATCH = 4096
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
+_SOFTMAX = (torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
 #: Tokens that a model takes that does not say.
 _LONGEST = 1 << 17
 
@@ -141,26 +142,34 @@ def _exported(model: nn.Module) -> tuple[nn.Module, torch.export.ExportedProgram
     """A skeleton of the model, its export, and the longest sequence that this takes.
 
     Where a product finds a weight and a float32 buffer, buffers beside weights get the model's dtype in the trace.
+    Attention of a model's own may branch on the name of its implementation, and the branches need not agree: the one
+    of no name is eager's, which may add linear biases a second time. So that of the model's own name counts.
     """
 
-    def attempt(narrow: Set[int]) -> tuple[nn.Module, torch.export.ExportedProgram, int]:
-        skeleton = _skeleton(model, narrow)
+    def attempt(narrow: Set[int], name: str = _INTERFACE) -> tuple[nn.Module, torch.export.ExportedProgram, int]:
+        skeleton = _skeleton(model, narrow, name)
         return skeleton, *_export(skeleton, int(_context(model.config) * frequencies_by_length(skeleton)))
 
+    narrow: Set[int] = frozenset()
     try:
-        return attempt(frozenset())
+        found = attempt(narrow)
     except TraceError as error:
         holders = [module for module in model.modules() if next(module.parameters(), None) is not None]
-        beside = {id(buffer) for module in holders for buffer in module.buffers(recurse=False)}
-        if not beside or not is_mismatch(error.__cause__):
+        narrow = {id(buffer) for module in holders for buffer in module.buffers(recurse=False)}
+        if not narrow or not is_mismatch(error.__cause__):
             raise
-    return attempt(beside)
+        found = attempt(narrow)
+    own = getattr(model.config, "_attn_implementation", None)
+    if own != "sdpa" or not _has_own_attention(found[1]):
+        return found
+    with traced_as(own):
+        return attempt(narrow, own)
 
 
-def _skeleton(model: nn.Module, narrow: Set[int] = frozenset()) -> nn.Module:
+def _skeleton(model: nn.Module, narrow: Set[int], implementation: str) -> nn.Module:
     """A structural copy without data: bfloat16 meta parameters, meta buffers, its own config.
 
-    The buffers whose identities ``narrow`` holds are bfloat16 too.
+    The buffers whose identities ``narrow`` holds are bfloat16 too; ``implementation`` names its attention.
     """
     memo: dict[int, object] = {}
     for parameter in model.parameters():
@@ -177,7 +186,7 @@ def _skeleton(model: nn.Module, narrow: Set[int] = frozenset()) -> nn.Module:
     _register_interfaces()
     for module in skeleton.modules():
         if hasattr(getattr(module, "config", None), "_attn_implementation"):
-            module.config._attn_implementation = _INTERFACE
+            module.config._attn_implementation = implementation
         if hasattr(getattr(module, "config", None), "_experts_implementation"):
             module.config._experts_implementation = _INTERFACE
     return skeleton
@@ -248,6 +257,12 @@ def _register_interfaces() -> None:
     AttentionInterface.register(_INTERFACE, attention_forward)
     AttentionMaskInterface.register(_INTERFACE, mask_forward)
     ExpertsInterface.register(_INTERFACE, experts_forward)
+
+
+def _has_own_attention(exported: torch.export.ExportedProgram) -> bool:
+    """Whether scores are made in a model and its attention came through no interface."""
+    called = {node.target for node in exported.graph.nodes}
+    return torch.ops.mxfx.attention.default not in called and not called.isdisjoint(_SOFTMAX)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -55,14 +55,13 @@ class InsertKvCache(Pass):
     numerics: ClassVar[Numerics] = Exact()
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
-        found = [node for node in rw.program.nodes("attention") if node.target is torch.ops.mxfx.attention.default]
-        masks = OwnMasks(rw)
+        found, masks = _attentions(rw.program), OwnMasks(rw)
         reason = _refused(rw, found, masks)
-        if reason is not None or not found:
+        if reason is not None:
             for node in found:
                 rw.skip(node, reason)
             if not any(rw.program.nodes("cached_attention")):
-                rw.program.notes[NO_CACHE] = reason or "no attention in it is one node (raise-attention says why)"
+                rw.program.notes[NO_CACHE] = reason
             return
         plain = kept_as_numbers(rw.program, ctx.peer, ctx.handoff)
         if plain:
@@ -77,8 +76,20 @@ class InsertKvCache(Pass):
             rw.replace(node, rw.call(torch.ops.mxfx.places.default, *given, like=node, val=node.meta["val"]))
 
 
+def without_cache(program: Program) -> str | None:
+    """Why a raised program can have no cache of keys and values; None if it can."""
+    rw = Rewriter(program, InsertKvCache.name)
+    return _refused(rw, _attentions(program), OwnMasks(rw))
+
+
+def _attentions(program: Program) -> list[fx.Node]:
+    return [node for node in program.nodes("attention") if node.target is torch.ops.mxfx.attention.default]
+
+
 def _refused(rw: Rewriter, found: list[fx.Node], masks: OwnMasks) -> str | None:
     """Why a program can have no cache; None if it can."""
+    if not found:
+        return "no attention in it is one node (raise-attention says why)"
     length = next(n for n in rw.graph.nodes if n.op == "placeholder").meta["val"].shape[1]
     makers = masks.makers([value for node in found for value in _own(node)])
     served = makers.union(_counters(rw))
@@ -89,12 +100,16 @@ def _refused(rw: Rewriter, found: list[fx.Node], masks: OwnMasks) -> str | None:
         if reason is not None:
             return f"{node.name}: {reason}, and no cache holds its state"
     for node in found:
-        if not operands(node)["causal"] and not _own(node):
+        own, given = _own(node), operands(node)
+        # A ready mask is all that is hidden: causality is not joined to it.
+        ready = [value for value in own if value is given["mask"] and value.meta["val"].dim() == 4]
+        causal = given["causal"] and not ready
+        if not own and not causal:
             return f"{node.name} sees later tokens"
-        own = _own(node)
-        reason = next((reason for value in own if (reason := masks.refused(value)) is not None), None)
-        if reason is None and not operands(node)["causal"] and not any(map(masks.hides_later, own)):
-            reason = f"{' and '.join(value.name for value in own)} lets tokens see later ones"
+        reason = next((why for value in own if (why := masks.refused(value)) is not None), None)
+        if reason is None and not causal:
+            shown = [masks.shows_later(value) for value in own]
+            reason = None if None in shown else " and ".join(map(str, shown))
         if reason is not None:
             return f"{node.name}: {reason}"
     return None

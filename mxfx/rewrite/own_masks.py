@@ -18,6 +18,8 @@ from mxfx.rewrite.rewriter import Rewriter
 #: Ops that read of the ids no more than how many there are and where they lie.
 _SIZES = frozenset({"arange", "places", "position_mask", "real_tokens"})
 _LIKE = frozenset(f"aten.new_{what}.default" for what in ("empty", "full", "ones", "zeros"))
+#: What is at most the first hides a key whatever its score; at most the second, where scores lie close to each other.
+_LEAST, _FAR = torch.finfo(NOMINAL_MODEL).min / 2, -1e3
 #: Tokens of the text on which a mask shows whether it hides later ones: more than a window or a chunk of a tiny model.
 _SHOWN = 24
 
@@ -76,13 +78,14 @@ class OwnMasks:
             self._taken[node] = self._rw.call(taken, *args, like=like, val=node.meta["val"], **kwargs)
         return self._taken[node]
 
-    def _closure(self, value: fx.Node) -> list[fx.Node]:
-        """``value`` and all that it is computed from, sizes as they are."""
+    def _closure(self, value: fx.Node, weights: bool = False) -> list[fx.Node]:
+        """``value`` and all that it is computed from, sizes as they are; ``weights`` too where asked."""
         found: dict[fx.Node, None] = {}
         left = [value]
         while left:
             node = left.pop()
-            if node.op != "call_function" or node in found:
+            kinds = ("call_function", "get_attr") if weights else ("call_function",)
+            if node.op not in kinds or node in found:
                 continue
             found[node] = None
             if node.target is not aten.sym_size.int:
@@ -110,12 +113,25 @@ class OwnMasks:
             self._known[node] = self._rw.call(node.target, *args, like=like, val=node.meta["val"], **kwargs)
         return self._known[node]
 
-    def hides_later(self, value: fx.Node) -> bool:
-        """Whether no token of a short text, padded or not, sees a later one."""
+    def shows_later(self, value: fx.Node) -> str | None:
+        """Why a token of a short text, padded or not, may see a later one; None where ``value`` hides them all."""
         ids = torch.ones(2, _SHOWN, dtype=torch.int64)
         padded = ids.clone()
         padded[0, :5] = 0
-        return all(_hides_later(self._evaluated(value, ids, mask)) for mask in (None, padded))
+        unread = next((n for n in self._closure(value, weights=True) if self._is_unread(n)), None)
+        if unread is not None:
+            return f"{value.name} is made from {unread.target}, whose numbers have not been read"
+        worst = max(_later(self._evaluated(value, ids, mask)) for mask in (None, padded))
+        if worst <= _LEAST:
+            return None
+        if worst > _FAR:
+            return f"{value.name} lets tokens see later ones"
+        return (
+            f"{value.name} adds {worst:g} to the scores of later tokens, which hides none whose score is higher by that"
+        )
+
+    def _is_unread(self, node: fx.Node) -> bool:
+        return node.op == "get_attr" and self._rw.program.weights[str(node.target)].device.type == "meta"
 
     def _evaluated(self, value: fx.Node, ids: Tensor, mask: Tensor | None) -> Tensor:
         program = self._rw.program
@@ -157,8 +173,10 @@ def _adds_axis_before(node: fx.Node) -> bool:
     return node.target is aten.unsqueeze.default and int(node.args[1]) % rank < rank - 2
 
 
-def _hides_later(value: Tensor) -> bool:
+def _later(value: Tensor) -> float:
+    """The largest number that is added to the score of a later token."""
     if value.shape[-2] == 1:
-        return False
-    seen = value if value.dtype == torch.bool else value > torch.finfo(NOMINAL_MODEL).min / 2
-    return not bool(seen.triu(1).any())
+        return 0.0
+    added = torch.where(value, 0.0, _LEAST) if value.dtype == torch.bool else value
+    rows, columns = torch.triu_indices(*added.shape[-2:], 1)
+    return float(added[..., rows, columns].max())

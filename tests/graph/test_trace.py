@@ -6,14 +6,17 @@ import copy
 
 import pytest
 import torch
+import transformers as T
 from torch import fx
 from transformers import AutoModelForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mxfx.graph.execute import execute
 from mxfx.graph.node import kind, op_name, path_of
 from mxfx.graph.program import Program
 from mxfx.graph.text import to_text
-from mxfx.graph.tiny import FAMILIES, tiny
+from mxfx.graph.tiny import FAMILIES, shaken, tiny
 from mxfx.graph.trace import TraceError, bind, trace
 from mxfx.graph.verify import verify
 from mxfx.runtime.causal_lm import emit
@@ -231,3 +234,21 @@ def test_a_buffer_that_a_product_meets_beside_weights_has_their_dtype(dtype: tor
 def test_blocks_that_a_loop_counts_are_refused_with_its_line() -> None:
     with pytest.raises(TraceError, match=r"does not hold for every batch and length: .* at \(.*modeling_minimax\.py:"):
         trace(build("minimax"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_model_that_branches_on_its_implementation_is_traced_on_its_own_branch(dtype, implementation: str) -> None:
+    """Falcon's eager branch adds its linear biases twice: in bfloat16 that is within a proof's tolerance of the other."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 131, "alibi": True}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(T.FalconConfig(**sizes), attn_implementation=implementation)
+    model = shaken(model).eval().to(dtype)
+    program = trace(model)
+    for ids, mask in [(torch.randint(3, 131, (2, 19)), None), padded_batch()[:2]]:
+        real = torch.ones_like(ids) if mask is None else mask
+        with torch.no_grad():
+            expected = model(ids, attention_mask=real, use_cache=False).logits
+        assert torch.equal(execute(program, ids, None, mask)[real.bool()], expected[real.bool()])
+    for interface in (ALL_MASK_ATTENTION_FUNCTIONS, ALL_ATTENTION_FUNCTIONS):
+        assert interface["sdpa"].__module__.startswith("transformers."), "what a trace put there is gone"

@@ -10,9 +10,11 @@ import transformers as T
 from torch.ops import aten, mxfx
 
 from mxfx.config import Pipeline
+from mxfx.graph.phases import NO_CACHE
 from mxfx.graph.program import Program
 from mxfx.graph.trace import trace
 from mxfx.passes import InsertKvCache
+from mxfx.passes.insert_kv_cache import without_cache
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Rewriter, apply
 from mxfx.runtime.cache import CacheError
@@ -33,6 +35,7 @@ STRUCTURES = {
     "phimoe": "a window that only the mask knows",
     "gpt2": "a mask that it reshapes",
     "ctrl": "places looked up in a table",
+    "gpt_neo": "tables of what a token sees; scores hidden by a tensor of one number",
     "llama4": "chunks; temperatures by place where there is no RoPE",
 }
 
@@ -54,7 +57,9 @@ def both(name: str) -> tuple[torch.nn.Module, EmittedCausalLM]:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name in ("gemma2", "gpt2", "ctrl", "llama4") else pytest.mark.thorough)
+        pytest.param(
+            name, marks=() if name in ("gemma2", "gpt2", "ctrl", "gpt_neo", "llama4") else pytest.mark.thorough
+        )
         for name in STRUCTURES
     ],
 )
@@ -157,6 +162,50 @@ def test_an_own_mask_that_shows_later_tokens_or_reads_the_text_gets_no_cache_and
 
     read = apply(InsertKvCache(), with_own(raised("llama-tiny"), by_text, 10, True)).record
     assert "depends on what the tokens are, which no cache holds" in read.skips[0].reason and not read.matches
+
+
+def test_a_causal_call_is_not_trusted_to_join_causality_to_a_ready_mask() -> None:
+    """By definition nothing is joined to a ready mask: with a cache this call would compute something else."""
+    trusted = with_own(raised("llama-tiny"), everything, 3, True)
+    ids, _, _ = padded_batch()
+    first, short = (as_causal_lm(trusted)(one).logits[:, 0] for one in (ids, ids[:, :1]))
+    assert not torch.allclose(first, short, atol=1e-3), "it sees later tokens"
+    found = apply(InsertKvCache(), trusted)
+    assert "position_mask_default lets tokens see later ones" in found.record.skips[0].reason
+    assert not found.record.matches and not as_causal_lm(trusted).specs
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (torch.finfo(torch.bfloat16).min, None),
+        (-1e4, "adds -10000 to the scores of later tokens, which hides none whose score is higher by that"),
+        (-10.0, "lets tokens see later ones"),
+    ],
+)
+def test_a_mask_of_finite_numbers_gets_no_cache_unless_it_hides_whatever_the_scores_are(number, reason) -> None:
+    def additive(rw: Rewriter, like) -> torch.fx.Node:
+        ids, _, mask = (n for n in rw.graph.nodes if n.op == "placeholder")
+        allowed = rw.call(mxfx.position_mask.default, ids, mask, True, None, None, like=like)
+        added = rw.call(aten.where.Scalar, allowed, 0.0, number, like=like)
+        return rw.call(mxfx.cast.default, added, "model", like=like)
+
+    program = with_own(raised("llama-tiny"), additive, 10, False)
+    record = apply(InsertKvCache(), program).record
+    assert [reason in skip.reason for skip in record.skips] == ([] if reason is None else [True, True])
+    assert len(record.matches) == (2 if reason is None else 0)
+    assert reason is None or reason in str(without_cache(program))
+
+
+def test_without_weights_a_table_is_not_trusted_to_hide_later_tokens() -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = build("gpt_neo")
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(model.config)
+    read, unread = (PassManager().run(trace(one), Pipeline([]).completed()).program for one in (model, empty))
+    assert NO_CACHE not in read.notes
+    assert "attn.attention.bias, whose numbers have not been read" in str(unread.notes[NO_CACHE])
 
 
 def test_layers_without_a_window_have_no_ring() -> None:

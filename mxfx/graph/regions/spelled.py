@@ -111,6 +111,8 @@ def _called(end: fx.Node) -> Spelled | Refusal:
     q, k, v, mask, dropout, causal, scale, _ = operands(end).values()
     if dropout:
         return Refusal(end, f"attention with dropout {dropout}")
+    if mask is not None and causal:
+        return Refusal(end, "a call with a mask and is_causal, of which torch takes one")
     scale = q.meta["val"].shape[-1] ** -0.5 if scale is None else scale
     found = Spelled(q, unrepeated(k), unrepeated(v), False, float(scale), causal=bool(causal))
     if mask is not None:
