@@ -12,7 +12,7 @@ from mxfx.formats import Format, parse
 from mxfx.formats.stored import codes_length, scales_length, stores
 from mxfx.graph.node import kind, operands
 from mxfx.graph.phases import NO_CACHE, kept_as_numbers
-from mxfx.graph.program import NOMINAL_MODEL
+from mxfx.graph.program import NOMINAL_MODEL, Program
 from mxfx.graph.tokenwise import mixes_tokens
 from mxfx.ops.catalogue import spec
 from mxfx.rewrite import Context, Exact, Numerics, Pass, Rewriter, register

@@ -62,6 +62,10 @@ KEYS
 weight_block_size = 32
 weight_width = 4
 """
+SELF = r"['model\.layers\.\d+\.self_attn$'"
+CACHE = f"{SELF}]\nname = 'mxint'\n{SELF}.kv_cache]\ndata_in_block_size = 16\ndata_in_width = BITS\n" + "".join(
+    f"{SELF}.{stage}]\nbypass = true\n" for stage in ("qk_matmul", "av_matmul", "softmax", "rope")
+)
 SEARCH = """
 [rotation_search]
 calib_data = "file:search.pt"
@@ -120,6 +124,22 @@ class TestRow17SavePretrained:
         assert (logits(again) - logits(model)).norm() > 0.01 * logits(model).norm()
         assert [emitted.generate(IDS, max_new_tokens=5).tolist()] == [again.generate(IDS, max_new_tokens=5).tolist()]
 
+    def test_in_bfloat16_with_solved_weights_too(self, compiled, tmp_path: Path) -> None:
+        text = GPTQ + LINEARS + CACHE.replace("BITS", "4")
+        Path("c.toml").write_text(text.replace("WIDTH", "4").replace("KEYS", ""))
+        model = tiny("llama-tiny", dtype=torch.bfloat16)
+        emitted, _ = quantize_module_transform_pass(model, load_quant_config("c.toml"))
+        emitted.save_pretrained(tmp_path / "saved")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+        assert again.dtype == torch.bfloat16 and torch.equal(logits(again), logits(emitted))
+        assert torch.equal(again.generate(IDS, max_new_tokens=5), emitted.generate(IDS, max_new_tokens=5))
+
+    @pytest.mark.parametrize("option", [{"safe_serialization": False}, {"variant": "fp16"}, {"state_dict": {}}])
+    def test_an_option_that_would_be_ignored_is_refused_and_nothing_is_written(self, emitted, option, tmp_path) -> None:
+        with pytest.raises(TypeError, match=f"takes max_shard_size, not {next(iter(option))}"):
+            emitted.save_pretrained(tmp_path / "saved", **option)
+        assert not (tmp_path / "saved").exists()
+
     def test_moved_to_a_device_of_another_type_it_is_emitted_for_that(
         self, emitted: MxfxForCausalLM, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -177,13 +197,15 @@ class TestRow8FilesOfMase:
         Path("kept/quantized_model_layer_0.safetensors").unlink()
         assert torch.equal(logits(compiled(GPTQ + LINEARS)[0]), logits(emitted))
 
-    def test_its_decisions_are_left_alone_with_a_warning(self, compiled) -> None:
+    @pytest.mark.parametrize("key", ["", "cache_path = 'kept/theirs.json'\n"])
+    def test_its_decisions_are_left_alone_with_a_warning(self, compiled, key: str) -> None:
         theirs = {"winners": ["q_proj"], "final_ppl": 1.0, "baseline_ppl": 2.0}
-        Path("kept").mkdir()
-        Path("kept/rotation_decisions.json").write_text(json.dumps(theirs))
-        with pytest.warns(UserWarning, match=r"rotation_decisions\.json is no file of mxfx: searching again"):
-            _, records = compiled(GPTQ + SEARCH + LINEARS)
-        assert json.loads(Path("kept/rotation_decisions.json").read_text()) == theirs
+        file = Path("kept/theirs.json" if key else "kept/rotation_decisions.json")
+        file.parent.mkdir()
+        file.write_text(json.dumps(theirs))
+        with pytest.warns(UserWarning, match=rf"{file.name} is no file of mxfx: searching again"):
+            _, records = compiled(GPTQ + SEARCH + key + LINEARS)
+        assert json.loads(file.read_text()) == theirs
         assert records["rotation-search"].details["perplexity"] != 1.0
 
 
@@ -194,6 +216,18 @@ class TestRow9OneCheckpointFolder:
         second, records = compiled(GPTQ + LINEARS, 8, keys)
         assert records["gptq"].details["resumed_layers"] == resumed
         assert not torch.equal(logits(first), logits(second))
+
+    @pytest.mark.parametrize(("keys", "resumed"), [("quantized_inputs = false", 2), ("quantized_inputs = true", 0)])
+    def test_formats_of_the_cache_ask_for_no_second_gptq(self, compiled, keys: str, resumed: int) -> None:
+        first, _ = compiled(GPTQ + LINEARS + CACHE.replace("BITS", "4"), 4, keys)
+        second, records = compiled(GPTQ + LINEARS + CACHE.replace("BITS", "8"), 4, keys)
+        assert records["gptq"].details["resumed_layers"] == resumed
+        assert not torch.equal(logits(first), logits(second))
+
+    def test_formats_of_weights_ask_for_another(self, compiled) -> None:
+        compiled(GPTQ + LINEARS, 4, "quantized_inputs = false")
+        wider = (GPTQ + LINEARS).replace("weight_width = 4", "weight_width = 5")
+        assert compiled(wider, 4, "quantized_inputs = false")[1]["gptq"].details["resumed_layers"] == 0
 
 
 class TestRow11Rotation:
@@ -217,14 +251,18 @@ class TestRow11Rotation:
         assert (self.attended(rotated, 1.0) - self.attended(rotated, 100.0)).abs() > 0.1
         assert torch.equal(self.attended(lambda p: p, 1.0), self.attended(lambda p: p, 100.0))
 
-    def test_so_they_are_rounded_as_they_are_and_it_is_said(self, compiled) -> None:
+    @pytest.mark.parametrize(
+        ("name", "form"),
+        [("mxint", "data_in_width = 4"), ("mxfp", "data_in_exponent_width = 2\ndata_in_frac_width = 1")],
+    )
+    def test_so_they_are_rounded_as_they_are_and_it_is_said(self, compiled, name: str, form: str) -> None:
         attention = "by = 'regex_name'\n['model\\.layers\\.\\d+\\.self_attn$']\nname = 'NAME'\n"
         for stage in ("qk_matmul", "kv_cache", "softmax", "rope"):
             attention += f"['model\\.layers\\.\\d+\\.self_attn$'.{stage}]\nbypass = true\n"
-        attention += "['model\\.layers\\.\\d+\\.self_attn$'.av_matmul]\ndata_in_width = 4\ndata_in_block_size = 16\n"
+        attention += "['model\\.layers\\.\\d+\\.self_attn$'.av_matmul]\ndata_in_block_size = 16\n" + form
         with pytest.warns(DialectWarning, match="the model reads ahead"):
-            emitted, _ = compiled(attention.replace("NAME", "mxint_rotate"))
-        plain, _ = compiled(attention.replace("NAME", "mxint"))
+            emitted, _ = compiled(attention.replace("NAME", f"{name}_rotate"))
+        plain, _ = compiled(attention.replace("NAME", name))
         assert torch.equal(logits(emitted), logits(plain))
         changed = IDS.clone()
         changed[0, -1] += 1

@@ -80,7 +80,7 @@ def test_a_sampled_architecture_is_equal_or_refused_with_a_reason(name: str) -> 
     assert why
 
 
-#: What the architectures became that ran in this process: ``-k`` runs a part of them, any number of parts make the whole.
+#: What became of those that ran in this process: ``-k`` runs a part of them, any number of parts make the whole.
 FOUND: dict[str, str] = {}
 
 

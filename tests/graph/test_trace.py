@@ -239,7 +239,7 @@ def test_blocks_that_a_loop_counts_are_refused_with_its_line() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_a_model_that_branches_on_its_implementation_is_traced_on_its_own_branch(dtype, implementation: str) -> None:
-    """Falcon's eager branch adds its linear biases twice: in bfloat16 that is within a proof's tolerance of the other."""
+    """Falcon's eager branch adds its linear biases twice: in bfloat16 a proof may take that for the other one."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 131, "alibi": True}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(T.FalconConfig(**sizes), attn_implementation=implementation)

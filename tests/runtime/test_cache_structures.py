@@ -10,8 +10,8 @@ import transformers as T
 from torch.ops import aten, mxfx
 
 from mxfx.config import Pipeline
-from mxfx.graph.phases import NO_CACHE
 from mxfx.graph.program import Program
+from mxfx.graph.tiny import shaken
 from mxfx.graph.trace import trace
 from mxfx.passes import InsertKvCache
 from mxfx.passes.insert_kv_cache import without_cache
@@ -37,6 +37,7 @@ STRUCTURES = {
     "ctrl": "places looked up in a table",
     "gpt_neo": "tables of what a token sees; scores hidden by a tensor of one number",
     "llama4": "chunks; temperatures by place where there is no RoPE",
+    "falcon": "linear biases in the mask of its own SDPA, one key head",
 }
 
 
@@ -48,8 +49,14 @@ def temperate() -> torch.nn.Module:
     )  # fmt: skip
 
 
+def biased() -> torch.nn.Module:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 131}
+    torch.manual_seed(0)
+    return shaken(T.AutoModelForCausalLM.from_config(T.FalconConfig(**sizes, alibi=True))).eval()
+
+
 def both(name: str) -> tuple[torch.nn.Module, EmittedCausalLM]:
-    model = temperate() if name == "llama4" else build(name)
+    model = {"llama4": temperate, "falcon": biased}.get(name, lambda: build(name))()
     program = PassManager().run(trace(model), Pipeline([]).completed()).program
     return model, as_causal_lm(program)
 
@@ -58,7 +65,8 @@ def both(name: str) -> tuple[torch.nn.Module, EmittedCausalLM]:
     "name",
     [
         pytest.param(
-            name, marks=() if name in ("gemma2", "gpt2", "ctrl", "gpt_neo", "llama4") else pytest.mark.thorough
+            name,
+            marks=() if name in ("gemma2", "gpt2", "ctrl", "gpt_neo", "llama4", "falcon") else pytest.mark.thorough,
         )
         for name in STRUCTURES
     ],
@@ -198,14 +206,12 @@ def test_a_mask_of_finite_numbers_gets_no_cache_unless_it_hides_whatever_the_sco
 
 
 def test_without_weights_a_table_is_not_trusted_to_hide_later_tokens() -> None:
-    from transformers import AutoModelForCausalLM
-
     model = build("gpt_neo")
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(model.config)
+        empty = T.AutoModelForCausalLM.from_config(model.config)
     read, unread = (PassManager().run(trace(one), Pipeline([]).completed()).program for one in (model, empty))
-    assert NO_CACHE not in read.notes
-    assert "attn.attention.bias, whose numbers have not been read" in str(unread.notes[NO_CACHE])
+    assert without_cache(read) is None
+    assert "attn.attention.bias, whose numbers have not been read" in str(without_cache(unread))
 
 
 def test_layers_without_a_window_have_no_ring() -> None:
