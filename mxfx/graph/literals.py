@@ -58,6 +58,9 @@ def free_literals(graph: fx.Graph) -> None:
             raise TraceError(f"{_where(node)} draws random numbers; a program computes the same logits each time")
         elif _literals(node) or node.target in _FILLS:
             _free(graph, node, factories)
+        elif node.target is aten.masked_fill.Scalar and _overflows(node.args[2]):
+            # A fill raises where a dtype does not hold the number, as float16 the least of bfloat16; this is infinite.
+            _replace(graph, node, aten.where.ScalarSelf, (node.args[1], node.args[2], node.args[0]))
     for node in graph.nodes:
         if "val" in node.meta:
             node.meta["val"] = tree_map_only(Tensor, _on_the_device, node.meta["val"])
@@ -76,6 +79,10 @@ def _draws(node: fx.Node) -> bool:
     if torch.Tag.nondeterministic_seeded not in node.target.tags or node.target is aten.dropout.default:
         return False
     return operands(node).get("dropout_p") != 0
+
+
+def _overflows(number: object) -> bool:
+    return isinstance(number, float) and torch.finfo(torch.float16).max < abs(number) < float("inf")
 
 
 class _Factories:

@@ -178,5 +178,5 @@ def _later(value: Tensor) -> float:
     if value.shape[-2] == 1:
         return 0.0
     added = torch.where(value, 0.0, _LEAST) if value.dtype == torch.bool else value
-    rows, columns = torch.triu_indices(*added.shape[-2:], 1)
+    rows, columns = torch.triu_indices(added.shape[-2], added.shape[-1], 1)
     return float(added[..., rows, columns].max())

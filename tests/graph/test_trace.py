@@ -236,7 +236,7 @@ def test_blocks_that_a_loop_counts_are_refused_with_its_line() -> None:
         trace(build("minimax"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_a_model_that_branches_on_its_implementation_is_traced_on_its_own_branch(dtype, implementation: str) -> None:
     """Falcon's eager branch adds its linear biases twice: in bfloat16 a proof may take that for the other one."""

@@ -25,6 +25,7 @@ _SPLITS = (aten.reshape.default, aten.view.default)
 _SAME = (torch.ops.mxfx.cast.default, aten.to.dtype, aten.clone.default)
 _TIMES = (aten.mul.Tensor, aten.mul.Scalar)
 _OVER = (aten.div.Tensor, aten.div.Scalar)
+_WHERE = (aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther)
 _AT_LEAST = (aten.max.other, aten.maximum.default, aten.clamp_min.default)
 _FILLS = (aten.full.default, aten.new_full.default, aten.scalar_tensor.default)
 _HEADS_REPEATED = (aten.reshape.default, aten.expand.default, aten.unsqueeze.default)
@@ -139,7 +140,7 @@ def _scores(node: object, depth: int) -> Spelled | Refusal | None:
         return None if spec(node).product is not None else _product(node)
     if node.target in (aten.add.Tensor, aten.sub.Tensor):
         return _sum(node, depth)
-    if node.target is aten.where.self:
+    if node.target in _WHERE:
         condition, true, false = node.args
         if _number(true) is not None:
             return _masked(node, _scores(false, depth + 1), true, hidden=(condition,))
