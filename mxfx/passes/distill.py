@@ -22,7 +22,7 @@ from mxfx.formats import Format
 from mxfx.graph.node import info, kind
 from mxfx.graph.program import Program
 from mxfx.ground import ranks
-from mxfx.ops.catalogue import spec
+from mxfx.ops.catalogue import spec, weights_of
 from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.basis import bias_of
 from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, ANNOTATED, LOWERED, QUANTIZERS_FUSED, WEIGHTS_ROUNDED, Fact
@@ -286,7 +286,11 @@ class Distill(Pass):
         for node in filter(self.selects, rw.program.nodes()):
             if "weight" not in info(node).formats:
                 continue
-            weight = rw.weights.canonical(rw.program.weight_of(node))
+            source = weights_of(node).get("weight")
+            if source is None:
+                rw.skip(node, "its weight is computed, not stored")
+                continue
+            weight = rw.weights.canonical(str(source.target))
             readers = readers_of(rw.program, weight)
             if {str(_format(r)) for r in readers} != {str(_format(node))}:
                 rw.skip(node, f"{weight} is read in different formats")

@@ -13,7 +13,7 @@ from mxfx.calibration.staged import Staged
 from mxfx.calibration.training import deterministic, divergence
 from mxfx.config import Pipeline
 from mxfx.formats import parse
-from mxfx.graph.node import info
+from mxfx.graph.node import info, path_of, set_info
 from mxfx.graph.program import Program
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
@@ -50,6 +50,21 @@ def programs() -> tuple[Program, Program]:
 def _distill(programs: tuple[Program, Program], **options: object):
     start, quantized = programs
     return apply(Distill(**options), quantized, Context(tokens=lambda: TOKENS, reference=start))
+
+
+def test_a_weight_that_is_computed_is_left_out_with_the_reason_and_the_others_are_tuned(programs) -> None:
+    start, quantized = programs
+    quantized = quantized.copy()
+    linear = next(n for n in quantized.nodes("linear") if "weight" in info(n).formats)
+    weight = linear.args[1]
+    with quantized.graph.inserting_before(linear):
+        cast = quantized.graph.call_function(torch.ops.mxfx.cast.default, (weight, "model"))
+    cast.meta = {"val": weight.meta["val"]}
+    set_info(cast, info(linear))
+    linear.update_arg(1, cast)
+    done = _distill((start, quantized), steps=2, batch_size=2)
+    assert [(s.path, s.reason) for s in done.record.skips] == [(path_of(linear), "its weight is computed, not stored")]
+    assert len(done.record.matches) == 13
 
 
 def test_held_out_divergence_falls_and_every_weight_lies_on_its_grid(programs) -> None:
