@@ -36,6 +36,8 @@ TILE_BYTES = 2048
 #: By whether the cache is packed: warps of a program, and warps that a device should have to do. Of an H200.
 WARPS = {True: 1, False: 4}
 TOGETHER = {True: 2112, False: 1056}
+#: Bytes of a plain place beyond which, as in float32, tiles of several warps take more registers and memory than fit.
+WIDE = 256
 #: Channels of a row that one program joins.
 JOINED = 16
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -63,8 +65,9 @@ def attend_token(
     kv_heads, room = keys.shape[1:3]
     group = heads // kv_heads
     packed = key_scales is not None or value_scales is not None
-    warps = WARPS[packed]
     bytes_a_place = max(keys.shape[3] * keys.element_size(), values.shape[3] * values.element_size())
+    wide = not packed and (bytes_a_place > WIDE or q.dtype == torch.float32)
+    warps = 1 if wide else WARPS[packed]
     places = 64 if 64 * bytes_a_place <= TILE_BYTES else 32
     stretches = max(1, min(TOGETHER[packed] // (batch * kv_heads * warps), triton.cdiv(room, places * warps)))
     alone = stretches == 1
