@@ -17,12 +17,20 @@ from mxfx.algorithms.gptq_experts import ExpertResult, gptq_experts
 from mxfx.calibration.accounts import expert_account, fallback, linear_account
 from mxfx.calibration.checkpoints import LayerCheckpoints, open_checkpoints
 from mxfx.calibration.keys import Keys, digest, environment, token_key
-from mxfx.calibration.stream import ExpertGroup, Group, LayerRun, StreamOptions, stream_layers, without_quantizers
+from mxfx.calibration.stream import (
+    ExpertGroup,
+    Group,
+    LayerRun,
+    StreamOptions,
+    stream_layers,
+    without_quantizers,
+)
 from mxfx.graph.node import info, layer_of, path_of
 from mxfx.graph.program import Program
 from mxfx.ground import ranks
 from mxfx.ops.catalogue import spec
-from mxfx.passes.quantize_kv_cache import as_it_stands, with_quantizers
+from mxfx.passes.insert_fake_quant import InsertFakeQuant
+from mxfx.passes.quantize_kv_cache import QuantizeKvCache
 from mxfx.rewrite import ALL, Context, ExpectationError, Lossy, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.context import StrictError
 from mxfx.rewrite.facts import ANNOTATED, LOWERED, QUANTIZERS_FUSED, ROUNDED_TO_NEAREST, WEIGHTS_ROUNDED, Fact
@@ -64,7 +72,6 @@ class Gptq(Pass):
     asymmetric: part of the way to the least-squares weight for quantized inputs, from 0 to 1 (0.25 helps at W4A4).
     ridge: added to the diagonal of the Hessian for that weight, as a fraction of its mean; with much data, less.
     residual: let it also make up, where a linear adds to the residual stream, for what that lost before.
-    head: part of the way to that weight that a head without a format goes, from 0 to 1; it stays in its precision.
     min_expert_tokens: tokens below which an expert counts as starving.
     quantized_inputs: true also rounds annotated activations, keys and values while measuring, false leaves quantizers
         out; not given: the graph as it stands.
@@ -93,7 +100,6 @@ class Gptq(Pass):
     asymmetric: float = 0.0
     ridge: float = 0.1
     residual: bool = False
-    head: float = 0.0
     min_expert_tokens: int = 128
     quantized_inputs: bool | None = None
     samples: int | None = None
@@ -109,11 +115,10 @@ class Gptq(Pass):
         _require(self.damp >= 0, "damp", self.damp, "0 or more")
         _require(self.refine >= 0, "refine", self.refine, "0 or more")
         _require(self.min_expert_tokens >= 1, "min_expert_tokens", self.min_expert_tokens, "1 or more")
-        for name in ("asymmetric", "head"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
+        _require(0 <= self.asymmetric <= 1, "asymmetric", self.asymmetric, "between 0 and 1")
         _require(self.ridge > 0, "ridge", self.ridge, "above 0")
         _require(
-            self.asymmetric > 0 or not self.residual, "asymmetric", self.asymmetric, "above 0 with residual = true"
+            not self.residual or self.asymmetric > 0, "asymmetric", self.asymmetric, "above 0 with residual = true"
         )
         for name in ("samples", "length", "batch_size", "max_layers"):
             number = getattr(self, name)
@@ -127,13 +132,12 @@ class Gptq(Pass):
         targets = take_over(rw, ctx.peer, self._targets(rw, peer=ctx.peer))
         if not targets:
             return
-        targets += self._heads(rw)
         tokens = self._tokens(ctx)
         options = StreamOptions(
             self.batch_size,
             self._dtype(rw.program),
             self.activations,
-            reference=self.asymmetric > 0 or self.head > 0,
+            reference=self.asymmetric > 0,
             fewest=self.min_expert_tokens,
             drift=self.residual,
         )
@@ -165,14 +169,6 @@ class Gptq(Pass):
             )
         return found
 
-    def _heads(self, rw: Rewriter) -> list[fx.Node]:
-        """The last product, if ``head`` asks for it and its weight is its own and has no format."""
-        *_, last = rw.program.products()
-        reason = "it has a format" if "weight" in info(last).formats else unfit(rw.program, last) or self._beyond(last)
-        if self.head and reason:
-            rw.warn(f"head = {self.head} moves no head: of {path_of(last) or last.name}, {reason}")
-        return [last] if self.head and not reason else []
-
     def _beyond(self, node: fx.Node) -> str | None:
         layer = layer_of(node)
         if self.max_layers is None or (layer is not None and layer < self.max_layers):
@@ -192,10 +188,6 @@ class Gptq(Pass):
 
     def _dtype(self, program: Program) -> torch.dtype | None:
         return {"auto": None, "model": program.dtype, "float32": torch.float32}[self.precision]
-
-    def _how(self) -> dict[str, Any]:
-        """The solver's options."""
-        return {"damping": self.damp, "order": self.order, "exponents": self.exponents, "refine": self.refine}
 
     def _view(self) -> Callable[[Program], Program]:
         return {None: as_it_stands, True: with_quantizers, False: without_quantizers}[self.quantized_inputs]
@@ -225,9 +217,6 @@ class Gptq(Pass):
         return open_checkpoints(directory, key, about)
 
     def _rewrite_layer(self, rw: Rewriter, ctx: Context, layer: LayerRun, checkpoints: LayerCheckpoints | None) -> None:
-        if all("weight" not in info(node).formats for node in layer.targets):
-            self._move_head(rw, layer)
-            return
         name = "head" if layer.index is None else f"layer-{layer.index:05d}"
         stored = ranks.from_first(lambda: checkpoints.load(name) if checkpoints else None)
         if checkpoints is not None:
@@ -248,16 +237,6 @@ class Gptq(Pass):
         if checkpoints is not None:
             tensors = {weight: rw.weights[weight] for node in layer.targets for weight in [rw.program.weight_of(node)]}
             checkpoints.save(name, tensors, results)
-
-    def _move_head(self, rw: Rewriter, layer: LayerRun) -> None:
-        (group,) = layer.groups()
-        assert isinstance(group, Group)
-        weight = rw.program.weight_of(group.linears[0])
-        if rw.match(group.linears[0], note="least squares"):
-            hessian = group.statistics.hessian(group.source, rw.weights.hash)
-            cross = group.statistics.cross(group.source, rw.weights.hash)
-            moved = asymmetric_target(layer.weights.master(weight), hessian, cross, self.head, self.ridge)
-            rw.set_weight(weight, moved.to(rw.weights.behind(weight)))
 
     def _restore(
         self,
@@ -323,7 +302,10 @@ class Gptq(Pass):
                     cross=moments.cross,
                     asymmetric=self.asymmetric,
                     ridge=self.ridge,
-                    **self._how(),
+                    damping=self.damp,
+                    order=self.order,
+                    exponents=self.exponents,
+                    refine=self.refine,
                 )
             except ValueError as error:
                 raise ValueError(f"{weight} (read by {path_of(node)}): {error}") from error
@@ -349,8 +331,11 @@ class Gptq(Pass):
                 weights,
                 hessian,
                 info(nodes[0]).formats["weight"].format,
+                damping=self.damp,
+                order=self.order,
+                exponents=self.exponents,
+                refine=self.refine,
                 targets=targets,
-                **self._how(),
             )
         except ValueError as error:
             names = [rw.program.weight_of(node) for node in nodes]
@@ -381,6 +366,19 @@ class Gptq(Pass):
             raise StrictError(f"gptq: {message}")
         rw.record.details["fallbacks"] += 1
         rw.warn(message)
+
+
+def as_it_stands(program: Program) -> Program:
+    """The program with the quantizers that it has."""
+    return program
+
+
+def with_quantizers(program: Program) -> Program:
+    """The program with every annotated activation, key and value rounded."""
+    rw = Rewriter(program, Gptq.name)
+    for pass_ in (InsertFakeQuant(), QuantizeKvCache()):
+        pass_.run(rw, Context())
+    return program
 
 
 def _formats(program: Program, select: Selector) -> dict[str, str]:

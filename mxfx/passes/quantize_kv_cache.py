@@ -11,7 +11,6 @@ from torch.ops import mxfx
 from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
 from mxfx.ops.catalogue import spec
-from mxfx.passes.insert_fake_quant import InsertFakeQuant
 from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.facts import ANNOTATED, KV_QUANTIZED, QUANTIZERS_FUSED, Fact, Selected
 from mxfx.rewrite.operands import is_quantized, quantize_operand
@@ -97,19 +96,6 @@ def _quantize_behind(rw: Rewriter, node: fx.Node, operand: str, first: int) -> N
         given = (source, starts, None, first, str(fmt))
         new = rw.call(mxfx.keep_first_quantize.default, *given, like=node, val=source.meta["val"])
         spec(node).set(rw, operand, new)
-
-
-def as_it_stands(program: Program) -> Program:
-    """The program with the quantizers that it has."""
-    return program
-
-
-def with_quantizers(program: Program) -> Program:
-    """The program with every annotated activation, key and value rounded."""
-    rw = Rewriter(program, "with-quantizers")
-    for pass_ in (InsertFakeQuant(), QuantizeKvCache()):
-        pass_.run(rw, Context())
-    return program
 
 
 @KV_QUANTIZED.means
