@@ -113,12 +113,7 @@ def _solve(weight: Tensor, goal: Tensor, hessian: Tensor, fmt: Format, common: T
 
 
 def asymmetric_target(
-    weight: Tensor,
-    hessian_q: Tensor,
-    cross: Tensor,
-    alpha: float = 0.25,
-    lam: float = 0.1,
-    drift: Tensor | None = None,
+    weight: Tensor, hessian_q: Tensor, cross: Tensor, alpha: float = 0.25, lam: float = 0.1
 ) -> Tensor:
     """The weight that, on quantized inputs Xq, best repeats W's outputs on the float inputs X.
 
@@ -127,8 +122,7 @@ def asymmetric_target(
 
         W* = W + ((Hq + λ I)⁻¹ (Xqᵀ X - Hq) Wᵀ)ᵀ,
 
-    of which only the part alpha is taken: full strength overfits the calibration data. Where the output is added to a
-    residual stream that is Rq and was R, min ‖(R + X Wᵀ) - (Rq + Xq Qᵀ)‖² adds Xqᵀ (R - Rq) to the bracket.
+    of which only the part alpha is taken: full strength overfits the calibration data.
 
     Args:
         weight: `(rows, cols)`.
@@ -136,7 +130,6 @@ def asymmetric_target(
         cross: `(cols, cols)`, Xqᵀ X, same scale; row = quantized channel.
         alpha: 0 gives W, 1 gives W*.
         lam: λ relative to the mean diagonal of Hq.
-        drift: `(cols, rows)`, Xqᵀ (R - Rq), same scale; None for no residual stream.
 
     Returns:
         `(rows, cols)`, float64 for float64 weights, else float32.
@@ -154,8 +147,6 @@ def asymmetric_target(
     # In place: these are the largest matrices of a run.
     h, w = hessian_q.to(torch.float64, copy=True), weight.double()
     missing = cross.to(torch.float64, copy=True).sub_(h) @ w.mT
-    if drift is not None:
-        missing += drift.double()
     h.diagonal().add_(lam * h.diagonal().mean())
     step = torch.cholesky_solve(missing, torch.linalg.cholesky(h)).mT
     return (w + alpha * step).to(torch.promote_types(weight.dtype, torch.float32))

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from mxfx.calibration.activations import ActivationStore, Placement, arrived
 from mxfx.calibration.expert_statistics import choice_of
-from mxfx.calibration.stages import Stage, added_to, cut, input_of
+from mxfx.calibration.stages import Stage, cut, input_of
 from mxfx.graph.program import Program, compute_dtype
 from mxfx.graph.transfers import Arrival, Transfers
 
@@ -132,11 +132,6 @@ class Runner:
         """Which node of this program corresponds to each measured node of another, by the linears that read it."""
         mine = {n.name: source for stage in self.stages for source, readers in stage.measured.items() for n in readers}
         return {source: mine[readers[0].name] for source, readers in measured.items()}
-
-    def residual(self, name: str) -> fx.Node | None:
-        """What the result of the linear of that name is added to; see ``added_to``."""
-        found = ((n, s) for s in self.stages for readers in s.measured.values() for n in readers if n.name == name)
-        return added_to(*next(found))
 
     def expert_sources(self, name: str) -> tuple[fx.Node, fx.Node]:
         """The tensor and the choice of experts that the stacked linear of that name reads in this program."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-import torch
 from torch import fx
 
 from mxfx.graph.node import layer_of, path_of
@@ -72,16 +71,6 @@ def input_of(node: fx.Node) -> fx.Node:
     if source is None:
         raise ValueError(f"{node.name} ({path_of(node)}) is no product with a weight")
     return source
-
-
-def added_to(node: fx.Node, stage: Stage) -> fx.Node | None:
-    """The value, there before ``stage``, that the result of a linear in it is added to and nothing else is done with:
-    the residual stream. None for any other linear.
-    """
-    reader = next(iter(node.users)) if len(node.users) == 1 else None
-    if reader is None or reader.target is not torch.ops.aten.add.Tensor or reader.kwargs:
-        return None
-    return next((source for source in reader.all_input_nodes if source in stage.inputs), None)
 
 
 def _segment(node: fx.Node, sources: list[fx.Node], position: dict[fx.Node, tuple[int, int]], epilogue: int) -> int:

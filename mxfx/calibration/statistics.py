@@ -56,10 +56,10 @@ class Gram:
 
 
 class CrossMoment:
-    """Σ xᵀ y over rows, ``(columns, others)``: row = channel of ``x``, column = channel of ``y``."""
+    """Σ xᵀ y over rows, ``(columns, columns)``: row = channel of ``x``, column = channel of ``y``."""
 
-    def __init__(self, columns: int, others: int, device: torch.device) -> None:
-        self._sum = torch.zeros(columns, others, dtype=torch.float32, device=device)
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         self._sum += product_of_rows(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), self._sum.dtype)
@@ -88,7 +88,6 @@ class Statistics:
     data: Mapping[str, object]
     _hessian: Tensor
     _cross: Tensor | None = None
-    _drift: Tensor | None = None
     _keys: Keys = field(default_factory=Keys, repr=False, compare=False)
 
     def hessian(self, source: fx.Node, hash_of: Callable[[str], str]) -> Tensor:
@@ -105,13 +104,6 @@ class Statistics:
         if self._cross is None:
             raise ValueError("no cross moment was collected: stream with a reference")
         return self._cross
-
-    def drift(self, source: fx.Node, hash_of: Callable[[str], str]) -> Tensor | None:
-        """Σ xᵀ (r_float - r), ``(columns, rows of the weight)``, r what the linear's result is added to; None where it
-        is added to nothing or was not collected. Raises ``StaleStatistics``.
-        """
-        self._unlock(source, hash_of)
-        return self._drift
 
     def _unlock(self, source: fx.Node, hash_of: Callable[[str], str]) -> None:
         if self._keys.key([source], hash_of, self.data) != self.key:

@@ -37,8 +37,7 @@ class StreamOptions:
 
     ``batch_size`` samples go through a stage at once. ``dtype`` is the precision of the run; None means float32 on CPU
     and the model's own elsewhere. ``activations`` says where values wait between stages. ``reference`` runs a second
-    stream with the weights and without the quantizers that the program had at first, for cross moments; ``drift`` also
-    compares with it what linears add their results to.
+    stream with the weights and without the quantizers that the program had at first, for cross moments.
     """
 
     batch_size: int = 8
@@ -46,7 +45,6 @@ class StreamOptions:
     activations: Placement | None = None
     reference: bool = False
     fewest: int = 0
-    drift: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -58,7 +56,6 @@ class StreamOptions:
             "batch_size": self.batch_size,
             "dtype": str(self.dtype),
             "reference": self.reference,
-            **({"drift": True} if self.drift else {}),
         }
 
 
@@ -244,11 +241,7 @@ class _Stream:
             stage = self._main.stages[self._main.done]
             self._note_weights(stage)
             given = set(stage.outputs) if self._main.done + 1 == index else set()
-            # A residual is not among what the stage gives.
-            early = [
-                source for source in self._plain(index) if source in given and not self._residuals(index, [source])
-            ]
-            moments = self._moments(index, early)
+            moments = self._moments(index, [source for source in self._plain(index) if source in given])
             self._main.run_next(moments.sources, moments.add if moments.sources else None)
         return moments
 
@@ -262,17 +255,7 @@ class _Stream:
             return _Moments(sources)
         plain = self._plain(index)
         twins = self._reference.sources({source: plain[source] for source in sources})
-        residuals = self._residuals(index, sources)
-        read = [*twins.values(), *(theirs for _, theirs in residuals.values())]
-        return _Moments(sources, twins, self._reference.values(index, list(dict.fromkeys(read))), residuals)
-
-    def _residuals(self, index: int, sources: list[fx.Node]) -> dict[fx.Node, tuple[fx.Node, fx.Node]]:
-        """For inputs of one linear each that adds its result to something: that, here and in the reference run."""
-        if self._reference is None or not self._options.drift:
-            return {}
-        names = {source: found[0].name for source, found in self._plain(index).items() if len(found) == 1}
-        pairs = {s: (self._main.residual(names[s]), self._reference.residual(names[s])) for s in sources if s in names}
-        return {source: (ours, theirs) for source, (ours, theirs) in pairs.items() if ours and theirs}
+        return _Moments(sources, twins, self._reference.values(index, list(twins.values())))
 
     def _note_weights(self, stage: Stage) -> None:
         """Remember which weights a stage runs with: what its results are keyed by."""
@@ -283,13 +266,10 @@ class _Stream:
         """Groups of plain linears, from moments that were summed on the way and those that are still to be."""
         measured = self._plain(index)
         rest = self._moments(index, [source for source in measured if source not in seen.sources])
-        for values in self._main.values(index, rest.read) if rest.sources else ():
+        for values in self._main.values(index, rest.sources) if rest.sources else ():
             rest.add(values)
-        grams, crosses, drifts = seen.grams | rest.grams, seen.crosses | rest.crosses, rest.drifts
-        return [
-            self._group(linears, grams[source], crosses.get(source), drifts.get(source))
-            for source, linears in measured.items()
-        ]
+        grams, crosses = seen.grams | rest.grams, seen.crosses | rest.crosses
+        return [self._group(linears, grams[source], crosses.get(source)) for source, linears in measured.items()]
 
     def _measure_experts(self, index: int) -> Iterator[ExpertGroup]:
         """Stacked linears of a stage by what they read, and all experts of one before those of the next."""
@@ -314,13 +294,13 @@ class _Stream:
                 key = self._key(sources)
                 yield ExpertGroup((sources[0], sources[1]), targets, part.locked(key, self._data, self._keys))
 
-    def _group(self, linears: list[fx.Node], gram: Gram, cross: CrossMoment | None, drift: CrossMoment | None) -> Group:
+    def _group(self, linears: list[fx.Node], gram: Gram, cross: CrossMoment | None) -> Group:
         targets = tuple(self._targets[node.name] for node in linears)
         source = input_of(targets[0])
-        other, lost = (None if found is None else ranks.summed(found.value()) for found in (cross, drift))
-        rows, total = sum(ranks.collected(gram.rows)), ranks.summed(gram.value())
-        key = self._key([source])
-        return Group(source, targets, Statistics(key, rows, self._data, total, other, lost, self._keys))
+        moments = None if cross is None else ranks.summed(cross.value())
+        rows = sum(ranks.collected(gram.rows))
+        statistics = Statistics(self._key([source]), rows, self._data, ranks.summed(gram.value()), moments, self._keys)
+        return Group(source, targets, statistics)
 
     def _key(self, sources: Sequence[fx.Node | None]) -> str:
         """The key of what ``sources`` computed, with the weights that the stages before them ran with."""
@@ -332,30 +312,19 @@ class _Stream:
 
 
 class _Moments:
-    """Second moments of ``sources``, and their cross moments with ``twins`` in a reference run, batch by batch.
-
-    ``residuals`` of a source are values here and there, whose difference is another cross moment of it.
-    """
+    """Second moments of ``sources``, and their cross moments with ``twins`` in a reference run, batch by batch."""
 
     def __init__(
         self,
         sources: list[fx.Node],
         twins: Mapping[fx.Node, fx.Node] | None = None,
         references: Iterator[dict[fx.Node, Tensor]] | None = None,
-        residuals: Mapping[fx.Node, tuple[fx.Node, fx.Node]] | None = None,
     ) -> None:
         self.sources = sources
         self.grams: dict[fx.Node, Gram] = {}
         self.crosses: dict[fx.Node, CrossMoment] = {}
-        self.drifts: dict[fx.Node, CrossMoment] = {}
         self._twins = twins or {}
         self._references = references
-        self._residuals = residuals or {}
-
-    @property
-    def read(self) -> list[fx.Node]:
-        """All values that ``add`` takes."""
-        return list(dict.fromkeys([*self.sources, *(ours for ours, _ in self._residuals.values())]))
 
     def add(self, values: dict[fx.Node, Tensor]) -> None:
         other = next(self._references) if self._references is not None else {}
@@ -364,12 +333,8 @@ class _Moments:
             columns = x.shape[-1]
             self.grams.setdefault(source, Gram(columns, x.device)).add(x)
             if self._references is not None:
-                cross = self.crosses.setdefault(source, CrossMoment(columns, columns, x.device))
+                cross = self.crosses.setdefault(source, CrossMoment(columns, x.device))
                 cross.add(x, other[self._twins[source]])
-            if source in self._residuals:
-                ours, theirs = self._residuals[source]
-                lost = other[theirs] - values[ours]
-                self.drifts.setdefault(source, CrossMoment(columns, lost.shape[-1], x.device)).add(x, lost)
 
 
 def _lower(program: Program, dtype: torch.dtype, ctx: Context) -> Program:

@@ -28,17 +28,19 @@ from mxfx.calibration.stream import (
 from mxfx.graph.node import info, layer_of, path_of
 from mxfx.graph.program import Program
 from mxfx.ground import ranks
-from mxfx.ops.catalogue import spec
+from mxfx.ops.catalogue import spec, weights_of
 from mxfx.passes.insert_fake_quant import InsertFakeQuant
 from mxfx.passes.quantize_kv_cache import QuantizeKvCache
 from mxfx.rewrite import ALL, Context, ExpectationError, Lossy, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.context import StrictError
 from mxfx.rewrite.facts import ANNOTATED, LOWERED, QUANTIZERS_FUSED, ROUNDED_TO_NEAREST, WEIGHTS_ROUNDED, Fact
-from mxfx.rewrite.operands import mark_rounded, unfit
+from mxfx.rewrite.operands import is_rounded, mark_rounded, readers_of
 from mxfx.rewrite.phases import any_weight, take_over
 
+#: λ of the asymmetric target, relative to the mean diagonal of the Hessian.
+_RIDGE = 0.1
 #: The options that decide how a weight is solved.
-_SOLVER = ("damp", "order", "exponents", "refine", "asymmetric", "ridge", "residual", "min_expert_tokens")
+_SOLVER = ("damp", "order", "exponents", "refine", "asymmetric", "min_expert_tokens")
 
 
 @register
@@ -70,8 +72,6 @@ class Gptq(Pass):
     exponents: shared exponents searched while columns are compensated, or by the format's own rule.
     refine: sweeps of block-wise re-optimisation behind each solution.
     asymmetric: part of the way to the least-squares weight for quantized inputs, from 0 to 1 (0.25 helps at W4A4).
-    ridge: added to the diagonal of the Hessian for that weight, as a fraction of its mean; with much data, less.
-    residual: let it also make up, where a linear adds to the residual stream, for what that lost before.
     min_expert_tokens: tokens below which an expert counts as starving.
     quantized_inputs: true also rounds annotated activations, keys and values while measuring, false leaves quantizers
         out; not given: the graph as it stands.
@@ -98,8 +98,6 @@ class Gptq(Pass):
     exponents: Literal["sweep", "rule"] = "sweep"
     refine: int = 0
     asymmetric: float = 0.0
-    ridge: float = 0.1
-    residual: bool = False
     min_expert_tokens: int = 128
     quantized_inputs: bool | None = None
     samples: int | None = None
@@ -116,10 +114,6 @@ class Gptq(Pass):
         _require(self.refine >= 0, "refine", self.refine, "0 or more")
         _require(self.min_expert_tokens >= 1, "min_expert_tokens", self.min_expert_tokens, "1 or more")
         _require(0 <= self.asymmetric <= 1, "asymmetric", self.asymmetric, "between 0 and 1")
-        _require(self.ridge > 0, "ridge", self.ridge, "above 0")
-        _require(
-            not self.residual or self.asymmetric > 0, "asymmetric", self.asymmetric, "above 0 with residual = true"
-        )
         for name in ("samples", "length", "batch_size", "max_layers"):
             number = getattr(self, name)
             _require(number is None or number >= 1, name, number, "1 or more")
@@ -139,7 +133,6 @@ class Gptq(Pass):
             self.activations,
             reference=self.asymmetric > 0,
             fewest=self.min_expert_tokens,
-            drift=self.residual,
         )
         with self._checkpoints(rw, ctx, targets, tokens, options) as checkpoints:
             layers = stream_layers(rw, ctx, targets, tokens, options, self._view())
@@ -157,7 +150,7 @@ class Gptq(Pass):
         for node in rw.program.products():
             if not self.select(node) or "weight" not in info(node).formats:
                 continue
-            if reason := unfit(rw.program, node) or self._beyond(node):
+            if reason := _unfit(rw.program, node) or self._beyond(node):
                 rw.skip(node, reason)
             else:
                 found.append(node)
@@ -301,7 +294,7 @@ class Gptq(Pass):
                     shared_rows=moments.rows,
                     cross=moments.cross,
                     asymmetric=self.asymmetric,
-                    ridge=self.ridge,
+                    ridge=_RIDGE,
                     damping=self.damp,
                     order=self.order,
                     exponents=self.exponents,
@@ -323,8 +316,7 @@ class Gptq(Pass):
         if self.asymmetric:
             cross = group.statistics.cross(group.source, rw.weights.hash)
             # Together, for they share the factorization.
-            drift = group.statistics.drift(group.source, rw.weights.hash) if len(nodes) == 1 else None
-            moved = asymmetric_target(torch.cat(weights), hessian, cross, self.asymmetric, self.ridge, drift)
+            moved = asymmetric_target(torch.cat(weights), hessian, cross, self.asymmetric, _RIDGE)
             targets = list(moved.split([len(w) for w in weights]))
         try:
             return gptq_batch(
@@ -386,8 +378,21 @@ def _formats(program: Program, select: Selector) -> dict[str, str]:
     return {
         node.name: str(info(node).formats["weight"].format)
         for node in program.products()
-        if select(node) and "weight" in info(node).formats and unfit(program, node) is None
+        if select(node) and "weight" in info(node).formats and _unfit(program, node) is None
     }
+
+
+def _unfit(program: Program, node: fx.Node) -> str | None:
+    """Why GPTQ cannot take the weight of a linear; None if it can."""
+    source = weights_of(node).get("weight")
+    if source is None:
+        return "its weight is computed, not stored"
+    if is_rounded(node, "weight"):
+        return "its weight is on the grid already"
+    others = [reader for reader in readers_of(program, str(source.target)) if reader is not node]
+    if others:
+        return f"its weight is read by {path_of(others[0]) or others[0].name} too; untie it, or round-weights takes it"
+    return None
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

@@ -61,19 +61,6 @@ def is_rounded(node: fx.Node, operand: str) -> bool:
     return operand in info(node).notes.get(_ROUNDED, ())
 
 
-def unfit(program: Program, node: fx.Node) -> str | None:
-    """Why no pass can solve for the weight of a linear; None if one can."""
-    source = weights_of(node).get("weight")
-    if source is None:
-        return "its weight is computed, not stored"
-    if is_rounded(node, "weight"):
-        return "its weight is on the grid already"
-    others = [reader for reader in readers_of(program, str(source.target)) if reader is not node]
-    if others:
-        return f"its weight is read by {path_of(others[0]) or others[0].name} too; untie it, or round-weights takes it"
-    return None
-
-
 def not_rounded(program: Program, selected: Selected, wanted: Callable[[str], bool]) -> str | None:
     """The first annotated weight, of selected nodes and ``wanted`` operands, that lies on no grid; None for none."""
     for node in filter(selected, program.graph.nodes):
