@@ -56,7 +56,7 @@ def emission(opened: Opened, device: torch.device) -> Program:
     program = opened.program()
     made = emitted(program, device)
     if path is not None:
-        _keep(path, opened, program, made)
+        _keep(path, program, made)
     return made
 
 
@@ -98,7 +98,7 @@ def _sealed(text: str) -> str:
     return f"// {hashlib.blake2b(text.encode(), digest_size=32).hexdigest()}"
 
 
-def _keep(path: Path, opened: Opened, source: Program, program: Program) -> None:
+def _keep(path: Path, source: Program, program: Program) -> None:
     read = dict(source.weights.items())
     made = {n: runtime_weight(program, n) for n, tensor in program.weights.items() if tensor is not read.get(n)}
     if sum(tensor.nbytes for tensor in made.values()) > _MOST:
@@ -108,7 +108,7 @@ def _keep(path: Path, opened: Opened, source: Program, program: Program) -> None
         program.weights.share(name, tensor)
     text = to_text(program)
     try:
-        again = parse_stated(text, {**opened.weights, **made})
+        again = parse_stated(text, program.weights)
     except MxfxError:
         return
     if _calls(again.graph) != _calls(program.graph):
