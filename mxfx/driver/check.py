@@ -31,6 +31,7 @@ from mxfx.pipeline.manager import PassError, PassManager
 from mxfx.report.memory import memory
 from mxfx.rewrite import Context, Pass, PassRecord, Rewriter, apply
 from mxfx.rewrite.lowering import lowered_copy
+from mxfx.rewrite.own_masks import UNREAD
 from mxfx.rewrite.roles import roles_remembered
 from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.cache import cache_bytes, cache_specs
@@ -72,8 +73,8 @@ class Checked:
             yield f"numbers: the program is the model to {self.proof.error:.1e} on rows of {lengths} tokens"
             yield from self.proof.notes
         yield from attention_lines(self.records)
-        if "raised" in program.facts and (reason := without_cache(program)) is not None:
-            yield f"no cache of keys and values: {reason}; text is written without one"
+        if "raised" in program.facts and (line := _no_cache(program)):
+            yield line
         yield from self._by_phase()
         yield "memory: " + "; ".join(self._held(weights))
         yield f"on the device, once emitted: {memory(program)}"
@@ -113,7 +114,7 @@ class Checked:
         }
         held = specs.get("decode", next(iter(specs.values())))
         if not held:
-            return f"cache: none, {without_cache(plain)}"
+            return _no_cache(plain)
         numbers = cache_specs(apply(InsertKvCache(), plain).program)
         sizes = (cache_bytes(of, batch, context, plain.dtype) / _GB for of in (held, numbers))
         size, whole = sizes
@@ -172,6 +173,14 @@ class Checked:
 
 def _raised(program: Program) -> Program:
     return program if "raised" in program.facts else PassManager().run(program, Pipeline([]).completed()).program
+
+
+def _no_cache(program: Program) -> str:
+    """Why text is written without a cache; empty where it is written with one."""
+    reason = without_cache(program)
+    if reason is None:
+        return ""
+    return f"cache of keys and values: {'told once weights are read' if UNREAD in reason else 'none'}; {reason}"
 
 
 def check(

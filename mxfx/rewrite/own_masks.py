@@ -18,6 +18,8 @@ from mxfx.rewrite.rewriter import Rewriter
 #: Ops that read of the ids no more than how many there are and where they lie.
 _SIZES = frozenset({"arange", "places", "position_mask", "real_tokens"})
 _LIKE = frozenset(f"aten.new_{what}.default" for what in ("empty", "full", "ones", "zeros"))
+#: Why a table on the meta device says nothing of a mask.
+UNREAD = "whose numbers have not been read"
 #: What is at most the first hides a key whatever its score; at most the second, where scores lie close to each other.
 _LEAST, _FAR = torch.finfo(NOMINAL_MODEL).min / 2, -1e3
 #: Tokens of the text on which a mask shows whether it hides later ones: more than a window or a chunk of a tiny model.
@@ -120,7 +122,7 @@ class OwnMasks:
         padded[0, :5] = 0
         unread = next((n for n in self._closure(value, weights=True) if self._is_unread(n)), None)
         if unread is not None:
-            return f"{value.name} is made from {unread.target}, whose numbers have not been read"
+            return f"{value.name} is made from {unread.target}, {UNREAD}"
         worst = max(_later(self._evaluated(value, ids, mask)) for mask in (None, padded))
         if worst <= _LEAST:
             return None

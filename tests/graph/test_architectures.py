@@ -20,10 +20,10 @@ from tests.architectures import VOCABULARY, NotCausal, Unbuilt, build, every_nam
 ROWS = ((3, 0), (19, 0), (19, 5), (40, 7))
 TOLERANCE = 1e-5
 #: One for each structure: Conv1D, lists as indices, sinks, latent attention, convolutions, scans, chosen keys, layers
-#: scaled in place.
-FIXED = ("gpt2", "falcon", "gpt_oss", "deepseek_v3", "lfm2", "bamba", "deepseek_v32", "gemma4_text")
-#: How many of the computed list must be equal.
-EQUAL_AT_LEAST = 100
+#: scaled in place, scores hidden by a tensor of one number.
+FIXED = ("gpt2", "falcon", "gpt_oss", "deepseek_v3", "lfm2", "bamba", "deepseek_v32", "gemma4_text", "gpt_neo")
+#: How many of the computed list must be equal: as many as were, of 134 that are causal.
+EQUAL_AT_LEAST = 126
 
 
 def sampled(count: int) -> tuple[str, ...]:

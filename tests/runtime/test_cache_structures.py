@@ -9,7 +9,8 @@ import torch
 import transformers as T
 from torch.ops import aten, mxfx
 
-from mxfx.config import Pipeline
+from mxfx.config import Pipeline, loads
+from mxfx.driver.check import Checked
 from mxfx.graph.program import Program
 from mxfx.graph.tiny import shaken
 from mxfx.graph.trace import trace
@@ -172,6 +173,11 @@ def test_an_own_mask_that_shows_later_tokens_or_reads_the_text_gets_no_cache_and
     assert "depends on what the tokens are, which no cache holds" in read.skips[0].reason and not read.matches
 
 
+def told(program: Program) -> list[str]:
+    """What ``mxfx check`` prints of a program."""
+    return list(Checked(loads(""), program, program, 0.0).lines())
+
+
 def test_a_causal_call_is_not_trusted_to_join_causality_to_a_ready_mask() -> None:
     """By definition nothing is joined to a ready mask: with a cache this call would compute something else."""
     trusted = with_own(raised("llama-tiny"), everything, 3, True)
@@ -202,7 +208,8 @@ def test_a_mask_of_finite_numbers_gets_no_cache_unless_it_hides_whatever_the_sco
     record = apply(InsertKvCache(), program).record
     assert [reason in skip.reason for skip in record.skips] == ([] if reason is None else [True, True])
     assert len(record.matches) == (2 if reason is None else 0)
-    assert reason is None or reason in str(without_cache(program))
+    said = [line for line in told(program) if line.startswith("cache of keys and values: none; ")]
+    assert [str(reason) in line for line in said] == ([] if reason is None else [True])
 
 
 def test_without_weights_a_table_is_not_trusted_to_hide_later_tokens() -> None:
@@ -211,6 +218,9 @@ def test_without_weights_a_table_is_not_trusted_to_hide_later_tokens() -> None:
         empty = T.AutoModelForCausalLM.from_config(model.config)
     read, unread = (PassManager().run(trace(one), Pipeline([]).completed()).program for one in (model, empty))
     assert without_cache(read) is None
+    assert not any(line.startswith("cache of keys") for line in told(read))
+    (line,) = (line for line in told(unread) if line.startswith("cache of keys and values: told once weights are read"))
+    assert Checked(loads(""), unread, unread, 0.0).cache_line(64, 1) == line
     assert "attn.attention.bias, whose numbers have not been read" in str(without_cache(unread))
 
 
