@@ -6,16 +6,20 @@
 dtype. Each row: mean and largest KL in nats from the simulation, its 99 % quantile, how often the most likely token is
 the same, and the largest difference of two logits. Beside the FP8 path stand the simulation again with each library of
 products that torch has (cuBLAS, cuBLASLt), and one window at a time instead of all: what another order of sums does to
-a model whose activations are rounded. `inexact`: rows that E4M3 did not hold.
+a model whose activations are rounded; and the simulation with one in a thousand results of its linears moved by one
+unit in the last place, which says how much the model makes of any such difference. `nats`: mean cross entropy on the
+text. `inexact`: rows that E4M3 did not hold.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mxfx import api
 from mxfx.calibration.datasets import load_tokens
@@ -28,6 +32,8 @@ from mxfx.pipeline.emit import emitted
 from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm
 from tools.bench.measuring import arguments_of, finish
 
+aten = torch.ops.aten
+
 
 def main() -> None:
     args = _arguments()
@@ -38,18 +44,38 @@ def main() -> None:
     ids = load_tokens(args.text, tokenizer, samples=samples, length=args.length, seed=0).ids.to(device)
     simulation = _model(unpacked(program), device, packed=False)
     wanted = _logits(simulation, ids, args.batch)
-    rows: list[dict[str, object]] = [_row("simulation, once more", wanted, _logits(simulation, ids, args.batch), 0)]
-    rows.append(_row("simulation, window by window", wanted, _logits(simulation, ids, 1), 0))
+
+    def row(name: str, found: list[Tensor], inexact: int = 0) -> dict[str, object]:
+        return _row(name, wanted, found, inexact) | {"nats": _nats(found, ids)}
+
+    rows: list[dict[str, object]] = [row("simulation, once more", _logits(simulation, ids, args.batch))]
+    rows.append(row("simulation, window by window", _logits(simulation, ids, 1)))
     if device.type == "cuda":
         for library in ("cublas", "cublaslt"):
             before = torch.backends.cuda.preferred_blas_library(library)
-            rows.append(_row(f"simulation, {library}", wanted, _logits(simulation, ids, args.batch), 0))
+            rows.append(row(f"simulation, {library}", _logits(simulation, ids, args.batch)))
             torch.backends.cuda.preferred_blas_library(before)
+    with OneUnit():
+        rows.append(row("simulation, one unit at 0.1 %", _logits(simulation, ids, args.batch)))
     del simulation
     counted = inexact_count()
     found = _logits(_model(program, device, packed=True), ids, args.batch)
-    rows.append(_row("products in FP8", wanted, found, inexact_count() - counted))
+    rows.append(row("products in FP8", found, inexact_count() - counted))
     finish(rows, args.json)
+
+
+class OneUnit(TorchDispatchMode):
+    """One in a thousand results of each product with a weight, but of the head, moves by one unit in the last place."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        product = func in (aten.mm.default, aten.addmm.default, aten.linear.default)
+        if not product or out.dtype not in (torch.bfloat16, torch.float16) or out.shape[-1] > 1 << 15:
+            return out
+        drawn = torch.rand(out.shape, device=out.device)
+        step = (drawn < 5e-4).to(torch.int16) - (drawn > 1 - 5e-4).to(torch.int16)
+        moved = (out.contiguous().view(torch.int16) + step).view(out.dtype)
+        return torch.where(out == 0, out, moved)
 
 
 def _model(program: Program, device: torch.device, *, packed: bool) -> EmittedCausalLM:
@@ -60,6 +86,12 @@ def _model(program: Program, device: torch.device, *, packed: bool) -> EmittedCa
 def _logits(model: EmittedCausalLM, ids: Tensor, batch: int) -> list[Tensor]:
     with torch.no_grad():
         return [row for some in ids.split(batch) for row in model(some).logits.float().log_softmax(-1).cpu()]
+
+
+def _nats(found: list[Tensor], ids: Tensor) -> float:
+    """Mean cross entropy of the tokens behind the first of each window."""
+    drawn = [-row[:-1].gather(-1, one[1:, None]).mean() for row, one in zip(found, ids.cpu(), strict=True)]
+    return float(torch.stack(drawn).mean())
 
 
 def _row(name: str, wanted: list[Tensor], found: list[Tensor], inexact: int) -> dict[str, object]:

@@ -230,13 +230,15 @@ def _multiplying(name: str) -> Callable[..., Tensor]:
             return NotImplemented
         width = x.shape[-1]
         rows = x.numel() // width
-        if takes_integers(fmt, _format(given["format"]), rows, width):
+        few = rows <= limits.FEW_INTEGERS or (fmt.block or 0) < limits.INTEGER_BLOCK
+        # Measured on an H200 at 16 rows: q·k·v of a 1B and an 8B shape take .87 and .71 of what FP8 takes, o, gate·up
+        # and down 1.0 to 1.35 of it.
+        pays = few or width < sum(c.shape[0] for c in codes) <= 2 * width
+        if pays and takes_integers(fmt, _format(given["format"]), rows, width):
             found = integers(name, *operands)
             if found is not NotImplemented:
                 out = torch.empty((*x.shape[:-1], sum(c.shape[0] for c in codes)), dtype=x.dtype, device=x.device)
                 flat, rest = out.view(rows, -1), None if residual is None else residual.reshape(rows, -1).contiguous()
-                assert fmt.block is not None
-                few = rows <= limits.FEW_INTEGERS or fmt.block < limits.INTEGER_BLOCK
                 multiply = multiply_integers if few else multiply_integer_tiles
                 multiply(found[0], found[1], codes, scales, biases, rest, fmt, flat)
                 return out
