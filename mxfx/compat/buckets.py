@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mxfx.compat.table import Table
-from mxfx.graph.phases import PHASES
+from mxfx.ground.phases import PHASES
 
 _POLICIES = ("quantized", "fp_only")
 _HANDOFFS = {"fp": "keep", "decode_format": "requantize"}

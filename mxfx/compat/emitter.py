@@ -16,8 +16,8 @@ from mxfx.config.options import listed
 from mxfx.config.phases import PhasesConfig
 from mxfx.config.pipeline import CalibrationConfig, ModelConfig, Pipeline
 from mxfx.config.spec import PassSpec
-from mxfx.graph.phases import PHASES
 from mxfx.ground.nearest import did_you_mean
+from mxfx.ground.phases import PHASES
 
 #: Types of matmul that a search may name.
 SITES = (

@@ -24,11 +24,12 @@ from mxfx.driver.run_directory import PipelineFolder, RunDirectory, find_model
 from mxfx.evaluation.results import EvalResult, EvaluationError, ratio_with_stderr
 from mxfx.evaluation.scoring import FloatLogits
 from mxfx.evaluation.suite import Evaluation, Suite
-from mxfx.graph.phases import PHASES, entries
+from mxfx.graph.phases import entries
 from mxfx.graph.program import Program
 from mxfx.ground import ranks
 from mxfx.ground.clock import Clock, part
 from mxfx.ground.files import write_json
+from mxfx.ground.phases import PHASES
 from mxfx.ground.versions import version
 from mxfx.ops.kernels.packed import inexact_count
 from mxfx.pipeline.instruments import Numbers, Verify

@@ -18,7 +18,6 @@ from mxfx.ground.errors import MxfxError
 from mxfx.ops import cached_attend
 from mxfx.ops.catalogue import spec
 
-PHASES = ("prefill", "decode")
 #: What decode's cache holds of a prefill's keys and values: what the prefill reads, or that rounded to decode's format.
 HANDOFFS = ("keep", "requantize")
 

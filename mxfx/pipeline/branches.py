@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from mxfx.graph.phases import PHASES, joined
+from mxfx.graph.phases import joined
 from mxfx.graph.program import Program
+from mxfx.ground.phases import PHASES
 
 
 @dataclass

@@ -20,10 +20,15 @@ _SIZES = frozenset({"arange", "places", "position_mask", "real_tokens"})
 _LIKE = frozenset(f"aten.new_{what}.default" for what in ("empty", "full", "ones", "zeros"))
 #: Why a table on the meta device says nothing of a mask.
 UNREAD = "whose numbers have not been read"
-#: What is at most the first hides a key whatever its score; at most the second, where scores lie close to each other.
-_LEAST, _FAR = torch.finfo(NOMINAL_MODEL).min / 2, -1e3
+#: What is at most so much hides a key where scores lie close to each other.
+_FAR = -1e3
 #: Tokens of the text on which a mask shows whether it hides later ones: more than a window or a chunk of a tiny model.
 _SHOWN = 24
+
+
+def _least() -> float:
+    """What is at most so much hides a key whatever its score."""
+    return torch.finfo(NOMINAL_MODEL).min / 2
 
 
 class OwnMasks:
@@ -124,7 +129,7 @@ class OwnMasks:
         if unread is not None:
             return f"{value.name} is made from {unread.target}, {UNREAD}"
         worst = max(_later(self._evaluated(value, ids, mask)) for mask in (None, padded))
-        if worst <= _LEAST:
+        if worst <= _least():
             return None
         if worst > _FAR:
             return f"{value.name} lets tokens see later ones"
@@ -179,6 +184,6 @@ def _later(value: Tensor) -> float:
     """The largest number that is added to the score of a later token."""
     if value.shape[-2] == 1:
         return 0.0
-    added = torch.where(value, 0.0, _LEAST) if value.dtype == torch.bool else value
+    added = torch.where(value, 0.0, _least()) if value.dtype == torch.bool else value
     rows, columns = torch.triu_indices(added.shape[-2], added.shape[-1], 1)
     return float(added[..., rows, columns].max())

@@ -13,8 +13,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mxfx.graph.execute import execute
 from mxfx.graph.feed import Feed
 from mxfx.graph.module import build, build_phases
-from mxfx.graph.phases import NO_CACHE, PHASES, entries
+from mxfx.graph.phases import NO_CACHE, entries
 from mxfx.graph.program import GENERATION, KEPT, Program
+from mxfx.ground.phases import PHASES
 from mxfx.ops import real_tokens
 from mxfx.pipeline.emit import emitted
 from mxfx.runtime.cache import CacheError, KVCache, Storage, cache_specs

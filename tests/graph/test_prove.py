@@ -55,7 +55,7 @@ def test_a_window_that_is_too_long_to_try_is_said() -> None:
 
 def test_tracing_a_model_with_weights_proves_it_and_leaves_its_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     hf = tiny("llama-tiny").train()
-    monkeypatch.setattr("mxfx.graph.masks.attention_forward.__defaults__", (None, None, 0.5, None, None, None))
+    monkeypatch.setattr("mxfx.graph.masks.attention_forward.__defaults__", (None, None, 0.5, None, None, None, None))
     with pytest.raises(UnfaithfulTrace, match=r"model\.layers\.0\.self_attn"):
         trace(hf)
     assert hf.training and all(m.training for m in hf.modules())

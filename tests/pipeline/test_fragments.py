@@ -129,7 +129,7 @@ FORMULAS: dict[tuple[str, int], dict[str, Callable[[WeightStore], Tensor]]] = {
         "q": lambda w: w["q"].double() * (w["g"].double() + 1),
         "c": lambda w: w["c"].double() + w["q"].double() @ w["b"].double(),
         "k": lambda w: w["k"].double() * (w["g"].double() + 1),
-        "b.bias": lambda w: w["k"].double() @ w["b"].double(),
+        "b_bias": lambda w: w["k"].double() @ w["b"].double(),
     },
     ("center-residual", 0): {
         "e": lambda w: w["e"].double() - w["e"].double().mean(1, keepdim=True),
