@@ -156,9 +156,7 @@ def cached_attend(
     if bias is not None and limited:
         held = slots_held(slots, keys.shape[2])
         bias = bias.index_select(-1, (held if one else torch.cat((held, slots))).clamp_min(0))
-    # Kernels take one mask for all heads, one sink a head, and add nothing to scores.
-    plain = bias is None and (allowed is None or known_true(allowed.shape[1] == 1))
-    plain = plain and (sinks is None or sinks.dim() == 1)
+    plain = _why_not_plain(bias, allowed, sinks) is None
     kept = starts is not None and (first_keys is not None or first_values is not None)
     if one and plain and not kept and q.is_cpu and load_cpu() is None:
         from mxfx.ops.kernels.cpu import attend_token
@@ -231,12 +229,20 @@ def _why_not_triton(
     return next(refused, None)
 
 
+def _why_not_plain(bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None) -> str | None:
+    """Kernels take one mask for all heads, one sink a head, and add nothing to scores."""
+    if bias is not None or (mask is not None and mask.dim() == 4 and not known_true(mask.shape[1] == 1)):
+        return "scores get a bias, or heads masks of their own"
+    return None if sinks is None or sinks.dim() == 1 else "each query has a sink of its own"
+
+
 def why_defined(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
     bias: Tensor | None,
+    sinks: Tensor | None,
     key_format: str | None,
     value_format: str | None,
     keeps_first: bool,
@@ -245,8 +251,8 @@ def why_defined(
     """Why a step of decoding over a cache is computed by the definition on a device; None where a kernel does it."""
     if keeps_first:
         return "first tokens are kept as they are beside the codes of the others, and no kernel reads both"
-    if bias is not None or (mask is not None and mask.dim() == 4 and not known_true(mask.shape[1] == 1)):
-        return "scores get a bias, or heads masks of their own"
+    if reason := _why_not_plain(bias, mask, sinks):
+        return reason
     if device.type == "cuda":
         return _why_not_triton(
             q, k, v, *(None if text is None else _format(text) for text in (key_format, value_format))

@@ -186,8 +186,8 @@ def _lower_cached_attention(rw: Rewriter, node: fx.Node, biases: dict[tuple, fx.
     given = operands(node)
     if given["keys"] is not None:
         kept = given["starts"] is not None and not given["first_keys"] is given["first_values"] is None
-        q, k, v, mask, bias = (_value(given[name]) for name in ("q", "k", "v", "mask", "bias"))
-        reason = why_defined(q, k, v, mask, bias, given["key_format"], given["value_format"], kept, device)
+        q, k, v, mask, bias, sinks = (_value(given[name]) for name in ("q", "k", "v", "mask", "bias", "sinks"))
+        reason = why_defined(q, k, v, mask, bias, sinks, given["key_format"], given["value_format"], kept, device)
         kernel = Provider("attend_token", "cached_attention", device.type, cached_attend)
         _account(rw, node, "a step of cached_attention", Choice(kernel) if reason is None else Choice(None, (reason,)))
     key = tuple(given[name] for name in ("mask", "slots", "causal", "window", "chunk"))

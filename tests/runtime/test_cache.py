@@ -18,6 +18,7 @@ from mxfx.graph.program import Program
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
 from mxfx.ops import first_slots, keep_first_quantize
+from mxfx.ops.cache import why_defined
 from mxfx.passes.insert_kv_cache import InsertKvCache
 from mxfx.rewrite.lowering import lower_calls
 from mxfx.rewrite.rewriter import Rewriter
@@ -155,6 +156,15 @@ def test_what_computes_a_step_of_decoding_is_told(first: int) -> None:
         assert {row["provider"] for row in told} == {None if first else by}
         (reason,) = {row["reason"] for row in told}
         assert "first tokens are kept" in reason if first else reason == ("" if by else "no kernel for meta")
+
+
+def test_a_sink_for_each_query_is_told_to_be_computed_by_the_definition() -> None:
+    q, k = torch.zeros(1, 4, 1, 16), torch.zeros(1, 2, 1, 16)
+    reasons = (
+        why_defined(q, k, k, None, None, sinks, None, None, False, torch.device("meta"))
+        for sinks in (torch.zeros(1, 4, 1, 1), torch.zeros(4))
+    )
+    assert list(reasons) == ["each query has a sink of its own", "no kernel for meta"]
 
 
 def test_what_is_kept_counts_from_the_first_real_token_and_in_the_memory_of_the_cache() -> None:
