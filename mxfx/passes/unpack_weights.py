@@ -38,9 +38,9 @@ class UnpackWeights(NodePass):
 
         %y = aten.linear(%x4, @up.weight)                                   # f32[out, in], on the grid of mxint4@32
 
-    Every decoded number has the bits of the weight that was packed. The emit stage for a CPU does so where no kernel of
-    the machine multiplies codes: what is saved stays packed, what runs takes the memory of the model's dtype, and a
-    third of the time.
+    Every decoded number has the bits of the weight that was packed. The emit stage does so with the matrices of
+    transforms (``mx_decode``), which kernels read whole, and for a CPU where no kernel of the machine multiplies codes:
+    what is saved stays packed, what runs takes the memory of the model's dtype, and a third of the time.
 
     select: whose weights are unpacked.
     unserved: leave packed what a kernel of this machine multiplies as it is: linears of 4 bits whose input is rounded
@@ -57,6 +57,8 @@ class UnpackWeights(NodePass):
     def refuse(self, rw: Rewriter, node: fx.Node) -> str | None:
         if rw.weights[_codes(node)].device.type == "meta":
             return "its weight has no data (meta device)"
+        if kind(node) == "mx_decode" and not all(_is_model_cast(user) for user in node.users):
+            return "it is read in float32, not in the model's dtype"
         return "its codes are read as they lie" if self.unserved and _served(rw.program, node) else None
 
     def note(self, node: fx.Node) -> str:
@@ -107,6 +109,10 @@ def _unpack(rw: Rewriter, node: fx.Node, name: str) -> None:
         new = rw.call(aten.linear.default, given["x"], weight, given["bias"], like=node, val=node.meta["val"])
     rw.set_info(new, replace(info(new), notes=info(node).notes))
     rw.replace(node, new)
+
+
+def _is_model_cast(user: fx.Node) -> bool:
+    return kind(user) == "cast" and operands(user)["role"] == "model"
 
 
 def _give(rw: Rewriter, node: fx.Node, weight: fx.Node) -> None:
