@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
-from mxfx.ops.kernels.integer_triton import TOGETHER, filled, unit_power
+from mxfx.ops.kernels.integer_triton import laid_out, side_by_side, unit_power
 from mxfx.ops.kernels.packed_triton import power
 from mxfx.ops.kernels.rounding_triton import _PACKS
 
@@ -65,25 +65,18 @@ def multiply_integer_tiles(
     tiling: Tiling | None = None,
 ) -> None:
     """What `multiply_integers` does, for blocks of 32, 64 or 128; `tiling` instead of that of `tiling_for`."""
-    assert out.is_contiguous() and (residual is None or residual.is_contiguous())
-    start = 0
     # A word of scales, which is fetched ahead, has to lie on its address.
     words = units.shape[1] % _WORD == 0 and not any(t.data_ptr() % _WORD for t in (units, *scales))
     if words:
         units, scales = units.view(torch.int32), [s.view(torch.int32) for s in scales]
-    for first in range(0, len(codes), TOGETHER):
-        some = slice(first, first + TOGETHER)
-        sizes = tuple(c.shape[0] for c in codes[some])
-        launch = _launch(
+
+    def launch(sizes: tuple[int, ...], start: int) -> Launch:
+        return _launch(
             *(x.shape[0], x.shape[1], sizes, out.shape[1], start, out.dtype, x.device),
             *(bool(biases), residual is not None, fmt, tiling or tiling_for(x.shape[0], sum(sizes))),
         )
-        powers = scales[some]
-        launch(
-            *(x, units, *filled(codes[some]), *filled(powers)),
-            *(*filled(biases[some] or powers), out if residual is None else residual, out),
-        )
-        start += sum(sizes)
+
+    side_by_side(launch, x, units, codes, scales, biases, residual, out)
 
 
 @lru_cache(maxsize=KEPT_SHAPES)
@@ -101,15 +94,14 @@ def _launch(
     tiling: Tiling,
 ) -> Launch:
     assert fmt.block is not None
-    tiles = [triton.cdiv(n, tiling.channels) for n in sizes] + [0] * (TOGETHER - len(sizes))
-    padded = [*sizes, *[0] * (TOGETHER - len(sizes))]
+    tiles, places = laid_out(sizes, tiling.channels)
     groups, per_row = triton.cdiv(rows, tiling.rows), width // fmt.block
     return Launch(
         _integer_tiles_kernel,
-        lambda _: sum(tiles) * groups,
+        lambda _: tiles * groups,
         (
             *(rows, per_row, triton.cdiv(per_row, tiling.warps * tiling.blocks), out_width, start),
-            *(*padded, tiles[0], tiles[0] + tiles[1], groups),
+            *(*places, groups),
         ),
         {
             "ROWS": tiling.rows,

@@ -12,7 +12,7 @@ Importable only where `triton` is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -75,21 +75,47 @@ def multiply_integers(
     x and units as above, `codes`, `scales` as in `mxfx::mx_linear`, `biases` as many or none; `fmt` is of 4-bit
     integers in blocks that are multiples of 8. The residual meets results that are rounded to `out`'s dtype.
     """
+
+    def launch(sizes: tuple[int, ...], start: int) -> Launch:
+        return _launch(
+            *(x.shape[0], x.shape[1], sizes, out.shape[1], start, out.dtype, x.device),
+            *(bool(biases), residual is not None, fmt, tiling_for(x.shape[0], sum(sizes), units.shape[1])),
+        )
+
+    words = [c.view(torch.int32) for c in codes]
+    side_by_side(launch, x.view(torch.int32), units, words, scales, biases, residual, out)
+
+
+def side_by_side(
+    launch: Callable[[tuple[int, ...], int], Launch],
+    x: Tensor,
+    units: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual: Tensor | None,
+    out: Tensor,
+) -> None:
+    """As many weights at a launch as fit; ``launch`` is asked with their channels and where they begin in `out`."""
     assert out.is_contiguous() and (residual is None or residual.is_contiguous())
     start = 0
     for first in range(0, len(codes), TOGETHER):
         some = slice(first, first + TOGETHER)
-        sizes = tuple(c.shape[0] for c in codes[some])
-        launch = _launch(
-            *(x.shape[0], x.shape[1], sizes, out.shape[1], start, out.dtype, x.device),
-            *(bool(biases), residual is not None, fmt, tiling_for(x.shape[0], sum(sizes), units.shape[1])),
-        )
-        words, powers = [c.view(torch.int32) for c in codes[some]], scales[some]
-        launch(
-            *(x.view(torch.int32), units, *filled(words), *filled(powers), *filled(biases[some] or powers)),
+        sizes, powers = tuple(c.shape[0] for c in codes[some]), scales[some]
+        launch(sizes, start)(
+            *(x, units, *filled(codes[some]), *filled(powers), *filled(biases[some] or powers)),
             *(out if residual is None else residual, out),
         )
         start += sum(sizes)
+
+
+def laid_out(sizes: Sequence[int], channels: int) -> tuple[int, tuple[int, ...]]:
+    """Tiles of ``channels`` that weights of those sizes take; and for a kernel their sizes, and where the second's and
+    the third's tiles begin.
+    """
+    padded = [*sizes, *[0] * (TOGETHER - len(sizes))]
+    tiles = [triton.cdiv(n, channels) for n in padded]
+    return sum(tiles), (*padded, tiles[0], tiles[0] + tiles[1])
 
 
 def filled(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -112,14 +138,13 @@ def _launch(
     tiling: Tiling,
 ) -> Launch:
     assert fmt.block is not None
-    tiles = [triton.cdiv(n, tiling.channels) for n in sizes] + [0] * (TOGETHER - len(sizes))
-    padded = [*sizes, *[0] * (TOGETHER - len(sizes))]
+    tiles, places = laid_out(sizes, tiling.channels)
     groups = triton.cdiv(rows, tiling.rows)
     early = starts_early(device) and sum(sizes) * width // 2 <= EARLY_BYTES
     return Launch(
         _integers_kernel,
-        lambda at_a_time: sum(tiles) * groups,
-        (rows, width // fmt.block, out_width, start, *padded, tiles[0], tiles[0] + tiles[1], groups, 1),
+        lambda at_a_time: tiles * groups,
+        (rows, width // fmt.block, out_width, start, *places, groups, 1),
         {
             "ROWS": tiling.rows,
             "CHANNELS": tiling.channels,
