@@ -33,7 +33,11 @@ def parse(text: str, store: Mapping[str, Tensor] | None = None) -> Program:
     Raises ``TextError`` with the line for anything that is not as ``to_text`` writes it, and ``HashMismatch`` for a
     weight of the store that is not the one named.
     """
-    reader = Reader(text.splitlines(), store)
+    return read_by(Reader(text.splitlines(), store))
+
+
+def read_by(reader: Reader) -> Program:
+    """What a reader finds; of any error in it, ``TextError`` with the line."""
     try:
         return reader.program()
     except MxfxError:

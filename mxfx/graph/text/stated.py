@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from mxfx.graph.program import Program
-from mxfx.graph.text.parsing import Reader
-from mxfx.ground.errors import MxfxError, reason_of
+from mxfx.graph.text.parsing import Reader, read_by
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,7 @@ def parse_stated(text: str, store: Mapping[str, Tensor]) -> Program:
 
     Raises ``TextError`` with the line, ``HashMismatch`` for a weight of the store that is not the one named.
     """
-    reader = _Reader(text.splitlines(), store)
-    try:
-        return reader.program()
-    except MxfxError:
-        raise
-    except Exception as error:
-        raise reader.error(f"is no printed program ({type(error).__name__}: {reason_of(error)})") from error
+    return read_by(_Reader(text.splitlines(), store))
 
 
 class _Reader(Reader):
