@@ -157,7 +157,7 @@ def test_config_show_ends_with_the_emit_stage_of_the_device(mxfx: Run, pipeline:
     fusions = ["fuse-hadamard-quant", "fuse-norm-quant", "fuse-activation-quant", "fuse-rope-quant"]
     assert names["cpu"][:6] == names["cuda"][:6] == given
     assert names["cpu"][-2:] == ["lower", "fold-constants"]
-    assert names["cuda"][-4:] == ["lower", "fuse-quant-linear", "fuse-heads", "fold-constants"]
+    assert names["cuda"][-4:] == ["fuse-quant-linear", "fuse-residual-norm", "fuse-heads", "fold-constants"]
     assert all([name for name in stage if name in fusions] == fusions for stage in names.values())
 
 

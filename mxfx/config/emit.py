@@ -21,6 +21,7 @@ EMIT_PASSES = frozenset(
         "lower",
         "multiply-in-fp8",
         "fuse-quant-linear",
+        "fuse-residual-norm",
         "fuse-heads",
         "fold-constants",
     }
@@ -56,7 +57,7 @@ def emit_stage(settings: EmitConfig, device: str) -> list[tuple[str, Mapping[str
     stage += [(name, {}) for name in FUSIONS]
     stage.append(("lower", {"device": target}))
     if target == "cuda":
-        stage += [("multiply-in-fp8", {}), ("fuse-quant-linear", {}), ("fuse-heads", {})]
+        stage += [(name, {}) for name in ("multiply-in-fp8", "fuse-quant-linear", "fuse-residual-norm", "fuse-heads")]
     return [*stage, ("fold-constants", {})]
 
 

@@ -19,7 +19,7 @@ _DECODING = (
     "mx_linear",
     "mx_expert_linear",
     "mx_linear_e4m3",
-    *(op.name().partition("::")[2] for op in packed.MULTIPLYING.values()),
+    *(op.name().partition("::")[2] for op in (*packed.MULTIPLYING.values(), packed.ADD_NORM_LINEAR)),
 )
 
 
@@ -115,8 +115,10 @@ class _Sizes:
         codes = node.args[{"mx_linear_e4m3": 2}.get(name, 0)] if in_e4m3 else [node.args[1]]
         width = node.args[5 if name.endswith("_quantize_linear") else 0].meta["val"].shape[-1]
         rows: int = sum(part.meta["val"].shape[:-1].numel() for part in codes)
+        if in_e4m3:
+            return rows * width
         val = node.meta["val"]
-        return rows * width * (1 if in_e4m3 else self._dtypes.get(val.dtype, val.dtype).itemsize)
+        return rows * width * self._dtypes.get(val.dtype, val.dtype).itemsize
 
     def _size(self, dim: object) -> int:
         if isinstance(dim, int):

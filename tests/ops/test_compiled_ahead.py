@@ -94,18 +94,29 @@ def test_some_rows_times_codes_that_are_decoded_as_they_arrive(kind: str, target
     assert "fma.rn.bf16x2" in found.asm["ptx"]
 
 
-@pytest.mark.parametrize("before", ["none", "silu", "scale"])
+@pytest.mark.parametrize("before", ["none", "silu", "scale", "sum"])
 @pytest.mark.parametrize("own", [False, True])
 def test_quantizers_that_write_integers(before: str, own: bool) -> None:
+    added = before == "sum"
+    before = "scale" if added else before
     if before == "scale" and not own:
-        made = norm_triton._launch((1, 1, 2048), (2048, 2048, 1), BF16, CPU, 32, 0, False, "last", 0.0, 1e-5, FORMAT)
-        launch(made, [*["*bf16"] * 3, "*i8", "*u8", "*i64"])
+        given = ((1, 1, 2048), (2048, 2048, 1), BF16, CPU, 32, 0, False, "last", 0.0, 1e-5, FORMAT, added)
+        launch(norm_triton._launch(*given), [*["*bf16"] * 3, "*i8", "*u8", "*i64", "*bf16", "*bf16"])
         return
     matrix, eps = (64, 32, 32) if own else None, 1e-5 if before == "scale" else None
-    made = transform_triton._launch(
-        *((1, 1, 2048), (4096, 4096, 1), BF16, CPU, matrix, int(own), False, FORMAT, before, False, 0.0, eps, True)
-    )
-    launch(made, [*["*bf16"] * 4, "*i8", "*u8", "*i64"])
+    given = ((1, 1, 2048), (4096, 4096, 1), BF16, CPU, matrix, int(own), False, FORMAT, before, False, 0.0, eps, True)
+    made = transform_triton._launch(*given, False, added)
+    launch(made, [*["*bf16"] * 4, "*i8", "*u8", "*i64", "*bf16"])
+
+
+@pytest.mark.parametrize("kind", ["bf16", "u8"])
+def test_norms_of_sums_of_many_rows(kind: str) -> None:
+    """What a row is divided by, and norms without matrices of their own."""
+    size = ((8, 2048, 2048), (2048 * 2048, 2048, 1))
+    launch(norm_triton._launch_scales(*size, CPU, 1e-5, True), ["*bf16", "*fp32", "*bf16", "*bf16"])
+    made = norm_triton._launch(*size, BF16, CPU, 32, 1, False, "last", 0.0, 1e-5, FORMAT, True)
+    kinds = ["*u8", "*fp32", "*i64"] if kind == "u8" else ["*bf16"] * 3
+    launch(made, [*["*bf16"] * 3, *kinds, "*bf16", "*bf16"])
 
 
 @pytest.mark.parametrize("width", [64, 128])

@@ -293,6 +293,63 @@ else:
             tolerance = 1e-5 if dtype == torch.float32 else 4e-3
             torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
 
+    def _norms(dtype: torch.dtype, rows: int) -> list[tuple[torch.Tensor, torch.Tensor, tuple]]:
+        """Two summands, each with a walk of its own through memory, and the rest of `norm_quantize`'s operands."""
+        generator = torch.Generator().manual_seed(rows)
+        x, branch, twice = (torch.randn(rows, n, generator=generator).to(dtype) for n in (160, 160, 320))
+        x[0], branch[0, 5] = 0, float("inf")
+        weight, own = torch.rand(160).to(dtype), (torch.randn(5, 32, 32, generator=generator) / 6).to(dtype)
+        norms = (
+            (weight, None, "mxint4@32/mse", 1e-5),
+            (weight, hadamard_matrix(32, dtype), "mxint4@16", 1e-5, 1.0, True, True),
+            (weight, own, "mxint4@32/mse", 1e-5),
+            (None, own, "mxint4@32", 1e-5),
+        )
+        summands = ((x, branch), (twice[:, 160:], branch), (twice[:, :160], twice[:, 160:]))
+        return [(*pair, norm) for pair, norm in zip((*summands, summands[0]), norms, strict=True)]
+
+    @pytest.mark.parametrize("inside", [0, 8192])
+    @pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 2), (torch.float16, 3)])
+    def test_a_norm_of_a_sum_has_the_bits_of_both(dtype, rows, inside, monkeypatch):
+        monkeypatch.setattr(packed_cuda, "FACTORS_INSIDE", inside)
+        for x, branch, given in _norms(dtype, rows):
+            total = x + branch
+            for quantizer in (
+                cuda.norm_quantize,
+                packed_cuda.norm_quantize_e4m3,
+                lambda *args, **added: packed_cuda.integers("norm_quantize", *args, **added),
+            ):
+                written = torch.full((rows, 160), float("nan"), dtype=dtype)
+                found, wanted = quantizer(x, *given, added=(branch, written)), quantizer(total, *given)
+                assert _same(written, total), given[1:]
+                pairs = [(found, wanted)] if isinstance(found, torch.Tensor) else list(zip(found, wanted, strict=True))
+                assert all(_same(one, other) for one, other in pairs), given[1:]
+
+    # 3 and 9 rows meet codes as integers and as floats, 33 as E4M3.
+    @pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 3), (torch.float16, 9), (torch.float16, 33)])
+    def test_a_sum_its_norm_and_its_linears_are_one_op(dtype, rows):
+        ragged = (None, None, "mxint4@64", 1e-5)  # which no kernel takes
+        for x, branch, given in [*_norms(dtype, rows), (*_norms(dtype, rows)[0][:2], ragged)]:
+            text, x = f"mxint4@{parse(given[2]).block}", x[1:]  # without the row that is no number
+            weights = [_packed(text, n, 160)[:2] for n in (7, 4)]
+            codes, scales = [w[0] for w in weights], [w[1] for w in weights]
+            found = packed_cuda.add_norm_quantize_linear(codes, scales, [], branch[1:], text, x, *given)
+            wanted = packed._add_norm_quantize_linear(codes, scales, [], branch[1:], text, x, *given)
+            assert torch.equal(found[0], wanted[0]) and found[0].is_contiguous()
+            assert found[1].shape == wanted[1].shape and found[1].dtype == wanted[1].dtype
+            # A last place of a norm may move an entry by one code.
+            assert (found[1] - wanted[1]).norm() <= 0.05 * wanted[1].norm(), given[1:]
+
+    def test_summands_that_differ_in_shape_or_dtype_are_left_to_the_definition():
+        codes, scales = ([part] for part in _packed("mxint4@32", 4, 64)[:2])
+        x, rest = torch.randn(2, 64), (None, None, "mxint4@32", 1e-5)
+        for other in (torch.randn(64), torch.randn(2, 64).half()):
+            given = (codes, scales, [], other, "mxint4@32", x, *rest)
+            assert packed_cuda.add_norm_quantize_linear(*given) is NotImplemented
+            total, y = packed._add_norm_quantize_linear(*given)
+            assert torch.equal(total, x + other)
+            assert torch.equal(y, packed.NORM_LINEAR(codes, scales, [], None, "mxint4@32", x + other, *rest))
+
     @pytest.mark.parametrize(("rows", "text", "width", "residual"), PRODUCTS)
     def test_products_in_integers_are_those_of_the_definition(rows, text, width, residual):
         """Every way of them, bit by bit: sums that float32 holds, so that no order of theirs may round."""

@@ -94,12 +94,13 @@ def test_a_weight_whose_rows_span_too_many_octaves_stays() -> None:
 def test_a_quantizer_that_only_they_read_and_what_is_added_to_them_are_one_op_with_them() -> None:
     quantized = passed(raised("llama-tiny"), config_a(parse("mxint4@16"), parse("mxint4@16"), kv=None))
     program = emitted(quantized.twin(torch.bfloat16), "cpu", EmitConfig(device="cuda", packed=True))
-    calls = [n for n in program.graph.nodes if n.target in packed.MULTIPLYING.values()]
+    calls = [n for n in program.graph.nodes if n.target in (*packed.MULTIPLYING.values(), packed.ADD_NORM_LINEAR)]
+    layer = ("fake_quantize", "add_norm_quantize", "silu_mul_quantize")
     assert [str(n.target) for n in calls] == [
-        f"mxfx_kernels.{name}_linear.default"
-        for name in ("norm_quantize", "fake_quantize", "norm_quantize", "silu_mul_quantize") * 2
+        f"mxfx_kernels.{name}_linear.default" for name in ("norm_quantize", *layer, "add_norm_quantize", *layer)
     ]
-    assert [n.args[3] is None for n in calls] == [True, False] * 4
+    # A norm that is fused adds what the linear before it gives; of the last sum the head's norm is not.
+    assert [n.args[3] is None for n in calls] == [True, True, False, True, False, True, False, False]
     verify(program)
     again = read(to_text(program), program.weights)
     assert torch.equal(logits(again), logits(program))
@@ -108,6 +109,7 @@ def test_a_quantizer_that_only_they_read_and_what_is_added_to_them_are_one_op_wi
 def test_the_emit_stage_for_a_gpu_ends_with_it() -> None:
     quantized = passed(raised("llama-tiny"), config_a(parse("mxint4@16"), parse("mxint4@16"), kv=None))
     program = emitted(quantized.twin(torch.bfloat16), "cpu", EmitConfig(device="cuda", packed=True))
-    assert sum(1 for n in program.graph.nodes if n.target in packed.MULTIPLYING.values()) == 8
+    ends = (*packed.MULTIPLYING.values(), packed.ADD_NORM_LINEAR)
+    assert sum(1 for n in program.graph.nodes if n.target in ends) == 8
     expected = emitted(quantized.twin(torch.bfloat16), "cpu", EmitConfig(device="cuda"))
     assert torch.equal(logits(program), logits(expected))

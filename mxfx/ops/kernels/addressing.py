@@ -34,6 +34,13 @@ def is_walkable(x: Tensor) -> bool:
     return x.is_contiguous() or (x.stride(-1) == 1 and len(_collapse(x.shape, x.stride())) <= MAX_AXES)
 
 
+def alike(x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as they are, where one walk serves both, else copied."""
+    if x.stride() == other.stride() and is_walkable(x):
+        return x, other
+    return x.contiguous(), other.contiguous()
+
+
 def as_rows(shape: tuple[int, ...], stride: tuple[int, ...]) -> Rows:
     """The rows of a walkable tensor with at least one axis and one element."""
     axes = _collapse(shape, stride)

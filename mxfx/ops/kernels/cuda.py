@@ -93,12 +93,14 @@ def norm_quantize(
     offset: float = 0.0,
     gain_first: bool = False,
     hadamard: bool = False,
+    added: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
+    """`added` is not the op's: what is added to `x` first, and where to put the sum, contiguous; both like `x`."""
     fmt = _format(format)
     if matrix is None or matrix.dim() == 2 or x.numel() == 0:
-        return norm_triton(x, weight, eps, offset, gain_first, matrix, hadamard, fmt)
-    gain = (row_scales(x, eps), weight, float(offset) if gain_first else 0.0)
-    return transform_triton(x, matrix, False, fmt, norm=gain)
+        return norm_triton(x, weight, eps, offset, gain_first, matrix, hadamard, fmt, added=added)
+    gain = (row_scales(x, eps, added), weight, float(offset) if gain_first else 0.0)
+    return transform_triton(x if added is None else added[1], matrix, False, fmt, norm=gain)
 
 
 @kernel("silu_mul_quantize", "cuda", takes=takes.silu_mul_quantize, name="triton-silu-mul-quantize")

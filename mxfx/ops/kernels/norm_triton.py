@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
-from mxfx.ops.kernels.addressing import as_rows, is_walkable
+from mxfx.ops.kernels.activation_triton import load_sum
+from mxfx.ops.kernels.addressing import alike, as_rows, is_walkable
 from mxfx.ops.kernels.fp8_triton import as_power, largest_bits, octaves_of, power_below, scale_below, too_far
 from mxfx.ops.kernels.integer_triton import Integers, blocks_to_integers, count_lost, place
 from mxfx.ops.kernels.matrix_triton import load_matrix, multiply, quantize_blocks, terms_of
@@ -42,39 +43,55 @@ def norm_triton(
     fmt: Format | None,
     e4m3: tuple[Tensor, Tensor, Tensor] | None = None,
     integers: Integers | None = None,
+    added: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`rms_norm`, then `matrix` (b, b) on each block, then `fmt`; contiguous, shape and dtype of `x`.
 
     `x` is (..., hidden), bfloat16, float16 or float32; each of `matrix` and `fmt` may be None, the block of
     `fmt` divides b, and b divides hidden. With `e4m3`, which is what `rows_to_e4m3` writes to, or
-    `integers`, as `integer_triton` takes them, the result is put there.
+    `integers`, as `integer_triton` takes them, the result is put there. `added`: what is added to `x` first, and where
+    to put the sum, contiguous; both like `x`.
     """
     written = e4m3 or integers
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if written is None else written[0]
     if out.numel() == 0:
         return out
-    if not is_walkable(x):
-        x = x.contiguous()
+    x, branch, total = _summands(x, added)
     block = matrix.shape[-1] if matrix is not None else fmt.block if fmt and fmt.block else 32
     gain = "none" if weight is None else "first" if gain_first else "last"
     terms = 0 if matrix is None else terms_of(matrix.dtype, x.dtype, signs)
-    launch = _launch(x.shape, x.stride(), x.dtype, x.device, block, terms, signs, gain, float(offset), eps, fmt)
+    launch = _launch(
+        x.shape, x.stride(), x.dtype, x.device, block, terms, signs, gain, float(offset), eps, fmt, added is not None
+    )
     rest = (out, out) if written is None else written[1:]
-    launch(x, x if weight is None else weight.contiguous(), x if matrix is None else matrix.contiguous(), out, *rest)
+    given = (x if weight is None else weight.contiguous(), x if matrix is None else matrix.contiguous())
+    launch(x, *given, out, *rest, branch, total)
     return out
 
 
-def row_scales(x: Tensor, eps: float) -> Tensor:
-    """`rsqrt(mean(x²) + eps)` over the last axis: float32 of `x.shape[:-1]`; x is (..., hidden) and not empty."""
+def row_scales(x: Tensor, eps: float, added: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """`rsqrt(mean(x²) + eps)` over the last axis: float32 of `x.shape[:-1]`; x is (..., hidden) and not empty.
+
+    `added` is that of `norm_triton`.
+    """
     out = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    if not is_walkable(x):
-        x = x.contiguous()
-    _launch_scales(x.shape, x.stride(), x.device, eps)(x, out)
+    x, branch, total = _summands(x, added)
+    _launch_scales(x.shape, x.stride(), x.device, eps, added is not None)(x, out, branch, total)
     return out
+
+
+def _summands(x: Tensor, added: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """x as a kernel walks it, what is added to it, and where the sum goes; x itself for those that are not there."""
+    if added is not None:
+        return *alike(x, added[0]), added[1]
+    x = x if is_walkable(x) else x.contiguous()
+    return x, x, x
 
 
 @lru_cache(maxsize=KEPT_SHAPES)
-def _launch_scales(shape: tuple[int, ...], stride: tuple[int, ...], device: torch.device, eps: float) -> Launch:
+def _launch_scales(
+    shape: tuple[int, ...], stride: tuple[int, ...], device: torch.device, eps: float, added: bool
+) -> Launch:
     rows = as_rows(shape, stride)
     padded = triton.next_power_of_2(rows.length)
     tile = max(SCALES_ELEMENTS // padded, 1)
@@ -82,7 +99,7 @@ def _launch_scales(shape: tuple[int, ...], stride: tuple[int, ...], device: torc
         _scales_kernel,
         lambda at_a_time: triton.cdiv(rows.count, tile),
         (rows.count, rows.length, eps, *rows.arguments),
-        {"TILE": tile, "PADDED": padded},
+        {"TILE": tile, "PADDED": padded, "ADDED": added},
         num_warps=max(1, tile * padded // (32 * SCALES_PER_THREAD)),
     )
 
@@ -91,6 +108,8 @@ def _launch_scales(shape: tuple[int, ...], stride: tuple[int, ...], device: torc
 def _scales_kernel(
     x_ptr,
     y_ptr,
+    branch_ptr,
+    total_ptr,
     rows,
     length,
     eps,
@@ -101,13 +120,17 @@ def _scales_kernel(
     stride2,
     TILE: tl.constexpr,
     PADDED: tl.constexpr,
+    ADDED: tl.constexpr,
 ):
     """One program, `TILE` rows."""
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     lane = tl.arange(0, PADDED)
     inside = (row < rows)[:, None] & (lane < length)[None, :]
     start = row_offset(row, size1, size2, stride0, stride1, stride2)
-    x = tl.load(x_ptr + start[:, None] + lane[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = load_sum(x_ptr, branch_ptr, start[:, None] + lane[None, :], inside, ADDED)
+    if ADDED:
+        tl.store(total_ptr + (row.to(tl.int64) * length)[:, None] + lane[None, :], x, mask=inside)
+    x = x.to(tl.float32)
     tl.store(y_ptr + row, tl.rsqrt(tl.sum(x * x, axis=1) / length + eps), mask=row < rows)
 
 
@@ -124,6 +147,7 @@ def _launch(
     offset: float,
     eps: float,
     fmt: Format | None,
+    added: bool = False,
 ) -> Launch:
     rows = as_rows(shape, stride)
     padded, blocks = triton.next_power_of_2(block), triton.next_power_of_2(triton.cdiv(rows.length, block))
@@ -144,6 +168,7 @@ def _launch(
             "GAIN_FIRST": gain == "first",
             "SIGNS": signs,
             "TERMS": terms,
+            "ADDED": added,
             "STAGES": STAGES,
             "OCTAVES": fmt and fmt.block and octaves_of(fmt),
             "GRID": fmt and grid_of(fmt, dtype),
@@ -161,6 +186,8 @@ def _norm_kernel(
     y_ptr,
     scales_ptr,
     inexact_ptr,
+    branch_ptr,
+    total_ptr,
     rows,
     length,
     eps,
@@ -180,6 +207,7 @@ def _norm_kernel(
     GAIN_FIRST: tl.constexpr,
     SIGNS: tl.constexpr,
     TERMS: tl.constexpr,
+    ADDED: tl.constexpr,
     STAGES: tl.constexpr,
     OCTAVES: tl.constexpr,
     GRID: tl.constexpr,
@@ -199,7 +227,10 @@ def _norm_kernel(
         row = tl.program_id(0) + turn * tl.num_programs(0)
         here = inside & (row < rows)
         start = row_offset(row, size1, size2, stride0, stride1, stride2)
-        x = tl.load(x_ptr + start + column, mask=here, other=0.0).to(tl.float32)
+        x = load_sum(x_ptr, branch_ptr, start + column, here, ADDED)
+        if ADDED:
+            tl.store(total_ptr + row.to(tl.int64) * length + column, x, mask=here)
+        x = x.to(tl.float32)
         mean = tl.sum(tl.sum(x * x, axis=1), axis=0) / length
         y = x * tl.rsqrt(mean + eps)
         if GAIN:

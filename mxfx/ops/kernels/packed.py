@@ -177,6 +177,38 @@ def _multiplying(name: str) -> torch._ops.OpOverload:
 
 #: The op that gives a quantizer's result as rows of E4M3 → the op that multiplies it too.
 MULTIPLYING = {rounding: _multiplying(quantizer.name().partition("::")[2]) for quantizer, rounding in ROUNDING.items()}
+NORM_LINEAR = getattr(torch.ops, NAMESPACE).norm_quantize_linear.default
+
+
+def _add_norm_quantize_linear(
+    codes: list[Tensor],
+    scales: list[Tensor],
+    biases: list[Tensor],
+    branch: Tensor,
+    weights: str,
+    x: Tensor,
+    *operands,
+) -> tuple[Tensor, Tensor]:
+    """`x + branch`, and what `norm_quantize_linear` gives of that without a residual of its own."""
+    total = x + branch
+    return total, NORM_LINEAR(codes, scales, biases, None, weights, total, *operands)
+
+
+def _fake_sum_and_products(
+    codes: list, scales: list, biases: list, branch: Tensor, weights: str, x: Tensor, *rest
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], sum(c.shape[0] for c in codes)))
+
+
+ADD_NORM_LINEAR = _define(
+    "add_norm_quantize_linear",
+    str(NORM_LINEAR._schema)
+    .partition("linear")[2]
+    .replace("Tensor? residual", "Tensor branch")
+    .replace("-> Tensor", "-> (Tensor, Tensor)"),
+    _add_norm_quantize_linear,
+    _fake_sum_and_products,
+)
 
 for _device in ("cpu", "cuda"):
     provide(Provider("packed", "mx_linear", _device, LINEAR))

@@ -17,7 +17,7 @@ from mxfx.formats import Format
 from mxfx.ops.experts import expert_linear
 from mxfx.ops.fp8 import E4M3, carries, from_rows
 from mxfx.ops.kernels import limits, takes
-from mxfx.ops.kernels.cuda import if_it_fits
+from mxfx.ops.kernels.cuda import if_it_fits, norm_quantize
 from mxfx.ops.kernels.fp8_triton import align_rows, rows_to_e4m3
 from mxfx.ops.kernels.integer_mma_triton import multiply_integer_tiles
 from mxfx.ops.kernels.integer_triton import multiply_integers
@@ -168,15 +168,21 @@ def norm_quantize_e4m3(
     offset: float = 0.0,
     gain_first: bool = False,
     hadamard: bool = False,
+    added: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """`added` as in `cuda.norm_quantize`."""
     fmt, block = _format(format), None if matrix is None else matrix.shape[-1]
     if not _folds(x, fmt, block) or takes.norm_quantize(x, weight, matrix, format, eps):
+        if added is not None:
+            return NotImplemented
         return _in_two("norm_quantize", x, weight, matrix, format, eps, offset, gain_first, hadamard)
     if matrix is not None and matrix.dim() == 3:
-        gain = (row_scales_of_norm(x, eps), weight, float(offset) if gain_first else 0.0)
-        return _aligned(x, fmt, lambda e4m3: transform_triton(x, matrix, False, fmt, norm=gain, e4m3=e4m3))
-    payload, row_scales, inexact = _outputs(x)
-    norm_triton(x, weight, eps, offset, gain_first, matrix, hadamard, fmt, (payload, row_scales, inexact))
+        gain = (row_scales_of_norm(x, eps, added), weight, float(offset) if gain_first else 0.0)
+        given = x if added is None else added[1]
+        return _aligned(x, fmt, lambda e4m3: transform_triton(given, matrix, False, fmt, norm=gain, e4m3=e4m3))
+    written = _outputs(x)
+    norm_triton(x, weight, eps, offset, gain_first, matrix, hadamard, fmt, written, added=added)
+    payload, row_scales, _ = written
     return payload, row_scales
 
 
@@ -223,6 +229,7 @@ def _multiplying(name: str) -> Callable[..., Tensor]:
         residual: Tensor | None,
         weights: str,
         *operands: Any,
+        added: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         given = dict(zip(_OPERANDS[name], operands, strict=False))
         x, fmt = operands[0], _format(weights)
@@ -235,7 +242,7 @@ def _multiplying(name: str) -> Callable[..., Tensor]:
         # and down 1.0 to 1.35 of it.
         pays = few or width < sum(c.shape[0] for c in codes) <= 2 * width
         if pays and takes_integers(fmt, _format(given["format"]), rows, width):
-            found = integers(name, *operands)
+            found = integers(name, *operands, added=added)
             if found is not NotImplemented:
                 out = torch.empty((*x.shape[:-1], sum(c.shape[0] for c in codes)), dtype=x.dtype, device=x.device)
                 flat, rest = out.view(rows, -1), None if residual is None else residual.reshape(rows, -1).contiguous()
@@ -245,11 +252,17 @@ def _multiplying(name: str) -> Callable[..., Tensor]:
         multiply = _multiplier(fmt, rows, x.dtype) if takes_packed(fmt, width) else None
         if multiply is not None:
             # Rounded as they are, rows want no kernel that brings their blocks to one power of two.
-            y = getattr(torch.ops.mxfx_kernels, name)(*operands)
+            op = getattr(torch.ops.mxfx_kernels, name)
+            y = op(*operands) if added is None else norm_quantize(*operands, added=added)
+            if y is NotImplemented:
+                return y
             out = _side_by_side(multiply, y.reshape(rows, width).contiguous(), codes, scales, biases, fmt, y.dtype)
             out = out.view(*x.shape[:-1], -1)
         else:
-            e4m3 = getattr(torch.ops.mxfx_kernels, f"{name}_e4m3")(*operands)
+            op = getattr(torch.ops.mxfx_kernels, f"{name}_e4m3")
+            e4m3 = op(*operands) if added is None else norm_quantize_e4m3(*operands, added=added)
+            if e4m3 is NotImplemented:
+                return e4m3
             out = torch.ops.mxfx_kernels.mx_linear_e4m3(*e4m3, codes, scales, biases, weights, x.dtype)
         return out if residual is None else residual + out
 
@@ -283,9 +296,34 @@ norm_quantize_linear = _multiplying("norm_quantize")
 silu_mul_quantize_linear = _multiplying("silu_mul_quantize")
 
 
+def add_norm_quantize_linear(
+    codes: list[Tensor],
+    scales: list[Tensor],
+    biases: list[Tensor],
+    branch: Tensor,
+    weights: str,
+    x: Tensor,
+    *operands: Any,
+) -> tuple[Tensor, Tensor]:
+    """The kernel that reads a row for its norm also adds and writes it; where none takes it, the sum is made before."""
+    if x.numel() == 0 or branch.shape != x.shape or branch.dtype != x.dtype:
+        return NotImplemented
+    given, out = (codes, scales, biases, None, weights), NotImplemented
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if takes.norm_quantize(x, *operands) is None:
+        out = norm_quantize_linear(*given, x, *operands, added=(branch, total))
+    if out is NotImplemented:
+        total = x + branch
+        out = norm_quantize_linear(*given, total, *operands)
+    return NotImplemented if out is NotImplemented else (total, out)
+
+
 @if_it_fits
-def integers(name: str, *operands: Any) -> tuple[Tensor, Tensor]:
-    """What a quantizer gives of few rows, as `multiply_integers` takes it: int8 (m, k), uint8 (m, k / block)."""
+def integers(name: str, *operands: Any, added: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """What a quantizer gives of few rows, as `multiply_integers` takes it: int8 (m, k), uint8 (m, k / block).
+
+    `added` as in `cuda.norm_quantize`.
+    """
     given = dict(zip(_OPERANDS[name], operands, strict=False))
     x, fmt, matrix = operands[0], _format(given["format"]), given.get("matrix")
     block = None if matrix is None else matrix.shape[-1]
@@ -303,11 +341,14 @@ def integers(name: str, *operands: Any) -> tuple[Tensor, Tensor]:
         weight, eps = given["weight"], given["eps"]
         offset, gain_first = given.get("offset", 0.0), given.get("gain_first", False)
         if matrix is not None and matrix.dim() == 3:
-            factors = eps if x.numel() <= FACTORS_INSIDE else row_scales_of_norm(x, eps)
+            factors = eps
+            if x.numel() > FACTORS_INSIDE:
+                factors = row_scales_of_norm(x, eps, added)
+                x, added = x if added is None else added[1], None
             gain = (factors, weight, float(offset) if gain_first else 0.0)
-            transform_triton(x, matrix, False, fmt, norm=gain, integers=written)
+            transform_triton(x, matrix, False, fmt, norm=gain, integers=written, added=added)
         else:
-            norm_triton(x, weight, eps, offset, gain_first, matrix, signs, fmt, integers=written)
+            norm_triton(x, weight, eps, offset, gain_first, matrix, signs, fmt, integers=written, added=added)
     elif name == "silu_mul_quantize":
         transform_triton(given["up"], matrix, signs, fmt, gate=x, integers=written)
     else:

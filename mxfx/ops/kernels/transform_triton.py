@@ -22,13 +22,13 @@ from torch import Tensor
 
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
-from mxfx.ops.kernels.activation_triton import rotate, silu_times
-from mxfx.ops.kernels.addressing import Rows, as_rows, is_walkable
+from mxfx.ops.kernels.activation_triton import load_sum, rotate, row_factors, silu_times
+from mxfx.ops.kernels.addressing import Rows, alike, as_rows, is_walkable
 from mxfx.ops.kernels.early_triton import starts_early, wait
 from mxfx.ops.kernels.fp8_triton import blocks_to_e4m3
 from mxfx.ops.kernels.integer_triton import Integers, blocks_to_integers, count_lost, place
 from mxfx.ops.kernels.matrix_triton import load_matrix, multiply, quantize_blocks, terms_of
-from mxfx.ops.kernels.quantize_triton import row_index, row_offset
+from mxfx.ops.kernels.quantize_triton import row_index
 from mxfx.ops.kernels.rounding_triton import as_stored, grid_of
 
 
@@ -82,6 +82,7 @@ def transform_triton(
     e4m3: tuple[Tensor, Tensor] | None = None,
     integers: Integers | None = None,
     heads_together: bool = False,
+    added: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`x_B @ matrix` per block, then `fmt`; contiguous, same shape and dtype as `x`.
 
@@ -100,6 +101,7 @@ def transform_triton(
             block. Blocks are powers of two from 16, and x has three axes at most.
         integers: the same, as `integer_triton` takes it; of few rows.
         heads_together: with `angles`, the result is contiguous as (batch, seq, heads, n), and given transposed.
+        added: with an `eps` in `norm`, what is added to x first, and where to put the sum, contiguous; both like x.
     """
     written = e4m3 or integers
     if heads_together:
@@ -117,6 +119,7 @@ def transform_triton(
     if x.stride(-1) != 1 if in_axes else not is_walkable(x):
         x = x.contiguous()
         gate = None if gate is None else gate.contiguous()
+    total = x
     if gate is not None:
         first = gate
     elif angles is not None:
@@ -125,19 +128,20 @@ def transform_triton(
     elif norm is not None:
         factors, gain, offset = norm
         first, eps = (factors, None) if isinstance(factors, Tensor) else (x, factors)
+        if added is not None:
+            x, first, total = *alike(x, added[0]), added[1]
         before = "scale" if gain is None else "norm"
         second = x if gain is None else gain.contiguous()
     kind, terms = None, 0
     if matrix is not None:
         matrix, kind = matrix.contiguous(), matrix.shape
         terms = 2 if before == "norm" else terms_of(matrix.dtype, x.dtype, signs)
-    few = integers is not None
     launch = _launch(
-        x.shape, x.stride(), x.dtype, x.device, kind, terms, signs, fmt, before, one_angle, offset, eps, few,
-        heads_together,
+        x.shape, x.stride(), x.dtype, x.device, kind, terms, signs, fmt, before, one_angle, offset, eps,
+        integers is not None, heads_together, added is not None,
     )  # fmt: skip
     rest = (out, out) if written is None else (written[1], written[1] if integers is None else integers[2])
-    launch(x, first, second, x if matrix is None else matrix, out, *rest)
+    launch(x, first, second, x if matrix is None else matrix, out, *rest, total)
     return out
 
 
@@ -157,6 +161,7 @@ def _launch(
     eps: float | None,
     few: bool,
     heads_together: bool = False,
+    added: bool = False,
 ) -> Launch:
     length, own = shape[-1], matrix is not None and len(matrix) > 2
     block = matrix[-1] if matrix is not None else fmt.block if fmt and fmt.block else length
@@ -212,6 +217,7 @@ def _launch(
             "BEFORE": before,
             "SQUARES": 0 if eps is None else triton.next_power_of_2(rows.count),
             "EPS": eps,
+            "ADDED": added,
             "OWN": own,
             "TERMS": terms,
             "SIGNS": signs,
@@ -236,24 +242,6 @@ def _side_by_side(blocks: int, block: int) -> int:
     return count
 
 
-@triton.jit
-def _row_factors(
-    x_ptr, row, rows, length, size1, size2, stride0, stride1, stride2, COUNT: tl.constexpr, EPS: tl.constexpr
-):
-    """`rsqrt(mean(x²) + EPS)` of each of few whole rows, for rows number `row`; float32."""
-    CHUNK: tl.constexpr = 2048 // COUNT
-    which = tl.arange(0, COUNT)
-    start = row_offset(which, size1, size2, stride0, stride1, stride2)
-    squares = tl.zeros((COUNT, CHUNK), tl.float32)
-    for at in range(0, length, CHUNK):
-        lane = at + tl.arange(0, CHUNK)
-        there = (which < rows)[:, None] & (lane < length)[None, :]
-        x = tl.load(x_ptr + start[:, None] + lane[None, :], mask=there, other=0.0).to(tl.float32)
-        squares += x * x
-    factor = tl.rsqrt(tl.sum(squares, axis=1) / length + EPS)
-    return tl.sum(tl.where(row[:, None] == which[None, :], factor[None, :], 0.0), axis=1)
-
-
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def _transform_kernel(
     x_ptr,
@@ -263,6 +251,7 @@ def _transform_kernel(
     y_ptr,
     blocks_ptr,
     inexact_ptr,
+    total_ptr,
     rows,
     columns,
     head_stride,
@@ -288,6 +277,7 @@ def _transform_kernel(
     BEFORE: tl.constexpr,
     SQUARES: tl.constexpr,
     EPS: tl.constexpr,
+    ADDED: tl.constexpr,
     OWN: tl.constexpr,
     TERMS: tl.constexpr,
     SIGNS: tl.constexpr,
@@ -306,6 +296,7 @@ def _transform_kernel(
     parts = columns // HEADS
     head = column // parts
     channel = (column % parts) * (WIDTH * BLOCKS)
+    length = parts * (BLOCKS * WIDTH)  # of a row, or a head's
     lane = tl.arange(0, PADDED)
     line = tl.arange(0, BLOCKS * TILE)
     if BLOCKS > 1:
@@ -342,11 +333,13 @@ def _transform_kernel(
                 target = ((index0 * size2 + index2) * HEADS + head) * size1 + index1
             elif HEADS > 1:
                 target = ((index0 * HEADS + head) * size1 + index1) * size2 + index2
-            target = target.to(tl.int64) * (parts * BLOCKS * WIDTH)
+            target = target.to(tl.int64) * length
         inside = (row < rows)[:, None] | EVEN
         if PADDED != WIDTH:
             inside = inside & (lane < WIDTH)[None, :]
-        x = tl.load(x_tile + (start + channel)[:, None] + lane[None, :], mask=inside, other=0.0)
+        x = load_sum(x_tile, first_tile, (start + channel)[:, None] + lane[None, :], inside, ADDED)
+        if ADDED:
+            tl.store(total_ptr + (row.to(tl.int64) * length + channel)[:, None] + lane[None, :], x, mask=inside)
         if BEFORE == "silu":
             gate = tl.load(first_tile + (start + channel)[:, None] + lane[None, :], mask=inside, other=0.0)
             x = silu_times(gate, x)
@@ -368,10 +361,9 @@ def _transform_kernel(
                 x = tl.reshape(x, (BLOCKS * TILE, PADDED))
         if BEFORE == "scale" or BEFORE == "norm":
             if SQUARES > 0:
-                length = parts * (BLOCKS * WIDTH)
-                x *= _row_factors(x_ptr, row, rows, length, size1, size2, stride0, stride1, stride2, SQUARES, EPS)[
-                    :, None
-                ]
+                x *= row_factors(
+                    x_ptr, first_ptr, row, rows, length, size1, size2, stride0, stride1, stride2, SQUARES, EPS, ADDED
+                )[:, None]
             else:
                 x *= tl.load(first_ptr + row, mask=row < rows, other=0.0)[:, None]
         y = as_stored(x.to(tl.float32), narrow)
