@@ -54,7 +54,8 @@ def open_model(
 
     Raises ``ConfigError``, ``NoRun``, ``ArtefactError``, ``ModelError``, ``TraceError``.
     """
-    from mxfx.export.artefact import MANIFEST, load
+    from mxfx.export.artefact import MANIFEST
+    from mxfx.export.folder import MxfxForCausalLM
 
     check_device(device)
     if dtype not in _DTYPES:
@@ -62,7 +63,7 @@ def open_model(
     saved = find_model(name)
     if (saved / MANIFEST).is_file():
         tokenizer = load_tokenizer(saved, trust_remote_code=trust_remote_code)
-        return as_causal_lm(load(saved), device), tokenizer
+        return MxfxForCausalLM.from_pretrained(saved, device_map=device), tokenizer
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     model = load_checked(name, dtype, trust_remote_code=trust_remote_code).model.to(device)
     raised = PassManager().run(trace(model, name=str(name)), Pipeline([]).completed()).program

@@ -5,7 +5,8 @@ generation_config.json  the source's
 tokenizer files         where there is a tokenizer
 modeling_mxfx.py        three lines that import mxfx, for programs that never did (``trust_remote_code=True``)
 README.md               a model card: what it is, how to open it, the run's table
-and the artefact's own files (``mxfx.export.artefact``): the printed program, its weights, the manifest
+and the artefact's own files (``mxfx.export.artefact``): the printed program, its weights, the manifest; and that
+program as it runs on this kind of machine (``mxfx.export.kept``), which nobody needs who has time
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers.utils.hub import convert_file_size_to_int
 
 from mxfx.export.artefact import SHARD_BYTES, ArtefactError, Opened, save
 from mxfx.export.folder_config import ARCHITECTURE, MODEL_TYPE, MxfxConfig
-from mxfx.export.kept import emission
+from mxfx.export.kept import emission, write_beside
 from mxfx.graph.program import Program
 from mxfx.ground.files import read_json, write_file
 from mxfx.ground.garbage import uncollected
@@ -57,7 +58,7 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 From a terminal: `mxfx generate {folder} --prompt "…"`, `mxfx eval {folder}`, `mxfx serve {folder}`. A program that does
 not import mxfx itself is told to by `trust_remote_code=True`, which runs the three lines of `modeling_mxfx.py`:
 `lm_eval --model hf --model_args pretrained={folder},trust_remote_code=True`. Nothing here is pickled; the graph is
-`program.mxir`, as text.
+`program.mxir`, as text, and `emitted-*.mxir` what runs of it: it is made again where it does not fit, or was removed.
 {table}"""
 
 
@@ -198,6 +199,7 @@ def save_folder(
     write_file(folder / "modeling_mxfx.py", _CODE.encode())
     write_card(program, folder, table)
     _write_json(folder / "config.json", config_of(program).to_dict())
+    write_beside(folder, program)
 
 
 def write_card(program: Program, folder: Path, table: str = "") -> None:

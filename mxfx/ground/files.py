@@ -8,7 +8,6 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -97,18 +96,26 @@ def keep(path: Path, data: bytes) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, data)
     except OSError as error:
-        _say_not_kept(path.parent, reason_of(error))
+        say_not_kept(path.parent, reason_of(error))
         return False
     return True
 
 
-@cache
-def _say_not_kept(folder: Path, why: str) -> None:
-    warnings.warn(
-        f"{folder} cannot be written to ({why}): what is kept there is measured and made again by every process; "
-        "set MXFX_CACHE to a folder that can",
-        stacklevel=3,
-    )
+def say_not_kept(folder: Path, why: str) -> None:
+    """Warn that nothing can be kept in a folder: once a process, of a folder of the cache for all of it."""
+    home = cache_home()
+    place = home if folder.is_relative_to(home) else folder
+    if place not in _said:
+        _said.add(place)
+        warnings.warn(
+            f"{place} cannot be written to ({why}): what is kept there is measured and made again by every process; "
+            "set MXFX_CACHE to a folder that can",
+            stacklevel=4,
+        )
+
+
+#: Places of which ``say_not_kept`` has warned.
+_said: set[Path] = set()
 
 
 def write_text(path: Path, text: str, *, flush: bool = True) -> None:

@@ -110,6 +110,8 @@ _FILES: dict[str, tuple[tuple[str, ...], tuple[Mutation, ...], int, bool]] = {
     "out/p/model/program.mxir": (("export", "{}/out", "--to", "hf", "--out", "{}/new"), (damaged, _damaged_line), 12,
                                  True),
     "out/p/model/weights.safetensors": (("export", "{}/out", "--to", "hf", "--out", "{}/new"), (damaged,), 10, True),
+    "out/p/model/emitted-cpu.mxir": (("generate", "{}/out", "--prompt", "w1 w2", "--max-new-tokens", "1"),
+                                     (damaged, _damaged_line), 6, False),
     "out/p/model/config.json": (("generate", "{}/out", "--prompt", "w1 w2", "--max-new-tokens", "1"),
                                 (damaged, damaged_json), 6, False),
     "out/p/model/tokenizer.json": (("generate", "{}/out", "--prompt", "w1", "--max-new-tokens", "1"),

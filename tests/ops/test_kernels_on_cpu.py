@@ -237,6 +237,16 @@ def test_without_a_compiler_the_definitions_run_and_the_reason_is_said(tmp_path:
         assert said in ran.stdout
 
 
+def test_a_cache_that_cannot_be_written_to_leaves_the_kernels_to_the_process_and_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    program = "from mxfx.ops.kernels.build import library; print(library())"
+    environment = os.environ | {"MXFX_CACHE": str(tmp_path / "file"), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("<CDLL") and ran.stderr.count("cannot be written to") == 1
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
 def _failing(folder: Path) -> str:
     script = folder / "cc"
     script.write_text("#!/bin/sh\necho it is Sunday >&2\nexit 1\n")

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from mxfx.formats import parse
-from mxfx.ground.files import cache_home
+from mxfx.ground.errors import reason_of
+from mxfx.ground.files import cache_home, say_not_kept
 from mxfx.ops.kernels.structs import rule_of
 
 _SOURCES = ("rows.c", "products.c", "divergence.c")
@@ -50,7 +51,7 @@ def library() -> ctypes.CDLL | str:
     for tried in _TRIED:
         flags = (*_FLAGS, *tried)
         try:
-            return _opened(_built(compiler, flags, source))
+            return _built(compiler, flags, source)
         except (OSError, subprocess.SubprocessError) as error:
             said = getattr(error, "stderr", None) or str(error)
             problem = str(said).strip().splitlines()[0] if str(said).strip() else type(error).__name__
@@ -61,23 +62,36 @@ def _which(name: str | None) -> str | None:
     return shutil.which(name) if name else None
 
 
-def _built(compiler: str, flags: tuple[str, ...], source: str) -> Path:
-    """The shared library of a source, from the cache or compiled. Raises ``OSError``, ``SubprocessError``."""
+def _built(compiler: str, flags: tuple[str, ...], source: str) -> ctypes.CDLL:
+    """The shared library of a source, from the cache or compiled: where nothing can be kept, for this process alone.
+
+    Raises ``OSError``, ``SubprocessError``.
+    """
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_PATIENCE).stdout
     key = "\n".join((source, version, *flags, platform.machine(), processor()))
     target = cache_home() / "kernels" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
     if target.is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        return _opened(target)
+    with _place(target.parent) as folder:
         text, unit, made = (Path(folder) / name for name in ("kernels.c", "kernels.o", "kernels.so"))
         text.write_text(source, encoding="utf-8")
         for command in ([*flags, "-c", str(text), "-o", str(unit)], ["-shared", str(unit), "-o", str(made), "-lm"]):
             subprocess.run([compiler, *command], check=True, capture_output=True, text=True, timeout=_PATIENCE)
-        _prove(_opened(made))
-        # Whoever comes first: the files of two processes are the same.
-        os.replace(made, target)
-    return target
+        found = _opened(made)
+        _prove(found)
+        if Path(folder).parent == target.parent:
+            # Whoever comes first: the files of two processes are the same.
+            os.replace(made, target)
+        return found
+
+
+def _place(folder: Path) -> tempfile.TemporaryDirectory:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=folder)
+    except OSError as error:
+        say_not_kept(folder, reason_of(error))
+        return tempfile.TemporaryDirectory()
 
 
 def processor() -> str:
