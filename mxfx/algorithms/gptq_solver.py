@@ -28,6 +28,8 @@ Exponents = Literal["sweep", "rule"]
 
 # Columns handled together where a format has no blocks of its own.
 _UNBLOCKED_WIDTH = 128
+#: Columns whose errors reach all later ones by one product: narrower ones would read and write these more often.
+PANEL = 128
 # Elements of a weight whose rows are rounded together.
 _TOGETHER = 1 << 27
 
@@ -144,18 +146,26 @@ def _round(
     work = torch.take_along_dim(goal.mT, columns[:, :, None], 1)
     aim = work.clone() if refine else work
     values = torch.empty_like(work)
-    residual = work.new_empty(len(work), width, work.shape[-1])
+    panel = max(width, PANEL - PANEL % width)
+    residual = work.new_empty(len(work), panel, work.shape[-1])
     kind = torch.int32 if common is None else work.dtype
     shared = torch.empty(len(work), math.ceil(n / width), work.shape[-1], dtype=kind, device=work.device)
     searched = _searches(fmt, exponents)
-    for index, start in enumerate(range(0, n, width)):
-        cut = slice(start, min(start + width, n))
-        block = work[:, cut]
-        candidates = None if searched else candidate_scales(block, fmt, exponents, common)
-        out = BlockSolution(values[:, cut], residual[:, : cut.stop - start], shared[:, index])
-        feedback = factor.feedback[:, cut]
-        solve_block(block, candidates, feedback[:, :, cut], factor.precision[:, cut], fmt, common, out)
-        work[:, cut.stop :].baddbmm_(feedback[:, :, cut.stop :].mT, out.residual, alpha=-1)
+    for first in range(0, n, panel):
+        end = min(first + panel, n)
+        for start in range(first, end, width):
+            cut = slice(start, min(start + width, end))
+            block = work[:, cut]
+            candidates = None if searched else candidate_scales(block, fmt, exponents, common)
+            here = residual[:, start - first : cut.stop - first]
+            out = BlockSolution(values[:, cut], here, shared[:, start // width])
+            feedback = factor.feedback[:, cut]
+            solve_block(block, candidates, feedback[:, :, cut], factor.precision[:, cut], fmt, common, out)
+            if cut.stop < end:
+                work[:, cut.stop : end].baddbmm_(feedback[:, :, cut.stop : end].mT, here, alpha=-1)
+        if end < n:
+            errors = residual[:, : end - first]
+            work[:, end:].baddbmm_(factor.feedback[:, first:end, end:].mT, errors, alpha=-1)
     shared = shared.mT
     if refine:
         curvature = permute_symmetric(live, columns).to(weight.dtype)

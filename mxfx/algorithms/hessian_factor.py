@@ -17,6 +17,9 @@ from mxfx.ground import ranks
 _ESCALATIONS = 3
 _FIRST_DAMPING = 0.01
 _SLAB = 1024
+# Narrower triangular matrices are inverted by the library, wider ones by products of their halves' inverses: on CUDA a
+# triangular solution in float64 takes several times as long as a product of that size.
+_SOLVED = 256
 # On CUDA the library's batched factorization is made for small matrices: wider ones go one by one.
 _LOOPED = 512
 # Ranks share the inverse of a matrix that is wider: of a narrow one its way to the others takes as long.
@@ -151,29 +154,47 @@ def _unit_inverse(lower: Tensor, dtype: torch.dtype, spread: bool = False) -> Te
     scale = lower.diagonal(dim1=-2, dim2=-1)[:, :, None]
     inverse = torch.zeros_like(lower, dtype=dtype)
     starts = range(0, n, _SLAB)
+    corners: dict[int, Tensor] = {}
     for start in _mine(starts) if spread else starts:
-        slab = _slab(lower, start)
+        slab = _slab(lower, start, corners)
         inverse[:, start:, start : start + _SLAB] = slab.mul_(scale[:, start:])
     return ranks.summed(inverse) if spread else inverse
 
 
-def _slab(lower: Tensor, start: int) -> Tensor:
-    """Columns of L⁻¹ from `start` on and down, by blocks of rows.
+def _slab(lower: Tensor, start: int, corners: dict[int, Tensor]) -> Tensor:
+    """Columns of L⁻¹ from `start` on and down, by blocks of rows; `corners` keeps inverses of blocks on the diagonal.
 
-    Of a corner of L, which lies tight in neither order, one `solve_triangular` would copy all: of a wide matrix, more
-    memory than anything else here takes.
+    A product with a corner of L, unlike a triangular solution, needs no copy of it.
     """
     n = lower.shape[-1]
-    slab = lower.new_zeros(len(lower), n - start, min(_SLAB, n - start))
+    if start + _SLAB >= n:
+        # Nobody needs it behind the last slab.
+        return corners[start] if start in corners else _triangular_inverse(lower[:, start:, start:])
+    slab = lower.new_zeros(len(lower), n - start, _SLAB)
     for row in range(start, n, _SLAB):
         block, done = slice(row, min(row + _SLAB, n)), slice(start, row)
-        if row == start:
-            right = torch.eye(slab.shape[-1], dtype=lower.dtype, device=lower.device).expand(len(lower), -1, -1)
-        else:
-            right = (lower[:, block, done] @ slab[:, : row - start]).neg_()
+        if row not in corners:
+            corners[row] = _triangular_inverse(lower[:, block, block])
         here = slab[:, row - start : block.stop - start]
-        here.copy_(torch.linalg.solve_triangular(lower[:, block, block], right, upper=False))
+        if row == start:
+            here.copy_(corners[row])
+        else:
+            torch.bmm(corners[row], (lower[:, block, done] @ slab[:, : row - start]).neg_(), out=here)
     return slab
+
+
+def _triangular_inverse(lower: Tensor) -> Tensor:
+    """L⁻¹ of a stack of narrow lower triangular matrices."""
+    n = lower.shape[-1]
+    if n <= _SOLVED:
+        return torch.linalg.solve_triangular(lower, torch.eye(n, dtype=lower.dtype, device=lower.device), upper=False)
+    half = n // 2
+    upper_half, lower_half = (_triangular_inverse(lower[:, part, part]) for part in (slice(half), slice(half, n)))
+    inverse = torch.zeros_like(lower)
+    inverse[:, :half, :half] = upper_half
+    inverse[:, half:, half:] = lower_half
+    inverse[:, half:, :half] = (lower_half @ lower[:, half:, :half] @ upper_half).neg_()
+    return inverse
 
 
 def _mine(starts: range) -> list[int]:

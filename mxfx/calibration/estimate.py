@@ -25,6 +25,7 @@ from mxfx.algorithms.gptq_solver import rows_at_a_time
 from mxfx.calibration.activations import Placement
 from mxfx.calibration.expert_statistics import BUDGET
 from mxfx.calibration.runner import execute_stage
+from mxfx.calibration.schedule import Pass, Schedule
 from mxfx.calibration.stages import Stage, cut
 from mxfx.calibration.statistics import panel_width
 from mxfx.graph.program import Program, compute_dtype
@@ -40,9 +41,9 @@ class Footprint:
 
     Attributes:
         running: on the device while a stage runs, values between stages waiting elsewhere.
-        resident: the same with all values on the device.
         solving: on the device while a group is solved, beside values that wait there.
-        waiting: values of all samples between stages.
+        resident: at most, with all values on the device, of which more wait there (``mxfx.calibration.schedule``).
+        waiting: values of all samples between stages, elsewhere.
     """
 
     running: int = 0
@@ -52,8 +53,7 @@ class Footprint:
 
     def device(self, placement: Placement) -> int:
         """At most, on the device."""
-        here = placement == "device"
-        return max(self.resident if here else self.running, self.solving + (self.waiting if here else 0))
+        return self.resident if placement == "device" else max(self.running, self.solving)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -128,9 +128,13 @@ def footprint(
     batches are on their way.
     """
     batches = -(-shape[0] // batch_size)
-    simulation = _Simulation(lowered, stored, min(batch_size, shape[0]), shape[1], batches, device, reference)
-    found = simulation.run(cut(lowered.graph, frozenset(targets)))
-    return replace(found, waiting=2 * found.waiting, resident=2 * found.resident) if reference else found
+    stages = cut(lowered.graph, frozenset(targets))
+
+    def found(placement: Placement) -> Footprint:
+        tokens = (min(batch_size, shape[0]), shape[1])
+        return _Simulation(lowered, stored, tokens, batches, device, reference).run(stages, placement)
+
+    return replace(found("cpu"), resident=found("device").resident)
 
 
 def place(found: Footprint, device: torch.device) -> Placement:
@@ -143,12 +147,14 @@ def place(found: Footprint, device: torch.device) -> Placement:
 def solver_bytes(rows: int, columns: int) -> int:
     """What GPTQ of linears that share an input takes on the device beside their stored weights, all together ``rows``.
 
-    Of the factorization: the matrix, its copy in float64 and the factor, or matrix, factor, inverse and a slab of it.
+    Of the factorization: the matrix, its copy in float64 and the factor, or matrix, factor, inverse, a slab of it and
+    the inverses on the diagonal.
     Of the rounding: matrix and factor, each weight as it came and in the stack, and for the rows at hand the working
     copies, or the results and what chooses between them.
     """
     square, weight, at_once = columns * columns, rows * columns, rows_at_a_time(rows, columns)
-    factorization = max(20 * square, 16 * square + 24 * min(1024, columns) * columns) + 8 * weight
+    slab = (24 if columns <= 1024 else 32) * min(1024, columns) * columns
+    factorization = max(20 * square, 16 * square + slab) + 8 * weight
     rounding = 8 * square + 8 * weight + 22 * at_once * columns + (8 * weight if at_once < rows else 0)
     return max(factorization, rounding)
 
@@ -167,8 +173,7 @@ class _Simulation:
         self,
         program: Program,
         stored: Mapping[str, torch.dtype],
-        batch: int,
-        length: int,
+        tokens: tuple[int, int],
         batches: int,
         device: torch.device,
         reference: bool = False,
@@ -177,45 +182,55 @@ class _Simulation:
         self._device = device
         self._batches = batches
         self._stored = stored
-        self._reference = reference
+        #: Streams: with a reference a second one.
+        self._of_both = 1 + reference
         self._env: dict[fx.Node, object] = {
-            node: torch.empty(batch, length, dtype=torch.int64, device=_META) if node.target == "input_ids" else None
+            node: torch.empty(tokens, dtype=torch.int64, device=_META) if node.target == "input_ids" else None
             for node in program.graph.nodes
             if node.op == "placeholder"
         }
 
-    def run(self, stages: list[Stage]) -> Footprint:
+    def run(self, stages: list[Stage], placement: Placement) -> Footprint:
         found = Footprint()
-        last = max((index for index, stage in enumerate(stages) if stage.measured), default=-1)
-        for index, stage in enumerate(stages[: last + 1]):
-            before = _bytes(self._env.values())
-            solving = self._solving(stage) if stage.measured else 0
-            # What is measured last is not run.
-            moved, work = self._running(stage, stages[index + 1]) if index < last else (0, 0)
-            for node in stage.last_use:
-                self._env.pop(node, None)
-            waiting = self._batches * max(before, _bytes(self._env.values()))
-            found = Footprint(
-                max(found.running, moved + work),
-                max(found.resident, waiting + work),
-                max(found.solving, solving),
-                max(found.waiting, waiting),
-            )
+        schedule = Schedule(stages, placement, self._device)
+        for index in (index for index, stage in enumerate(stages) if stage.measured):
+            for one in schedule.until(index):
+                before = _bytes(self._env.values())
+                measured = stages[index].measured if schedule.done == index else {}
+                moved, work = self._running(one, schedule.next, measured)
+                for node in one.over:
+                    self._env.pop(node, None)
+                # What a batch gives comes before what it was made of goes.
+                given = self._of_both * _bytes(self._env.get(node) for node in one.outputs)
+                waiting = self._of_both * self._batches * max(before, _bytes(self._env.values()))
+                found = Footprint(
+                    max(found.running, moved + work),
+                    max(found.resident, waiting + self._of_both * work),
+                    found.solving,
+                    max(found.waiting, waiting + given),
+                )
+            # Weights of what runs again stay.
+            solving = self._solving(stages[index]) + sum(map(self._size, schedule.pending))
+            beside = self._of_both * self._batches * _bytes(self._env.values())
+            found = replace(found, resident=max(found.resident, beside + solving), solving=max(found.solving, solving))
         return found
 
-    def _running(self, stage: Stage, following: Stage) -> tuple[int, int]:
-        """Bytes of values that come and go, and of everything else while a stage runs."""
+    def _running(self, one: Pass, following: Stage | None, measured: Collection[fx.Node]) -> tuple[int, int]:
+        """Bytes of values that come and go, and of everything else while a pass runs."""
+        stage = one.joined(bool(measured))
         weights = {node: self._weight(str(node.target)) for node in stage.weights}
         given = {node: self._env[node] for node in stage.inputs}
+        watched = [node for node in measured if node in set(stage.nodes)]
         with torch.no_grad(), _FusedAttention(), LiveBytes() as live:
-            env = execute_stage(stage, dict(given), weights, stage.outputs)
-        outputs = {node: env[node] for node in stage.outputs}
+            env = execute_stage(stage, dict(given), weights, [*one.outputs, *watched])
+        outputs = {node: env[node] for node in one.outputs}
         self._env |= outputs
         # Inputs of this batch and the next; outputs of the batch before, on their way (this one's are the work's).
         moved = min(2, self._batches) * _bytes(given.values()) + (self._batches > 1) * _bytes(outputs.values())
-        widths = [int(node.meta["val"].shape[-1]) for node in following.measured if node in outputs]
+        widths = [int(node.meta["val"].shape[-1]) for node in watched]
         sums = sum(4 * n * n + 4 * min(panel_width(self._device), n) * n for n in widths)
-        return moved, live.peak + self._size(stage) + self._size(following) + sums
+        coming = 0 if following is None else self._size(following)
+        return moved, live.peak + self._size(stage) + coming + sums
 
     def _solving(self, stage: Stage) -> int:
         """Of the group of a stage that takes most; the Hessians of the others wait beside it."""
@@ -227,9 +242,9 @@ class _Simulation:
             rows = sum(shape[0] for shape in shapes if len(shape) == 2)
             if rows:
                 # With a reference a cross moment waits beside it.
-                hessians += (4 + 4 * self._reference) * columns**2
+                hessians += 4 * self._of_both * columns**2
                 taken = solver_bytes(rows, columns)
-                if self._reference:
+                if self._of_both > 1:
                     # The weights that are aimed at are others than those that they come from.
                     taken = max(taken + 8 * rows * columns, target_bytes(rows, columns))
                 most = max(most, taken - 4 * columns**2)

@@ -1,4 +1,5 @@
-"""Runs the stages of a lowered program over batches of tokens: one stage over all of them, then the next.
+"""Runs the stages of a lowered program over batches of tokens: one pass over all of them, then the next
+(``mxfx.calibration.schedule``).
 
 What a stage reads comes to the device a batch ahead, its weights a stage ahead, and what it gives leaves beside the
 work of the next batch (``mxfx.graph.transfers``).
@@ -13,6 +14,7 @@ from torch import Tensor, fx
 
 from mxfx.calibration.activations import ActivationStore, Placement, arrived
 from mxfx.calibration.expert_statistics import choice_of
+from mxfx.calibration.schedule import Pass, Schedule, joined
 from mxfx.calibration.stages import Stage, cut, input_of
 from mxfx.graph.program import Program, compute_dtype
 from mxfx.graph.transfers import Arrival, Transfers
@@ -104,8 +106,7 @@ class Runner:
         behind: Callable[[str], Tensor],
     ) -> None:
         self.stages = cut(program.graph, frozenset(targets))
-        self.done = 0
-        self._last = max((index for index, stage in enumerate(self.stages) if stage.measured), default=-1)
+        self._schedule = Schedule(self.stages, placement, device)
         self._batches = len(batches)
         self._transfers = Transfers(device)
         self.weights = DeviceWeights(program, weight, behind, self._transfers)
@@ -113,6 +114,11 @@ class Runner:
         inputs = [node.name for node in program.graph.nodes if node.op == "placeholder"]
         for number, ids in enumerate(batches):
             self._store.put(number, dict.fromkeys(inputs) | {"input_ids": ids})
+
+    @property
+    def done(self) -> int:
+        """The stage that the stream stands before: all before it ran, with what waits or can be computed again."""
+        return self._schedule.done
 
     @property
     def unpinned(self) -> str:
@@ -142,30 +148,38 @@ class Runner:
         return input_of(node), choice
 
     @torch.no_grad()
-    def run_next(self, watched: Sequence[fx.Node] = (), watch: Watch | None = None) -> None:
-        """Run the next stage; keep what later stages read, drop what nobody reads any more.
+    def advance(self, index: int, watched: Sequence[fx.Node] = (), watch: Watch | None = None) -> None:
+        """Run the stages before ``index``; keep what later ones read, drop what nobody reads any more.
 
-        ``watch`` sees the ``watched`` among what the stage gives, while it is there.
+        ``watch`` sees the ``watched`` among what the stage right before ``index`` gives, while it is there.
         """
-        stage = self.stages[self.done]
+        for one in self._schedule.until(index):
+            seen = watch if self._schedule.done == index else None
+            if seen is not None or one.keeps:
+                self._run(one, watched, seen)
+            following = self._schedule.next
+            self.weights.forget(but=_names(*self._schedule.pending, *([following] if following else [])))
+
+    def _run(self, one: Pass, watched: Sequence[fx.Node], watch: Watch | None) -> None:
+        stage = one.joined(watch is not None)
         weights = self._load(stage)
-        if self.done < self._last:
-            self.weights.prefetch(self._names(self.done + 1))
+        if (following := self._schedule.next) is not None:
+            self.weights.prefetch(_names(following))
         for batch, given in self._given(stage.inputs):
-            env = execute_stage(stage, given, weights, stage.outputs)
+            env = execute_stage(stage, given, weights, [*one.outputs, *(watched if watch is not None else ())])
             if watch is not None:
                 watch({node: env[node] for node in watched})  # type: ignore[misc]
-            self._store.put(batch, {node.name: env[node] for node in stage.outputs})
-            for node in stage.last_use:
+            self._store.put(batch, {node.name: env[node] for node in one.outputs})
+            for node in one.over:
                 self._store.drop(batch, node.name)
-        self.done += 1
-        del weights
-        self.weights.forget(but=self._names(self.done) if self.done <= self._last else ())
 
     @torch.no_grad()
     def values(self, index: int, nodes: list[fx.Node]) -> Iterator[dict[fx.Node, Tensor]]:
         """Values of ``nodes`` per batch, with stage ``index`` next: stored ones, or computed inside that stage."""
-        stage = self.stages[index]
+        steps = [*self._schedule.pending, self.stages[index]]
+        while steps and not set(nodes) & set(steps[-1].nodes):
+            steps.pop()
+        stage = joined(steps) if steps else Stage(None)
         inside = [node for node in nodes if node in set(stage.nodes)]
         stored = [node for node in nodes if node not in inside]
         weights = self._load(stage) if inside else {}
@@ -185,12 +199,13 @@ class Runner:
             del there
             yield batch, given
 
-    def _names(self, index: int) -> list[str]:
-        return [str(node.target) for node in self.stages[index].weights] if index < len(self.stages) else []
-
     def _load(self, stage: Stage) -> dict[fx.Node, Tensor]:
-        self.weights.prefetch(str(node.target) for node in stage.weights)
+        self.weights.prefetch(_names(stage))
         return {node: self.weights.running(str(node.target)) for node in stage.weights}
+
+
+def _names(*stages: Stage) -> list[str]:
+    return [str(node.target) for stage in stages for node in stage.weights]
 
 
 def execute_stage(

@@ -39,7 +39,7 @@ def cut(graph: fx.Graph, targets: Collection[str] = ()) -> list[Stage]:
 
     A stage ends with a decoder layer, and before each group of ``targets`` (names of linears) that
     reads a value of the same layer: q/k/v, then o, then gate/up, then down. A target's input is then always there
-    before the target's stage runs, so one run of each stage is enough.
+    before the target's stage runs.
     """
     position: dict[fx.Node, tuple[int, int]] = {}
     epilogue = 1 + max((layer + 1 for node in graph.nodes if (layer := layer_of(node)) is not None), default=0)
@@ -60,7 +60,7 @@ def cut(graph: fx.Graph, targets: Collection[str] = ()) -> list[Stage]:
         if is_target:
             stage.measured.setdefault(input_of(node), []).append(node)
     ordered = [stages[key] for key in sorted(stages)]
-    _find_boundaries(ordered)
+    find_boundaries(ordered)
     return ordered
 
 
@@ -82,7 +82,8 @@ def _segment(node: fx.Node, sources: list[fx.Node], position: dict[fx.Node, tupl
     return epilogue if latest > 0 and path_of(node) else latest
 
 
-def _find_boundaries(stages: list[Stage]) -> None:
+def find_boundaries(stages: list[Stage]) -> None:
+    """Fill in ``inputs``, ``outputs`` and ``last_use`` of stages that follow each other."""
     home = {node: index for index, stage in enumerate(stages) for node in stage.nodes}
     last = {
         node: index for index, stage in enumerate(stages) for reader in stage.nodes for node in reader.all_input_nodes

@@ -3,7 +3,8 @@
 The lowered graph is cut into stages (``mxfx.calibration.stages``). Only one stage's weights are on the device at a
 time; between stages the values that cross the cut wait in an ``ActivationStore``. A stage runs when something behind
 it is asked for, with the weights that the rewriter's store holds then: so every layer sees its predecessors as
-rewritten, nothing runs twice, and a run that resumes from stored weights replays exactly what it did before.
+rewritten, and a run that resumes from stored weights replays exactly what it did before. What is cheaper to compute
+again than to keep does not wait (``mxfx.calibration.schedule``).
 """
 
 from __future__ import annotations
@@ -234,15 +235,14 @@ class _Stream:
 
         What the last of them gives and ``index`` measures is summed while it is there.
         """
-        while self._reference is not None and self._reference.done < index:
-            self._reference.run_next()
-        moments = self._moments(index, [])
-        while self._main.done < index:
-            stage = self._main.stages[self._main.done]
+        if self._reference is not None:
+            self._reference.advance(index)
+        given: set[fx.Node] = set()
+        for stage in self._main.stages[self._main.done : index]:
             self._note_weights(stage)
-            given = set(stage.outputs) if self._main.done + 1 == index else set()
-            moments = self._moments(index, [source for source in self._plain(index) if source in given])
-            self._main.run_next(moments.sources, moments.add if moments.sources else None)
+            given = set(stage.outputs)
+        moments = self._moments(index, [source for source in self._plain(index) if source in given])
+        self._main.advance(index, moments.sources, moments.add if moments.sources else None)
         return moments
 
     def _plain(self, index: int) -> dict[fx.Node, list[fx.Node]]:

@@ -143,7 +143,7 @@ class Checked:
         )
         elsewhere, waiting, here = (n / _GB for n in (found.device("cpu"), found.waiting, found.device("device")))
         return (
-            f"gptq holds {elsewhere:.2f} GB on a GPU where {waiting:.2f} GB of activations wait on the host, "
+            f"gptq holds {elsewhere:.2f} GB on a GPU where {waiting:.2f} GB of activations wait on the host or on disk, "
             f"or {here:.2f} GB with them"
         )
 

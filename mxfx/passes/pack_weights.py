@@ -61,23 +61,27 @@ class PackWeights(Pass):
             name = rw.weights.canonical(str(source.target))
             if name not in done:
                 done.add(name)
-                self._pack(rw, node, name)
+                self._pack(rw, ctx.device, node, name)
 
-    def _pack(self, rw: Rewriter, node: fx.Node, name: str) -> None:
+    def _pack(self, rw: Rewriter, device: torch.device, node: fx.Node, name: str) -> None:
         fmt = info(node).formats[_operand(node)].format
         readers = readers_of(rw.program, name)
         reason = _why_not(rw, readers, name, fmt)
         if reason is not None:
             rw.skip(node, reason)
             return
-        stored = store(rw.weights.master(name), fmt)
+        tensor = rw.weights[name]
+        # A weight that waits on the host is encoded where the work is done, and its codes come back.
+        home = tensor.device
+        tensor = tensor.to(device) if home.type == "cpu" else tensor
+        stored = store(tensor.to(rw.weights.working) if tensor.dtype != torch.float64 else tensor, fmt)
         if stored is None:
             rw.skip(node, f"its {_operand(node)} does not lie on the grid of {fmt}, or has no packed form in it")
             return
         if not rw.match(node, note=f"{fmt}, {fmt.bits_per_element:g} bits"):
             return
-        for part, tensor in zip(_PARTS, stored, strict=True):
-            rw.weights.add(f"{name}.{part}", tensor, rw.pass_name)
+        for part, codes in zip(_PARTS, stored, strict=True):
+            rw.weights.add(f"{name}.{part}", codes.to(home), rw.pass_name)
         for reader in readers:
             _unpack_at(rw, reader, name, fmt)
 

@@ -18,6 +18,7 @@ from mxfx.graph.node import path_of
 from mxfx.graph.program import Program
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
+from mxfx.graph.transfers import HostBuffers
 from mxfx.passes import RaiseAttention, RaiseNorm, RaiseRope
 from mxfx.rewrite import Context, Rewriter, apply
 from mxfx.rewrite.lowering import lowered_copy
@@ -113,3 +114,24 @@ def test_values_wait_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> Non
     assert place(found, torch.device("cuda")) == "cpu"
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (16 << 30, 16 << 30))
     assert place(found, torch.device("cuda")) == "device"
+
+
+@pytest.mark.parametrize(("samples", "batch_size"), [(8, 4), (12, 2)])
+def test_values_that_wait_elsewhere_take_what_the_estimate_says(samples: int, batch_size: int) -> None:
+    rw = Rewriter(_program().copy(), "test")
+    ids = torch.randint(3, 128, (samples, 64), generator=torch.Generator().manual_seed(0))
+    options = StreamOptions(batch_size=batch_size, activations="cpu")
+    held, take = [0], HostBuffers.take
+
+    def counted(self: HostBuffers, nbytes: int) -> Tensor:
+        buffer = take(self, nbytes)
+        held.append(self.bytes)
+        return buffer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HostBuffers, "take", counted)
+        for layer in stream_layers(rw, Context(), _targets(rw.program), ids, options):
+            for _ in layer.groups():
+                pass
+    expected = _footprint(samples, 64, batch_size)
+    assert max(held) == pytest.approx(expected.waiting, rel=0.15)

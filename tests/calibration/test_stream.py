@@ -145,7 +145,7 @@ def test_memory_that_cannot_be_pinned_is_said_once_and_changes_nothing(monkeypat
 
 def test_nothing_waits_on_the_device_while_groups_are_solved(monkeypatch: pytest.MonkeyPatch) -> None:
     happened: list[str] = []
-    settle, run_next = Runner.settle, Runner.run_next
+    settle, advance = Runner.settle, Runner.advance
 
     def settled(self: Runner) -> None:
         happened.append("settled")
@@ -153,10 +153,10 @@ def test_nothing_waits_on_the_device_while_groups_are_solved(monkeypatch: pytest
 
     def ran(self: Runner, *given: object) -> None:
         happened.append("ran")
-        run_next(self, *given)  # type: ignore[arg-type]
+        advance(self, *given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Runner, "settle", settled)
-    monkeypatch.setattr(Runner, "run_next", ran)
+    monkeypatch.setattr(Runner, "advance", ran)
     rw = _rewriter(_raised())
     for layer in stream_layers(rw, Context(), _projections(rw.program), _TOKENS, StreamOptions(activations="cpu")):
         for _ in layer.groups():

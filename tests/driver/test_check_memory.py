@@ -45,7 +45,8 @@ def test_more_samples_wait_and_the_device_holds_no_more(tmp_path: Path, monkeypa
     monkeypatch.setattr("mxfx.driver.check._GB", 1.0)
     few, waiting, with_them = _line(tmp_path, 16)
     more, twice, with_more = _line(tmp_path, 32)
-    assert few == more and twice == 2 * waiting and with_more > with_them > few > 0
+    # Beside what waits of all samples, what one batch gives comes before what it was made of goes.
+    assert few == more and 1.6 * waiting < twice < 2 * waiting and with_more > with_them > few > 0
 
 
 def test_second_moments_of_inputs_are_told(tmp_path: Path, monkeypatch) -> None:

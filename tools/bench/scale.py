@@ -6,7 +6,9 @@ A model is the sizes of its products; a machine is a handful of rates. On a CUDA
 without one they are those of an H100, and the line says of each whether it was measured there or is assumed. The 1B and
 8B rows are there to be held against ``tools.bench.gptq``. Every rank runs its share of the samples and rounds its share
 of rows or experts; each factorizes every Hessian that linears share; Hessians are added up by all ranks for all. Copies
-hide behind arithmetic, so a layer takes the longer of the two; where all fits on the GPU there are none.
+hide behind the forward pass and the second moments, so of these a layer takes the longer, and the solver comes behind;
+where all fits on the GPU there are no copies. Where activations wait on the host, gate and up run twice
+if that is faster than the way of what they give (``mxfx.calibration.schedule``); pinning what waits is paid once.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from pathlib import Path
 
 import torch
 
+from mxfx.algorithms.gptq_solver import PANEL
 from mxfx.calibration.estimate import solver_bytes
+from mxfx.calibration.schedule import WHILE_A_BYTE_TRAVELS
 from tools.bench.measuring import finish
 
 _BLOCK = 32
@@ -41,11 +45,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder: layers that are alike, the width of its residual stream, a layer's groups."""
+    """A decoder: layers that are alike, the width of its residual stream, a layer's groups.
+
+    ``gated`` is the group of gate and up, whose result the last group reads, where one matrix makes it.
+    """
 
     layers: int
     hidden: int
     groups: tuple[Group, ...]
+    gated: Group | None = None
 
     @property
     def weights(self) -> int:
@@ -54,10 +62,8 @@ class Shape:
 
 
 def _llama(layers: int, hidden: int, intermediate: int, keys: int) -> Shape:
-    qkv = Group(hidden, hidden + 2 * keys)
-    return Shape(
-        layers, hidden, (qkv, Group(hidden, hidden), Group(hidden, 2 * intermediate), Group(intermediate, hidden))
-    )
+    qkv, gated = Group(hidden, hidden + 2 * keys), Group(hidden, 2 * intermediate)
+    return Shape(layers, hidden, (qkv, Group(hidden, hidden), gated, Group(intermediate, hidden)), gated)
 
 
 _SHAPES = {
@@ -84,13 +90,15 @@ _SHAPES = {
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one GPU, in units of a second: bf16 and float64 operations, bytes of memory, to the host, to other GPUs of the
-    host and of others; seconds of a launch.
+    """Of one GPU, in units of a second: operations in bf16, float32 and float64, bytes of memory, to the host, of host
+    memory pinned, to other GPUs of the host and of others; seconds of a launch.
     """
 
     products: float = 760e12
+    single: float = 45e12
     wide: float = 25e12
     memory: float = 2.9e12
+    pinned: float = 2.4e9
     host: float = 50e9
     peers: float = 350e9
     hosts: float = 45e9
@@ -100,7 +108,8 @@ class Rates:
 _SOURCES = {
     "products": "measured",
     "memory": "measured",
-    **dict.fromkeys(("wide", "host", "peers", "hosts", "launch"), "assumed"),
+    "pinned": "measured",
+    **dict.fromkeys(("single", "wide", "host", "peers", "hosts", "launch"), "assumed"),
 }
 
 
@@ -112,7 +121,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rates, sources = (
-        (_measured(), {**_SOURCES, "wide": "measured", "host": "measured"})
+        (_measured(), {**_SOURCES, **dict.fromkeys(("single", "wide", "host"), "measured")})
         if torch.cuda.is_available()
         else (Rates(), _SOURCES)
     )
@@ -132,16 +141,25 @@ def predicted(name: str, shape: Shape, gpus: int, tokens: int, batch: int, rates
     sums = max((g.experts * 4 * g.columns**2 for g in shape.groups if g.experts > 1), default=0)
     weights = 2 * shape.weights
     device = max(solving + min(sums, 24 << 30) + weights / 2, 8 * batch * widest * 2 + weights)
-    waiting = 2 * tokens * (4 * shape.hidden + widest) / gpus
-    elsewhere = device + waiting > _ROOM
-    parts = layer_seconds(shape, gpus, tokens, rates)
-    copies = parts.pop("copies") if elsewhere else 0 * parts.pop("copies")
+    # Of each token one residual comes while another goes, beside what attention gives.
+    waiting = 2 * tokens * (3 * shape.hidden + (0 if _runs_twice(shape) else widest)) / gpus
+    elsewhere = device + 2 * tokens * (3 * shape.hidden + widest) / gpus > _ROOM
+    parts = layer_seconds(shape, gpus, tokens, rates, elsewhere)
+    copies = parts.pop("copies")
+    stream = parts["forward"] + parts["grams"]
     arithmetic = sum(parts.values())
-    bound = "copies" if copies > arithmetic else max(parts, key=lambda part: parts[part])
+    layer = arithmetic - stream + max(stream, copies)
+    pinning = waiting / rates.pinned if elsewhere else 0.0
+    # What hides behind something longer bounds nothing.
+    hidden = ("forward", "grams") if copies > stream else ("copies",)
+    costs = {part: seconds for part, seconds in [*parts.items(), ("copies", copies)] if part not in hidden}
+    bound = max(costs, key=lambda part: costs[part])
     return {
         "model": name,
         "GPUs": gpus,
-        "s": shape.layers * max(arithmetic, copies),
+        "s": shape.layers * layer + pinning,
+        "s a layer": layer,
+        "s of pinning": pinning,
         "bound by": bound,
         **{f"{part} %": 100 * seconds / arithmetic for part, seconds in parts.items()},
         "copies %": 100 * copies / arithmetic,
@@ -151,32 +169,34 @@ def predicted(name: str, shape: Shape, gpus: int, tokens: int, batch: int, rates
     }
 
 
-def layer_seconds(shape: Shape, gpus: int, tokens: int, rates: Rates) -> dict[str, float]:
-    """Of one layer on each of the GPUs, by what they are spent on."""
+def _runs_twice(shape: Shape) -> bool:
+    """Whether gate and up do: operations for a byte of what waits, which is half as wide as their rows."""
+    return shape.gated is not None and 2 * shape.gated.columns <= WHILE_A_BYTE_TRAVELS["cuda"]
+
+
+def layer_seconds(shape: Shape, gpus: int, tokens: int, rates: Rates, elsewhere: bool) -> dict[str, float]:
+    """Of one layer on each of the GPUs, by what they are spent on; ``elsewhere``: activations wait on the host."""
     mine = tokens / gpus
-    forward = sum(2 * mine * g.active * g.columns * g.rows for g in shape.groups) / rates.products
-    grams = sum(mine * g.active * g.columns**2 for g in shape.groups) / rates.products
+    again = shape.gated if elsewhere and _runs_twice(shape) else None
+    products = [*shape.groups, *([again] if again else [])]
+    forward = sum(2 * mine * g.active * g.columns * g.rows for g in products) / rates.products
+    # Half of the products of a symmetric matrix, and what of the panels on its diagonal is not needed.
+    grams = sum(mine * g.active * g.columns * (g.columns + min(2048, g.columns)) for g in shape.groups) / rates.products
     # Factor and inverse, a third of n³ multiplications and additions each; of experts, each rank has its own.
     factors = sum(4 / 3 * g.columns**3 * _mine(g, gpus) for g in shape.groups) / rates.wide
-    rounding = sum(
-        max(
-            # Behind each block half of the columns on average are read and written in float32.
-            4
-            * g.columns
-            / _BLOCK
-            * g.rows
-            * g.columns
-            * _mine(g, gpus)
-            / (1 if g.experts > 1 else gpus)
-            / rates.memory,
-            g.columns / _BLOCK * rates.launch,
-        )
-        for g in shape.groups
-    )
+    rounding = 0.0
+    for g in shape.groups:
+        rows = g.rows * _mine(g, gpus) / (1 if g.experts > 1 else gpus)
+        # Behind each panel half of the columns on average are read and written in float32; losses of rows in TF32.
+        feedback = max(rows * g.columns**2 / rates.single, 4 * g.columns / PANEL * rows * g.columns / rates.memory)
+        launches = g.columns / _BLOCK * rates.launch * (_mine(g, gpus) if g.experts > 1 else 1)
+        rounding += max(feedback, launches) + 4 * rows * g.columns**2 / (rates.products / 2)
     link = rates.peers if gpus <= _PER_HOST else rates.hosts
-    sums = sum(4 * g.columns**2 * g.experts for g in shape.groups) * (gpus - 1) / link
-    widest = max(g.columns * g.active for g in shape.groups)
-    copies = 2 * mine * (6 * shape.hidden + widest) / rates.host + 2 * shape.weights / rates.host
+    # Each rank adds up its share and gives it to all.
+    sums = sum(4 * g.columns**2 * g.experts for g in shape.groups) * 2 * (gpus - 1) / gpus / link
+    # Up: the residual for q, k, v, with what attention gave for o, for gate and up, and for down with what it reads.
+    wide = 0 if again else max(g.columns * g.active for g in shape.groups)
+    copies = (2 * mine * (5 * shape.hidden + wide) if elsewhere else 0) / rates.host + 2 * shape.weights / rates.host
     return {
         "forward": forward,
         "grams": grams,
@@ -199,12 +219,14 @@ def _measured() -> Rates:
     host = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
     there = torch.empty_like(host, device="cuda")
     eye = torch.eye(8192, device="cuda", dtype=torch.float64)
+    plain = wide.float()
 
     def factorize() -> None:
         torch.linalg.solve_triangular(torch.linalg.cholesky_ex(positive)[0], eye, upper=False)
 
     return Rates(
         products=2 * 8192**3 / _seconds(lambda: x @ x),
+        single=2 * 8192**3 / _seconds(lambda: plain @ plain),
         # The inverse of a whole matrix: three times what the slabs of the solver need.
         wide=(1 / 3 + 1) * 8192**3 / _seconds(factorize),
         memory=2 * x.nbytes / _seconds(lambda: x.clone()),
