@@ -143,8 +143,8 @@ class Checked:
         )
         elsewhere, waiting, here = (n / _GB for n in (found.device("cpu"), found.waiting, found.device("device")))
         return (
-            f"gptq holds {elsewhere:.2f} GB on a GPU where {waiting:.2f} GB of activations wait on the host or on disk, "
-            f"or {here:.2f} GB with them"
+            f"gptq holds {elsewhere:.2f} GB on a GPU where {waiting:.2f} GB of activations wait on the host or on "
+            f"disk, or {here:.2f} GB with them"
         )
 
     def _held(self, weights: int) -> Iterator[str]:
