@@ -22,6 +22,8 @@ from mxfx.ops.catalogue import spec
 #: Operations that a device does while a byte travels to where values wait: 700 TFLOP/s and a link of 50 GB/s; for a CPU
 #: 100 GFLOP/s and files of 1 GB/s.
 WHILE_A_BYTE_TRAVELS = {"cuda": 14_000.0, "cpu": 100.0}
+#: For a GPU a file of 2 GB/s is that much further away.
+_FILES = 25.0
 #: Not elementwise, but cheap beside a product: other shapes and dtypes, norms and what they are spelled out as.
 _CHEAP = frozenset(
     {"reshape", "to", "mean", "amax", "sum", "layer_norm", "native_layer_norm", "rms_norm", "split", "chunk"}
@@ -65,7 +67,8 @@ class Schedule:
     def __init__(self, stages: Sequence[Stage], placement: Placement, device: torch.device) -> None:
         self.done = 0
         self.pending: tuple[Stage, ...] = ()
-        worth = 0.0 if placement == "device" else WHILE_A_BYTE_TRAVELS.get(device.type, 100.0)
+        worth = 0.0 if placement == "device" else WHILE_A_BYTE_TRAVELS.get(device.type, WHILE_A_BYTE_TRAVELS["cpu"])
+        worth *= _FILES if placement == "disk" and device.type == "cuda" else 1.0
         parts = [_parts(stage) for stage in stages]
         pieces = [piece for found in parts for piece in found]
         find_boundaries(pieces)
