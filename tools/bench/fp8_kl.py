@@ -1,14 +1,18 @@
 """How far the logits of a saved program with products in FP8 lie from those of its simulation, beside two libraries.
 
-    python -m tools.bench.fp8_kl SAVED --text FILE|DIR [--tokens 8192] [--length 1024] [--device cuda] [--json FILE]
+    python -m tools.bench.fp8_kl SAVED --text FILE|DIR [--float MODEL] [--tokens 8192] [--length 1024]
+        [--device cuda] [--json FILE]
 
 `SAVED` is a folder that mxfx saved, packed. The simulation decodes its weights once and multiplies in the model's
 dtype. Each row: mean and largest KL in nats from the simulation, its 99 % quantile, how often the most likely token is
 the same, and the largest difference of two logits. Beside the FP8 path stand the simulation again with each library of
-products that torch has (cuBLAS, cuBLASLt), and one window at a time instead of all: what another order of sums does to
+products (torch's two doors to NVIDIA's, which may choose the same kernel, and a Triton kernel of 20 lines: bf16 in,
+float32 sums in another order), and one window at a time instead of all: what another order of sums does to
 a model whose activations are rounded; and the simulation with one in a thousand results of its linears moved by one
 unit in the last place, which says how much the model makes of any such difference. `nats`: mean cross entropy on the
-text. `inexact`: rows that E4M3 did not hold.
+text; with ``--float`` `from float`, the mean KL to that model, which is the loss of quality of each row, and its own
+row beside, in Triton's products too: the same difference in a model that rounds nothing.
+`inexact`: rows that E4M3 did not hold.
 """
 
 from __future__ import annotations
@@ -18,19 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mxfx import api
 from mxfx.calibration.datasets import load_tokens
 from mxfx.config.emit import EmitConfig
-from mxfx.driver.pretrained import load_tokenizer
+from mxfx.driver.pretrained import load_model, load_tokenizer
 from mxfx.export.unpack import unpacked
 from mxfx.graph.program import Program
 from mxfx.ops.kernels.packed import inexact_count
 from mxfx.pipeline.emit import emitted
 from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm
-from tools.bench.measuring import arguments_of, finish
+from tools.bench.measuring import arguments_of, finish, table
 
 aten = torch.ops.aten
 
@@ -44,10 +48,20 @@ def main() -> None:
     ids = load_tokens(args.text, tokenizer, samples=samples, length=args.length, seed=0).ids.to(device)
     simulation = _model(unpacked(program), device, packed=False)
     wanted = _logits(simulation, ids, args.batch)
+    model = load_model(str(args.float), "bfloat16").to(device) if args.float else None
+    truth = _logits(model, ids, args.batch) if model else None
 
     def row(name: str, found: list[Tensor], inexact: int = 0) -> dict[str, object]:
-        return _row(name, wanted, found, inexact) | {"nats": _nats(found, ids)}
+        from_float = {"from float": _row(name, truth, found, 0)["mean KL"]} if truth else {}
+        return _row(name, wanted, found, inexact) | {"nats": _nats(found, ids)} | from_float
 
+    if model and truth:
+        print(table([_row("float", truth, truth, 0) | {"nats": _nats(truth, ids)}]))
+        with OtherSums():
+            print(
+                table([_row(f"float, {OtherSums.by(device)}, from float", truth, _logits(model, ids, args.batch), 0)])
+            )
+        del model
     rows: list[dict[str, object]] = [row("simulation, once more", _logits(simulation, ids, args.batch))]
     rows.append(row("simulation, window by window", _logits(simulation, ids, 1)))
     if device.type == "cuda":
@@ -55,6 +69,8 @@ def main() -> None:
             before = torch.backends.cuda.preferred_blas_library(library)
             rows.append(row(f"simulation, {library}", _logits(simulation, ids, args.batch)))
             torch.backends.cuda.preferred_blas_library(before)
+    with OtherSums():
+        rows.append(row(f"simulation, {OtherSums.by(device)}", _logits(simulation, ids, args.batch)))
     with OneUnit():
         rows.append(row("simulation, one unit at 0.1 %", _logits(simulation, ids, args.batch)))
     del simulation
@@ -78,12 +94,48 @@ class OneUnit(TorchDispatchMode):
         return torch.where(out == 0, out, moved)
 
 
+class OtherSums(TorchDispatchMode):
+    """Each product with a weight, but of the head, sums in another order than the libraries choose.
+
+    On a GPU by a kernel of Triton's; elsewhere in float32, the even terms and the odd ones apart.
+    """
+
+    @staticmethod
+    def by(device: torch.device) -> str:
+        return "products by Triton" if device.type == "cuda" else "even and odd terms apart"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten.linear.default:
+            x, weight, bias = args[0], args[1].mT, args[2] if len(args) > 2 else None
+        elif func in (aten.mm.default, aten.addmm.default):
+            *first, x, weight = args
+            bias = first[0] if first else None
+        else:
+            return func(*args, **(kwargs or {}))
+        if x.dtype != torch.bfloat16 or weight.shape[-1] > 1 << 15:
+            return func(*args, **(kwargs or {}))
+        rows = x.reshape(-1, x.shape[-1])
+        out = (_by_triton if x.is_cuda else _apart)(rows, weight).reshape(*x.shape[:-1], weight.shape[-1])
+        return out if bias is None else out + bias
+
+
+def _by_triton(x: Tensor, weight: Tensor) -> Tensor:
+    from tools.bench.bf16_triton import product
+
+    return product(x, weight)
+
+
+def _apart(x: Tensor, weight: Tensor) -> Tensor:
+    x, weight = x.float(), weight.float()
+    return (x[:, ::2] @ weight[::2] + x[:, 1::2] @ weight[1::2]).bfloat16()
+
+
 def _model(program: Program, device: torch.device, *, packed: bool) -> EmittedCausalLM:
     """Emitted for a GPU, wherever it runs."""
     return as_causal_lm(emitted(program, device, EmitConfig(device="cuda", packed=packed)), device)
 
 
-def _logits(model: EmittedCausalLM, ids: Tensor, batch: int) -> list[Tensor]:
+def _logits(model: nn.Module, ids: Tensor, batch: int) -> list[Tensor]:
     with torch.no_grad():
         return [row for some in ids.split(batch) for row in model(some).logits.float().log_softmax(-1).cpu()]
 
@@ -113,6 +165,7 @@ def _arguments() -> argparse.Namespace:
     parser = arguments_of("Logits of products in FP8 beside their simulation")
     parser.add_argument("saved", type=Path, help="folder that mxfx saved")
     parser.add_argument("--text", type=Path, required=True, help="text file, or folder of such")
+    parser.add_argument("--float", help="the float model: a folder or a name")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=8)

@@ -2,7 +2,8 @@
 
     python -m tools.bench.quality FILE-or-ARM[;k=v…] … --model DIR --data DIR --domain encyclopedia=DIR
         [--domain code=DIR …] [--chat 50000] [--chat-as top_k=50] [--seeds 0 1 2] [--jobs 3] [--tokens 200000]
-        [--domain-tokens 60000] [--device cuda] [--set k=v] [--minutes 9] [--scores DIR] [--hooks] [--json FILE]
+        [--domain-tokens 60000] [--device cuda] [--set k=v] [--minutes 9] [--scores DIR] [--saved DIR] [--hooks]
+        [--json FILE]
 
 An arm is a line of ``arms.toml`` beside this: a pipeline with what is changed in it, under a short name.
 
@@ -15,9 +16,10 @@ end a table with medians over seeds. Of the first domain ``--tokens`` are read a
 stands for ``wikitext2`` in the pipelines' calibration; what
 ``self`` needs is sampled before the clock of the passes starts, and timed apart. No configuration is begun after
 ``--minutes``. With ``--jobs`` that many seeds run at a time, a process each; seconds are then those of a shared device.
-``--scores`` keeps every token's score for ``mxfx compare``. With ``--hooks`` each pipeline that searched rotations gets
-a second row: an independent reference of the tutorial's scheme, module hooks on the Hugging Face model with the same
-winners, its weights rounded by Mase's formula. Needs neither the hub nor lm-eval.
+``--scores`` keeps every token's score for ``mxfx compare``, ``--saved`` each model as a packed folder. With
+``--hooks`` each pipeline that searched rotations gets a second row: an independent reference of the tutorial's scheme,
+module hooks on the Hugging Face model with the same winners, its weights rounded by Mase's formula. Needs neither the
+hub nor lm-eval.
 """
 
 from __future__ import annotations
@@ -53,6 +55,8 @@ from mxfx.evaluation.evaluate import Domain, measure, text_domain
 from mxfx.evaluation.results import EvalResult
 from mxfx.evaluation.scoring import FloatLogits
 from mxfx.evaluation.wanted import CHAT, sampling
+from mxfx.export.folder import save_folder
+from mxfx.graph.program import Program
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import Context
 from mxfx.rewrite.size import bits_per_weight
@@ -245,6 +249,8 @@ class Bench:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else math.nan
+        if args.saved:
+            self._save(done.program, Path(args.saved) / f"{name}-{seed}".replace("/", "_").replace(" ", "_"))
         domains = self._on_domains(f"{name}-{seed}", as_causal_lm(done.program, args.device))
         details = {s.pass_.name: s.record.details for s in done.steps if s.pass_.name in ("distill", "allocate-bits")}
         details |= {"calibration": tokens.notes} if tokens.notes else {}
@@ -252,6 +258,11 @@ class Bench:
         _print(result, [w for s in done.steps for w in s.record.warnings])
         searched = [step.record.details for step in done.steps if "winners" in step.record.details]
         return [result, *([self._hooks(name, seed, ids, searched[0]["winners"])] if args.hooks and searched else [])]
+
+    def _save(self, program: Program, folder: Path) -> None:
+        """As `mxfx run` would: packed, with the tokenizer."""
+        done = PassManager().run(program, Pipeline([]).emitted(torch.device(self._args.device).type))
+        save_folder(done.portable, folder, tokenizer=self._tokenizer)
 
     def _tokens(self, pipeline: Pipeline) -> TokenSet:
         wanted = pipeline.calibration
@@ -342,6 +353,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--cache", type=Path, help="where sampled texts are kept; the user's cache otherwise")
     parser.add_argument("--scores", type=Path)
+    parser.add_argument("--saved", type=Path, help="each model as a packed folder in this one")
     parser.add_argument("--bars", action="store_true", help="progress bars of the passes")
     parser.add_argument("--hooks", action="store_true")
     parser.add_argument("--json")
