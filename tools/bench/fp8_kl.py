@@ -6,13 +6,12 @@
 `SAVED` is a folder that mxfx saved, packed. The simulation decodes its weights once and multiplies in the model's
 dtype. Each row: mean and largest KL in nats from the simulation, its 99 % quantile, how often the most likely token is
 the same, and the largest difference of two logits. Beside the FP8 path stand the simulation again with each library of
-products (torch's two doors to NVIDIA's, which may choose the same kernel, and a Triton kernel of 20 lines: bf16 in,
-float32 sums in another order), and one window at a time instead of all: what another order of sums does to
-a model whose activations are rounded; and the simulation with one in a thousand results of its linears moved by one
-unit in the last place, which says how much the model makes of any such difference. `nats`: mean cross entropy on the
-text; with ``--float`` `from float`, the mean KL to that model, which is the loss of quality of each row, and its own
-row beside, in Triton's products too: the same difference in a model that rounds nothing.
-`inexact`: rows that E4M3 did not hold.
+products that torch has (cuBLAS, cuBLASLt), in another order of sums (float32, the even terms and the odd ones apart),
+and one window at a time instead of all: products of codes are exact in float32 in any order; and the simulation with
+one in a thousand results of its linears moved by one unit in the last place, which says how much the model makes of
+any difference that there is. `nats`: mean cross entropy on the text; with ``--float`` `from float`, the mean KL to that
+model, which is the loss of quality of each row, and its own row beside, with sums in the other order: the same
+difference in a model that rounds nothing. `inexact`: rows that E4M3 did not hold.
 """
 
 from __future__ import annotations
@@ -58,9 +57,7 @@ def main() -> None:
     if model and truth:
         print(table([_row("float", truth, truth, 0) | {"nats": _nats(truth, ids)}]))
         with OtherSums():
-            print(
-                table([_row(f"float, {OtherSums.by(device)}, from float", truth, _logits(model, ids, args.batch), 0)])
-            )
+            print(table([_row("float, other sums, from float", truth, _logits(model, ids, args.batch), 0)]))
         del model
     rows: list[dict[str, object]] = [row("simulation, once more", _logits(simulation, ids, args.batch))]
     rows.append(row("simulation, window by window", _logits(simulation, ids, 1)))
@@ -70,7 +67,7 @@ def main() -> None:
             rows.append(row(f"simulation, {library}", _logits(simulation, ids, args.batch)))
             torch.backends.cuda.preferred_blas_library(before)
     with OtherSums():
-        rows.append(row(f"simulation, {OtherSums.by(device)}", _logits(simulation, ids, args.batch)))
+        rows.append(row("simulation, other sums", _logits(simulation, ids, args.batch)))
     with OneUnit():
         rows.append(row("simulation, one unit at 0.1 %", _logits(simulation, ids, args.batch)))
     del simulation
@@ -95,14 +92,7 @@ class OneUnit(TorchDispatchMode):
 
 
 class OtherSums(TorchDispatchMode):
-    """Each product with a weight, but of the head, sums in another order than the libraries choose.
-
-    On a GPU by a kernel of Triton's; elsewhere in float32, the even terms and the odd ones apart.
-    """
-
-    @staticmethod
-    def by(device: torch.device) -> str:
-        return "products by Triton" if device.type == "cuda" else "even and odd terms apart"
+    """Each product with a weight, but of the head, in float32, the even terms and the odd ones summed apart."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten.linear.default:
@@ -114,20 +104,9 @@ class OtherSums(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         if x.dtype != torch.bfloat16 or weight.shape[-1] > 1 << 15:
             return func(*args, **(kwargs or {}))
-        rows = x.reshape(-1, x.shape[-1])
-        out = (_by_triton if x.is_cuda else _apart)(rows, weight).reshape(*x.shape[:-1], weight.shape[-1])
-        return out if bias is None else out + bias
-
-
-def _by_triton(x: Tensor, weight: Tensor) -> Tensor:
-    from tools.bench.bf16_triton import product
-
-    return product(x, weight)
-
-
-def _apart(x: Tensor, weight: Tensor) -> Tensor:
-    x, weight = x.float(), weight.float()
-    return (x[:, ::2] @ weight[::2] + x[:, 1::2] @ weight[1::2]).bfloat16()
+        wide, factors = x.float(), weight.float()
+        out = wide[..., ::2] @ factors[::2] + wide[..., 1::2] @ factors[1::2]
+        return (out if bias is None else out + bias).to(x.dtype)
 
 
 def _model(program: Program, device: torch.device, *, packed: bool) -> EmittedCausalLM:
