@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,27 @@ def pytest_testnodedown(node: Any, error: object) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     for marker, count in config.stash.get(_DESELECTED, {}).items():
         terminalreporter.write_line(f"{count} tests marked {marker} did not run: {_NEEDS[marker]}")
+
+
+_ROOMS_THAT_TRACE_ANEW = ("tests/graph/", "tests/test_faults.py")
+_ANEW = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.config.stash[_ANEW] = item.nodeid.startswith(_ROOMS_THAT_TRACE_ANEW)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exports(pytestconfig: pytest.Config) -> Iterator[None]:
+    """One export a structure, in a session whose tests trace at all."""
+    if "mxfx.graph.trace" not in sys.modules:
+        yield
+        return
+    from tests.exports import exported_once
+
+    with exported_once(lambda: not pytestconfig.stash[_ANEW]):
+        yield
 
 
 @pytest.fixture(scope="session")

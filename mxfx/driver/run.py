@@ -31,6 +31,7 @@ from mxfx.ground.clock import Clock, part
 from mxfx.ground.files import write_json
 from mxfx.ground.phases import PHASES
 from mxfx.ground.versions import version
+from mxfx.ops.kernels.build import build_ahead
 from mxfx.ops.kernels.packed import inexact_count
 from mxfx.pipeline.instruments import Numbers, Verify
 from mxfx.pipeline.manager import PipelineResult
@@ -117,6 +118,8 @@ def run(pipelines: Sequence[Named], options: RunOptions) -> RunSummary:
     """
     outcomes: list[Outcome] = []
     models: dict[_Key, _Model] = {}
+    if options.device == "cpu":
+        build_ahead()
     with ExitStack() as stack:
         clock = stack.enter_context(Clock().running())
         mine = options.out is not None and ranks.is_first()

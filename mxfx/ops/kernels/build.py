@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -26,6 +27,8 @@ _FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", 
 _TRIED = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())
 #: Seconds that a compiler may take.
 _PATIENCE = 120
+#: Whoever comes second finds the library built.
+_BUILDING = threading.Lock()
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
@@ -51,11 +54,17 @@ def library() -> ctypes.CDLL | str:
     for tried in _TRIED:
         flags = (*_FLAGS, *tried)
         try:
-            return _built(compiler, flags, source)
+            with _BUILDING:
+                return _built(compiler, flags, source)
         except (OSError, subprocess.SubprocessError) as error:
             said = getattr(error, "stderr", None) or str(error)
             problem = str(said).strip().splitlines()[0] if str(said).strip() else type(error).__name__
     return f"{compiler} does not build the C kernels: {problem}"
+
+
+def build_ahead() -> None:
+    """Begin to build the kernels beside what else there is to do: a compiler takes seconds, once a machine."""
+    threading.Thread(target=library).start()
 
 
 def _which(name: str | None) -> str | None:
