@@ -80,10 +80,10 @@ def compare(
     floor: Annotated[float, typer.Option(min=0.0, help="Relative spread from seed to seed.")] = 0.01,
 ) -> None:
     """Two evaluated models on the same tokens: differences with their errors, and which are inside the noise."""
-    from mxfx.evaluation import compare as comparing
+    from mxfx.evaluation.compare import compare_runs
     from mxfx.report.table import differences_table
 
-    out.print(differences_table([*comparing.compare(a, b, floor=floor), *comparing.compare_samples(a, b)], floor))
+    out.print(differences_table(compare_runs(a, b, floor=floor), floor))
 
 
 COMMANDS = {"eval": again, "compare": compare}

@@ -3,7 +3,8 @@
 Two sources of noise stand against a difference. The text is a sample: its standard error comes from paired differences
 over windows, whose tokens are not independent. And a recipe run with another seed gives another model: ``floor`` is the
 relative spread that this causes, which no amount of text takes away. A difference below two standard deviations of
-both together is called noise.
+both together is called noise. An error that few windows give is itself uncertain: it counts for as much more as
+Student's t says, and of one window there is none, so no verdict.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Difference:
         a, b: the figure of each model.
         difference: b − a, of perplexities as log-ratio.
         stderr: of the difference, from paired windows; None for one window.
-        noise: standard deviation of text and seeds together.
+        noise: standard deviation of text and seeds together; None where that of the text is not known.
         p: McNemar's two-sided p for figures that count right and wrong; None for others.
     """
 
@@ -49,17 +50,19 @@ class Difference:
     b: float
     difference: float
     stderr: float | None
-    noise: float
+    noise: float | None
     p: float | None = None
 
     @property
     def is_noise(self) -> bool:
-        return abs(self.difference) <= 2 * self.noise
+        return self.difference == 0 or (self.noise is not None and abs(self.difference) <= 2 * self.noise)
 
     @property
     def verdict(self) -> str:
         if self.is_noise:
             return "inside the noise"
+        if self.noise is None:
+            return "one window: no error"
         return "A is better" if self.difference > 0 else "B is better"
 
 
@@ -126,7 +129,7 @@ def compare_scores(domain: str, a: Scores, b: Scores, floor: float = FLOOR) -> l
 
 def _perplexity(domain: str, a: Scores, b: Scores, floor: float) -> Difference:
     found = _mean(domain, "perplexity", a, -a.loglikelihood, -b.loglikelihood, 0.0)
-    noise = math.hypot(found.stderr or 0.0, math.log1p(floor))
+    noise = None if found.noise is None else math.hypot(found.noise, math.log1p(floor))
     return Difference(domain, found.what, exp(found.a), exp(found.b), found.difference, found.stderr, noise)
 
 
@@ -138,9 +141,19 @@ def _mean(domain: str, what: str, like: Scores, a: Tensor, b: Tensor, floor: flo
 
     difference, error = weighted_mean(sums(b - a), sizes)
     mean_a, mean_b = float(a.double().mean()), float(b.double().mean())
-    noise = math.hypot(error or 0.0, floor * (mean_a + mean_b) / 2)
+    noise = _noise(error, len(sizes), floor * (mean_a + mean_b) / 2)
     right = mcnemar(int(((a == 0) & (b == 1)).sum()), int(((a == 1) & (b == 0)).sum())) if p else None
     return Difference(domain, what, mean_a, mean_b, difference, error, noise, right)
+
+
+def _noise(error: float | None, pieces: int, seeds: float) -> float | None:
+    """Twice this is what a difference must exceed: the error that so many pieces give, and the spread of seeds."""
+    if error is None:
+        return None
+    # Importing scipy takes most of a second.
+    from scipy.special import ndtr, stdtrit
+
+    return math.hypot(error * float(stdtrit(pieces - 1, ndtr(2.0))) / 2, seeds)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -157,16 +170,44 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * tail)
 
 
+def compare_runs(a: Path | str, b: Path | str, *, floor: float = FLOOR) -> list[Difference]:
+    """Everything that both runs measured: `compare`, if either has a text, and `compare_samples`.
+
+    Raises:
+        EvaluationError: no such run, nothing in common, or not the same text or questions.
+    """
+    answers = compare_samples(a, b)
+    has_text = any((Path(folder) / FILE).exists() for folder in (a, b))
+    return [*([] if answers and not has_text else compare(a, b, floor=floor)), *answers]
+
+
 def compare_samples(a: Path | str, b: Path | str) -> list[Difference]:
-    """Right and wrong answers of the tasks of lm-eval that both runs kept, document by document."""
+    """Right and wrong answers of the tasks of lm-eval that both runs kept: by document, and by filter of the answer.
+
+    Raises:
+        EvaluationError: a document was asked about in two ways.
+    """
     found = []
     of_a, of_b = samples_in(a), samples_in(b)
     for task in of_a.keys() & of_b.keys():
-        pairs = {sample["doc_id"]: sample for sample in of_b[task]}
-        both = [(one, pairs[one["doc_id"]]) for one in of_a[task] if one["doc_id"] in pairs]
-        for metric in _binary_metrics([sample for pair in both for sample in pair]):
-            found.append(_answers(task, metric, [(float(x[metric]), float(y[metric])) for x, y in both]))
+        pairs = {_asked(sample): sample for sample in of_b[task]}
+        both = [(one, pairs[_asked(one)]) for one in of_a[task] if _asked(one) in pairs]
+        if any(x.get("prompt_hash") != y.get("prompt_hash") for x, y in both):
+            raise EvaluationError(
+                f"{task}: {a} and {b} were asked in different words (examples, chat template); run both with the same "
+                "options of the task"
+            )
+        for name in sorted({filter_ for _, filter_ in map(_asked, of_a[task])}):
+            mine = [pair for pair in both if _asked(pair[0])[1] == name]
+            for metric in _binary_metrics([sample for pair in mine for sample in pair]):
+                title = metric if name == "none" else f"{metric},{name}"
+                found.append(_answers(task, title, [(float(x[metric]), float(y[metric])) for x, y in mine]))
     return sorted(found, key=lambda difference: (difference.domain, difference.what))
+
+
+def _asked(sample: Mapping[str, Any]) -> tuple[Any, str]:
+    """A task's document, and lm-eval's filter that its answer went through: each scores every document."""
+    return sample["doc_id"], str(sample.get("filter", "none"))
 
 
 def samples_in(folder: Path | str) -> dict[str, list[dict[str, Any]]]:
@@ -191,4 +232,5 @@ def _answers(task: str, metric: str, pairs: Sequence[tuple[float, float]]) -> Di
     wrong_a, wrong_b = (sum(1 - pair[i] for pair in pairs) for i in (0, 1))
     difference, error = weighted_mean([x - y for x, y in pairs], [1.0] * n)
     p = mcnemar(sum(x > y for x, y in pairs), sum(x < y for x, y in pairs))
-    return Difference(task, f"wrong by {metric}", wrong_a / n, wrong_b / n, difference, error, error or 0.0, p)
+    noise = _noise(error, n, 0.0)
+    return Difference(task, f"wrong by {metric}", wrong_a / n, wrong_b / n, difference, error, noise, p)

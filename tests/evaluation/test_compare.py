@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from mxfx import cli
-from mxfx.evaluation.compare import compare, compare_samples, compare_scores, mcnemar, write_scores
+from mxfx.evaluation.compare import compare, compare_runs, compare_samples, compare_scores, mcnemar, write_scores
 from mxfx.evaluation.evaluate import evaluate
 from mxfx.evaluation.results import EvaluationError, Scores
 from mxfx.evaluation.scoring import FloatLogits
@@ -63,6 +64,30 @@ def test_what_all_windows_share_is_no_noise() -> None:
     assert found.difference == pytest.approx(0.1, abs=1e-5)
 
 
+def _cut(scores: Scores, windows: int) -> Scores:
+    """The first windows, 50 tokens each."""
+    return Scores(*(getattr(scores, field.name)[: 50 * windows] for field in dataclasses.fields(Scores)))
+
+
+def test_of_one_window_there_is_no_verdict() -> None:
+    """Its error is not known: a difference of half a nat says as little as one of a thousandth."""
+    a, b = _cut(_scores(_kl()), 1), _cut(_scores(_kl(0.5, seed=1)), 1)
+    for found in compare_scores("text", a, b)[:2]:
+        assert (found.stderr, found.verdict) == (None, "one window: no error")
+    assert {found.verdict for found in compare_scores("text", a, a)} == {"inside the noise"}
+
+
+def test_the_error_of_few_windows_counts_by_student_s_t() -> None:
+    """Two draws of one model, three windows: by the normal law's bound, one in five would be called a difference."""
+    draws = [
+        compare_scores("text", _cut(_scores(_kl(seed=s)), 3), _cut(_scores(_kl(seed=s + 200)), 3), floor=0.0)[1]
+        for s in range(100)
+    ]
+    beyond_normal = sum(abs(found.difference) > 2 * found.stderr for found in draws if found.stderr is not None)
+    called = sum(not found.is_noise for found in draws)
+    assert beyond_normal >= 12 and called <= 10  # 4.6 of 100 by the law, and two standard deviations
+
+
 @pytest.mark.parametrize(("only_a", "only_b", "p"), [(0, 0, 1.0), (1, 0, 1.0), (0, 6, 2 / 64), (5, 5, 1.0)])
 def test_mcnemar_counts_the_cases_that_differ(only_a: int, only_b: int, p: float) -> None:
     assert mcnemar(only_a, only_b) == pytest.approx(p)
@@ -86,6 +111,39 @@ def test_answers_are_matched_by_document(tmp_path: Path) -> None:
     assert found.p == pytest.approx(2 / 2**6) and found.verdict == "A is better"
     (same,) = compare_samples(tmp_path / "a", tmp_path / "a")
     assert same.p == 1.0 and same.verdict == "inside the noise"
+
+
+def _keep(folder: Path, samples: list[dict]) -> Path:
+    folder.mkdir()
+    (folder / "samples-gsm8k.jsonl").write_text("\n".join(map(json.dumps, samples)))
+    return folder
+
+
+def test_answers_are_matched_by_filter_too(tmp_path: Path) -> None:
+    """gsm8k scores every answer twice; one run is right by the strict filter alone, the other by both."""
+
+    def answered(strict: float, flexible: float) -> list[dict]:
+        about = {"metrics": ["exact_match"], "target": 0}
+        return [
+            {"doc_id": i, "filter": name, "exact_match": right, **about}
+            for i in range(8)
+            for name, right in (("strict-match", strict), ("flexible-extract", flexible))
+        ]
+
+    a, b = _keep(tmp_path / "a", answered(1, 0)), _keep(tmp_path / "b", answered(1, 1))
+    found = {d.what: (d.a, d.b, d.verdict) for d in compare_runs(a, b)}
+    assert found == {
+        "wrong by exact_match,strict-match": (0, 0, "inside the noise"),
+        "wrong by exact_match,flexible-extract": (1, 0, "B is better"),
+    }
+
+
+def test_answers_to_other_questions_cannot_be_compared(tmp_path: Path) -> None:
+    """With examples before the question and without."""
+    asked = {"doc_id": 0, "filter": "none", "acc": 1.0, "metrics": ["acc"]}
+    a, b = (_keep(tmp_path / name, [asked | {"prompt_hash": name}]) for name in ("plain", "few-shot"))
+    with pytest.raises(EvaluationError, match="gsm8k.*were asked in different words"):
+        compare_samples(a, b)
 
 
 def test_runs_are_compared_from_their_files(tmp_path: Path) -> None:
