@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import typer
+from rich.text import Text
 
 from mxfx import cli
 from mxfx.cli.examples import EXAMPLES
@@ -103,3 +105,29 @@ def test_a_call_that_does_not_exist_is_seen() -> None:
     for call in ("mxfx rnu FILE", "mxfx run --evl x", "mxfx run passes_configs/none.toml"):
         with pytest.raises(AssertionError):
             check_call(calls(call)[0])
+
+
+def test_help_shows_what_is_written(mxfx: Run) -> None:
+    """Typer reads help as rich's markup: it ate ``[table]``, and made ``main:train:`` a picture."""
+    for name, examples in EXAMPLES.items():
+        if " " in name:
+            continue
+        shown = "".join(mxfx(name, "--help").out.split())
+        for example in examples:
+            assert "".join(example.split()) in shown, (name, example)
+    for command in _GROUP.commands.values():
+        for one in command.params:
+            written = getattr(one, "help", None) or ""
+            assert Text.from_markup(written).plain == written, (command.name, one.name)
+
+
+def test_a_name_between_colons_stays_one(mxfx: Run, tmp_path: Path) -> None:
+    said = mxfx("compare", tmp_path / "a:train:b", tmp_path)
+    assert said.code == 2 and "a:train:b" in said.err
+    cli.err.file = cli.out.file = written = io.StringIO()
+    try:
+        cli.err.print("x:train:y")
+        cli.out.print("x:train:y")
+    finally:
+        cli.err.file, cli.out.file = None, None
+    assert written.getvalue().split() == ["x:train:y"] * 2

@@ -43,8 +43,8 @@ for file in (calibrate, evaluate, generate, models, topics):
         app.command(name)(command)
 
 # A pipe has no width of its own: the tables fit in 120 columns.
-# Paths and messages may hold brackets: nothing is read as markup.
-err = Console(stderr=True, highlight=False, markup=False)
+# Paths and messages may hold brackets and words between colons: nothing is read as markup.
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 #: Exit code of a fault that is not the user's.
 INTERNAL = 3

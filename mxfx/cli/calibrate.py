@@ -26,7 +26,7 @@ def collect(
     samples: Annotated[int, typer.Option(min=1, help="Samples to write.")] = 32,
     length: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 1024,
     config: Annotated[
-        Path | None, typer.Option("--config", help="File of the dialect whose [token_collector] says these.")
+        Path | None, typer.Option("--config", help="File of the dialect whose token_collector says these.")
     ] = None,
     template: Annotated[
         str | None, typer.Option(help=r"Prompt of a row, columns in braces: 'Q: {question}\nA: {answer}'.")

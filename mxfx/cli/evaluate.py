@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 
 # A pipe has no width of its own: the tables fit in 120 columns.
-# Paths and messages may hold brackets: nothing is read as markup.
-out = Console(width=None if sys.stdout.isatty() else 120, markup=False)
+# Paths and messages may hold brackets and words between colons: nothing is read as markup.
+out = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
 
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository ships.")]
 EVAL = "What to evaluate, between commas: wikitext, local files or folders, chat, tasks of lm-eval."

@@ -62,9 +62,13 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+#: Typer reads a text with an escape sequence as it stands; of others it makes ``main:train:x`` a picture of a train.
+_AS_IT_STANDS = "\x1b[m"
+
+
 def add_examples(app: typer.Typer, group: str = "") -> None:
     """Put its examples below the options of every command of ``app``; raises ``KeyError`` for one that has none."""
     for command in app.registered_commands:
         assert command.callback is not None
         name = command.name or command.callback.__name__.strip("_")
-        command.epilog = "\n\n".join(("Examples:", *EXAMPLES[f"{group} {name}".strip()]))
+        command.epilog = _AS_IT_STANDS + "\n\n".join(("Examples:", *EXAMPLES[f"{group} {name}".strip()]))

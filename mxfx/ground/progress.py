@@ -16,11 +16,12 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    # A description names files: nothing in it is markup.
+    console = Console(stderr=True, markup=False, emoji=False)
     if not console.is_terminal:
-        console.print(description if total is None else f"{description} ({total} steps)", soft_wrap=True, markup=False)
+        console.print(description if total is None else f"{description} ({total} steps)", soft_wrap=True)
         yield from items
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         yield from progress.track(items, total=total, description=description)
