@@ -28,7 +28,7 @@ from mxfx.ops.catalogue import weights_of
 from mxfx.passes import Annotate, Distill, Gptq, InsertKvCache, QuantizeKvCache, RotationSearch, TransformInputs
 from mxfx.passes.insert_kv_cache import without_cache
 from mxfx.pipeline.manager import PassError, PassManager
-from mxfx.report.memory import memory
+from mxfx.report.memory import memory, multiplying
 from mxfx.rewrite import Context, Pass, PassRecord, Rewriter, apply
 from mxfx.rewrite.lowering import lowered_copy
 from mxfx.rewrite.own_masks import UNREAD
@@ -54,7 +54,7 @@ class Checked:
     """The phase of each record."""
 
     def lines(self) -> Iterator[str]:
-        """The model, its graph, and what the passes will hold and do; sizes in GB, work in TFLOP."""
+        """The model, its graph, and what the passes will hold and do."""
         program = self.annotated
         count, layers = len(program.graph.nodes), program.layers
         weights = sum(t.numel() for t in program.weights.values())
@@ -78,9 +78,8 @@ class Checked:
         yield from self._by_phase()
         yield "memory: " + "; ".join(self._held(weights))
         yield f"on the device, once emitted: {memory(program)}"
-        # One calibration token costs two passes over each weight: statistics, then the rewritten layer.
-        tokens = self._tokens
-        yield f"work: {4 * weights * tokens / 1e12:.1f} TFLOP of calibration forward passes ({tokens:,} tokens)"
+        if work := [f"{name} {flop / 1e12:,.1f} TFLOP ({tokens:,} tokens)" for name, tokens, flop in self._work()]:
+            yield f"work, in products with weights: {', '.join(work)}"
         bits = {phase: bits_per_weight(one, planned=True) for phase, one in entries(program).items()}
         told = (f"{phase} {of:.2f}" if phase else f"{of:.2f}" for phase, of in bits.items())
         yield f"bits per weight after rounding: {', '.join(told)}"
@@ -124,9 +123,19 @@ class Checked:
             line += f"; a prefill takes {cache_bytes(specs['prefill'], batch, context, plain.dtype) / _GB:.3f} GB more"
         return line
 
-    @property
-    def _tokens(self) -> int:
-        return self.pipeline.calibration.samples * self.pipeline.calibration.length
+    def _work(self) -> Iterator[tuple[str, int, float]]:
+        """Of the passes that read most: tokens that they read, a text as often as it is read, and their work in FLOP."""
+        calibration = self.pipeline.calibration
+        for pass_ in self.pipeline.passes:
+            if isinstance(pass_, Gptq):
+                # Statistics of a layer, then the rewritten layer.
+                samples, length, forwards = pass_.samples or calibration.samples, pass_.length or calibration.length, 2
+            elif isinstance(pass_, Distill):
+                # The float model, the tuned one, and its gradients for twice as much.
+                samples, length, forwards = pass_.steps * pass_.batch_size, calibration.length, 4
+            else:
+                continue
+            yield pass_.name, samples * length, float(forwards * samples * multiplying(self.annotated, length))
 
     def _streamed(self) -> str:
         """What gptq's calibration takes, weights waiting on the host; see ``mxfx.calibration.estimate``."""

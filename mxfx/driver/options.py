@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mxfx.config.errors import ConfigError, Place
 from mxfx.evaluation.tasks import TaskOptions
-from mxfx.evaluation.wanted import Wanted
+from mxfx.evaluation.wanted import Wanted, kind
 
 _DEVICE = re.compile(r"(cpu|cuda)(:\d+)?")
 
@@ -47,13 +47,16 @@ class RunOptions:
         wanted = self.wanted()
         if wanted is not None:
             wanted.check()
-        if self.eval_data is None and self.data is None:
+        texts = [] if wanted is None else [name for name in wanted.names if kind(name) == "text"]
+        if self.eval_data is not None:
+            texts.append(self.eval_data)
+        if not texts and self.data is None:
             return
         from mxfx.calibration.datasets import check_source
         from mxfx.calibration.sources import SELF
 
-        if self.eval_data is not None:
-            check_source(self.eval_data, hub=False)
+        for text in texts:
+            check_source(text, hub=False)
         if self.data is not None and self.data != SELF:
             check_source(self.data)
 

@@ -124,8 +124,10 @@ def run(pipelines: Sequence[Named], options: RunOptions) -> RunSummary:
         clock = stack.enter_context(Clock().running())
         mine = options.out is not None and ranks.is_first()
         directory = stack.enter_context(RunDirectory(options.out)) if mine else None
-        for named in pipelines:
+        for index, named in enumerate(pipelines):
             model = _model_of(named.pipeline, models, outcomes, options)
+            if directory is not None and index == 0:
+                directory.begin()
             found = _run_one(named, model, directory, options)
             outcomes += found
             if directory is not None:

@@ -11,6 +11,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from mxfx.evaluation.compare import FILE as SCORES
+from mxfx.evaluation.compare import SAMPLES
 from mxfx.ground.errors import MxfxError
 from mxfx.ground.files import write_json, write_text
 
@@ -61,14 +63,15 @@ class PipelineFolder:
     def begin(self, pipeline: str) -> None:
         """Write the resolved pipeline; what an earlier run left here goes, but for its cache."""
         if self.pipeline.is_file():
-            for folder in (self.ir, self.repro, self.model):
+            for folder in (self.ir, self.repro, self.model, self.path / "decode"):
                 shutil.rmtree(folder, ignore_errors=True)
-            self.weights.unlink(missing_ok=True)
+            for file in (self.weights, self.path / SCORES, *self.path.glob(f"{SAMPLES}*.jsonl")):
+                file.unlink(missing_ok=True)
         write_text(self.pipeline, pipeline)
 
 
 class RunDirectory:
-    """``with RunDirectory(OUT) as run:`` makes and locks the directory; its results of an earlier run go.
+    """``with RunDirectory(OUT) as run:`` makes and locks the directory; ``begin`` takes what an earlier run found.
 
     Raises ``RunError`` if it cannot be made, or another run holds it.
     """
@@ -85,14 +88,17 @@ class RunDirectory:
             raise RunError(f"another run writes to {self.root}; wait for it, or give another --out") from error
         except OSError as error:
             raise RunError(f"--out {self.root} cannot be made a folder: {error.strerror}; give another") from error
-        for name in (RESULTS, REPORT):
-            (self.root / name).unlink(missing_ok=True)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._lock.release()
+
+    def begin(self) -> None:
+        """Remove the results of an earlier run, once it is known that this one's model can be read."""
+        for name in (RESULTS, REPORT):
+            (self.root / name).unlink(missing_ok=True)
 
     def pipeline(self, name: str) -> PipelineFolder:
         return PipelineFolder(self.root / name)

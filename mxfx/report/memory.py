@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, compute_dtype
+from mxfx.ops.catalogue import spec
 from mxfx.ops.kernels import packed
 from mxfx.rewrite.operands import readers_of, weight_format
 from mxfx.rewrite.size import packed_bits
@@ -70,6 +72,13 @@ def memory(program: Program, batch: int = 1, seq: int = 2048) -> Memory:
     return Memory(**kinds, scratch=scratch, activations=_peak(program.graph, sizes), batch=batch, seq=seq)
 
 
+def multiplying(program: Program, seq: int) -> int:
+    """Floating-point operations of one row of `seq` tokens in its products with weights, experts as they are chosen."""
+    sizes = _Sizes(program, 1, seq)
+    of = {node: spec(node).node_of("input") for node in program.products()}
+    return sum(2 * sizes.count(node.meta["val"]) * x.meta["val"].shape[-1] for node, x in of.items() if x is not None)
+
+
 def _parts(program: Program, name: str) -> Iterator[tuple[str, int]]:
     tensor = program.weights[name]
     if not tensor.is_floating_point():
@@ -101,10 +110,11 @@ class _Sizes:
             return sum(map(self.of, val))
         if not isinstance(val, Tensor):
             return 0
-        count = 1
-        for dim in val.shape:
-            count *= self._size(dim)
-        return count * self._dtypes.get(val.dtype, val.dtype).itemsize
+        return self.count(val) * self._dtypes.get(val.dtype, val.dtype).itemsize
+
+    def count(self, val: Tensor) -> int:
+        """Elements."""
+        return math.prod(map(self._size, val.shape))
 
     def decoded(self, node: fx.Node) -> int:
         """What a product decodes of its packed weights: E4M3 bytes, or numbers of its own dtype."""

@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from mxfx.config.pipeline import loads
 from mxfx.driver.check import check
 from mxfx.graph.program import Program
+from mxfx.graph.tiny import tiny
+from mxfx.report.memory import multiplying
 from tests.local_model import save_model
+from tests.mixtures import mixture, raised_mixture
 
 _PIPELINE = r"""
 [model]
@@ -96,3 +100,26 @@ def _layer_bytes(program: Program) -> int:
     """Of a layer of a float32 Llama: two copies of its weights, 16 bytes for each of those in linears."""
     of = {name: tensor.numel() for name, tensor in program.weights.items() if name.startswith("model.layers.0.")}
     return 8 * sum(of.values()) + 16 * sum(count for name, count in of.items() if "_proj" in name)
+
+
+def test_work_is_that_of_the_passes_that_read_calibration_data(tmp_path: Path) -> None:
+    """Rounding to nearest reads none; distill reads its batches again and again, not the data set once."""
+    save_model(tmp_path)
+    layers = [layer for layer in tiny("llama-tiny").modules() if isinstance(layer, nn.Linear)]
+    a_token = 2 * sum(layer.weight.numel() for layer in layers)
+    text = _PIPELINE.replace("MODEL", str(tmp_path)).replace("SAMPLES", "16")
+    head = text.partition('[[pass]]\nname = "gptq"')[0]
+    tuned = head + '[[pass]]\nname = "insert-fake-quant"\n[[pass]]\nname = "distill"\nsteps = 100\nbatch_size = 8\n'
+    assert list(check(loads(text))._work()) == [("gptq", 16 * 128, 2 * 16 * 128 * a_token)]
+    assert list(check(loads(tuned))._work()) == [("distill", 100 * 8 * 128, 4 * 100 * 8 * 128 * a_token)]
+    nearest = head + '[[pass]]\nname = "round-weights"\n'
+    assert not any(line.startswith("work") for line in check(loads(nearest)).lines())
+
+
+def test_a_token_s_work_is_that_of_its_own_experts() -> None:
+    """Two of four: a mixture holds more weights than it multiplies by."""
+    model, program = mixture("mixtral"), raised_mixture("mixtral")
+    dense = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    router = sum(p.numel() for name, p in model.named_parameters() if name.endswith("gate.weight"))
+    assert experts > 0 and multiplying(program, 10) == 10 * 2 * (dense + router + experts // 2)

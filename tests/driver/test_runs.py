@@ -140,6 +140,8 @@ def test_two_pipelines_of_one_name_are_refused(mxfx: Run, pipeline: Path, tmp_pa
         (("--eval", "hellaswag2"), "did you mean 'hellaswag'"),
         (("--eval", "wikitext", "--eval-data", "nowhere.txt"), "nowhere.txt: no such file"),
         (("--eval", "wikitext", "--eval-data", "wikitext2"), "wikitext2: no such file"),
+        (("--eval", "nowhere.txt"), "nowhere.txt: no such file"),
+        (("--eval", "EMPTY/"), "holds no .txt file"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
         (("--device", "mps"), "unknown device 'mps'"),
         (("--set", f"calibration.seed={1 << 64}"), "from 0 to 2^63 - 1"),
@@ -151,7 +153,8 @@ def test_what_is_known_at_once_is_said_before_a_model_is_read(
     mxfx: Run, pipeline: Path, tmp_path: Path, args: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mxfx.driver.check.load_meta_model", lambda *a, **k: pytest.fail("a model was read"))
-    given = [one.replace("FILE", str(pipeline)) for one in args]
+    (tmp_path / "empty").mkdir()
+    given = [one.replace("FILE", str(pipeline)).replace("EMPTY", str(tmp_path / "empty")) for one in args]
     said = mxfx("run", pipeline, *given)
     assert said.code == 2
     assert expected in " ".join(said.err.split())
@@ -191,6 +194,29 @@ def test_a_second_run_into_one_directory_is_refused(mxfx: Run, pipeline: Path, t
     assert (said.code, "another run writes to" in said.err) == (2, True)
     with RunDirectory(tmp_path / "out"), pytest.raises(RunError), RunDirectory(tmp_path / "out"):
         pass
+
+
+def test_a_run_that_cannot_begin_leaves_the_results_of_the_one_before(
+    mxfx: Run, pipeline: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert mxfx("run", pipeline, "--out", out).code == 0
+    before = (out / "results.json").read_bytes(), (out / "report.html").read_bytes()
+    (tmp_path / "no model").mkdir()
+    assert mxfx("run", pipeline, "--model", tmp_path / "no model", "--out", out).code == 2
+    assert ((out / "results.json").read_bytes(), (out / "report.html").read_bytes()) == before
+
+
+def test_scores_of_an_earlier_run_are_not_those_of_this_one(mxfx: Run, pipeline: Path, tmp_path: Path) -> None:
+    """``compare`` would set another model's tokens beside it."""
+    out, texts = tmp_path / "out", save_texts(tmp_path / "texts")
+    assert mxfx("run", pipeline, "--eval", texts, "--out", out).code == 0
+    (out / "p" / "samples-quiz.jsonl").write_text("")
+    assert mxfx("compare", out / "p", out / "p").code == 0
+    assert mxfx("run", pipeline, "--set", "pass.annotate.rule[0].weight=mxint2@32", "--out", out).code == 0
+    assert not list((out / "p").glob("samples-*"))
+    said = mxfx("compare", out / "p", out / "p")
+    assert (said.code, "no scores to compare" in said.err) == (2, True)
 
 
 def test_a_model_that_several_pipelines_share_is_traced_once(
