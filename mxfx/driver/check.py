@@ -124,7 +124,7 @@ class Checked:
         return line
 
     def _work(self) -> Iterator[tuple[str, int, float]]:
-        """Of the passes that read most: tokens that they read, a text as often as it is read, and their work in FLOP."""
+        """Of the passes that read most: tokens that they read, one as often as it is read, and their work in FLOP."""
         calibration = self.pipeline.calibration
         for pass_ in self.pipeline.passes:
             if isinstance(pass_, Gptq):

@@ -142,7 +142,7 @@ def test_answers_to_other_questions_cannot_be_compared(tmp_path: Path) -> None:
     """With examples before the question and without."""
     asked = {"doc_id": 0, "filter": "none", "acc": 1.0, "metrics": ["acc"]}
     a, b = (_keep(tmp_path / name, [asked | {"prompt_hash": name}]) for name in ("plain", "few-shot"))
-    with pytest.raises(EvaluationError, match="gsm8k.*were asked in different words"):
+    with pytest.raises(EvaluationError, match=r"gsm8k.*were asked in different words"):
         compare_samples(a, b)
 
 
