@@ -11,8 +11,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mxfx.evaluation.compare import FILE as SCORES
-from mxfx.evaluation.compare import SAMPLES
 from mxfx.ground.errors import MxfxError
 from mxfx.ground.files import write_json, write_text
 
@@ -62,10 +60,12 @@ class PipelineFolder:
 
     def begin(self, pipeline: str) -> None:
         """Write the resolved pipeline; what an earlier run left here goes, but for its cache."""
+        from mxfx.evaluation.compare import FILE, SAMPLES
+
         if self.pipeline.is_file():
             for folder in (self.ir, self.repro, self.model, self.path / "decode"):
                 shutil.rmtree(folder, ignore_errors=True)
-            for file in (self.weights, self.path / SCORES, *self.path.glob(f"{SAMPLES}*.jsonl")):
+            for file in (self.weights, self.path / FILE, *self.path.glob(f"{SAMPLES}*.jsonl")):
                 file.unlink(missing_ok=True)
         write_text(self.pipeline, pipeline)
 
