@@ -112,13 +112,15 @@ def find_culprit(target: str | Path, options: RunOptions, max_kl: float = 0.05) 
 _TINY_TOKENS = (4, 64)
 
 
-def optimize(source: str | Path, passes: str | Path | Pipeline, *, dtype: str = "float32", **prints: Any) -> str:
+def optimize(source: str | Path | Program, passes: str | Path | Pipeline, *, dtype: str = "float32", **prints: Any) -> str:
     """``mxfx opt``: see ``mxfx.pipeline.opt.opt``, which takes ``prints``; calibration data are found for the source.
 
     A model's tokenizer reads the pipeline's ``calibration.dataset``; a built-in tiny model is calibrated with random
     ids; a printed graph has no tokenizer.
     """
     pipeline = read_passes(passes)
+    if isinstance(source, Program):
+        return opt(source, pipeline, ctx=Job(source, torch.device("cpu")).context(pipeline), **prints)
     is_hub_id = str(source).count("/") == 1 and not Path(source).exists() and not str(source).startswith(".")
     if is_hub_id or (Path(source) / "config.json").is_file():
         program = trace(load_model(source, dtype, revision=pipeline.model.revision), name=str(source))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -194,9 +195,20 @@ def test_a_broken_promise_stops_the_run_with_exit_code_1(mxfx: Run, pipeline: Pa
     assert said.code == 1 and "promises bit-equal logits" in said.err and "model.layers.1.mlp.down_proj" in said.err
 
 
-def test_a_budget_stops_the_run_with_exit_code_1(mxfx: Run, pipeline: Path) -> None:
+def test_opt_reads_from_a_pipe_what_it_printed(mxfx: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = mxfx("opt", "llama-tiny").out
+    monkeypatch.setattr("sys.stdin", io.StringIO(printed))
+    piped = mxfx("opt", "-", "--passes", "raise-norm,raise-rope", "--timing")
+    assert piped.code == 0, piped.err
+    at_once = mxfx("opt", "llama-tiny", "--passes", "raise-norm,raise-rope").out
+    assert piped.out.partition("//")[0] == at_once
+
+
+def test_a_budget_stops_the_run_with_exit_code_1(mxfx: Run, pipeline: Path, tmp_path: Path) -> None:
+    """No pass failed: a reproducer would run through."""
     pipeline.write_text("[budget]\nmax_kl = 1e-4\n" + pipeline.read_text())
-    said = mxfx("run", pipeline)
+    said = mxfx("run", pipeline, "--out", tmp_path / "out")
+    assert "reproducer" not in said.err and not list((tmp_path / "out").rglob("repro.json"))
     assert said.code == 1 and f"pass {ROUNDING} 'round-weights'" in said.err and "max_kl = 0.0001" in said.err
 
 

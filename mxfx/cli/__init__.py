@@ -34,6 +34,7 @@ from mxfx.ground.errors import MxfxError, exit_code
 
 if TYPE_CHECKING:
     from mxfx.api import Outcome
+    from mxfx.graph.program import Program
 
 app = typer.Typer(name="mxfx", no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 config_app = typer.Typer(no_args_is_help=True, help="Look at pipeline files.")
@@ -216,10 +217,7 @@ def config_schema() -> None:
 @app.command("opt")
 def opt_(
     source: Annotated[
-        str,
-        typer.Argument(
-            help="Printed graph, model folder, hub id, built-in model (llama-tiny …), or '-': parts of graphs on stdin."
-        ),
+        str, typer.Argument(help="Graph's file, model folder, hub id, llama-tiny …, or '-': graph, or parts of graphs.")
     ],
     passes: Annotated[
         str,
@@ -249,19 +247,22 @@ def opt_(
 ) -> None:
     """Passes over a graph or a model, printed IR out; what it prints it reads again."""
     from mxfx import api
+    from mxfx.graph.text import parse
     from mxfx.pipeline.manager import StopPoint
+    from mxfx.pipeline.opt import opt_fragments
 
-    if source == "-":
-        from mxfx.pipeline.opt import opt_fragments
-
+    given: str | Program = source
+    if source == "-" and (text := sys.stdin.read()).startswith("mxfx-ir "):
+        given = parse(text)
+    elif source == "-":
         prints = print_ir_before or print_ir_after or print_ir_after_change or print_ir_per_match
         if prints or check_numerics or timing or stop_after:
             raise typer.BadParameter("parts of graphs take --passes alone: they are verified and printed as they end")
-        sys.stdout.write(opt_fragments(sys.stdin.read(), passes))
+        sys.stdout.write(opt_fragments(text, passes))
         return
     _or_config_error("--stop-after", lambda: stop_after and StopPoint.parse(stop_after))
-    text = api.optimize(
-        source,
+    printed = api.optimize(
+        given,
         passes,
         dtype=_dtype(dtype),
         print_ir_before=print_ir_before,
@@ -273,7 +274,7 @@ def opt_(
         timing=timing,
         stop_after=stop_after,
     )
-    sys.stdout.write(text)
+    sys.stdout.write(printed)
 
 
 @app.command("bisect")

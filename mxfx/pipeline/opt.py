@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mxfx.config.phases import unrolled
 from mxfx.config.pipeline import Pipeline, load
 from mxfx.config.text import from_text
 from mxfx.graph.diff import diff
@@ -32,7 +33,7 @@ class SourceError(MxfxError, ValueError):
 
 
 class PrintError(MxfxError, ValueError):
-    """IR was to be printed around a pass that the pipeline does not have."""
+    """IR was to be printed at a pass, or a match of it, that the pipeline does not have."""
 
 
 def opt(
@@ -65,7 +66,7 @@ def opt(
     adds comment lines with the seconds of each pass.
 
     Raises ``SourceError`` for a source that is none of these, ``ValueError`` for a malformed ``stop_after``,
-    ``PrintError`` for the name of a pass that is not in the pipeline, and what the passes and checks raise.
+    ``PrintError`` for a name or a stop point that is not in the pipeline, and what the passes and checks raise.
     """
     program = load_source(source, weights=weights, dtype=dtype)
     pipeline = read_passes(passes)
@@ -76,7 +77,11 @@ def opt(
     checks += [Verify()] if verify_each else []
     manager = PassManager([printer, *checks, clock])
     stop = StopPoint.parse(stop_after) if stop_after else None
+    if stop is not None and stop.number > (count := len(unrolled(pipeline)[0].specs)):
+        raise PrintError(f"--stop-after {stop}: the pipeline has {count} passes")
     result = manager.run(program, pipeline, ctx, stop_after=stop)
+    if stop is not None and (stop.match or 0) > (count := len(result.records[-1].matches)):
+        raise PrintError(f"--stop-after {stop}: pass {stop.number} {result.records[-1].name!r} has {count} matches")
     if not verify_each:
         verify(result.program)
     if not printer.active:

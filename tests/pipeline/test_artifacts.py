@@ -176,6 +176,13 @@ def test_opt_stops_inside_a_pass():
     assert opt("llama-tiny", RAISE, stop_after="1.2").count("mxfx.rms_norm(") == 2
 
 
+@pytest.mark.parametrize(("stop", "has"), [("4", "has 3 passes"), ("1.6", "pass 1 'raise-norm' has 5 matches")])
+def test_opt_stops_nowhere_else(stop, has):
+    with pytest.raises(ValueError, match=re.escape(f"--stop-after {stop}: ") + ".*" + re.escape(has)):
+        opt("llama-tiny", RAISE, stop_after=stop)
+    assert opt("llama-tiny", RAISE, stop_after=stop.replace("4", "3").replace("1.6", "1.5"))
+
+
 def test_opt_names_the_nearest_model():
     with pytest.raises(ValueError, match=r"did you mean 'llama-tiny'"):
         opt("lama-tiny")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mxfx.config.pipeline import Pipeline
 from mxfx.pipeline.case import Case
+from mxfx.pipeline.instruments.ledger import BudgetError
 from mxfx.pipeline.manager import Instrument, Run, Step
 
 
@@ -19,7 +20,8 @@ class Reproduce(Instrument):
     """Write a ``Case`` into ``folder`` when a pass fails; ``mxfx repro folder`` runs it again.
 
     The graph is the one before the pass, the pipeline starts with it; calibration tokens are in it if a pass has asked
-    for them (they may come from the network: nothing is fetched for a failure).
+    for them (they may come from the network: nothing is fetched for a failure). A budget that is exceeded is no failure
+    of the pass: run again it would go through, and ``mxfx bisect`` finds where the loss is.
     """
 
     folder: Path
@@ -39,6 +41,8 @@ class Reproduce(Instrument):
         return asked
 
     def failed(self, step: Step, error: Exception) -> None:
+        if isinstance(error, BudgetError):
+            return
         run = step.run
         remaining = Pipeline(run.passes[step.index - 1 :])
         case = Case(step.before, remaining, run.ctx.seed, run.probe.ids, self._tokens, step.limit, run.ctx.reference)
