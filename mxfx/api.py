@@ -112,7 +112,9 @@ def find_culprit(target: str | Path, options: RunOptions, max_kl: float = 0.05) 
 _TINY_TOKENS = (4, 64)
 
 
-def optimize(source: str | Path | Program, passes: str | Path | Pipeline, *, dtype: str = "float32", **prints: Any) -> str:
+def optimize(
+    source: str | Path | Program, passes: str | Path | Pipeline, *, dtype: str = "float32", **prints: Any
+) -> str:
     """``mxfx opt``: see ``mxfx.pipeline.opt.opt``, which takes ``prints``; calibration data are found for the source.
 
     A model's tokenizer reads the pipeline's ``calibration.dataset``; a built-in tiny model is calibrated with random
