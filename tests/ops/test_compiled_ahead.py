@@ -18,6 +18,7 @@ from mxfx.algorithms.launch import Launch
 from mxfx.formats import parse
 from mxfx.ops.kernels import (
     cache_triton,
+    early_triton,
     heads_triton,
     integer_mma_triton,
     integer_triton,
@@ -132,6 +133,39 @@ def test_heads_of_a_step(width: int) -> None:
     launch(heads_triton._launch((1, 32, 8, 1), CPU, strides, strides, strides, 0, *heads), ["*bf16"] * 11)
 
 
+def test_kernels_of_a_step_wait_for_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that may start early; those of many rows do not."""
+    monkeypatch.setattr(early_triton, "_can", lambda device: True)
+    norm = ((16, 1, 2048), (2048, 2048, 1))
+    rest = (BF16, CPU, None, 0, False, FORMAT, "none", False, 0.0, None, False)
+    head = heads_triton._head_of((1, 32, 1, 64), BF16, None, None, False, True)
+    value = heads_triton._head_of((1, 8, 1, 64), BF16, None, str(FORMAT), False, False)
+    strides, sizes = (3072, 64, 3072), (2048, 512, 512)
+    some = (16, 2048, 2048, 2048, BF16, BF16, CPU, False, FORMAT, skinny_triton.tiling_for(2048))
+    tiles = (16, 2048, sizes, 3072, 0, BF16, CPU, False, False, FORMAT, integer_mma_triton.tiling_for(16, 3072))
+    made: list[tuple[Launch, list[str]]] = [
+        (norm_triton._launch_scales.__wrapped__(*norm, CPU, 1e-5, True), ["*bf16", "*fp32", "*bf16", "*bf16"]),
+        (
+            norm_triton._launch.__wrapped__(*norm, BF16, CPU, 32, 0, False, "last", 0.0, 1e-5, FORMAT),
+            ["*bf16"] * 4 + ["*u8", "*i64", "*bf16", "*bf16"],
+        ),
+        (transform_triton._launch.__wrapped__(*norm, *rest), ["*bf16"] * 5 + ["*u8", "*i64", "*bf16"]),
+        (skinny_triton._launch.__wrapped__(*some), ["*bf16", "*fp32", "*i16", "*u8", "*bf16", "*bf16"]),
+        (
+            integer_mma_triton._launch.__wrapped__(*tiles),
+            ["*i8", "*i32", *["*u8"] * 3, *["*i32"] * 3, *["*bf16"] * 5],
+        ),
+        (
+            heads_triton._launch.__wrapped__((1, 32, 8, 1), CPU, strides, strides, strides, 0, head, head, value),
+            ["*bf16"] * 11,
+        ),
+    ]
+    for one, kinds in made:
+        assert one._options["launch_pdl"] and "griddepcontrol.wait" in launch(one, kinds).asm["ptx"]
+    many = norm_triton._launch_scales.__wrapped__((8, 2048, 2048), (2048 * 2048, 2048, 1), CPU, 1e-5, True)
+    assert not many._options["launch_pdl"] and not many._constants["EARLY"]
+
+
 def attention(width: int, text: str | None, packed: bool) -> Any:
     fmt, warps, places = (
         None if text is None else parse(text),
@@ -141,7 +175,15 @@ def attention(width: int, text: str | None, packed: bool) -> Any:
     key, value = (read_of(width, fmt, lanes, BF16, places, warps) for lanes in (KEY_LANES, VALUE_LANES))
     kind, scales = ("*bf16", "*bf16") if text is None else ("*i16", "*u8")
     kinds = ["*bf16", kind, kind, scales, scales, "*bf16", "*i64", *["*fp32"] * 3, "*bf16"]
-    given = {"HAS_BIAS": False, "HAS_CAP": False, "HAS_SINKS": False, "ALONE": False, "GROUP": 4, "GROUP_PADDED": 8}
+    given = {
+        "HAS_BIAS": False,
+        "HAS_CAP": False,
+        "HAS_SINKS": False,
+        "ALONE": False,
+        "GROUP": 4,
+        "GROUP_PADDED": 8,
+        "EARLY": True,
+    }
     scalars = [8, 64, 4, 0.3, 1.0, *[4096] * 9]
     options = {"num_warps": warps, "num_stages": 1 if packed else 2}
     return compiled(cache_triton._attend_kernel, kinds, scalars, {"KEY": key, "VALUE": value, **given}, options)

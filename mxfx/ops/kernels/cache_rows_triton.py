@@ -16,6 +16,7 @@ from torch import Tensor
 from mxfx.algorithms.launch import on_device_of
 from mxfx.formats import Format, IntElement, ScaleRule
 from mxfx.formats.e8m0 import E8M0
+from mxfx.ops.kernels.early_triton import starts_early, wait
 from mxfx.ops.kernels.packed_triton import Codes, codes_of
 from mxfx.ops.kernels.rounding_triton import _larger, _shared_scale, grid_of
 
@@ -92,12 +93,14 @@ def write_tokens(
     batch, heads, seq = k.shape[:3]
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     ks, vs = (keys if key_scales is None else key_scales), (values if value_scales is None else value_scales)
+    early = starts_early(k.device, batch * seq)
     with on_device_of(k):
         _write_kernel[(batch * heads, seq, 2)](
             k, v, keys, values, ks, vs, slots, heads, keys.shape[2],
             *k.stride()[:3], *v.stride()[:3],
             *keys.stride()[:2], *values.stride()[:2], *ks.stride()[:2], *vs.stride()[:2],
-            KEY=row_of(k.shape[-1], key_format), VALUE=row_of(v.shape[-1], value_format), num_warps=1,
+            KEY=row_of(k.shape[-1], key_format), VALUE=row_of(v.shape[-1], value_format),
+            EARLY=early, num_warps=1, launch_pdl=early,
         )  # fmt: skip
 
 
@@ -177,8 +180,10 @@ def _write_kernel(
     value_scales_head,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program a text and head, a token, and keys or values."""
+    wait(EARLY)
     batch = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
     token = tl.program_id(1).to(tl.int64)

@@ -30,6 +30,7 @@ from mxfx.ops.kernels.cache_tiles_triton import (
     value_channels,
     value_tile,
 )
+from mxfx.ops.kernels.early_triton import starts_early, wait
 
 #: Bytes of keys, and of values, that a warp meets at a time; no fewer than 32 places, and no more than 64.
 TILE_BYTES = 2048
@@ -84,6 +85,7 @@ def attend_token(
     values, vs = (values, values) if value_scales is None else (values.view(torch.int16), value_scales)
     given = q if bias is None else bias.expand(batch, 1, 1, room)
     sunk = q if sinks is None else sinks
+    early = starts_early(q.device, batch)
     with on_device_of(q):
         _attend_kernel[(batch * kv_heads, stretches)](
             q, keys, values, ks, vs, given, slots, partial, sums[0], sums[-1], sunk,
@@ -92,12 +94,13 @@ def attend_token(
             0 if bias is None else given.stride(0),
             KEY=key, VALUE=value, GROUP=group, GROUP_PADDED=max(8, triton.next_power_of_2(group)),
             HAS_BIAS=bias is not None, HAS_CAP=softcap is not None, HAS_SINKS=sinks is not None,
-            ALONE=alone, num_warps=warps, num_stages=1 if packed else 2,
+            ALONE=alone, EARLY=early, num_warps=warps, num_stages=1 if packed else 2, launch_pdl=early,
         )  # fmt: skip
         if not alone:
             _join_kernel[(batch * heads, lines // JOINED)](
                 partial, sums[0], sums[1], out, sunk, stretches, heads, HAS_SINKS=sinks is not None,
-                VALUE=value, LANES=JOINED, STRETCHES=triton.next_power_of_2(stretches), num_warps=4,
+                VALUE=value, LANES=JOINED, STRETCHES=triton.next_power_of_2(stretches),
+                EARLY=early, num_warps=4, launch_pdl=early,
             )  # fmt: skip
     return out
 
@@ -196,8 +199,10 @@ def _attend_kernel(
     HAS_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     ALONE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A stretch of places for one text and key-value head; `ALONE`: it is the only one, and its sums are the result."""
+    wait(EARLY)
     pair, stretch = tl.program_id(0), tl.program_id(1)
     batch, head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     keys_ptr += batch * keys_batch + head * keys_head
@@ -295,8 +300,10 @@ def _join_kernel(
     VALUE: tl.constexpr,
     LANES: tl.constexpr,
     STRETCHES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program a text, a query head and a few channels: the stretches' sums, each by its share of the softmax."""
+    wait(EARLY)
     row = tl.program_id(0).to(tl.int64)
     stretch = tl.arange(0, STRETCHES)
     lane = tl.program_id(1) * LANES + tl.arange(0, LANES)

@@ -16,15 +16,17 @@ import triton.language as tl
 
 #: Whether any does; benchmarks say no to compare.
 EARLY = True
+#: Rows of a step at most: kernels of more take so long that nothing is gained.
+STEP_ROWS = 64
 #: Bytes of a line of memory.
 _LINE = tl.constexpr(128)
 #: Lines of a row of weights that are asked for at once.
 _LINES = tl.constexpr(8)
 
 
-def starts_early(device: torch.device) -> bool:
-    """Whether kernels of a device do; the interpreter's cannot."""
-    return EARLY and _can(device)
+def starts_early(device: torch.device, rows: int) -> bool:
+    """Whether kernels of a device do, for so many rows; the interpreter's cannot."""
+    return EARLY and rows <= STEP_ROWS and _can(device)
 
 
 @cache

@@ -20,6 +20,7 @@ from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.ops.kernels import takes
 from mxfx.ops.kernels.activation_triton import rotate
 from mxfx.ops.kernels.cuda import _format, if_it_fits
+from mxfx.ops.kernels.early_triton import starts_early, wait
 from mxfx.ops.kernels.heads import _ready, heads_together
 from mxfx.ops.kernels.limits import DTYPES
 from mxfx.ops.kernels.matrix_triton import quantize_blocks
@@ -158,12 +159,14 @@ def _launch(
     of_v: Head,
 ) -> Launch:
     batch, heads, kv_heads, seq = sizes
+    early = starts_early(device, batch * seq)
     return Launch(
         _heads_kernel,
         lambda at_a_time: batch * seq * (heads + 2 * kv_heads),
         (heads, kv_heads, seq, *q, *k, *v, angle_stride),
-        {"Q": of_q, "K": of_k, "V": of_v},
+        {"Q": of_q, "K": of_k, "V": of_v, "EARLY": early},
         num_warps=1,
+        launch_pdl=early,
         # A product that meets its sum in one FMA would skip a rounding that the ops of RoPE make.
         enable_fp_fusion=False,
     )
@@ -198,8 +201,10 @@ def _heads_kernel(
     Q: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program, one head of one token."""
+    wait(EARLY)
     each = heads + 2 * kv_heads
     head = tl.program_id(0) % each
     token = tl.program_id(0) // each

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
+from mxfx.ops.kernels.early_triton import starts_early, wait
 from mxfx.ops.kernels.integer_triton import laid_out, side_by_side, unit_power
 from mxfx.ops.kernels.packed_triton import power
 from mxfx.ops.kernels.rounding_triton import _PACKS
@@ -96,6 +97,7 @@ def _launch(
     assert fmt.block is not None
     tiles, places = laid_out(sizes, tiling.channels)
     groups, per_row = triton.cdiv(rows, tiling.rows), width // fmt.block
+    early = starts_early(device, rows)
     return Launch(
         _integer_tiles_kernel,
         lambda _: tiles * groups,
@@ -111,8 +113,10 @@ def _launch(
             "BIAS": bias,
             "RESIDUAL": residual,
             "STAGES": tiling.stages,
+            "EARLY": early,
         },
         num_warps=tiling.warps,
+        launch_pdl=early,
     )
 
 
@@ -149,12 +153,14 @@ def _integer_tiles_kernel(
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program, `ROWS` rows and `CHANNELS` results of one weight; neighbours take the other rows of the same.
 
     Each warp takes `BLOCKS` neighbouring blocks a turn, whose scales are one word where `BLOCKS` is four; all warps'
     sums are added at the end. Tiles from `second` and `third` on are the other weights'.
     """
+    wait(EARLY)
     tile = tl.program_id(0) // groups
     row = tl.program_id(0) % groups * ROWS + tl.arange(0, ROWS)
     is_third, is_second = tile >= third, tile >= second

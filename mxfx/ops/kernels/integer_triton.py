@@ -140,7 +140,7 @@ def _launch(
     assert fmt.block is not None
     tiles, places = laid_out(sizes, tiling.channels)
     groups = triton.cdiv(rows, tiling.rows)
-    early = starts_early(device) and sum(sizes) * width // 2 <= EARLY_BYTES
+    early = starts_early(device, rows) and sum(sizes) * width // 2 <= EARLY_BYTES
     return Launch(
         _integers_kernel,
         lambda at_a_time: tiles * groups,

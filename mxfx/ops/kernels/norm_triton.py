@@ -19,6 +19,7 @@ from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
 from mxfx.ops.kernels.activation_triton import load_sum
 from mxfx.ops.kernels.addressing import alike, as_rows, is_walkable
+from mxfx.ops.kernels.early_triton import starts_early, wait
 from mxfx.ops.kernels.fp8_triton import as_power, largest_bits, octaves_of, power_below, scale_below, too_far
 from mxfx.ops.kernels.integer_triton import Integers, blocks_to_integers, count_lost, place
 from mxfx.ops.kernels.matrix_triton import load_matrix, multiply, quantize_blocks, terms_of
@@ -95,12 +96,14 @@ def _launch_scales(
     rows = as_rows(shape, stride)
     padded = triton.next_power_of_2(rows.length)
     tile = max(SCALES_ELEMENTS // padded, 1)
+    early = starts_early(device, rows.count)
     return Launch(
         _scales_kernel,
         lambda at_a_time: triton.cdiv(rows.count, tile),
         (rows.count, rows.length, eps, *rows.arguments),
-        {"TILE": tile, "PADDED": padded, "ADDED": added},
+        {"TILE": tile, "PADDED": padded, "ADDED": added, "EARLY": early},
         num_warps=max(1, tile * padded // (32 * SCALES_PER_THREAD)),
+        launch_pdl=early,
     )
 
 
@@ -121,8 +124,10 @@ def _scales_kernel(
     TILE: tl.constexpr,
     PADDED: tl.constexpr,
     ADDED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program, `TILE` rows."""
+    wait(EARLY)
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     lane = tl.arange(0, PADDED)
     inside = (row < rows)[:, None] & (lane < length)[None, :]
@@ -153,6 +158,7 @@ def _launch(
     padded, blocks = triton.next_power_of_2(block), triton.next_power_of_2(triton.cdiv(rows.length, block))
     if terms:
         padded, blocks = max(padded, 16), max(blocks, 16)
+    early = starts_early(device, rows.count)
     return Launch(
         _norm_kernel,
         lambda at_a_time: min(rows.count, at_a_time),
@@ -172,9 +178,11 @@ def _launch(
             "STAGES": STAGES,
             "OCTAVES": fmt and fmt.block and octaves_of(fmt),
             "GRID": fmt and grid_of(fmt, dtype),
+            "EARLY": early,
         },
         tasks=rows.count,
         num_warps=min(max(blocks * padded // (32 * ELEMENTS_PER_THREAD), 1), 16),
+        launch_pdl=early,
     )
 
 
@@ -211,8 +219,10 @@ def _norm_kernel(
     STAGES: tl.constexpr,
     OCTAVES: tl.constexpr,
     GRID: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A program takes one row at a time as (blocks, block); weight and matrix stay in registers."""
+    wait(EARLY)
     narrow = x_ptr.dtype.element_ty
     lane = tl.arange(0, PADDED)
     column = tl.arange(0, TILE)[:, None] * B + lane[None, :]

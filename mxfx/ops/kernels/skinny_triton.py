@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
+from mxfx.ops.kernels.early_triton import starts_early, wait
 from mxfx.ops.kernels.nibbles_triton import nibbles
 from mxfx.ops.kernels.packed_triton import codes_of, element, narrowed, power
 
@@ -78,6 +79,7 @@ def _launch(
     tiling: Tiling,
 ) -> Launch:
     assert fmt.block is not None
+    early = starts_early(device, rows)
     return Launch(
         _some_rows_kernel,
         lambda at_a_time: triton.cdiv(channels, tiling.channels),
@@ -93,8 +95,10 @@ def _launch(
             "BIAS": bias,
             "CODES": codes_of(fmt),
             "STAGES": tiling.stages,
+            "EARLY": early,
         },
         num_warps=tiling.warps,
+        launch_pdl=early,
     )
 
 
@@ -120,8 +124,10 @@ def _some_rows_kernel(
     BIAS: tl.constexpr,
     CODES: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program, all rows and `CHANNELS` results. Warps share a turn's input channels, and sum at the end."""
+    wait(EARLY)
     WIDTH: tl.constexpr = BLOCKS * BLOCK
     UNITS: tl.constexpr = BLOCK // PARTS
     kind = y_ptr.dtype.element_ty

@@ -12,6 +12,7 @@ Importable only where `triton` is.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -196,6 +197,7 @@ def _launch(
     if few:
         tile = FEW
     tiles, columns = triton.cdiv(rows.count, tile), heads * parts
+    early = starts_early(device, math.prod(shape[:-1]))
     return Launch(
         _transform_kernel,
         # Each keeps one matrix and takes many tiles.
@@ -224,9 +226,9 @@ def _launch(
             # More operands on their way need more shared memory.
             "STAGES": min(tiling.stages, 2) if before in ("silu", "rope") else tiling.stages,
             "GRID": fmt and grid_of(fmt, dtype),
-            "EARLY": few and starts_early(device),
+            "EARLY": early,
         },
-        launch_pdl=few and starts_early(device),
+        launch_pdl=early,
         num_warps=max(1, blocks * tile * padded // (32 * tiling.per_thread)),
         maxnreg=tiling.registers,
         # A product that meets its sum in one FMA would skip a rounding that the ops of RoPE make.
