@@ -23,6 +23,7 @@ from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
 from mxfx.ops.kernels.early_triton import starts_early, wait
 from mxfx.ops.kernels.integer_triton import laid_out, side_by_side
+from mxfx.ops.kernels.limits import RESIDENT_PIECE as PIECE
 from mxfx.ops.kernels.packed_triton import narrowed, power
 from mxfx.ops.kernels.skinny_triton import _added_of_four
 
@@ -36,8 +37,6 @@ class Tiling:
     stages: int
 
 
-#: Entries of a row that a program keeps.
-PIECE = 2048
 TILING = Tiling(16, 8, 3)
 #: Results that a program of the second kernel sums.
 SUMMED = 1024

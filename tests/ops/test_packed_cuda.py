@@ -1,0 +1,103 @@
+"""Packed products on a GPU: a norm that adds, rows that stay, kernels that start early; all have the bits they should."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxfx.formats import parse
+from mxfx.formats.stored import restore, store
+from mxfx.ops.kernels import packed
+
+pytestmark = pytest.mark.cuda
+FORMAT, HIDDEN, INNER = "mxint4@32/mse", 2048, 8192
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to("cuda", torch.bfloat16)
+
+
+def weights(width: int, *channels: int) -> tuple[list[Tensor], list[Tensor]]:
+    stored = [
+        store(parse(FORMAT).fake_quantize(random(n, width, seed=n) / width**0.5), parse(FORMAT)) for n in channels
+    ]
+    return [part[0] for part in stored], [part[1] for part in stored]  # type: ignore[index]
+
+
+def transform(width: int) -> Tensor:
+    return random(width // 32, 32, 32, seed=width) / 32**0.5
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 7, 9, 16, 40, 700])
+def test_a_norm_of_a_sum_has_the_bits_of_both(rows: int, own: bool) -> None:
+    x, branch = random(rows, 1, HIDDEN), random(rows, 1, HIDDEN, seed=1)
+    codes, scales = weights(HIDDEN, 256, 128)
+    rest = (None if own else random(HIDDEN), transform(HIDDEN) if own else None, FORMAT, 1e-5)
+    total, y = packed.ADD_NORM_LINEAR(codes, scales, [], branch, FORMAT, x, *rest)
+    assert torch.equal(total, x + branch)
+    assert torch.equal(y, packed.NORM_LINEAR(codes, scales, [], None, FORMAT, x + branch, *rest))
+
+
+@pytest.mark.parametrize("rows", [3, 9, 16])
+@pytest.mark.parametrize(("width", "channels"), [(2048, (8192, 8192)), (8192, (2048,)), (4096, (9000, 40, 16, 8))])
+def test_rows_that_stay_meet_codes_that_stream_past_them(rows: int, width: int, channels: tuple[int, ...]) -> None:
+    from mxfx.ops.kernels.resident_triton import multiply_resident_rows
+
+    codes, scales = weights(width, *channels)
+    x, residual = parse(FORMAT).fake_quantize(random(rows, width)), random(rows, sum(channels))
+    biases = [random(n, seed=n) for n in channels]
+    weight = torch.cat([restore(*p, parse(FORMAT), width, torch.float64) for p in zip(codes, scales, strict=True)])
+    wanted = torch.nn.functional.linear(x.double(), weight, torch.cat(biases).double())
+    for added in (None, residual):
+        out = torch.empty_like(residual)
+        multiply_resident_rows(x, codes, scales, biases, added, parse(FORMAT), out)
+        expected = wanted.bfloat16() if added is None else wanted.bfloat16() + added
+        # But for sums that lie between two bfloat16.
+        assert (out != expected).float().mean() < 0.02
+        torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16])
+def test_kernels_that_start_early_read_what_is_written(rows: int) -> None:
+    """Layers in a recorded graph, replayed, against the same ops one by one, each waited for."""
+    ops = torch.ops.mxfx_kernels
+    qkv, o = weights(HIDDEN, 2048, 512, 512), weights(HIDDEN, 2048)
+    wide, down = weights(HIDDEN, INNER, INNER), weights(INNER, HIDDEN)
+    of_hidden, of_inner = transform(HIDDEN), transform(INNER)
+    x, branch = random(rows, 1, HIDDEN), random(rows, 1, HIDDEN, seed=1)
+
+    def layers(waited: bool) -> list[Tensor]:
+        total, given, kept = x, branch, []
+        for _ in range(4):
+            for linears, inner in ((qkv, HIDDEN), (wide, INNER)):
+                found = packed.ADD_NORM_LINEAR(*linears, [], given, FORMAT, total, None, of_hidden, FORMAT, 1e-5)
+                total, y = found
+                if waited:
+                    torch.cuda.synchronize()
+                if inner == INNER:
+                    parts = (y[..., :INNER], y[..., INNER:], of_inner, FORMAT)
+                    given = ops.silu_mul_quantize_linear(*down, [], None, FORMAT, *parts)
+                else:
+                    y = y[..., :HIDDEN].contiguous()
+                    given = ops.transform_quantize_linear(*o, [], None, FORMAT, y, of_hidden, FORMAT)
+                if waited:
+                    torch.cuda.synchronize()
+                kept += [total, y, given]
+        return kept
+
+    wanted = layers(True)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        layers(False)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = layers(False)
+    for _ in range(20):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
