@@ -1,4 +1,4 @@
-"""Packed products on a GPU: a norm that adds, rows that stay, kernels that start early; all have the bits they should."""
+"""Packed products on a GPU: a norm that adds, rows that stay, kernels that start early: all have the right bits."""
 
 from __future__ import annotations
 
