@@ -23,7 +23,6 @@ from mxfx.ops.kernels import (
     integer_mma_triton,
     integer_triton,
     norm_triton,
-    resident_triton,
     skinny_triton,
     transform_triton,
 )
@@ -94,20 +93,6 @@ def test_some_rows_times_codes_that_are_decoded_as_they_arrive(kind: str, target
     made = skinny_triton._launch(16, 2048, 2048, 2048, dtype, BF16, CPU, True, FORMAT, tiling)
     found = launch(made, [f"*{kind}", "*fp32", "*i16", "*u8", "*bf16", "*bf16"], target)
     assert "fma.rn.bf16x2" in found.asm["ptx"]
-
-
-@pytest.mark.parametrize("width", [2048, 8192])
-def test_rows_that_stay_while_codes_stream_past_them(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(early_triton, "_can", lambda device: True)
-    tiling = resident_triton.TILING
-    made = resident_triton._launch.__wrapped__(16, width, (2048, 512, 512), 3072, 0, CPU, True, True, FORMAT, tiling)
-    found = launch(made, ["*bf16", "*bf16", *["*i16"] * 3, *["*u8"] * 3, *["*bf16"] * 4, "*fp32"])
-    # Two programs on a multiprocessor; in the loop codes go from where they arrive to registers that multiply them.
-    assert found.metadata.shared <= 113 * 1024 and "griddepcontrol.wait" in found.asm["ptx"]
-    loop = found.asm["ttgir"].partition("scf.for")[2].partition("scf.yield")[0]
-    assert loop.count("tt.dot ") == 4 and "local_alloc" not in loop and loop.count("convert_layout") <= 2
-    sum_of = resident_triton._launch_sum.__wrapped__(16 * 3072, 4, 16, CPU, True)
-    launch(sum_of, ["*fp32", "*bf16", "*bf16"])
 
 
 @pytest.mark.parametrize("before", ["none", "silu", "scale", "sum"])

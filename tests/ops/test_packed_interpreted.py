@@ -25,13 +25,12 @@ else:
     from mxfx.formats import parse
     from mxfx.formats.stored import restore, store
     from mxfx.ops import fp8
-    from mxfx.ops.kernels import cuda, limits, packed, packed_cuda, resident_triton
+    from mxfx.ops.kernels import cuda, limits, packed, packed_cuda
     from mxfx.ops.kernels.fp8_triton import rows_to_e4m3
     from mxfx.ops.kernels.integer_mma_triton import Tiling, multiply_integer_tiles
     from mxfx.ops.kernels.integer_triton import multiply_integers
     from mxfx.ops.kernels.nibbles_triton import nibbles
     from mxfx.ops.kernels.packed_triton import expand, expand_to_e4m3, multiply_rows
-    from mxfx.ops.kernels.resident_triton import multiply_resident_rows
     from mxfx.ops.kernels.skinny_triton import multiply_some_rows
 
     #: Rows, both operands' format, width, and whether more is added: words of scales and single ones, rows of a tile
@@ -158,27 +157,6 @@ else:
                 expected = wanted if b is not None else wanted - bias.double()
                 torch.testing.assert_close(wide[:, 2 : channels + 2].double(), expected, rtol=2e-3, atol=2e-3)
         assert not wide[:, :2].any() and not wide[:, channels + 2 :].any()
-
-    # The interpreter does not multiply tiles of bfloat16: float32 here, whose sums no order of theirs rounds.
-    @pytest.mark.parametrize(("rows", "width", "text"), [(3, 256, "mxint4@32"), (16, 768, "mxint4@16/mse")])
-    @pytest.mark.parametrize("more", [False, True])
-    def test_rows_that_stay_meet_codes_that_stream_past_them(rows, width, text, more, monkeypatch):
-        monkeypatch.setattr(resident_triton, "PIECE", 256)
-        resident_triton._launch.cache_clear()
-        fmt, generator, sizes = parse(text), torch.Generator().manual_seed(rows), (40, 7, 3, 18)
-        x = parse("mxint4@32").fake_quantize(torch.randn(rows, width, generator=generator).clamp(-3, 3))
-        weights = [fmt.fake_quantize(torch.randn(n, width, generator=generator).clamp(-3, 3)) for n in sizes]
-        stored = [store(weight, fmt) for weight in weights]
-        codes, scales = [p[0] for p in stored], [p[1] for p in stored]
-        biases = [torch.randn(n, generator=generator).round() for n in sizes] if more else []
-        residual = torch.randn(rows, sum(sizes), generator=generator).round() if more else None
-        scales[1][3, 0], weights[1][3] = 255, float("nan")
-        wanted = F.linear(x.double(), torch.cat(weights).double(), torch.cat(biases).double() if more else None)
-        wanted = wanted.float() + (0 if residual is None else residual)
-        out = torch.empty(rows, sum(sizes))
-        multiply_resident_rows(x, codes, scales, biases, residual, fmt, out)
-        assert wanted.isnan().sum() == rows and _same(out, wanted)
-        resident_triton._launch.cache_clear()
 
     @pytest.mark.parametrize("bias", [False, True])
     @pytest.mark.parametrize(("tokens", "per_choice"), [(1, False), (1, True), (5, False), (5, True)])

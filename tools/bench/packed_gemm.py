@@ -319,7 +319,6 @@ def tiles(device: str, counts: tuple[int, ...], only: str | None, once: bool) ->
     compiles and measures nothing.
     """
     from mxfx.ops.kernels.integer_mma_triton import Tiling, multiply_integer_tiles
-    from mxfx.ops.kernels.resident_triton import multiply_resident_rows
 
     text, bf16 = "mxint4@32/mse", torch.bfloat16
     fmt = parse(text)
@@ -354,9 +353,6 @@ def tiles(device: str, counts: tuple[int, ...], only: str | None, once: bool) ->
                 ways["dp4a late"] = ways["dp4a"]
             if rows > 4:
                 ways["E4M3"] = lambda w, p=payload, f=factors: ops.mx_linear_e4m3(p, f, *w, [], text, bf16)
-            if 2 < rows <= 16:
-                rounded = ops.fake_quantize(x, text, -1)
-                ways["stay"] = lambda w, x=rounded, o=out: multiply_resident_rows(x, *w, [], None, fmt, o)
             for channels, warps, blocks, stages in TILES if rows > 2 else ():
                 each = min(max(rows, 8), 32)
                 if channels * blocks * each > 2048:
@@ -393,14 +389,13 @@ def start_early(early: bool) -> None:
         integer_mma_triton,
         integer_triton,
         norm_triton,
-        resident_triton,
         skinny_triton,
         transform_triton,
     )
 
     early_triton.EARLY = early
     norm_triton._launch_scales.cache_clear()
-    for module in (integer_triton, integer_mma_triton, norm_triton, resident_triton, skinny_triton, transform_triton):
+    for module in (integer_triton, integer_mma_triton, norm_triton, skinny_triton, transform_triton):
         module._launch.cache_clear()
 
 

@@ -22,9 +22,6 @@ MAX_ROW = 16384
 #: Rows that meet packed codes in ordinary arithmetic, and on tensor cores; from there on expanding the weight pays.
 FEW_ROWS = 2
 SOME_ROWS = 16
-#: Entries of some rows that a program keeps in shared memory, and results of rows that are kept.
-RESIDENT_PIECE = 2048
-RESIDENT_CHANNELS = 8192
 #: Rows of codes that meet packed codes in integer arithmetic, four products at an instruction; and on tensor cores,
 #: where blocks are long enough and results somewhat more than inputs. From there on FP8 is faster, on an H200.
 FEW_INTEGERS = 8
@@ -122,13 +119,6 @@ def takes_few_rows(fmt: Format, rows: int) -> bool:
 def takes_some_rows(fmt: Format, rows: int, dtype: torch.dtype) -> bool:
     """Whether tensor cores multiply so many rows with codes that are decoded as they arrive."""
     return fmt.bits in (4, 8) and rows <= SOME_ROWS and dtype != torch.float32
-
-
-def takes_resident_rows(fmt: Format, width: int, channels: int, dtype: torch.dtype) -> bool:
-    """Whether some rows had better stay in shared memory: of results that are many, or of rows that are long."""
-    kind = fmt.bits == 4 and not isinstance(fmt.element, FloatElement) and dtype == torch.bfloat16
-    whole = fmt.block is not None and 16 <= fmt.block <= 128 and width % RESIDENT_PIECE == 0
-    return kind and whole and (channels >= RESIDENT_CHANNELS or width > 2 * channels)
 
 
 @lru_cache(maxsize=256)

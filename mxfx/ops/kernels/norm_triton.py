@@ -19,7 +19,7 @@ from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
 from mxfx.ops.kernels.activation_triton import load_sum
 from mxfx.ops.kernels.addressing import alike, as_rows, is_walkable
-from mxfx.ops.kernels.early_triton import starts_early, wait
+from mxfx.ops.kernels.early_triton import STEP_ROWS, starts_early, wait
 from mxfx.ops.kernels.fp8_triton import as_power, largest_bits, octaves_of, power_below, scale_below, too_far
 from mxfx.ops.kernels.integer_triton import Integers, blocks_to_integers, count_lost, place
 from mxfx.ops.kernels.matrix_triton import load_matrix, multiply, quantize_blocks, terms_of
@@ -95,14 +95,16 @@ def _launch_scales(
 ) -> Launch:
     rows = as_rows(shape, stride)
     padded = triton.next_power_of_2(rows.length)
-    tile = max(SCALES_ELEMENTS // padded, 1)
+    # Few rows are done soonest by many threads each.
+    few = rows.count <= STEP_ROWS
+    tile, each = (1, SCALES_PER_THREAD // 4) if few else (max(SCALES_ELEMENTS // padded, 1), SCALES_PER_THREAD)
     early = starts_early(device, rows.count)
     return Launch(
         _scales_kernel,
         lambda at_a_time: triton.cdiv(rows.count, tile),
         (rows.count, rows.length, eps, *rows.arguments),
         {"TILE": tile, "PADDED": padded, "ADDED": added, "EARLY": early},
-        num_warps=max(1, tile * padded // (32 * SCALES_PER_THREAD)),
+        num_warps=min(max(1, tile * padded // (32 * each)), 16),
         launch_pdl=early,
     )
 

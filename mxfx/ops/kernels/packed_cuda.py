@@ -27,14 +27,12 @@ from mxfx.ops.kernels.limits import (
     takes_few_rows,
     takes_integers,
     takes_packed,
-    takes_resident_rows,
     takes_some_rows,
 )
 from mxfx.ops.kernels.norm_triton import norm_triton
 from mxfx.ops.kernels.norm_triton import row_scales as row_scales_of_norm
 from mxfx.ops.kernels.packed import ROUNDING, inexact_rows
 from mxfx.ops.kernels.packed_triton import expand, expand_to_e4m3, multiply_rows
-from mxfx.ops.kernels.resident_triton import multiply_resident_rows
 from mxfx.ops.kernels.skinny_triton import multiply_some_rows
 from mxfx.ops.kernels.transform_triton import transform_triton
 from mxfx.ops.quantize import _format
@@ -51,9 +49,10 @@ def mx_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, for
         return NotImplemented
     multiply = _multiplier(fmt, x.numel() // width, x.dtype)
     if multiply is not None:
-        rows, biases = x.reshape(-1, width).contiguous(), [] if bias is None else [bias]
-        out = _side_by_side(multiply, rows, [codes], [scales], biases, None, fmt, x.dtype)
-        return out.view(*x.shape[:-1], channels)
+        out = torch.empty((*x.shape[:-1], channels), dtype=x.dtype, device=x.device)
+        rows = x.reshape(-1, width).contiguous()
+        multiply(rows, codes, scales, bias, fmt, out.view(-1, channels))
+        return out
     weight = torch.empty((channels, width), dtype=x.dtype, device=x.device)
     expand(codes, scales, fmt, weight)
     return F.linear(x, weight, bias)
@@ -214,7 +213,7 @@ def mx_linear_e4m3(
     out_shape = (*payload.shape[:-1], sum(channels))
     multiply = _multiplier(fmt, rows.shape[0], dtype)
     if multiply is not None:
-        return _side_by_side(multiply, rows, codes, scales, biases, None, fmt, dtype, factors).view(out_shape)
+        return _side_by_side(multiply, rows, codes, scales, biases, fmt, dtype, factors).view(out_shape)
     if not carries(fmt):
         return NotImplemented
     return _product(rows, factors, codes, scales, biases, fmt, dtype).view(out_shape)
@@ -246,8 +245,9 @@ def _multiplying(name: str) -> Callable[..., Tensor]:
             found = integers(name, *operands, added=added)
             if found is not NotImplemented:
                 out = torch.empty((*x.shape[:-1], sum(c.shape[0] for c in codes)), dtype=x.dtype, device=x.device)
+                flat, rest = out.view(rows, -1), None if residual is None else residual.reshape(rows, -1).contiguous()
                 multiply = multiply_integers if few else multiply_integer_tiles
-                multiply(found[0], found[1], codes, scales, biases, _flat(residual), fmt, out.view(rows, -1))
+                multiply(found[0], found[1], codes, scales, biases, rest, fmt, flat)
                 return out
         multiply = _multiplier(fmt, rows, x.dtype) if takes_packed(fmt, width) else None
         if multiply is not None:
@@ -256,19 +256,17 @@ def _multiplying(name: str) -> Callable[..., Tensor]:
             y = op(*operands) if added is None else norm_quantize(*operands, added=added)
             if y is NotImplemented:
                 return y
-            y = y.reshape(rows, width).contiguous()
-            return _side_by_side(multiply, y, codes, scales, biases, residual, fmt, y.dtype).view(*x.shape[:-1], -1)
-        op = getattr(torch.ops.mxfx_kernels, f"{name}_e4m3")
-        e4m3 = op(*operands) if added is None else norm_quantize_e4m3(*operands, added=added)
-        if e4m3 is NotImplemented:
-            return e4m3
-        out = torch.ops.mxfx_kernels.mx_linear_e4m3(*e4m3, codes, scales, biases, weights, x.dtype)
+            out = _side_by_side(multiply, y.reshape(rows, width).contiguous(), codes, scales, biases, fmt, y.dtype)
+            out = out.view(*x.shape[:-1], -1)
+        else:
+            op = getattr(torch.ops.mxfx_kernels, f"{name}_e4m3")
+            e4m3 = op(*operands) if added is None else norm_quantize_e4m3(*operands, added=added)
+            if e4m3 is NotImplemented:
+                return e4m3
+            out = torch.ops.mxfx_kernels.mx_linear_e4m3(*e4m3, codes, scales, biases, weights, x.dtype)
         return out if residual is None else residual + out
 
     return run
-
-
-_resident = if_it_fits(multiply_resident_rows)
 
 
 def _side_by_side(
@@ -277,27 +275,17 @@ def _side_by_side(
     codes: list[Tensor],
     scales: list[Tensor],
     biases: list[Tensor],
-    residual: Tensor | None,
     fmt: Format,
     dtype: torch.dtype,
     factors: Tensor | None = None,
 ) -> Tensor:
-    """Each weight's product in its part of one result, (m, Σ n), to which a residual is added."""
+    """Each weight's product in its part of one result, (m, Σ n)."""
     channels = [c.shape[0] for c in codes]
     out = torch.empty((rows.shape[0], sum(channels)), dtype=dtype, device=rows.device)
-    resident = multiply is multiply_some_rows and factors is None
-    resident = resident and takes_resident_rows(fmt, rows.shape[1], sum(channels), dtype)
-    if resident and _resident(rows, codes, scales, biases, _flat(residual), fmt, out) is not NotImplemented:
-        return out
     given: list[Tensor | None] = [*biases] or [None] * len(codes)
     for c, s, bias, part in zip(codes, scales, given, out.split(channels, -1), strict=True):
         multiply(rows, c, s, bias, fmt, part, factors)
-    return out if residual is None else _flat(residual) + out
-
-
-def _flat(residual: Tensor | None) -> Any:
-    """A residual as rows."""
-    return None if residual is None else residual.reshape(-1, residual.shape[-1]).contiguous()
+    return out
 
 
 _OPERANDS = {q.name().partition("::")[2]: [a.name for a in q._schema.arguments] for q in ROUNDING}
