@@ -20,8 +20,8 @@ from mxfx.graph.program import Program
 from mxfx.graph.weights import WeightStore
 from mxfx.rewrite import Context
 
-#: Tokens that go through the program at once.
-_BATCH_TOKENS = 4096
+#: Tokens that go through a program at once.
+BATCH_TOKENS = 4096
 
 Sink = Callable[[Tensor], None]
 
@@ -40,7 +40,7 @@ def watch(program: Program, sinks: Mapping[fx.Node, Sink], ctx: Context, tokens:
     if not sinks:
         return
     tokens = ctx.tokens() if tokens is None else tokens
-    whole = _fits(program, ctx.device)
+    whole = fits(program, ctx.device)
     there = _on_device(program, ctx.device) if whole else program
     last = next(node for node in reversed(program.graph.nodes) if node in sinks)
 
@@ -52,7 +52,7 @@ def watch(program: Program, sinks: Mapping[fx.Node, Sink], ctx: Context, tokens:
             raise _LastSeen
         return value
 
-    batches = tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
+    batches = tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))
     feed = None if whole else Feed(program, ctx.device)
     with nullcontext() if feed is None else closing(feed):
         for ids in ctx.progress(batches, "calibration", len(batches)):
@@ -85,7 +85,7 @@ def block_moments(
     """
     found: dict[fx.Node, Tensor] = {}
     for part in _parts(blocks, (1 - SHARE) * free_bytes(ctx.device), by_head):
-        sums = {node: _BlockMoment(blocks[node], unit_rows, by_head) for node in part}
+        sums = {node: BlockMoment(blocks[node], unit_rows, by_head) for node in part}
         watch(program, sums, ctx, tokens)
         found |= {node: moment.value() for node, moment in sums.items()}
     return found
@@ -116,19 +116,19 @@ def _parts(blocks: Mapping[fx.Node, int], most: float, by_head: bool) -> list[li
     return parts
 
 
-class _BlockMoment:
-    def __init__(self, block: int, unit_rows: bool, by_head: bool) -> None:
+class BlockMoment:
+    def __init__(self, block: int, unit_rows: bool = False, by_head: bool = True) -> None:
         self._block = block
         self._by_head = by_head
         self._unit_rows = unit_rows
         self._sum: Tensor | None = None
-        self._rows = 0
+        self.rows = 0
 
     def __call__(self, x: Tensor) -> None:
         wide = (_rows(x) if self._by_head else x.flatten(0, -2)).to(torch.promote_types(x.dtype, torch.float32))
         if self._unit_rows:
             wide = wide * wide.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
-        self._rows += wide.shape[-2]
+        self.rows += wide.shape[-2]
         columns = wide.unflatten(-1, (-1, self._block)).transpose(-3, -2)  # (…, blocks, tokens, b)
         moment = columns.mT @ columns
         self._sum = moment if self._sum is None else self._sum.add_(moment)
@@ -136,7 +136,7 @@ class _BlockMoment:
     def value(self) -> Tensor:
         if self._sum is None:
             raise ValueError("no value of the node was seen")
-        return self._sum.double().cpu() / self._rows
+        return self._sum.double().cpu() / self.rows
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def samples(
     return {node: torch.cat(parts, dim=-2) for node, parts in picked.items()}
 
 
-def _fits(program: Program, device: torch.device) -> bool:
+def fits(program: Program, device: torch.device) -> bool:
     """Whether a device has room for a copy of the weights in the dtype that they run in; else each batch brings them
     anew.
     """

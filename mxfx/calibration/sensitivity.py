@@ -1,11 +1,10 @@
 """What rounding the operands of a linear would cost in KL, from one pass over data with gradients.
 
-At the float model the KL's gradient is zero and its Hessian is the Fisher information, so a small change of the logits'
-inputs costs ½ E[(δ · ∇ log p(y))²] with y drawn from the model itself (Martens, JMLR 21, 2020, §5). For a linear
-y = x Wᵀ, rounding x and W changes y by δ = Q(x) Q(W)ᵀ − x Wᵀ. Errors at different tokens either count as independent
-(the squares are summed over tokens: little noise) or not (the sum over a sample's tokens is squared: true also where
-attention adds up errors that tokens share, as behind a value projection, and noisy): the larger figure is taken. All
-linears and all formats are measured in the same pass: the cost grows with the layers, not with their combinations.
+A small change δ of a tensor costs ½ E[(δ · ∇ log p(y))²] (``mxfx.calibration.fisher``). For a linear y = x Wᵀ,
+rounding x and W changes y by δ = Q(x) Q(W)ᵀ − x Wᵀ. Errors at different tokens either count as independent (the squares
+are summed over tokens: little noise) or not (the sum over a sample's tokens is squared: true also where attention adds
+up errors that tokens share, as behind a value projection, and noisy): the larger figure is taken. All linears and all
+formats are measured in the same pass: the cost grows with the layers, not with their combinations.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from mxfx.calibration.fisher import differentiate
 from mxfx.calibration.training import trainable
 from mxfx.formats import Format
 from mxfx.graph.program import Program
@@ -42,11 +42,7 @@ def kl_of_rounding(
     sums = {name: torch.zeros(2, len(formats), dtype=torch.float64) for name in watched}
     generator = torch.Generator(ctx.device).manual_seed(int(ctx.generator("sensitivity").initial_seed()) % 2**63)
     for ids in ctx.progress(tokens.split(1), "sensitivities", len(tokens)):
-        run = _Watched(module, watched, formats, sums)
-        logits = run.run(ids.to(ctx.device), None, None)
-        log_p = logits.flatten(0, -2).float().log_softmax(-1)
-        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-        log_p.gather(-1, drawn).sum().backward()
+        differentiate(_Watched(module, watched, formats, sums).run(ids.to(ctx.device), None, None), generator)
     return {name: (0.5 * total / tokens.numel()).amax(0).tolist() for name, total in sums.items()}
 
 

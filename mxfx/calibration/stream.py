@@ -38,7 +38,8 @@ class StreamOptions:
 
     ``batch_size`` samples go through a stage at once. ``dtype`` is the precision of the run; None means float32 on CPU
     and the model's own elsewhere. ``activations`` says where values wait between stages. ``reference`` runs a second
-    stream with the weights and without the quantizers that the program had at first, for cross moments.
+    stream with the weights and without the quantizers that the program had at first, for cross moments. ``importance``
+    weights the rows of moments as ``fisher.token_importance`` gives it; where it has none, all rows count alike.
     """
 
     batch_size: int = 8
@@ -46,6 +47,7 @@ class StreamOptions:
     activations: Placement | None = None
     reference: bool = False
     fewest: int = 0
+    importance: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -57,6 +59,7 @@ class StreamOptions:
             "batch_size": self.batch_size,
             "dtype": str(self.dtype),
             "reference": self.reference,
+            "weighted": self.importance is not None,
         }
 
 
@@ -162,18 +165,19 @@ class _Stream:
         self._start_hash = start.weights.hash
         self._start_keys, self._keys = Keys(), Keys()
         dtype = options.dtype or (torch.float32 if ctx.device.type == "cpu" else rw.program.dtype)
+        mine = ranks.share(len(tokens))
+        self._importance = {name: of_all[mine] for name, of_all in (options.importance or {}).items()}
         self._data = {
             "tokens": token_key(tokens),
             "options": options.result_key() | {"dtype": str(dtype), "view": getattr(view, "__name__", repr(view))},
             "environment": environment(ctx.device),
         }
-        mine = tokens[ranks.share(len(tokens))]
-        batches = mine.split(options.batch_size)
+        batches = tokens[mine].split(options.batch_size)
         run = _lower(view(rw.program.copy()), dtype, ctx)
         self.footprint = footprint(
             run,
             self._targets,
-            (mine.shape[0], mine.shape[1]),
+            (len(tokens[mine]), tokens.shape[1]),
             device=ctx.device,
             stored={name: rw.weights.behind(name).dtype for name in rw.weights},
             batch_size=options.batch_size,
@@ -251,11 +255,12 @@ class _Stream:
         return {source: plain for source, all_ in found if (plain := [n for n in all_ if choice_of(n) is None])}
 
     def _moments(self, index: int, sources: list[fx.Node]) -> _Moments:
-        if self._reference is None or not sources:
-            return _Moments(sources)
         plain = self._plain(index)
+        importance = {s: self._importance[plain[s][0].name] for s in sources if plain[s][0].name in self._importance}
+        if self._reference is None or not sources:
+            return _Moments(sources, importance)
         twins = self._reference.sources({source: plain[source] for source in sources})
-        return _Moments(sources, twins, self._reference.values(index, list(twins.values())))
+        return _Moments(sources, importance, twins, self._reference.values(index, list(twins.values())))
 
     def _note_weights(self, stage: Stage) -> None:
         """Remember which weights a stage runs with: what its results are keyed by."""
@@ -312,29 +317,41 @@ class _Stream:
 
 
 class _Moments:
-    """Second moments of ``sources``, and their cross moments with ``twins`` in a reference run, batch by batch."""
+    """Second moments of ``sources``, and their cross moments with ``twins`` in a reference run, batch by batch; tokens
+    count by the ``importance`` of a source.
+    """
 
     def __init__(
         self,
         sources: list[fx.Node],
+        importance: Mapping[fx.Node, Tensor],
         twins: Mapping[fx.Node, fx.Node] | None = None,
         references: Iterator[dict[fx.Node, Tensor]] | None = None,
     ) -> None:
         self.sources = sources
         self.grams: dict[fx.Node, Gram] = {}
         self.crosses: dict[fx.Node, CrossMoment] = {}
+        self._importance = importance
+        self._rows: dict[fx.Node, int] = {}
         self._twins = twins or {}
         self._references = references
 
     def add(self, values: dict[fx.Node, Tensor]) -> None:
         other = next(self._references) if self._references is not None else {}
         for source in self.sources:
-            x = values[source]
+            x, root = values[source], None
             columns = x.shape[-1]
+            if source in self._importance:
+                start = self._rows.get(source, 0)
+                self._rows[source] = start + x.numel() // columns
+                share = self._importance[source].flatten()[start : self._rows[source]]
+                root = share.sqrt().to(x.device, x.dtype).view(*x.shape[:-1], 1)
+                x = x * root
             self.grams.setdefault(source, Gram(columns, x.device)).add(x)
             if self._references is not None:
                 cross = self.crosses.setdefault(source, CrossMoment(columns, x.device))
-                cross.add(x, other[self._twins[source]])
+                y = other[self._twins[source]]
+                cross.add(x, y if root is None else y * root)
 
 
 def _lower(program: Program, dtype: torch.dtype, ctx: Context) -> Program:

@@ -163,6 +163,8 @@ class Checked:
         yield f"{model_gb:.2f} GB of weights in {str(program.dtype).removeprefix('torch.')}"
         if "gptq" in names:
             yield self._streamed()
+        if any(getattr(p, "guided", False) or getattr(p, "against", "") == "gradients" for p in self.pipeline.passes):
+            yield f"gradients of the loss hold all {model_gb:.2f} GB of weights, and a batch's way back, on the device"
         for pass_ in (p for p in self.pipeline.passes if isinstance(p, TransformInputs)):
             rewriters = (Rewriter(_raised(one), pass_.name) for one in entries(program).values())
             if moments := max(map(pass_.moment_bytes, rewriters)):

@@ -16,6 +16,7 @@ from mxfx.algorithms.gptq import GptqResult, asymmetric_target, gptq_batch
 from mxfx.algorithms.gptq_experts import ExpertResult, gptq_experts
 from mxfx.calibration.accounts import expert_account, fallback, linear_account
 from mxfx.calibration.checkpoints import LayerCheckpoints, open_checkpoints
+from mxfx.calibration.fisher import token_importance
 from mxfx.calibration.keys import Keys, digest, environment, token_key
 from mxfx.calibration.stream import (
     ExpertGroup,
@@ -40,7 +41,7 @@ from mxfx.rewrite.phases import any_weight, take_over
 #: λ of the asymmetric target, relative to the mean diagonal of the Hessian.
 _RIDGE = 0.1
 #: The options that decide how a weight is solved.
-_SOLVER = ("damp", "order", "exponents", "refine", "asymmetric", "min_expert_tokens")
+_SOLVER = ("damp", "order", "exponents", "refine", "asymmetric", "min_expert_tokens", "guided")
 
 
 @register
@@ -72,6 +73,8 @@ class Gptq(Pass):
     exponents: shared exponents searched while columns are compensated, or by the format's own rule.
     refine: sweeps of block-wise re-optimisation behind each solution.
     asymmetric: part of the way to the least-squares weight for quantized inputs, from 0 to 1 (0.25 helps at W4A4).
+    guided: tokens count by how much the loss minds the outputs at them, but for experts, by a pass back through the
+        whole model (GuidedQuant, arXiv 2505.07004, one group of channels).
     min_expert_tokens: tokens below which an expert counts as starving.
     quantized_inputs: true also rounds annotated activations, keys and values while measuring, false leaves quantizers
         out; not given: the graph as it stands.
@@ -98,6 +101,7 @@ class Gptq(Pass):
     exponents: Literal["sweep", "rule"] = "sweep"
     refine: int = 0
     asymmetric: float = 0.0
+    guided: bool = False
     min_expert_tokens: int = 128
     quantized_inputs: bool | None = None
     samples: int | None = None
@@ -112,9 +116,8 @@ class Gptq(Pass):
     def __post_init__(self) -> None:
         _require(self.damp >= 0, "damp", self.damp, "0 or more")
         _require(self.refine >= 0, "refine", self.refine, "0 or more")
-        _require(self.min_expert_tokens >= 1, "min_expert_tokens", self.min_expert_tokens, "1 or more")
         _require(0 <= self.asymmetric <= 1, "asymmetric", self.asymmetric, "between 0 and 1")
-        for name in ("samples", "length", "batch_size", "max_layers"):
+        for name in ("samples", "length", "batch_size", "max_layers", "min_expert_tokens"):
             number = getattr(self, name)
             _require(number is None or number >= 1, name, number, "1 or more")
 
@@ -133,6 +136,7 @@ class Gptq(Pass):
             self.activations,
             reference=self.asymmetric > 0,
             fewest=self.min_expert_tokens,
+            importance=token_importance(rw.program, targets, ctx, tokens) if self.guided else None,
         )
         with self._checkpoints(rw, ctx, targets, tokens, options) as checkpoints:
             layers = stream_layers(rw, ctx, targets, tokens, options, self._view())
@@ -295,10 +299,7 @@ class Gptq(Pass):
                     cross=moments.cross,
                     asymmetric=self.asymmetric,
                     ridge=_RIDGE,
-                    damping=self.damp,
-                    order=self.order,
-                    exponents=self.exponents,
-                    refine=self.refine,
+                    **self._how(),
                 )
             except ValueError as error:
                 raise ValueError(f"{weight} (read by {path_of(node)}): {error}") from error
@@ -309,6 +310,9 @@ class Gptq(Pass):
             accounts.append(expert_account(node, weight, solved, moments.hits, self.min_expert_tokens))
             self._accept(rw, ctx, node, rounded, accounts[-1])
         return accounts
+
+    def _how(self) -> dict[str, Any]:
+        return {"damping": self.damp, "order": self.order, "exponents": self.exponents, "refine": self.refine}
 
     def _solve(self, rw: Rewriter, group: Group, nodes: list[fx.Node], weights: list[Tensor]) -> list[GptqResult]:
         hessian = group.statistics.hessian(group.source, rw.weights.hash)
@@ -323,10 +327,7 @@ class Gptq(Pass):
                 weights,
                 hessian,
                 info(nodes[0]).formats["weight"].format,
-                damping=self.damp,
-                order=self.order,
-                exponents=self.exponents,
-                refine=self.refine,
+                **self._how(),
                 targets=targets,
             )
         except ValueError as error:
@@ -389,8 +390,7 @@ def _unfit(program: Program, node: fx.Node) -> str | None:
         return "its weight is computed, not stored"
     if is_rounded(node, "weight"):
         return "its weight is on the grid already"
-    others = [reader for reader in readers_of(program, str(source.target)) if reader is not node]
-    if others:
+    if others := [reader for reader in readers_of(program, str(source.target)) if reader is not node]:
         return f"its weight is read by {path_of(others[0]) or others[0].name} too; untie it, or round-weights takes it"
     return None
 

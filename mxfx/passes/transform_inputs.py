@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from mxfx.algorithms.block_transform import BlockTransform, apply_blocks, best_order, narrow, wush
 from mxfx.algorithms.hadamard import fitting_order, hadamard_matrix, order_words, orders_near, random_signs
+from mxfx.calibration.fisher import gradient_moments
 from mxfx.calibration.moments import block_moments, moment_bytes
 from mxfx.formats import Format
 from mxfx.graph.node import Annotation, info, kind, layer_of, op_name, path_of
@@ -76,7 +77,13 @@ class TransformInputs(Pass):
     input carries a format, or all linears of decoder layers where nothing is annotated yet. ``samples`` limits the
     calibration samples that moments are taken over.
 
+    The weights' second moment Σ wᵀ w minds an error of every output alike. ``against = "gradients"`` takes that of the
+    gradient of the loss at the input in its place, which is Σ wᵀ F w with F the Fisher information of the outputs
+    (``mxfx.calibration.fisher``): rounding inputs then costs least KL to second order, not least output error. It takes
+    a backward pass through the whole model.
+
     kind: a Hadamard matrix, or the data-aware transform in closed form.
+    against: what inputs are balanced against: the weights that read them, or the gradients of the loss (wush only).
     block: order of the transform, or one near it that divides the axis; 0 for the whole axis (hadamard only).
     signs: draw random signs by the run's seed.
     matrix: format of T, rounded before its inverse is taken: T takes fewer bits, and the function stays what it is.
@@ -91,6 +98,7 @@ class TransformInputs(Pass):
     forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, LOWERED, QUANTIZERS_FUSED})
     numerics: ClassVar[Numerics] = Close(1e-9)
     kind: Literal["hadamard", "wush"] = "hadamard"
+    against: Literal["weights", "gradients"] = "weights"
     block: int = 32
     signs: bool = False
     matrix: Format | None = None
@@ -102,6 +110,8 @@ class TransformInputs(Pass):
     def __post_init__(self) -> None:
         if self.matrix is not None and self.kind == "hadamard":
             raise ValueError("'matrix' is the format of a matrix that data decided: 'hadamard' stores none, or signs")
+        if self.against != "weights" and self.kind == "hadamard":
+            raise ValueError("'against' is what data-aware transforms balance inputs against: 'hadamard' balances none")
 
     def foresee(self, rw: Rewriter) -> int | None:
         found = [site for site in sites(rw, self.select) if self._fits(rw, site)]
@@ -110,11 +120,15 @@ class TransformInputs(Pass):
     def run(self, rw: Rewriter, ctx: Context) -> None:
         found = [site for site in sites(rw, self.select) if self._fits(rw, site)]
         moments: dict[fx.Node, Tensor] = {}
+        gradients: dict[fx.Node, Tensor] = {}
         if self.kind == "wush":
-            moments = block_moments(rw.program, self._blocks(found), ctx, ctx.tokens()[: self.samples], by_head=False)
+            tokens = ctx.tokens()[: self.samples]
+            moments = block_moments(rw.program, self._blocks(found), ctx, tokens, by_head=False)
+            if self.against == "gradients":
+                gradients = gradient_moments(rw.program, self._blocks(found), ctx, tokens, by_head=False)
         generator = ctx.generator("transform-inputs")
         for site in found:
-            transform = self._transform(rw, site, moments, generator)
+            transform = self._transform(rw, site, moments, gradients, generator)
             note = _describe(self._words(site, transform.matrix.shape[-1]), transform)
             if rw.match(site.linears[0], note=f"{note}; {len(site.linears)} linears"):
                 insert(rw, site, transform, plain=self.kind == "hadamard" and not self.signs, fmt=self.matrix)
@@ -149,16 +163,23 @@ class TransformInputs(Pass):
         return f"{self.kind} {order_words(site.width, self.block, *orders)}"
 
     def _transform(
-        self, rw: Rewriter, site: Site, moments: dict[fx.Node, Tensor], generator: torch.Generator
+        self,
+        rw: Rewriter,
+        site: Site,
+        moments: dict[fx.Node, Tensor],
+        gradients: dict[fx.Node, Tensor],
+        generator: torch.Generator,
     ) -> BlockTransform:
         orders = self._orders(site)
         if self.kind == "hadamard":
             (block,) = orders
             return orthogonal(self._mixing(block, generator).expand(site.width // block, block, block))
-        of_x, of_w = moments[site.source], weight_moments(rw.program, site, lcm(*orders))
-        block = best_order(of_x, of_w, orders, site.width, self.block, self.damping)
+        of_x, other = moments[site.source], gradients.get(site.source)
+        if other is None:
+            other = weight_moments(rw.program, site, lcm(*orders))
+        block = best_order(of_x, other, orders, site.width, self.block, self.damping)
         mixing = self._mixing(block, generator)
-        return wush(narrow(of_x, block), narrow(of_w, block), self.damping, self.max_condition, mixing)
+        return wush(narrow(of_x, block), narrow(other, block), self.damping, self.max_condition, mixing)
 
     def _mixing(self, block: int, generator: torch.Generator) -> Tensor:
         matrix = hadamard_matrix(block, torch.float64)

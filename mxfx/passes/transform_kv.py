@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from mxfx.algorithms.block_transform import BlockTransform, best_order, narrow, wush
 from mxfx.algorithms.hadamard import fitting_order, hadamard_matrix, order_words, orders_near
+from mxfx.calibration.fisher import gradient_moments
 from mxfx.calibration.moments import block_moments
 from mxfx.graph.node import info, kind, operands, path_of
 from mxfx.graph.program import Program
@@ -50,9 +51,11 @@ class TransformKv(Pass):
     against the columns of the output projection that read them. ``block`` is the order of T within a head, 0 all of it;
     where it does not divide the head dimension, one near it as in ``transform-inputs``, which the record says. Keys and
     values are chosen by ``keys`` and ``values``; a value region with other readers is skipped. ``samples`` limits the
-    calibration samples that moments are taken over.
+    calibration samples that moments are taken over. With ``against = "gradients"`` both are balanced against the
+    gradients of the loss at them, as in ``transform-inputs``.
 
     kind: a Hadamard matrix, or the data-aware transform in closed form.
+    against: what keys and values are balanced against: queries and weights, or the gradients of the loss (wush only).
     block: order of the transform within a head, or one near it that divides the head; 0 for the whole head.
     keys: transform keys, and queries against them.
     values: transform values.
@@ -67,6 +70,7 @@ class TransformKv(Pass):
     forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, KV_QUANTIZED, LOWERED})
     numerics: ClassVar[Numerics] = Close(1e-9)
     kind: Literal["hadamard", "wush"] = "hadamard"
+    against: Literal["weights", "gradients"] = "weights"
     block: int = 32
     keys: bool = True
     values: bool = True
@@ -74,6 +78,10 @@ class TransformKv(Pass):
     max_condition: float = 1e3
     samples: int | None = None
     select: Selector = ALL
+
+    def __post_init__(self) -> None:
+        if self.against != "weights" and self.kind == "hadamard":
+            raise ValueError("'against' is what data-aware transforms balance keys against: 'hadamard' balances none")
 
     def foresee(self, rw: Rewriter) -> int | None:
         chosen = self._chosen(rw)
@@ -84,12 +92,12 @@ class TransformKv(Pass):
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         chosen = self._chosen(rw)
-        moments = self._moments(rw.program, chosen, ctx)
+        moments, gradients = self._moments(rw.program, chosen, ctx)
         for attention, wanted in chosen.items():
             if "k" in wanted:
-                self._keys(rw, attention, moments)
+                self._keys(rw, attention, moments, gradients)
             if "v" in wanted:
-                self._values(rw, attention, moments)
+                self._values(rw, attention, moments, gradients)
 
     def _chosen(self, rw: Rewriter) -> dict[fx.Node, str]:
         """Attention → which of its keys and values to transform: each by its own width."""
@@ -104,15 +112,25 @@ class TransformKv(Pass):
                     found[attention] = found.get(attention, "") + name
         return found
 
-    def _moments(self, program: Program, chosen: dict[fx.Node, str], ctx: Context) -> dict[fx.Node, Tensor]:
+    def _moments(
+        self, program: Program, chosen: dict[fx.Node, str], ctx: Context
+    ) -> tuple[dict[fx.Node, Tensor], dict[fx.Node, Tensor]]:
+        """Of keys, values and queries, which keys are balanced against; of the gradients at keys and values."""
         if self.kind == "hadamard":
-            return {}
+            return {}, {}
         # Queries are what keys are balanced against.
         nodes = [_operand(a, name) for a, wanted in chosen.items() for name in wanted.replace("k", "qk")]
         blocks = {n: lcm(*self._orders(n.meta["val"].shape[-1])) for n in nodes}
-        return block_moments(program, blocks, ctx, ctx.tokens()[: self.samples])
+        tokens = ctx.tokens()[: self.samples]
+        moments = block_moments(program, blocks, ctx, tokens)
+        if self.against == "weights":
+            return moments, {}
+        cached = [_operand(a, name) for a, wanted in chosen.items() for name in wanted]
+        return moments, gradient_moments(program, {n: blocks[n] for n in cached}, ctx, tokens)
 
-    def _keys(self, rw: Rewriter, attention: fx.Node, moments: dict[fx.Node, Tensor]) -> None:
+    def _keys(
+        self, rw: Rewriter, attention: fx.Node, moments: dict[fx.Node, Tensor], gradients: dict[fx.Node, Tensor]
+    ) -> None:
         q, k = _operand(attention, "q"), _operand(attention, "k")
         heads, width = k.meta["val"].shape[1], k.meta["val"].shape[-1]
         if self.kind == "hadamard":
@@ -123,8 +141,8 @@ class TransformKv(Pass):
                 new = rw.call(torch.ops.mxfx.hadamard.default, attention.args[position], block, like=attention)
                 rw.set_operand(attention, position, new)
             return
-        of_group = moments[q].unflatten(0, (heads, -1)).mean(1)
-        solved = self._solve(rw, attention, "k", moments[k], of_group)
+        against = gradients[k] if k in gradients else moments[q].unflatten(0, (heads, -1)).mean(1)
+        solved = self._solve(rw, attention, "k", moments[k], against)
         if solved is None:
             return
         found = solved.stored_as(rw.program.dtype)
@@ -140,7 +158,9 @@ class TransformKv(Pass):
             new = rw.call(torch.ops.mxfx.block_transform.default, source, weight, like=attention)
             rw.set_operand(attention, position, new)
 
-    def _values(self, rw: Rewriter, attention: fx.Node, moments: dict[fx.Node, Tensor]) -> None:
+    def _values(
+        self, rw: Rewriter, attention: fx.Node, moments: dict[fx.Node, Tensor], gradients: dict[fx.Node, Tensor]
+    ) -> None:
         region = value_region(attention)
         reason = (
             region.reason
@@ -158,8 +178,9 @@ class TransformKv(Pass):
                 matrix = hadamard_matrix(block, torch.float64).expand(heads, width // block, block, block)
                 rotate_values(rw, region, (matrix, matrix.mT))
             return
-        against = _output_moments(rw.program, region, lcm(*self._orders(width)))
-        found = self._solve(rw, attention, "v", moments[_operand(attention, "v")], against)
+        v = _operand(attention, "v")
+        against = gradients[v] if v in gradients else _output_moments(rw.program, region, lcm(*self._orders(width)))
+        found = self._solve(rw, attention, "v", moments[v], against)
         if found is not None:
             block = found.matrix.shape[-1]
             shape = (heads, width // block, block, block)

@@ -241,6 +241,22 @@ def test_the_cross_moment_is_that_of_quantized_and_float_inputs() -> None:
                 rw.set_weight(name, rw.weights[name] * 0.7)
 
 
+def test_tokens_count_by_their_importance_in_both_moments() -> None:
+    rw = _rewriter(_raised(quantized=True))
+    plain, read = _inputs(without_quantizers(rw.program)), _inputs(rw.program)
+    generator = torch.Generator().manual_seed(5)
+    names = [node.name for node in _projections(rw.program)]
+    shared = torch.rand(_TOKENS.shape, generator=generator)
+    options = StreamOptions(batch_size=2, reference=True, importance=dict.fromkeys(names, shared))
+    for layer in stream_layers(rw, Context(), _projections(rw.program), _TOKENS, options):
+        for group in layer.groups():
+            name = group.linears[0].name
+            x, y = (of[name].reshape(_TOKENS.numel(), -1).double() for of in (read, plain))
+            weighted = x * shared.double().reshape(-1, 1)
+            assert _close(group.statistics.hessian(group.source, rw.weights.hash), weighted.mT @ x)
+            assert _close(group.statistics.cross(group.source, rw.weights.hash), weighted.mT @ y)
+
+
 # Wrong or stale statistics cannot reach a solver.
 
 

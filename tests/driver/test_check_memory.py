@@ -53,6 +53,15 @@ def test_more_samples_wait_and_the_device_holds_no_more(tmp_path: Path, monkeypa
     assert few == more and 1.6 * waiting < twice < 2 * waiting and with_more > with_them > few > 0
 
 
+def test_a_pass_back_through_the_whole_model_is_told(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    text = _PIPELINE.replace("MODEL", str(tmp_path)).replace("SAMPLES", "16")
+    told = [
+        "gradients of the loss hold" in "\n".join(check(loads(text + more)).lines()) for more in ("", "guided = true\n")
+    ]
+    assert told == [False, True]
+
+
 def test_second_moments_of_inputs_are_told(tmp_path: Path, monkeypatch) -> None:
     save_model(tmp_path)
     monkeypatch.setattr("mxfx.driver.check._GB", 1.0)

@@ -222,6 +222,12 @@ def test_the_asymmetric_target_is_the_plain_one_where_inputs_are_equal() -> None
     assert _same(_run(only_first, asymmetric=0.5).program, _run(only_first).program)
 
 
+def test_tokens_that_the_loss_minds_change_the_weights_and_keep_the_bound() -> None:
+    guided = _run(guided=True)
+    assert not _same(guided.program, _run().program)
+    assert all(one["loss"] <= one["rtn_loss"] for one in guided.record.details["linears"])  # type: ignore[union-attr]
+
+
 def test_the_asymmetric_target_changes_the_weights_where_inputs_are_quantized() -> None:
     quantized = apply(InsertFakeQuant(), _annotated(inputs=True)).program
     assert not _same(_run(quantized, asymmetric=0.25).program, _run(quantized).program)
@@ -318,6 +324,7 @@ def test_the_cache_of_the_run_is_the_default_place(tmp_path: Path) -> None:
         {"samples": 5},
         {"length": 23},
         {"asymmetric": 0.1},
+        {"guided": True},
         {"precision": "model", "program": _annotated().twin(torch.float64)},
         {"program": _annotated("mxint8@32")},
         {"program": _annotated(match=r".*(up|down)_proj")},

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mxfx.calibration.fisher import gradient_moments
 from mxfx.calibration.moments import block_moments
 from mxfx.formats import parse
 from mxfx.graph.node import info, kind, path_of
-from mxfx.passes import Annotate, FuseNorm, Rule, TransformInputs
+from mxfx.passes import Annotate, FuseNorm, Rule, TransformInputs, TransformKv
 from mxfx.rewrite import MissingCalibration, Selector, apply
 from mxfx.rewrite.size import bits_per_weight
 
@@ -40,6 +41,20 @@ def test_wush_gives_activations_and_weights_the_same_second_moments(raised, ctx)
     weight = program.weights[program.weight_of(linear)].unflatten(-1, (-1, 16)).transpose(0, 1)
     of_weight = weight.mT @ weight / weight.shape[1]
     torch.testing.assert_close(moment, of_weight, rtol=1e-4, atol=1e-6 * float(moment.abs().max()))
+
+
+def test_against_gradients_activations_and_gradients_get_the_same_second_moments(raised, ctx, preserved):
+    program, _ = preserved(
+        TransformInputs(kind="wush", against="gradients", block=16, damping=1e-10), raised("llama-tiny")
+    )
+    linears = [n for n in program.nodes("linear") if path_of(n).endswith(("down_proj", "o_proj"))]
+    blocks = {n.args[0]: 16 for n in linears}
+    moments = block_moments(program, blocks, ctx)
+    gradients = gradient_moments(program, blocks, ctx, ctx.tokens())
+    for node in blocks:
+        torch.testing.assert_close(
+            moments[node], gradients[node], rtol=1e-3, atol=1e-4 * float(moments[node].abs().max())
+        )
 
 
 def test_a_matrix_fits_the_models_dtype_and_its_inverse_is_that_of_the_rounded_one(raised, ctx, logits):
@@ -103,3 +118,9 @@ def test_a_matrix_in_a_format_lies_on_its_grid_takes_its_bits_and_leaves_the_log
 def test_hadamards_have_no_matrix_to_give_a_format():
     with pytest.raises(ValueError, match="'hadamard' stores none"):
         TransformInputs(matrix=parse("mxint5@32"))
+
+
+@pytest.mark.parametrize("of", [TransformInputs, TransformKv])
+def test_hadamards_balance_nothing(of):
+    with pytest.raises(ValueError, match="'against'"):
+        of(against="gradients")

@@ -33,6 +33,13 @@ def test_values_cost_no_op_and_keys_two(raised, preserved):
     assert [kind(a) for a in next(program.nodes("attention")).args[:2]] == ["block_transform"] * 2
 
 
+def test_keys_and_values_against_the_gradients_at_them(raised, preserved):
+    program, _ = preserved(TransformKv(kind="wush", against="gradients", block=8), raised("llama-tiny"))
+    plain, _ = preserved(TransformKv(kind="wush", block=8), raised("llama-tiny"))
+    names = [n for n in program.weights if n.startswith("transforms.")]
+    assert names and all(not torch.allclose(program.weights[n], plain.weights[n], rtol=1e-2) for n in names)
+
+
 def test_every_key_value_head_has_its_own_matrix(raised, preserved):
     program, _ = preserved(TransformKv(kind="wush", block=8), raised("llama-tiny"))
     matrix = program.weights["transforms.model.layers.0.self_attn.k"]
