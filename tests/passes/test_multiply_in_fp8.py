@@ -7,6 +7,7 @@ import torch
 
 from mxfx.config import EmitConfig
 from mxfx.formats import parse
+from mxfx.formats.stored import store
 from mxfx.graph.program import Program
 from mxfx.graph.text import parse as read
 from mxfx.graph.text import to_text
@@ -113,3 +114,22 @@ def test_the_emit_stage_for_a_gpu_ends_with_it() -> None:
     assert sum(1 for n in program.graph.nodes if n.target in ends) == 8
     expected = emitted(quantized.twin(torch.bfloat16), "cpu", EmitConfig(device="cuda"))
     assert torch.equal(logits(program), logits(expected))
+
+
+def test_a_sum_its_norm_and_its_linears_state_their_shapes_and_compile_as_one_node() -> None:
+    fmt = parse("mxint4@32")
+    codes, scales = store(fmt.fake_quantize(torch.randn(48, 64)), fmt)  # type: ignore[misc]
+    gain, rest = torch.rand(64).bfloat16(), (None, "mxint4@32", 1e-5)
+
+    def step(x: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return packed.ADD_NORM_LINEAR([codes], [scales], [], branch, "mxint4@32", x, gain, *rest)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="eager")
+    for length in (3, 5):
+        x, branch = (torch.randn(2, length, 64).bfloat16() for _ in range(2))
+        given = ([codes], [scales], [], branch, "mxint4@32", x, gain, *rest)
+        torch.library.opcheck(packed.ADD_NORM_LINEAR, given, test_utils=("test_schema", "test_faketensor"))
+        total, y = step(x, branch)
+        assert torch.equal(total, x + branch) and y.shape == (2, length, 48)
+        assert torch.equal(y, packed.NORM_LINEAR([codes], [scales], [], None, "mxint4@32", total, gain, *rest))
+        assert all(torch.equal(one, other) for one, other in zip(compiled(x, branch), (total, y), strict=True))
