@@ -141,13 +141,19 @@ def _some_rows_kernel(
     column = tl.arange(0, WIDTH)
     line = channel.to(tl.int64) * per_row
     total = tl.zeros((SPLITS, CHANNELS, ROWS), tl.float32)
+    # Bytes are not fetched ahead by themselves: each turn loads the scales of the next.
+    there = (split * BLOCKS)[:, None, None] + block[None, None, :]
+    mask = (there < per_row) & real[None, :, None]
+    ahead = tl.load(scales_ptr + (there + line[None, :, None]), mask=mask, other=0)
     for turn in tl.range(0, tl.cdiv(width, SPLITS * WIDTH), num_stages=STAGES):
         first = turn * (SPLITS * BLOCKS) + split * BLOCKS
         there = first[:, None, None] + block[None, None, :]
         mask = (there < per_row) & real[None, :, None]
-        there = there + line[None, :, None]
-        scale = power(tl.load(scales_ptr + there, mask=mask, other=0).to(tl.int32))[:, :, :, None]
-        at = there[:, :, :, None] * UNITS + unit[None, None, None, :]
+        scale = power(ahead.to(tl.int32))[:, :, :, None]
+        after = there + SPLITS * BLOCKS
+        left = (after < per_row) & real[None, :, None]
+        ahead = tl.load(scales_ptr + (after + line[None, :, None]), mask=left, other=0)
+        at = (there + line[None, :, None])[:, :, :, None] * UNITS + unit[None, None, None, :]
         code = tl.load(codes_ptr + at, mask=mask[:, :, :, None], other=0)
         across = (first * BLOCK)[:, None, None] + column[None, None, :]
         inside = (row < rows)[None, :, None] & (across < width)
