@@ -16,6 +16,8 @@ if not IN_INTERPRETER:
         passes_in_interpreter(__file__)
 
 else:
+    import itertools
+
     import torch
     import torch.nn.functional as F
     import triton
@@ -33,6 +35,7 @@ else:
     from mxfx.ops.kernels.packed_triton import expand, expand_to_e4m3, multiply_rows
     from mxfx.ops.kernels.skinny_triton import multiply_some_rows
 
+    HALVES = (torch.bfloat16, torch.float16)
     #: Rows, both operands' format, width, and whether more is added: words of scales and single ones, rows of a tile
     #: and more.
     PRODUCTS = (
@@ -64,8 +67,14 @@ else:
         equal = (got == wanted) & (got.signbit() == wanted.signbit())
         return got.shape == wanted.shape and bool((equal | (got.isnan() & wanted.isnan())).all())
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("text", FORMATS + ODD)
+    # Every format is decoded in float32, which the last step alone rounds: to each dtype from integers and from floats.
+    @pytest.mark.parametrize(
+        ("text", "dtype"),
+        [
+            *((text, torch.float32) for text in FORMATS + ODD),
+            *itertools.product(("mxint4@32", "mxint7@16", "mxfp4_e2m1@32", "mxfp8_e5m2@32"), HALVES),
+        ],
+    )
     def test_expanding_gives_the_bits_of_the_weight(text, dtype):
         codes, scales, weight = _packed(text, 6, 320)
         scales[2, 1] = 255
@@ -121,8 +130,15 @@ else:
         assert inexact.item() == 7
         assert torch.equal(payload, fp8.to_rows(x)[0])
 
-    @pytest.mark.parametrize("text", FORMATS)
-    @pytest.mark.parametrize(("rows", "dtype"), [(1, torch.float16), (2, torch.bfloat16), (2, torch.float32)])
+    # Formats and what reads them meet in float32 sums: each of either is here with two of the other.
+    @pytest.mark.parametrize(
+        ("text", "rows", "dtype"),
+        [
+            *((text, 2, torch.float32) for text in FORMATS),
+            *((text, 1, torch.float16) for text in ("mxint4@32", "mxfp8_e4m3@64")),
+            *((text, 2, torch.bfloat16) for text in ("mxint4@16", "mxfp4_e2m1@32")),
+        ],
+    )
     def test_few_rows_meet_the_packed_codes(text, rows, dtype):
         fmt, width, channels = parse(text), 128, 3
         codes, scales, weight = _packed(text, channels, width)
@@ -140,8 +156,10 @@ else:
         assert not wide[:, :2].any() and not wide[:, channels + 2 :].any()
 
     # The interpreter multiplies tiles of bfloat16 as integers: `tools/bench/packed_gemm.py` has them on a device.
-    @pytest.mark.parametrize("text", FORMATS)
-    @pytest.mark.parametrize(("rows", "width", "channels"), [(3, 576, 40), (16, 128, 33)])
+    @pytest.mark.parametrize(
+        ("text", "rows", "width", "channels"),
+        [*((text, 16, 128, 33) for text in FORMATS), ("mxint4@32", 3, 576, 40), ("mxfp8_e4m3@64", 3, 576, 40)],
+    )
     def test_some_rows_meet_codes_that_are_decoded_as_they_arrive(text, rows, width, channels):
         fmt, dtype = parse(text), torch.float16
         codes, scales, weight = _packed(text, channels, width)
@@ -268,10 +286,11 @@ else:
         packed_cuda.integers("fake_quantize", tiny, "mxint4@32", -1)
         assert int(packed.inexact_rows(x.device)) == before + 1
 
-    # Two rows each: 2 and 6 meet codes as integers, 66 and, in blocks of 16, 14 as E4M3.
-    @pytest.mark.parametrize("residual", [False, True])
+    # Two rows each: 2 and 6 meet codes as integers, 66 and, in blocks of 16, 14 as E4M3. Each way with a residual and
+    # without; tiles of integers without one are below.
     @pytest.mark.parametrize(
-        ("dtype", "rows"), [(torch.float32, 1), (torch.float16, 3), (torch.float32, 7), (torch.float16, 33)]
+        ("dtype", "rows", "residual"),
+        [(torch.float32, 1, False), (torch.float16, 3, True), (torch.float32, 7, True), (torch.float16, 33, False)],
     )
     def test_a_quantizer_and_its_linears_are_one_op(dtype, rows, residual):
         for name, args in _calls(dtype, rows):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mxfx.graph.execute import executable, execute
+from mxfx.graph.execute import CastCache, executable, execute
 from mxfx.graph.node import op_name, path_of
 from mxfx.graph.program import Program
 from mxfx.graph.replay import bits
@@ -29,6 +29,8 @@ MASTER_TOLERANCE = 1e-4
 _ONE_CODE = 1e-4
 #: Tokens of each row that float64 twins read: they show whether two functions are one, not how a model does.
 _TWIN_TOKENS = 16
+#: Bytes of float64 weights that twins share: what a pass left alone is cast once for both.
+_CASTS = 1 << 30
 #: What is left of a block in which everything cancels, as a part of the tensor's largest number.
 _NOTHING = 1e-6
 
@@ -133,13 +135,14 @@ def check_close(step: Step, tol: float, *, repeat: bool = True) -> dict[str, obj
     assert step.after is not None
     if "lowered" in step.before.facts:
         return {"unchecked": "the program is lowered: its dtypes are fixed, so it has no float64 twin"}
-    before = step.before.twin(torch.float64)
     if repeat:
+        before = step.before.twin(torch.float64)
         after = apply(step.pass_, before, step.run.ctx, limit=step.limit).program
     else:
-        after, tol = step.after.twin(torch.float64), max(tol, MASTER_TOLERANCE)
+        before, after, tol = _wide(step.before), _wide(step.after), max(tol, MASTER_TOLERANCE)
     ids = step.run.probe.tokens(step.before)[:, :_TWIN_TOKENS]
-    expected, actual = (execute(p, ids, quantize=False) for p in (before, after))
+    casts = CastCache(_CASTS)
+    expected, actual = (execute(p, ids, quantize=False, casts=casts) for p in (before, after))
     error = relative_error(actual, expected)
     if not error <= tol:
         raise _broken(
@@ -153,6 +156,13 @@ def check_close(step: Step, tol: float, *, repeat: bool = True) -> dict[str, obj
         "tolerance": tol,
         "on": "float64 twin" if repeat else "float32 masters (data-aware pass)",
     }
+
+
+def _wide(program: Program) -> Program:
+    """The program's float64 twin, whose weights are brought to float64 when they are read."""
+    wide = program.copy()
+    wide.dtype = torch.float64
+    return wide
 
 
 def check_local(step: Step, tol: float) -> dict[str, object]:
