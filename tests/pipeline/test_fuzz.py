@@ -184,8 +184,9 @@ def _shortly(error: Exception) -> str:
 @pytest.mark.parametrize(
     "seeds",
     [
-        pytest.param(range(25), id="25"),
-        *(pytest.param(range(a, a + 25), id=f"{a}-{a + 24}", marks=pytest.mark.thorough) for a in range(25, 2000, 25)),
+        # Each family twice, in the order of FAMILIES.
+        pytest.param(range(20), id="20"),
+        *(pytest.param(range(a, a + 25), id=f"{a}-{a + 24}", marks=pytest.mark.thorough) for a in range(20, 2000, 25)),
     ],
 )
 def test_random_pipelines_over_ten_families_are_refused_or_give_the_same_bits_again(
