@@ -287,10 +287,14 @@ else:
         assert int(packed.inexact_rows(x.device)) == before + 1
 
     # Two rows each: 2 and 6 meet codes as integers, 66 and, in blocks of 16, 14 as E4M3. Each way with a residual and
-    # without; tiles of integers without one are below.
+    # without.
     @pytest.mark.parametrize(
         ("dtype", "rows", "residual"),
-        [(torch.float32, 1, False), (torch.float16, 3, True), (torch.float32, 7, True), (torch.float16, 33, False)],
+        [
+            *((torch.float32, 1, False), (torch.float16, 3, True)),
+            *itertools.product((torch.float32,), (7,), (False, True)),
+            *itertools.product((torch.float16,), (33,), (False, True)),
+        ],
     )
     def test_a_quantizer_and_its_linears_are_one_op(dtype, rows, residual):
         for name, args in _calls(dtype, rows):
