@@ -1,21 +1,27 @@
-"""What transformers' server leaves open of OpenAI's protocol: the list of models, and requests of the wrong types."""
+"""What transformers' server leaves open of OpenAI's protocol: the list of models, requests that cannot be answered, and
+where a model's context ends.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from mxfx.ground.errors import reason_of
+
 
 @contextmanager
 def completed(folder: Path) -> Iterator[None]:
-    """A server that is made inside names the model that it serves, and refuses what no field of a request can be.
+    """A server that is made inside names the model that it serves, refuses what no field of a request can be, and ends
+    an answer where the model's context is full.
 
     transformers lists what lies in the hub's cache, and fails where there is none; a value of a wrong type is an error
-    of the server there (500, without a word).
+    of the server there (500, without a word), and so is all that a model or its template refuses; an answer runs past
+    the last position that the model knows.
     """
     from transformers.cli.serving import model_manager, server
 
@@ -24,6 +30,11 @@ def completed(folder: Path) -> Iterator[None]:
         def get_gen_models(cache_dir: str | None = None) -> list[dict]:
             made = int((folder / "config.json").stat().st_mtime)
             return [{"id": str(folder), "object": "model", "created": made, "owned_by": "mxfx"}]
+
+        def _load_model(self, *args: Any, **options: Any) -> Any:
+            model = super()._load_model(*args, **options)
+            model.generate = _in_context(model.generate, getattr(model.config, "max_position_embeddings", None))
+            return model
 
     theirs = model_manager.ModelManager, server.build_server
 
@@ -55,6 +66,7 @@ def wrong_field(path: str, body: object) -> tuple[str, str] | None:
 def _checking(app: Any) -> Any:
     from fastapi import Request
     from fastapi.responses import JSONResponse
+    from jinja2 import TemplateError
 
     async def check(request: Request, call_next: Any) -> Any:
         if request.method == "POST" and _fields(request.url.path):
@@ -63,12 +75,35 @@ def _checking(app: Any) -> Any:
             except ValueError as error:
                 wrong = "body", f"is not JSON: {error}"
             if wrong is not None:
-                said = {"message": f"{wrong[0]}: {wrong[1]}", "type": "invalid_request_error", "param": wrong[0]}
-                return JSONResponse({"error": said | {"code": None}}, status_code=400)
-        return await call_next(request)
+                return refused(f"{wrong[0]}: {wrong[1]}", wrong[0])
+        try:
+            return await call_next(request)
+        except (ValueError, TemplateError) as error:
+            return refused(reason_of(error))
+
+    def refused(message: str, field: str | None = None) -> JSONResponse:
+        said = {"message": message, "type": "invalid_request_error", "param": field, "code": None}
+        return JSONResponse({"error": said}, status_code=400)
 
     app.middleware("http")(check)
     return app
+
+
+def _in_context(generate: Callable[..., Any], longest: int | None) -> Callable[..., Any]:
+    """``generate`` for prompts that have tokens, and no more of them than leave room for an answer, which ends there."""
+
+    def within(*, input_ids: Any, generation_config: Any, **options: Any) -> Any:
+        given = input_ids.shape[-1]
+        if given == 0:
+            raise ValueError("the prompt has no tokens; give some text")
+        if longest is not None and given >= longest:
+            raise ValueError(f"the prompt has {given:,} tokens, the model reads at most {longest:,}")
+        if longest is not None:
+            # The server compares the answer with this number to say that it was cut.
+            generation_config.max_new_tokens = min(generation_config.max_new_tokens or longest, longest - given)
+        return generate(input_ids=input_ids, generation_config=generation_config, **options)
+
+    return within
 
 
 @cache

@@ -168,6 +168,9 @@ def test_the_model_that_is_served_is_listed(server: Server) -> None:
         {"prompt": "w1", "no_such_option": 1},
         {"prompt": "w1", "max_tokens": "many"},
         {"prompt": "w1", "stream": "perhaps"},
+        {"prompt": "w1", "max_tokens": -8},
+        {"prompt": ""},
+        {"prompt": "w5 " * 300},
     ],
 )
 def test_a_bad_request_is_an_error_of_the_protocol(server: Server, body: dict) -> None:
@@ -176,3 +179,22 @@ def test_a_bad_request_is_an_error_of_the_protocol(server: Server, body: dict) -
     assert 400 <= caught.value.status_code < 500
     assert caught.value.body
     assert server.stream(server.client(), "w5 w6")
+
+
+def test_what_a_chat_needs_is_said_where_the_tokenizer_lacks_it(server: Server) -> None:
+    with pytest.raises(APIStatusError, match="chat_template is not set") as caught:
+        server.client().chat.completions.create(model=server.model, messages=[{"role": "user", "content": "w1"}])
+    assert caught.value.status_code == 400
+
+
+@pytest.mark.parametrize("asked", [10_000, None])
+def test_an_answer_ends_where_the_model_s_context_does(server: Server, asked: int | None) -> None:
+    """256 positions: transformers' server goes on behind them, where no position was ever trained."""
+    options = {} if asked is None else {"max_tokens": asked}
+    for i in range(5, 12):
+        found = server.client().completions.create(model=server.model, prompt=f"w{i} " * 250, **options)
+        assert found.usage is not None and found.usage.total_tokens <= 256
+        if found.choices[0].finish_reason == "length":
+            assert found.usage.total_tokens == 256
+            return
+    raise AssertionError("every answer ended before the context was full")
