@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mxfx.config import loads
-from mxfx.driver.pretrained import ModelError, load_tokenizer
+from mxfx.driver.pretrained import ModelError, load_checked, load_tokenizer
 from mxfx.export.folder import save_folder
 from mxfx.export.nvfp4 import find_nvfp4
 from mxfx.formats import E4M3
@@ -34,17 +34,18 @@ def import_checkpoint(folder: Path, out: Path) -> Iterator[str]:
     """Read with transformers and compressed-tensors, annotate, write to ``out``; yields what was found, line by line.
 
     Weights keep their values bit for bit; activations are rounded as the checkpoint's configuration asks, by this
-    project's rule for scales. Raises ``ModelError`` for another kind of checkpoint, or another format.
+    project's rule for scales. Raises ``ModelError`` for another kind of checkpoint or another format, for one that lacks
+    weights, and for a folder that is not new.
     """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ModelError(f"{out} exists already and is not empty; give a new folder with --out")
     groups = _groups(folder)
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+    from transformers import CompressedTensorsConfig
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
-        ).eval()
-    except Exception as error:
-        raise ModelError(f"transformers cannot read the checkpoint {folder}: {reason_of(error)}") from error
+    loaded = load_checked(folder, "float32", quantization_config=CompressedTensorsConfig(dequantize=True))
+    if loaded.warnings:
+        raise ModelError(f"{loaded.warnings[0]}; expected a whole checkpoint")
+    model = loaded.model
     model.config.quantization_config = None
     program = trace(model, name=str(folder))
     rules, lines = _rules(program, groups)
@@ -83,6 +84,11 @@ def _groups(folder: Path) -> Mapping[str, Any]:
     if found.get("quant_method") != "compressed-tensors":
         raise ModelError(
             f"{folder} is no compressed-tensors checkpoint: its quant_method is {found.get('quant_method')}"
+        )
+    if found.get("kv_cache_scheme") is not None:
+        raise ModelError(
+            f"{folder / 'config.json'}: kv_cache_scheme asks for a quantized cache, which no format here stands for; "
+            "expected null: the model would be measured without"
         )
     return found
 

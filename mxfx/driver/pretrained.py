@@ -41,9 +41,15 @@ def load_model(
 
 
 def load_checked(
-    name: str | Path, dtype: str = "bfloat16", *, revision: str | None = None, trust_remote_code: bool = False
+    name: str | Path,
+    dtype: str = "bfloat16",
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
 ) -> Loaded:
-    """As ``load_model``, the warnings kept. ``trust_remote_code`` comes from the command line only.
+    """As ``load_model``, the warnings kept. ``trust_remote_code`` comes from the command line only; ``options`` go to
+    ``from_pretrained``.
 
     Raises ``ModelError``, also for a checkpoint whose weights have other shapes than its configuration says.
     """
@@ -58,6 +64,7 @@ def load_checked(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **options,
         )
     except Exception as error:
         # transformers, the hub client and safetensors each raise their own kinds.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import mxfx
@@ -193,6 +194,25 @@ def test_other_checkpoints_are_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is no compressed-tensors checkpoint"):
         list(import_checkpoint(source, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_would_be_measured_as_another_is_refused(folder: Path, source: Path, tmp_path: Path) -> None:
+    """One that lacks a norm, whose gain would be ones; one whose cache is quantized; and nothing is written over."""
+    packed, out = tmp_path / "packed", tmp_path / "out"
+    export(load(folder), packed, "compressed-tensors", tokenizer=load_tokenizer(source))
+    config, weights = packed / "config.json", packed / "model.safetensors"
+    whole, tensors = json.loads(config.read_text()), load_file(weights)
+    asks = {**whole["quantization_config"], "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+    config.write_text(json.dumps({**whole, "quantization_config": asks}))
+    with pytest.raises(ModelError, match="kv_cache_scheme asks for a quantized cache"):
+        list(import_checkpoint(packed, out))
+    config.write_text(json.dumps(whole))
+    save_file({name: t for name, t in tensors.items() if name != "model.norm.weight"}, weights, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 weights.*model\.norm\.weight"):
+        list(import_checkpoint(packed, out))
+    assert not out.exists()
+    with pytest.raises(ModelError, match="exists already and is not empty"):
+        list(import_checkpoint(packed, folder))
 
 
 def test_the_openai_client_streams_from_the_server(folder: Path) -> None:
