@@ -34,8 +34,8 @@ def import_checkpoint(folder: Path, out: Path) -> Iterator[str]:
     """Read with transformers and compressed-tensors, annotate, write to ``out``; yields what was found, line by line.
 
     Weights keep their values bit for bit; activations are rounded as the checkpoint's configuration asks, by this
-    project's rule for scales. Raises ``ModelError`` for another kind of checkpoint or another format, for one that lacks
-    weights, and for a folder that is not new.
+    project's rule for scales. Raises ``ModelError`` for another kind of checkpoint or another format, one that lacks
+    weights, and a folder that is not new.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out} exists already and is not empty; give a new folder with --out")

@@ -90,7 +90,7 @@ def _checking(app: Any) -> Any:
 
 
 def _in_context(generate: Callable[..., Any], longest: int | None) -> Callable[..., Any]:
-    """``generate`` for prompts that have tokens, and no more of them than leave room for an answer, which ends there."""
+    """``generate`` for prompts with tokens, and not so many that no answer has room; where the room ends, it ends."""
 
     def within(*, input_ids: Any, generation_config: Any, **options: Any) -> Any:
         given = input_ids.shape[-1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -351,7 +352,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         # In the file's mapping, which outlives a file that is replaced whole, as `save` does.
         return load_file(path)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ArtefactError(f"{path}: is no safetensors file ({error})") from error
+        # safetensors calls a file that may not be read one that is not there.
+        why = (
+            "may not be read" if path.exists() and not os.access(path, os.R_OK) else f"is no safetensors file ({error})"
+        )
+        raise ArtefactError(f"{path}: {why}") from error
 
 
 def _hash(data: bytes) -> str:

@@ -10,11 +10,14 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
+from safetensors import SafetensorError
+
 from mxfx.export.bake import baked
 from mxfx.export.errors import ExportError
 from mxfx.export.plain import plain
 from mxfx.export.unpack import unpacked
 from mxfx.graph.program import Program
+from mxfx.ground.errors import reason_of
 from mxfx.ground.nearest import did_you_mean
 
 
@@ -69,7 +72,8 @@ def export(program: Program, folder: Path | str, to: str, *, bake: bool = False,
     ``bake`` multiplies transforms at run time into weights, which then lie on no grid (bfloat16 only). The folder is
     there whole or not at all.
 
-    Raises ``ExportError`` for an unknown target, for what it cannot express, and for a file that reads back otherwise.
+    Raises ``ExportError`` for an unknown target, what it cannot express, a folder that cannot be written, and a file
+    that reads back otherwise.
     """
     target = _find(to)
     folder = Path(folder)
@@ -88,13 +92,16 @@ def export(program: Program, folder: Path | str, to: str, *, bake: bool = False,
         raise ExportError(f"{to} cannot hold this model: {reason}")
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         notes = target.write(given, partial, tokenizer)
         checks = target.prove(given, partial)
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
+    except (OSError, SafetensorError) as error:
+        # A library below says neither where nor what to do.
+        raise ExportError(f"{folder} cannot be written: {reason_of(error)}; free space or give another") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Written(folder, to, checks, notes)

@@ -323,6 +323,18 @@ def test_a_full_disk_leaves_no_artefact(saved: Path, monkeypatch: pytest.MonkeyP
         load(saved)
 
 
+def test_a_file_that_may_not_be_read_is_called_so(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors says that there is no such file."""
+
+    def hidden(path: Path) -> None:
+        raise FileNotFoundError(f"No such file or directory: {path}")
+
+    monkeypatch.setattr("mxfx.export.artefact.load_file", hidden)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ArtefactError, match=r"weights\.safetensors: may not be read"):
+        load(saved)
+
+
 def test_the_artefact_can_be_moved(saved: Path, tmp_path: Path) -> None:
     shutil.move(saved, tmp_path / "elsewhere")
     assert torch.equal(_logits(load(tmp_path / "elsewhere")), _logits(_program()))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from mxfx.config import loads
@@ -68,6 +68,24 @@ def _weight(program: Program, name: str) -> torch.Tensor:
 
 
 _PROJ = "model.layers.1.mlp.down_proj"
+
+
+def test_a_full_disk_is_an_error_that_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors and gguf raise their own kinds, without a path."""
+    program = (
+        PassManager().run(trace(_model("llama-tiny")), loads(_ROUNDED.format(weight="mxint4@32", more=""))).program
+    )
+    for error in (SafetensorError("I/O error: No space left on device"), OSError(28, "No space left on device")):
+
+        def full(*args: object, error: Exception = error, **options: object) -> None:
+            raise error
+
+        monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+        with pytest.raises(
+            ExportError, match=r"new cannot be written: .*No space left on device.*; free space"
+        ) as caught:
+            export(program, tmp_path / "new", "hf")
+        assert caught.value.exit_code == 2 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
