@@ -183,14 +183,17 @@ def _multiply(
             mbarrier.wait(full.index(stage), phase)
             x = x_tiles.index(stage * GROUPS + G)
             weight = weight_tiles.index(stage)
+            free = (zero,) * AHEAD
             sums = ()
             for turn in gl.static_range(TURNS + AHEAD - 1):
                 if turn < TURNS:
-                    sums = sums + (_start(x, weight, zero, turn, PIECES, ACROSS, WIDE),)
+                    sums = sums + (_start(x, weight, free[0], turn, PIECES, ACROSS, WIDE),)
+                    free = free[1:]
                 if turn >= AHEAD - 1:
                     done = warpgroup_mma_wait(AHEAD - 1 if turn < TURNS else 0, [sums[0]])
                     sums = sums[1:]
                     total = _added(total, done, (turn - AHEAD + 1) % PIECES)
+                    free = free + (done,)
             mbarrier.arrive(empty.index(stage), count=1)
             stage += 1
             if stage == STAGES:
