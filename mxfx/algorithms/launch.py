@@ -8,7 +8,7 @@ Importable only where `triton` is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -42,6 +42,7 @@ class Launch:
         constants: compile-time arguments by name. Of `STAGES`, operands on their way at a time, a device whose programs
             have too little shared memory gets fewer.
         tasks: what all programs have to do together; turns is its share of one of them. 0: no such argument.
+        read_by_tiles: of the first tensors, what makes the descriptor that the kernel takes instead of a pointer.
         options: of the compiler (`num_warps`, `enable_fp_fusion`).
 
     A call raises triton's `OutOfResources` where even one stage needs more than a program may have.
@@ -54,6 +55,7 @@ class Launch:
         scalars: tuple,
         constants: dict[str, object],
         tasks: int = 0,
+        read_by_tiles: Sequence[Callable[[Tensor], object]] = (),
         **options: object,
     ) -> None:
         self._kernel = kernel
@@ -61,6 +63,7 @@ class Launch:
         self._scalars = scalars
         self._constants = constants
         self._tasks = tasks
+        self._read_by_tiles = read_by_tiles
         self._options = options
         self._compiles = isinstance(kernel, triton.JITFunction)  # else it is the interpreter's
         self._runners: dict[tuple, Callable] = {}
@@ -80,7 +83,11 @@ class Launch:
         if runner is None:
             runner = self._runners[kinds] = self._prepare(tensors)
         # Of a tensor the launcher would ask the driver whether its memory is the device's.
-        runner(*(pointers if self._compiles else tensors))
+        runner(*self._described(tensors, pointers if self._compiles else tensors))
+
+    def _described(self, tensors: tuple[Tensor, ...], given: Sequence[object]) -> Sequence[object]:
+        made = [describe(tensor) for describe, tensor in zip(self._read_by_tiles, tensors, strict=False)]
+        return [*made, *given[len(made) :]] if made else given
 
     def _prepare(self, tensors: tuple[Tensor, ...]) -> Callable[..., None]:
         if not self._compiles:
@@ -89,8 +96,10 @@ class Launch:
             given = {**self._constants, **self._options}
             return lambda *tensors: interpreted(*tensors, *self._with_turns(programs), **given)
 
+        given = self._described(tensors, tensors)
+
         def compiles(constants: dict[str, object]) -> CompiledKernel:
-            return self._kernel.warmup(*tensors, *self._with_turns(1), grid=(1,), **constants, **self._options)
+            return self._kernel.warmup(*given, *self._with_turns(1), grid=(1,), **constants, **self._options)
 
         properties = torch.cuda.get_device_properties(tensors[0].device)
         limit = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # its stub lacks it

@@ -1,8 +1,10 @@
-"""Rows of E4M3 times rows of E4M3 on Hopper, whose tensor cores never wait for the sums in float32 between them.
+"""Rows of E4M3 times rows of E4M3 on Hopper, whose sums lose nothing that float32 holds.
 
-What is computed, and why, is `e4m3_triton`'s: an instruction sums 32 products of one exponent exactly, and float32 adds
-up what instructions give. Triton waits for an instruction before it adds; here one warp brings operands by TMA, and
-two or three warp groups multiply, each a few instructions ahead of its additions.
+Hopper's tensor cores align the products of an FP8 instruction, and what was summed before, to the largest of them, and
+keep some 14 bits: rows whose blocks span more octaves than that leaves lose their least bits. The products of one
+block have one exponent, so an instruction, which sums 32, is exact; here the ordinary cores add what instructions give
+in float32. For that a warp brings operands by TMA, and up to three groups of warps multiply: while one adds, another's
+instruction runs. Triton alone lets tensor cores wait for sums, and is no faster than a product in bfloat16.
 
 Importable only where `triton` has Gluon.
 """
@@ -10,6 +12,7 @@ Importable only where `triton` has Gluon.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -25,35 +28,43 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mxfx.algorithms.launch import KEPT_SHAPES, Launch
+
+#: Terms of one instruction of the tensor cores, which sums them without a loss if they have one exponent.
+EXACT = 32
+#: Rows of one instruction, and terms of a tile in shared memory.
+HIGH, TERMS = 64, 128
+SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+
 
 @dataclass(frozen=True)
 class Tiling:
     """What a program multiplies at a time.
 
-    groups: warp groups that multiply. high, across: instructions by which each covers its part of the tile. wide:
-    channels of an instruction, which takes 64 rows. ahead: instructions on their way (1 or 2). stages: operands of 128
-    terms in shared memory. group: row tiles that share a weight's tiles.
+    groups: of four warps, one to three; each multiplies `high` times 64 rows of the tile. across, wide: instructions,
+    and channels of each, that cover its channels. ahead: instructions of a group on their way, 1 or 2. stages: operands
+    of 128 terms in shared memory. order: tiles of rows that share a weight's.
     """
 
-    groups: int = 2
-    high: int = 2
-    across: int = 2
-    wide: int = 64
-    ahead: int = 2
-    stages: int = 4
-    group: int = 8
+    groups: int = 3
+    high: int = 1
+    across: int = 1
+    wide: int = 128
+    ahead: int = 1
+    stages: int = 5
+    order: int = 8
 
     @property
     def rows(self) -> int:
-        return self.groups * self.high * 64
+        return self.groups * self.high * HIGH
 
     @property
     def channels(self) -> int:
         return self.across * self.wide
 
-
-TERMS = 128
-SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+    @property
+    def pieces(self) -> int:
+        return self.high * self.across
 
 
 def multiply_rows_of_e4m3(
@@ -66,113 +77,103 @@ def multiply_rows_of_e4m3(
     out: Tensor,
     tiling: Tiling | None = None,
 ) -> None:
-    """`e4m3_triton.multiply_rows_of_e4m3`."""
-    tiling = tiling or Tiling()
+    """Write `residual + linear(x, weight, bias)` to `out` (m, n).
+
+    x (m, k) and weight (n, k), both contiguous, are E4M3, k a multiple of 16; row_scales (m,) and channel_scales (n,)
+    powers of two, float32. The product with its bias (n,) is rounded to `out`'s dtype, and again with the residual
+    (m, n), contiguous, of that dtype.
+    """
     (rows, terms), channels = x.shape, weight.shape[0]
+    launch = _launch(rows, terms, channels, x.device, bias is not None, residual is not None, tiling or Tiling())
+    launch(
+        x, weight, row_scales, channel_scales, out if bias is None else bias, out if residual is None else residual, out
+    )
+
+
+@lru_cache(maxsize=KEPT_SHAPES)
+def _launch(
+    rows: int, terms: int, channels: int, device: torch.device, bias: bool, residual: bool, tiling: Tiling
+) -> Launch:
     tiles = triton.cdiv(rows, tiling.rows) * triton.cdiv(channels, tiling.channels)
-    programs = min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count)
-    x_desc = TensorDescriptor.from_tensor(x, [tiling.high * 64, TERMS], SHARED)
-    weight_desc = TensorDescriptor.from_tensor(weight, [tiling.channels, TERMS], SHARED)
-    _kernel[(programs,)](
-        x_desc,
-        weight_desc,
-        row_scales,
-        channel_scales,
-        out if bias is None else bias,
-        out if residual is None else residual,
-        out,
-        rows,
-        channels,
-        terms,
-        **constants(tiling, bias is not None, residual is not None),
+    blocks = (tiling.high * HIGH, tiling.channels)
+    return Launch(
+        _kernel,
+        lambda at_a_time: min(tiles, at_a_time),
+        (rows, channels, terms),
+        {"TILING": tiling, "BIAS": bias, "RESIDUAL": residual},
+        read_by_tiles=[lambda t, b=b: TensorDescriptor.from_tensor(t, [b, TERMS], SHARED) for b in blocks],
         num_warps=4,
     )
 
 
-def constants(tiling: Tiling, bias: bool, residual: bool) -> dict[str, object]:
-    return {
-        "HIGH": tiling.high,
-        "ACROSS": tiling.across,
-        "WIDE": tiling.wide,
-        "AHEAD": tiling.ahead,
-        "GROUPS": tiling.groups,
-        "STAGES": tiling.stages,
-        "GROUP": tiling.group,
-        "BIAS": bias,
-        "RESIDUAL": residual,
-    }
-
-
 @gluon.jit
-def _place(tile, rows, channels, ROWS: gl.constexpr, CHANNELS: gl.constexpr, GROUP: gl.constexpr):
-    """First row and channel of a tile; `GROUP` tiles of rows go through all channels together."""
-    each = GROUP * gl.cdiv(channels, CHANNELS)
-    first = tile // each * GROUP
-    size = gl.minimum(gl.cdiv(rows, ROWS) - first, GROUP)
+def _place(tile, rows, channels, TILING: gl.constexpr):
+    """First row and channel of a tile; `order` tiles of rows go through all channels together."""
+    each = TILING.value.order * gl.cdiv(channels, TILING.value.channels)
+    first = tile // each * TILING.value.order
+    size = gl.minimum(gl.cdiv(rows, TILING.value.rows) - first, TILING.value.order)
     place = tile % each
-    return (first + place % size) * ROWS, place // size * CHANNELS
+    return (first + place % size) * TILING.value.rows, place // size * TILING.value.channels
 
 
 @gluon.jit
-def _load(
-    loads, GROUPS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr
-):
-    x_desc, weight_desc, x_tiles, weight_tiles, full, empty, rows, channels, terms, tiles = loads
+def _load(x_desc, weight_desc, tiles_of, sizes, TILING: gl.constexpr):
+    """One warp: operands of one tile after the other, as soon as all groups are done with what lay there."""
+    x_tiles, weight_tiles, full, empty = tiles_of
+    rows, channels, terms, tiles = sizes
     EACH: gl.constexpr = x_desc.block_type.shape[0]
-    CHANNELS: gl.constexpr = weight_desc.block_type.shape[0]
+    GROUPS: gl.constexpr = TILING.value.groups
     TERMS: gl.constexpr = x_desc.block_type.shape[1]
     stage = 0
     phase = 1
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        row, channel = _place(tile, rows, channels, EACH * GROUPS, CHANNELS, GROUP)
+        row, channel = _place(tile, rows, channels, TILING)
         for term in range(0, terms, TERMS):
             mbarrier.wait(empty.index(stage), phase)
-            bar = full.index(stage)
-            mbarrier.expect(bar, (EACH * GROUPS + CHANNELS) * TERMS)
-            tma.async_copy_global_to_shared(weight_desc, [channel, term], bar, weight_tiles.index(stage))
-            for g in gl.static_range(GROUPS):
-                tma.async_copy_global_to_shared(
-                    x_desc, [row + g * EACH, term], bar, x_tiles.index(stage * GROUPS + g)
-                )
+            here = full.index(stage)
+            mbarrier.expect(here, (TILING.value.rows + TILING.value.channels) * TERMS)
+            tma.async_copy_global_to_shared(weight_desc, [channel, term], here, weight_tiles.index(stage))
+            for group in gl.static_range(GROUPS):
+                part = x_tiles.index(stage * GROUPS + group)
+                tma.async_copy_global_to_shared(x_desc, [row + group * EACH, term], here, part)
             stage += 1
-            if stage == STAGES:
+            if stage == TILING.value.stages:
                 stage = 0
                 phase ^= 1
 
 
 @gluon.jit
-def _start(
-    x, weight, into, TURN: gl.constexpr, PIECES: gl.constexpr, ACROSS: gl.constexpr, WIDE: gl.constexpr
-):
-    """An instruction of a turn: pieces of the tile follow each other, then the next 32 terms."""
-    k: gl.constexpr = TURN // PIECES * 32
-    i: gl.constexpr = TURN % PIECES // ACROSS * 64
-    j: gl.constexpr = TURN % ACROSS * WIDE
-    few = x.slice(i, 64, 0).slice(k, 32, 1)
-    few_channels = weight.slice(j, WIDE, 0).slice(k, 32, 1).permute((1, 0))
-    return warpgroup_mma(few, few_channels, into, use_acc=False, is_async=True)
+def _start(x, weight, into, TURN: gl.constexpr, TILING: gl.constexpr):
+    """An instruction: those of all pieces of a tile follow each other, then come the next terms."""
+    k: gl.constexpr = TURN // TILING.value.pieces * 32
+    i: gl.constexpr = TURN % TILING.value.pieces // TILING.value.across * 64
+    j: gl.constexpr = TURN % TILING.value.across * TILING.value.wide
+    x = x.slice(i, 64, 0).slice(k, 32, 1)
+    weight = weight.slice(j, TILING.value.wide, 0).slice(k, 32, 1)
+    return warpgroup_mma(x, weight.permute((1, 0)), into, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def _added(total, part, AT: gl.constexpr):
-    after: gl.constexpr = AT + 1
-    return total[:AT] + (total[AT] + part,) + total[after:]
+    AFTER: gl.constexpr = AT + 1
+    return total[:AT] + (total[AT] + part,) + total[AFTER:]
 
 
 @gluon.jit
 def _multiply(
-    operands,
-    G: gl.constexpr, HIGH: gl.constexpr, ACROSS: gl.constexpr, WIDE: gl.constexpr, AHEAD: gl.constexpr,
-    GROUPS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
+    tensors, tiles_of, sizes,
+    G: gl.constexpr, TILING: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
 ):  # fmt: skip
-    (
-        x_tiles, weight_tiles, full, empty, row_scales_ptr, channel_scales_ptr, bias_ptr, residual_ptr, out_ptr,
-        rows, channels, terms, tiles,
-    ) = operands  # fmt: skip
+    """Group `G` of four warps: its rows of one tile after the other."""
+    row_scales_ptr, channel_scales_ptr, bias_ptr, residual_ptr, out_ptr = tensors
+    x_tiles, weight_tiles, full, empty = tiles_of
+    rows, channels, terms, tiles = sizes
+    WIDE: gl.constexpr = TILING.value.wide
+    AHEAD: gl.constexpr = TILING.value.ahead
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 32])
     LINES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDE, WIDE // 8], [4, 1], [1, 0])
     TERMS: gl.constexpr = x_tiles.shape[2]
-    PIECES: gl.constexpr = HIGH * ACROSS
+    PIECES: gl.constexpr = TILING.value.pieces
     TURNS: gl.constexpr = TERMS // 32 * PIECES
     zero = gl.zeros([64, WIDE], gl.float32, SUMS)
     stage = 0
@@ -181,28 +182,29 @@ def _multiply(
         total = (zero,) * PIECES
         for _ in range(0, terms, TERMS):
             mbarrier.wait(full.index(stage), phase)
-            x = x_tiles.index(stage * GROUPS + G)
+            x = x_tiles.index(stage * TILING.value.groups + G)
             weight = weight_tiles.index(stage)
+            # Sums go where some were read before: so the compiler finds registers for all.
             free = (zero,) * AHEAD
             sums = ()
             for turn in gl.static_range(TURNS + AHEAD - 1):
                 if turn < TURNS:
-                    sums = sums + (_start(x, weight, free[0], turn, PIECES, ACROSS, WIDE),)
+                    sums = sums + (_start(x, weight, free[0], turn, TILING),)
                     free = free[1:]
                 if turn >= AHEAD - 1:
                     done = warpgroup_mma_wait(AHEAD - 1 if turn < TURNS else 0, [sums[0]])
                     sums = sums[1:]
-                    total = _added(total, done, (turn - AHEAD + 1) % PIECES)
                     free = free + (done,)
+                    total = _added(total, done, (turn - AHEAD + 1) % PIECES)
             mbarrier.arrive(empty.index(stage), count=1)
             stage += 1
-            if stage == STAGES:
+            if stage == TILING.value.stages:
                 stage = 0
                 phase ^= 1
-        first, start = _place(tile, rows, channels, HIGH * GROUPS * 64, ACROSS * WIDE, GROUP)
+        first, start = _place(tile, rows, channels, TILING)
         for piece in gl.static_range(PIECES):
-            at_row = first + (G * HIGH + piece // ACROSS) * 64
-            at_channel = start + piece % ACROSS * WIDE
+            at_row = first + (G * TILING.value.high + piece // TILING.value.across) * 64
+            at_channel = start + piece % TILING.value.across * WIDE
             row = at_row + gl.arange(0, 64, gl.SliceLayout(1, SUMS))
             channel = at_channel + gl.arange(0, WIDE, gl.SliceLayout(0, SUMS))
             scale = gl.load(row_scales_ptr + row, mask=row < rows, other=0.0)
@@ -223,32 +225,39 @@ def _multiply(
 @gluon.jit
 def _kernel(
     x_desc, weight_desc, row_scales_ptr, channel_scales_ptr, bias_ptr, residual_ptr, out_ptr, rows, channels, terms,
-    HIGH: gl.constexpr, ACROSS: gl.constexpr, WIDE: gl.constexpr, AHEAD: gl.constexpr,
-    GROUPS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
+    TILING: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
 ):  # fmt: skip
-    CHANNELS: gl.constexpr = ACROSS * WIDE
-    E4M3: gl.constexpr = x_desc.dtype
-    x_tiles = gl.allocate_shared_memory(E4M3, [STAGES * GROUPS, HIGH * 64, x_desc.block_type.shape[1]], x_desc.layout)
-    weight_tiles = gl.allocate_shared_memory(E4M3, [STAGES, CHANNELS, x_desc.block_type.shape[1]], x_desc.layout)
+    STAGES: gl.constexpr = TILING.value.stages
+    GROUPS: gl.constexpr = TILING.value.groups
+    of_x: gl.constexpr = [STAGES * GROUPS, x_desc.block_type.shape[0], x_desc.block_type.shape[1]]
+    of_weight: gl.constexpr = [STAGES, weight_desc.block_type.shape[0], weight_desc.block_type.shape[1]]
+    x_tiles = gl.allocate_shared_memory(x_desc.dtype, of_x, x_desc.layout)
+    weight_tiles = gl.allocate_shared_memory(weight_desc.dtype, of_weight, weight_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=GROUPS)
     fence_async_shared()
-    tiles = gl.cdiv(rows, HIGH * GROUPS * 64) * gl.cdiv(channels, CHANNELS)
-    operands = (
-        x_tiles, weight_tiles, full, empty, row_scales_ptr, channel_scales_ptr, bias_ptr, residual_ptr, out_ptr,
-        rows, channels, terms, tiles,
-    )  # fmt: skip
-    loads = (x_desc, weight_desc, x_tiles, weight_tiles, full, empty, rows, channels, terms, tiles)
-    # Constants in a tuple that has a name would be the kernel's run-time values.
-    if GROUPS == 2:
+    sizes = (rows, channels, terms, gl.cdiv(rows, TILING.value.rows) * gl.cdiv(channels, TILING.value.channels))
+    tensors = (row_scales_ptr, channel_scales_ptr, bias_ptr, residual_ptr, out_ptr)
+    tiles = (x_tiles, weight_tiles, full, empty)
+    # Groups that multiply get all registers that are left.
+    if GROUPS == 1:
         gl.warp_specialize(
             [
-                (_multiply, (operands, 0, HIGH, ACROSS, WIDE, AHEAD, GROUPS, STAGES, GROUP, BIAS, RESIDUAL)),
-                (_multiply, (operands, 1, HIGH, ACROSS, WIDE, AHEAD, GROUPS, STAGES, GROUP, BIAS, RESIDUAL)),
-                (_load, (loads, GROUPS, STAGES, GROUP)),
+                (_multiply, (tensors, tiles, sizes, 0, TILING, BIAS, RESIDUAL)),
+                (_load, (x_desc, weight_desc, tiles, sizes, TILING)),
+            ],
+            [1],
+            [40],
+        )
+    elif GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_multiply, (tensors, tiles, sizes, 0, TILING, BIAS, RESIDUAL)),
+                (_multiply, (tensors, tiles, sizes, 1, TILING, BIAS, RESIDUAL)),
+                (_load, (x_desc, weight_desc, tiles, sizes, TILING)),
             ],
             [4, 1],
             [232, 40],
@@ -256,10 +265,10 @@ def _kernel(
     else:
         gl.warp_specialize(
             [
-                (_multiply, (operands, 0, HIGH, ACROSS, WIDE, AHEAD, GROUPS, STAGES, GROUP, BIAS, RESIDUAL)),
-                (_multiply, (operands, 1, HIGH, ACROSS, WIDE, AHEAD, GROUPS, STAGES, GROUP, BIAS, RESIDUAL)),
-                (_multiply, (operands, 2, HIGH, ACROSS, WIDE, AHEAD, GROUPS, STAGES, GROUP, BIAS, RESIDUAL)),
-                (_load, (loads, GROUPS, STAGES, GROUP)),
+                (_multiply, (tensors, tiles, sizes, 0, TILING, BIAS, RESIDUAL)),
+                (_multiply, (tensors, tiles, sizes, 1, TILING, BIAS, RESIDUAL)),
+                (_multiply, (tensors, tiles, sizes, 2, TILING, BIAS, RESIDUAL)),
+                (_load, (x_desc, weight_desc, tiles, sizes, TILING)),
             ],
             [4, 4, 1],
             [160, 160, 24],
