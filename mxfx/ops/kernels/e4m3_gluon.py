@@ -95,7 +95,7 @@ def _launch(
     rows: int, terms: int, channels: int, device: torch.device, bias: bool, residual: bool, tiling: Tiling
 ) -> Launch:
     tiles = triton.cdiv(rows, tiling.rows) * triton.cdiv(channels, tiling.channels)
-    blocks = (tiling.high * HIGH, tiling.channels)
+    blocks = (tiling.high * HIGH, tiling.wide)
     return Launch(
         _kernel,
         lambda at_a_time: min(tiles, at_a_time),
@@ -122,7 +122,9 @@ def _load(x_desc, weight_desc, tiles_of, sizes, TILING: gl.constexpr):
     x_tiles, weight_tiles, full, empty = tiles_of
     rows, channels, terms, tiles = sizes
     EACH: gl.constexpr = x_desc.block_type.shape[0]
+    WIDE: gl.constexpr = weight_desc.block_type.shape[0]
     GROUPS: gl.constexpr = TILING.value.groups
+    ACROSS: gl.constexpr = TILING.value.across
     TERMS: gl.constexpr = x_desc.block_type.shape[1]
     stage = 0
     phase = 1
@@ -132,7 +134,9 @@ def _load(x_desc, weight_desc, tiles_of, sizes, TILING: gl.constexpr):
             mbarrier.wait(empty.index(stage), phase)
             here = full.index(stage)
             mbarrier.expect(here, (TILING.value.rows + TILING.value.channels) * TERMS)
-            tma.async_copy_global_to_shared(weight_desc, [channel, term], here, weight_tiles.index(stage))
+            for column in gl.static_range(ACROSS):
+                part = weight_tiles.index(stage * ACROSS + column)
+                tma.async_copy_global_to_shared(weight_desc, [channel + column * WIDE, term], here, part)
             for group in gl.static_range(GROUPS):
                 part = x_tiles.index(stage * GROUPS + group)
                 tma.async_copy_global_to_shared(x_desc, [row + group * EACH, term], here, part)
@@ -143,20 +147,25 @@ def _load(x_desc, weight_desc, tiles_of, sizes, TILING: gl.constexpr):
 
 
 @gluon.jit
-def _start(x, weight, into, TURN: gl.constexpr, TILING: gl.constexpr):
+def _start(x, weight_tiles, stage, into, TURN: gl.constexpr, TILING: gl.constexpr):
     """An instruction: those of all pieces of a tile follow each other, then come the next terms."""
     k: gl.constexpr = TURN // TILING.value.pieces * 32
     i: gl.constexpr = TURN % TILING.value.pieces // TILING.value.across * 64
-    j: gl.constexpr = TURN % TILING.value.across * TILING.value.wide
+    j: gl.constexpr = TURN % TILING.value.across
     x = x.slice(i, 64, 0).slice(k, 32, 1)
-    weight = weight.slice(j, TILING.value.wide, 0).slice(k, 32, 1)
+    weight = weight_tiles.index(stage * TILING.value.across + j).slice(k, 32, 1)
     return warpgroup_mma(x, weight.permute((1, 0)), into, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _added(total, part, AT: gl.constexpr):
+def _added(total, part, rows, AT: gl.constexpr):
     AFTER: gl.constexpr = AT + 1
-    return total[:AT] + (total[AT] + part,) + total[AFTER:]
+    here = total[AT]
+    # Always so. The compiler orders what lies between branches: without one it puts additions off until instructions
+    # want more registers than there are.
+    if rows > 0:
+        here += part
+    return total[:AT] + (here,) + total[AFTER:]
 
 
 @gluon.jit
@@ -183,19 +192,18 @@ def _multiply(
         for _ in range(0, terms, TERMS):
             mbarrier.wait(full.index(stage), phase)
             x = x_tiles.index(stage * TILING.value.groups + G)
-            weight = weight_tiles.index(stage)
             # Sums go where some were read before: so the compiler finds registers for all.
             free = (zero,) * AHEAD
             sums = ()
             for turn in gl.static_range(TURNS + AHEAD - 1):
                 if turn < TURNS:
-                    sums = sums + (_start(x, weight, free[0], turn, TILING),)
+                    sums = sums + (_start(x, weight_tiles, stage, free[0], turn, TILING),)
                     free = free[1:]
                 if turn >= AHEAD - 1:
                     done = warpgroup_mma_wait(AHEAD - 1 if turn < TURNS else 0, [sums[0]])
                     sums = sums[1:]
                     free = free + (done,)
-                    total = _added(total, done, (turn - AHEAD + 1) % PIECES)
+                    total = _added(total, done, rows, (turn - AHEAD + 1) % PIECES)
             mbarrier.arrive(empty.index(stage), count=1)
             stage += 1
             if stage == TILING.value.stages:
@@ -230,7 +238,7 @@ def _kernel(
     STAGES: gl.constexpr = TILING.value.stages
     GROUPS: gl.constexpr = TILING.value.groups
     of_x: gl.constexpr = [STAGES * GROUPS, x_desc.block_type.shape[0], x_desc.block_type.shape[1]]
-    of_weight: gl.constexpr = [STAGES, weight_desc.block_type.shape[0], weight_desc.block_type.shape[1]]
+    of_weight: gl.constexpr = [STAGES * TILING.value.across, weight_desc.block_type.shape[0], weight_desc.block_type.shape[1]]
     x_tiles = gl.allocate_shared_memory(x_desc.dtype, of_x, x_desc.layout)
     weight_tiles = gl.allocate_shared_memory(weight_desc.dtype, of_weight, weight_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

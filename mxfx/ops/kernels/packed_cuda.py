@@ -6,7 +6,6 @@ Importable only where `triton` is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,9 +14,10 @@ from torch import Tensor
 
 from mxfx.formats import Format
 from mxfx.ops.experts import expert_linear
-from mxfx.ops.fp8 import E4M3, carries, from_rows
+from mxfx.ops.fp8 import carries
 from mxfx.ops.kernels import limits, takes
 from mxfx.ops.kernels.cuda import if_it_fits, norm_quantize
+from mxfx.ops.kernels.e4m3_product import has_e4m3, multiply_e4m3
 from mxfx.ops.kernels.fp8_triton import align_rows, rows_to_e4m3
 from mxfx.ops.kernels.integer_mma_triton import multiply_integer_tiles
 from mxfx.ops.kernels.integer_triton import multiply_integers
@@ -32,13 +32,11 @@ from mxfx.ops.kernels.limits import (
 from mxfx.ops.kernels.norm_triton import norm_triton
 from mxfx.ops.kernels.norm_triton import row_scales as row_scales_of_norm
 from mxfx.ops.kernels.packed import ROUNDING, inexact_rows
-from mxfx.ops.kernels.packed_triton import expand, expand_to_e4m3, multiply_rows
+from mxfx.ops.kernels.packed_triton import expand, multiply_rows
 from mxfx.ops.kernels.skinny_triton import multiply_some_rows
 from mxfx.ops.kernels.transform_triton import transform_triton
 from mxfx.ops.quantize import _format
 
-#: Ada and Hopper: the first with tensor cores for FP8.
-FP8_CAPABILITY = (8, 9)
 #: Entries of rows of which each program of a norm finds all factors itself; more get them from a kernel before.
 FACTORS_INSIDE = 8192
 
@@ -90,18 +88,12 @@ def mx_embedding(codes: Tensor, scales: Tensor, ids: Tensor, format: str, width:
 
 
 def e4m3_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    if x.dtype not in DTYPES or not takes_e4m3_rows(x.shape[-1]) or x.numel() == 0 or not _has_e4m3(x.device):
+    if x.dtype not in DTYPES or not takes_e4m3_rows(x.shape[-1]) or x.numel() == 0 or not has_e4m3(x.device):
         return NotImplemented
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     payload, row_scales, inexact = _outputs(x)
     rows_to_e4m3(rows, payload.view(rows.shape), row_scales.view(-1), inexact)
     return payload, row_scales
-
-
-@cache
-def _has_e4m3(device: torch.device) -> bool:
-    """Whether a device has E4M3; the interpreter, which runs on a CPU, has."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
 def _outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +113,7 @@ def _folds(x: Tensor, fmt: Format, block: int | None = None) -> bool:
     wide = fmt.block if block is None else block
     powers = all(b is not None and not b & (b - 1) for b in (wide, fmt.block))
     fits = powers and wide is not None and wide >= 16 and x.shape[-1] % wide == 0 and takes_e4m3_rows(x.shape[-1])
-    return fits and x.dtype in DTYPES and x.dim() <= 3 and x.numel() > 0 and _has_e4m3(x.device)
+    return fits and x.dtype in DTYPES and x.dim() <= 3 and x.numel() > 0 and has_e4m3(x.device)
 
 
 def _aligned(x: Tensor, fmt: Format, write: Callable[[tuple[Tensor, Tensor]], Tensor]) -> tuple[Tensor, Tensor]:
@@ -205,7 +197,21 @@ def mx_linear_e4m3(
     format: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    fmt, width = _format(format), payload.shape[-1]
+    return _linear_e4m3((payload, row_scales), codes, scales, biases, None, format, dtype)
+
+
+def _linear_e4m3(
+    e4m3: tuple[Tensor, Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
+    biases: list[Tensor],
+    residual: Tensor | None,
+    format: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`residual + mx_linear_e4m3`."""
+    (payload, row_scales), fmt = e4m3, _format(format)
+    width = payload.shape[-1]
     if dtype not in DTYPES or not takes_packed(fmt, width) or payload.numel() == 0:
         return NotImplemented
     channels = [c.shape[0] for c in codes]
@@ -213,10 +219,12 @@ def mx_linear_e4m3(
     out_shape = (*payload.shape[:-1], sum(channels))
     multiply = _multiplier(fmt, rows.shape[0], dtype)
     if multiply is not None:
-        return _side_by_side(multiply, rows, codes, scales, biases, fmt, dtype, factors).view(out_shape)
+        out = _side_by_side(multiply, rows, codes, scales, biases, fmt, dtype, factors).view(out_shape)
+        return out if residual is None else residual + out
     if not carries(fmt):
         return NotImplemented
-    return _product(rows, factors, codes, scales, biases, fmt, dtype).view(out_shape)
+    rest = None if residual is None else residual.reshape(rows.shape[0], -1).contiguous()
+    return multiply_e4m3(rows, factors, codes, scales, biases, rest, fmt, dtype).view(out_shape)
 
 
 def _multiplying(name: str) -> Callable[..., Tensor]:
@@ -263,6 +271,9 @@ def _multiplying(name: str) -> Callable[..., Tensor]:
             e4m3 = op(*operands) if added is None else norm_quantize_e4m3(*operands, added=added)
             if e4m3 is NotImplemented:
                 return e4m3
+            out = _linear_e4m3(e4m3, codes, scales, biases, residual, weights, x.dtype)
+            if out is not NotImplemented:
+                return out
             out = torch.ops.mxfx_kernels.mx_linear_e4m3(*e4m3, codes, scales, biases, weights, x.dtype)
         return out if residual is None else residual + out
 
@@ -354,35 +365,3 @@ def integers(name: str, *operands: Any, added: tuple[Tensor, Tensor] | None = No
     else:
         transform_triton(x, matrix, signs, fmt, integers=written)
     return codes.view(rows, width), units
-
-
-def _product(
-    rows: Tensor,
-    factors: Tensor,
-    codes: list[Tensor],
-    scales: list[Tensor],
-    biases: list[Tensor],
-    fmt: Format,
-    dtype: torch.dtype,
-) -> Tensor:
-    """One FP8 GEMM for all weights, expanded one below the other; before Ada, one in `dtype`."""
-    width, channels = rows.shape[-1], [c.shape[0] for c in codes]
-    if not _has_e4m3(rows.device):
-        wide = torch.empty((sum(channels), width), dtype=dtype, device=rows.device)
-        for c, s, part in zip(codes, scales, wide.split(channels), strict=True):
-            expand(c, s, fmt, part)
-        return F.linear(from_rows(rows, factors, dtype), wide, torch.cat(biases) if biases else None)
-    weight = torch.empty((sum(channels), width), dtype=torch.uint8, device=rows.device)
-    of_channels = torch.empty(sum(channels), dtype=torch.float32, device=rows.device)
-    for c, s, part, factor in zip(codes, scales, weight.split(channels), of_channels.split(channels), strict=True):
-        expand_to_e4m3(c, s, fmt, part, factor)
-    out = torch._scaled_mm(
-        rows.view(E4M3),
-        weight.view(E4M3).t(),
-        scale_a=factors,
-        scale_b=of_channels.view(1, -1),
-        out_dtype=dtype,
-        # Sums of all products in the tensor cores' own precision would be faster, and off by up to 2^-8 of a row.
-        use_fast_accum=False,
-    )
-    return out + torch.cat(biases) if biases else out
