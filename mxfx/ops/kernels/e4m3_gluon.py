@@ -52,7 +52,7 @@ class Tiling:
     wide: int = 128
     ahead: int = 1
     stages: int = 5
-    order: int = 8
+    order: int = 16
 
     @property
     def rows(self) -> int:
