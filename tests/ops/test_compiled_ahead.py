@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +15,13 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from mxfx.algorithms.launch import Launch
 from mxfx.formats import parse
 from mxfx.ops.kernels import (
     cache_triton,
+    e4m3_gluon,
     early_triton,
     heads_triton,
     integer_mma_triton,
@@ -54,9 +58,10 @@ def compiled(
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, value in enumerate(given)
-        if isinstance(value, str) or (isinstance(value, int) and value % 16 == 0)  # a pointer, a number
+        if (value.startswith("*") if isinstance(value, str) else isinstance(value, int) and value % 16 == 0)
     }
-    return triton.compile(ASTSource(kernel, signature, at, aligned), target=target, options=dict(options))
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    return triton.compile(source(kernel, signature, at, aligned), target=target, options=dict(options))
 
 
 def launch(made: Launch, kinds: Sequence[str], target: GPUTarget = HOPPER) -> Any:
