@@ -36,10 +36,12 @@ class EmitConfig:
         their definitions.
     packed: rounded weights are held as packed codes and scales instead of as numbers in the model's dtype; the logits
         are the same.
+    sums: how FP8 tensor cores add, ``exact`` or ``fast``: an option of ``multiply-in-fp8``.
     """
 
     device: Literal["cpu", "cuda"] | None = None
     packed: bool = True
+    sums: Literal["exact", "fast"] = "exact"
 
 
 def emit_stage(settings: EmitConfig, device: str) -> list[tuple[str, Mapping[str, Any]]]:
@@ -57,7 +59,8 @@ def emit_stage(settings: EmitConfig, device: str) -> list[tuple[str, Mapping[str
     stage += [(name, {}) for name in FUSIONS]
     stage.append(("lower", {"device": target}))
     if target == "cuda":
-        stage += [(name, {}) for name in ("multiply-in-fp8", "fuse-quant-linear", "fuse-residual-norm", "fuse-heads")]
+        stage.append(("multiply-in-fp8", {} if settings.sums == "exact" else {"sums": settings.sums}))
+        stage += [(name, {}) for name in ("fuse-quant-linear", "fuse-residual-norm", "fuse-heads")]
     return [*stage, ("fold-constants", {})]
 
 

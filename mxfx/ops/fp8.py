@@ -15,6 +15,8 @@ from mxfx.formats.stored import restore
 E4M3 = torch.float8_e4m3fn
 #: Significant bits of E4M3, the leading one included.
 SIGNIFICANT = 4
+#: Products that one instruction sums, and bits that it keeps below the largest of them (Hopper, as measured).
+SUMMED, KEPT = 32, 13
 
 
 def to_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,6 +46,24 @@ def carries(fmt: Format) -> bool:
     if isinstance(element, FloatElement):
         return element.mantissa_bits < SIGNIFICANT
     return element.bits - 1 <= SIGNIFICANT
+
+
+def sums_exactly(first: Format, second: Format) -> bool:
+    """Whether an instruction sums products of entries of two formats without a loss.
+
+    It must not meet two blocks of a row, and a sum of its products must have no more bits than it keeps.
+    """
+    if any(fmt.block is None or fmt.block % SUMMED for fmt in (first, second)):
+        return False
+    return _octaves(first) + _octaves(second) + SUMMED.bit_length() - 1 <= KEPT
+
+
+def _octaves(fmt: Format) -> int:
+    """Octaves from the smallest difference of two entries of a block to the largest entry."""
+    element = fmt.element
+    if isinstance(element, FloatElement):
+        return element.max_exponent + element.bias - 1 + element.mantissa_bits
+    return element.bits - 1
 
 
 def octaves_beyond(codes: Tensor, scales: Tensor, fmt: Format, width: int) -> int:

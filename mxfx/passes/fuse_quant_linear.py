@@ -88,5 +88,6 @@ def _fuse(rw: Rewriter, node: fx.Node, rows: fx.Node) -> None:
         before=last,
         val=node.meta["val"],
         **rows.kwargs,
+        **node.kwargs,
     )
     rw.replace(last, new)

@@ -100,6 +100,26 @@ def test_some_rows_times_codes_that_are_decoded_as_they_arrive(kind: str, target
     assert "fma.rn.bf16x2" in found.asm["ptx"]
 
 
+@pytest.mark.parametrize("rows", [20, 200, 16384])
+def test_rows_of_e4m3_are_added_in_float32_while_tensor_cores_multiply(rows: int, tmp_path: Path) -> None:
+    tiling = e4m3_gluon.tiling_for(rows, 2048, 132)
+    made = e4m3_gluon._launch(rows, 2048, 2048, CPU, True, True, tiling)
+    tiles = [f"tensordesc<fp8e4nv[{n}, 128],{e4m3_gluon.SHARED!r}>" for n in (tiling.high * 64, tiling.wide)]
+    found = launch(made, [*tiles, *["*fp32"] * 2, *["*bf16"] * 3])
+    # Each instruction sums 32 products, of one exponent, and nothing that was summed before.
+    instructions = found.asm["ptx"].count(f"wgmma.mma_async.sync.aligned.m64n{tiling.wide}k32.f32.e4m3.e4m3")
+    assert instructions == 4 * tiling.pieces * tiling.groups
+    said = _ptxas(found.asm["ptx"], tmp_path)
+    assert "0 bytes spill stores" in said and "C7510" not in said  # C7510: instructions wait for each other
+
+
+def _ptxas(text: str, folder: Path) -> str:
+    """What the assembler says of a kernel."""
+    (folder / "kernel.ptx").write_text(text)
+    command = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stderr
+
+
 @pytest.mark.parametrize("before", ["none", "silu", "scale", "sum"])
 @pytest.mark.parametrize("own", [False, True])
 def test_quantizers_that_write_integers(before: str, own: bool) -> None:

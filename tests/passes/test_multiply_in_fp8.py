@@ -50,6 +50,34 @@ def test_on_a_cpu_the_definitions_give_the_same_bits(family: str, formats: tuple
     assert torch.equal(logits(read(to_text(after), after.weights)), logits(before))
 
 
+@pytest.mark.parametrize(
+    ("formats", "option", "sums"),
+    [
+        (("mxint4@32", "mxfp4_e2m1@64"), "exact", None),
+        (("mxint4@16", "mxint4@32"), "exact", "wide"),
+        (("mxint4@32", "mxint4@16"), "exact", "wide"),
+        (("mxfp6_e3m2@32", "mxfp6_e3m2@32"), "exact", "wide"),
+        (("mxint4@16", "mxint4@16"), "fast", "fast"),
+    ],
+)
+def test_products_say_how_they_are_summed(formats: tuple[str, str], option: str, sums: str | None) -> None:
+    """Two blocks in one instruction, and products that span more bits than it keeps, lose some."""
+    applied = apply(MultiplyInFp8(sums=option), lowered("llama-tiny", *formats))
+    products = [n for n in applied.program.graph.nodes if n.target is packed.LINEAR_E4M3]
+    assert products and {n.kwargs.get("sums") for n in products} == {sums}
+    assert all(("in the model's dtype" in match.note) == (sums == "wide") for match in applied.record.matches)
+
+
+def test_fused_products_say_it_too() -> None:
+    quantized = passed(raised("llama-tiny"), config_a(parse("mxint4@16"), parse("mxint4@16"), kv=None))
+    program = emitted(quantized.twin(torch.bfloat16), "cpu", EmitConfig(device="cuda", packed=True, sums="fast"))
+    calls = [n for n in program.graph.nodes if n.target in (*packed.MULTIPLYING.values(), packed.ADD_NORM_LINEAR)]
+    assert len(calls) == 8 and {n.kwargs.get("sums") for n in calls} == {"fast"}
+    exact = emitted(quantized.twin(torch.bfloat16), "cpu", EmitConfig(device="cuda", packed=True))
+    again = read(to_text(program), program.weights)
+    assert torch.equal(logits(again), logits(exact))
+
+
 def test_linears_that_share_an_input_share_one_product() -> None:
     after, _ = in_fp8(lowered("llama-tiny"))
     products = [n for n in after.graph.nodes if n.target is packed.LINEAR_E4M3]

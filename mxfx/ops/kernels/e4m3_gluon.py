@@ -170,7 +170,7 @@ def _added(total, part, rows, AT: gl.constexpr):
     # want more registers than there are.
     if rows > 0:
         here += part
-    return total[:AT] + (here,) + total[AFTER:]
+    return total[:AT] + (here,) + total[AFTER:]  # noqa: RUF005  (a kernel's tuples have no stars)
 
 
 @gluon.jit
@@ -202,12 +202,12 @@ def _multiply(
             sums = ()
             for turn in gl.static_range(TURNS + AHEAD - 1):
                 if turn < TURNS:
-                    sums = sums + (_start(x, weight_tiles, stage, free[0], turn, TILING),)
+                    sums = sums + (_start(x, weight_tiles, stage, free[0], turn, TILING),)  # noqa: RUF005
                     free = free[1:]
                 if turn >= AHEAD - 1:
                     done = warpgroup_mma_wait(AHEAD - 1 if turn < TURNS else 0, [sums[0]])
                     sums = sums[1:]
-                    free = free + (done,)
+                    free = free + (done,)  # noqa: RUF005
                     total = _added(total, done, rows, (turn - AHEAD + 1) % PIECES)
             mbarrier.arrive(empty.index(stage), count=1)
             stage += 1
@@ -243,7 +243,8 @@ def _kernel(
     STAGES: gl.constexpr = TILING.value.stages
     GROUPS: gl.constexpr = TILING.value.groups
     of_x: gl.constexpr = [STAGES * GROUPS, x_desc.block_type.shape[0], x_desc.block_type.shape[1]]
-    of_weight: gl.constexpr = [STAGES * TILING.value.across, weight_desc.block_type.shape[0], weight_desc.block_type.shape[1]]
+    ACROSS: gl.constexpr = TILING.value.across
+    of_weight: gl.constexpr = [STAGES * ACROSS, weight_desc.block_type.shape[0], weight_desc.block_type.shape[1]]
     x_tiles = gl.allocate_shared_memory(x_desc.dtype, of_x, x_desc.layout)
     weight_tiles = gl.allocate_shared_memory(weight_desc.dtype, of_weight, weight_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -33,10 +33,12 @@ def mx_linear_e4m3(
     biases: list[Tensor],
     format: str,
     dtype: torch.dtype,
+    sums: str = "exact",
 ) -> Tensor:
     """Linears that read one input, given as `e4m3_rows` gives it, their results side by side, `(..., Σ out)`.
 
-    `codes`, `scales` and `biases` (as many, or none) are those of `mxfx::mx_linear`, all in one `format`.
+    `codes`, `scales` and `biases` (as many, or none) are those of `mxfx::mx_linear`, all in one `format`. `sums`: how
+    FP8 tensor cores add, as `multiply-in-fp8` says it.
     """
     x = fp8.from_rows(payload, row_scales, dtype)
     given: list[Tensor | None] = [*biases] or [None] * len(codes)
@@ -44,6 +46,8 @@ def mx_linear_e4m3(
     return torch.cat(parts, -1)
 
 
+#: The last argument of every op that multiplies.
+SUMS = ', *, str sums="exact")'
 _INEXACT: dict[torch.device, Tensor] = {}
 
 
@@ -64,12 +68,12 @@ def _define(
 ) -> torch._ops.OpOverload:
     """`mxfx_kernels::<name>`: of a module on a CUDA device, else, or where that takes it not, the definition."""
 
-    def anywhere(*args):
-        return definition(*args)
+    def anywhere(*args, **how):
+        return definition(*args, **how)
 
-    def on_cuda(*args):
-        out = _on_cuda(name, module)(*args) if has_triton() else NotImplemented
-        return definition(*args) if out is NotImplemented else out
+    def on_cuda(*args, **how):
+        out = _on_cuda(name, module)(*args, **how) if has_triton() else NotImplemented
+        return definition(*args, **how) if out is NotImplemented else out
 
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")
@@ -93,7 +97,14 @@ def _fake_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fake_products(
-    payload: Tensor, row_scales: Tensor, codes: list, scales: list, biases: list, format: str, dtype: torch.dtype
+    payload: Tensor,
+    row_scales: Tensor,
+    codes: list,
+    scales: list,
+    biases: list,
+    format: str,
+    dtype: torch.dtype,
+    sums: str = "exact",
 ) -> Tensor:
     return payload.new_empty((*payload.shape[:-1], sum(c.shape[0] for c in codes)), dtype=dtype)
 
@@ -120,7 +131,7 @@ E4M3_ROWS = _define("e4m3_rows", "(Tensor x) -> (Tensor, Tensor)", e4m3_rows, _f
 LINEAR_E4M3 = _define(
     "mx_linear_e4m3",
     "(Tensor payload, Tensor row_scales, Tensor[] codes, Tensor[] scales, Tensor[] biases, str format, "
-    "ScalarType dtype) -> Tensor",
+    f"ScalarType dtype{SUMS} -> Tensor",
     mx_linear_e4m3,
     _fake_products,
 )
@@ -158,6 +169,7 @@ def _multiplying(name: str) -> torch._ops.OpOverload:
         residual: Tensor | None,
         weights: str,
         *operands,
+        sums: str = "exact",
     ) -> Tensor:
         x = quantizer(*operands)
         given: list[Tensor | None] = [*biases] or [None] * len(codes)
@@ -166,12 +178,13 @@ def _multiplying(name: str) -> torch._ops.OpOverload:
         return y if residual is None else residual + y
 
     def fake(
-        codes: list, scales: list, biases: list, residual: Tensor | None, weights: str, x: Tensor, *rest
+        codes: list, scales: list, biases: list, residual: Tensor | None, weights: str, x: Tensor, *rest, **how
     ) -> Tensor:
         return x.new_empty((*x.shape[:-1], sum(c.shape[0] for c in codes)))
 
     arguments = str(quantizer._schema).partition("(")[2].rpartition(" -> ")[0]
     own = "Tensor[] codes, Tensor[] scales, Tensor[] biases, Tensor? residual, str weights"
+    arguments = arguments.removesuffix(")") + SUMS
     return _define(f"{name}_linear", f"({own}, {arguments} -> Tensor", definition, fake)
 
 
@@ -188,14 +201,15 @@ def _add_norm_quantize_linear(
     weights: str,
     x: Tensor,
     *operands,
+    sums: str = "exact",
 ) -> tuple[Tensor, Tensor]:
     """`x + branch`, and what `norm_quantize_linear` gives of that without a residual of its own."""
     total = x + branch
-    return total, NORM_LINEAR(codes, scales, biases, None, weights, total, *operands)
+    return total, NORM_LINEAR(codes, scales, biases, None, weights, total, *operands, sums=sums)
 
 
 def _fake_sum_and_products(
-    codes: list, scales: list, biases: list, branch: Tensor, weights: str, x: Tensor, *rest
+    codes: list, scales: list, biases: list, branch: Tensor, weights: str, x: Tensor, *rest, **how
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], sum(c.shape[0] for c in codes)))
 

@@ -196,8 +196,9 @@ def mx_linear_e4m3(
     biases: list[Tensor],
     format: str,
     dtype: torch.dtype,
+    sums: str = "exact",
 ) -> Tensor:
-    return _linear_e4m3((payload, row_scales), codes, scales, biases, None, format, dtype)
+    return _linear_e4m3((payload, row_scales), codes, scales, biases, None, format, dtype, sums)
 
 
 def _linear_e4m3(
@@ -208,6 +209,7 @@ def _linear_e4m3(
     residual: Tensor | None,
     format: str,
     dtype: torch.dtype,
+    sums: str,
 ) -> Tensor:
     """`residual + mx_linear_e4m3`."""
     (payload, row_scales), fmt = e4m3, _format(format)
@@ -224,7 +226,7 @@ def _linear_e4m3(
     if not carries(fmt):
         return NotImplemented
     rest = None if residual is None else residual.reshape(rows.shape[0], -1).contiguous()
-    return multiply_e4m3(rows, factors, codes, scales, biases, rest, fmt, dtype).view(out_shape)
+    return multiply_e4m3(rows, factors, codes, scales, biases, rest, fmt, dtype, sums).view(out_shape)
 
 
 def _multiplying(name: str) -> Callable[..., Tensor]:
@@ -238,6 +240,7 @@ def _multiplying(name: str) -> Callable[..., Tensor]:
         weights: str,
         *operands: Any,
         added: tuple[Tensor, Tensor] | None = None,
+        sums: str = "exact",
     ) -> Tensor:
         given = dict(zip(_OPERANDS[name], operands, strict=False))
         x, fmt = operands[0], _format(weights)
@@ -271,10 +274,10 @@ def _multiplying(name: str) -> Callable[..., Tensor]:
             e4m3 = op(*operands) if added is None else norm_quantize_e4m3(*operands, added=added)
             if e4m3 is NotImplemented:
                 return e4m3
-            out = _linear_e4m3(e4m3, codes, scales, biases, residual, weights, x.dtype)
+            out = _linear_e4m3(e4m3, codes, scales, biases, residual, weights, x.dtype, sums)
             if out is not NotImplemented:
                 return out
-            out = torch.ops.mxfx_kernels.mx_linear_e4m3(*e4m3, codes, scales, biases, weights, x.dtype)
+            out = torch.ops.mxfx_kernels.mx_linear_e4m3(*e4m3, codes, scales, biases, weights, x.dtype, sums=sums)
         return out if residual is None else residual + out
 
     return run
@@ -315,6 +318,7 @@ def add_norm_quantize_linear(
     weights: str,
     x: Tensor,
     *operands: Any,
+    sums: str = "exact",
 ) -> tuple[Tensor, Tensor]:
     """The kernel that reads a row for its norm also adds and writes it; where none takes it, the sum is made before."""
     if x.numel() == 0 or branch.shape != x.shape or branch.dtype != x.dtype:
@@ -322,10 +326,10 @@ def add_norm_quantize_linear(
     given, out = (codes, scales, biases, None, weights), NotImplemented
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if takes.norm_quantize(x, *operands) is None:
-        out = norm_quantize_linear(*given, x, *operands, added=(branch, total))
+        out = norm_quantize_linear(*given, x, *operands, added=(branch, total), sums=sums)
     if out is NotImplemented:
         total = x + branch
-        out = norm_quantize_linear(*given, total, *operands)
+        out = norm_quantize_linear(*given, total, *operands, sums=sums)
     return NotImplemented if out is NotImplemented else (total, out)
 
 
