@@ -43,8 +43,9 @@ def lines() -> Iterator[str]:
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
         capability = (found.major, found.minor)
-        yield f"cuda:{index}: {found.name}, {found.total_memory / 2**30:.0f} GiB, sm_{found.major}{found.minor}; " + (
-            "FP8 tensor cores" if capability >= (8, 9) else "no FP8 tensor cores: products in the model's dtype"
+        yield (
+            f"cuda:{index}: {found.name}, {found.total_memory / 2**30:.0f} GiB, sm_{found.major}{found.minor}; "
+            f"{_products(torch.device('cuda', index), capability)}"
         )
     for name, purpose in _OPTIONAL.items():
         yield f"{name}: {'present' if find_spec(name) is not None else 'absent'} ({purpose})"
@@ -52,6 +53,18 @@ def lines() -> Iterator[str]:
         folder = Path(os.environ.get(variable, default)).expanduser()
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
         yield f"cache {folder}: {size / 1e9:.2f} GB"
+
+
+def _products(device: torch.device, capability: tuple[int, int]) -> str:
+    """What products of MX operands run on."""
+    if capability < (8, 9):
+        return "no FP8 tensor cores: products in the model's dtype"
+    if find_spec("triton") is not None:
+        from mxfx.ops.kernels.e4m3_product import sums_in_float32
+
+        if sums_in_float32(device):
+            return "FP8 tensor cores, with exact sums"
+    return 'FP8 tensor cores without exact sums: products in the model\'s dtype but for `[emit] sums = "fast"`'
 
 
 def few_rows(format: str = "mxint4@32") -> str:

@@ -3,10 +3,10 @@
     python -m tools.bench.packed_gemm [--part exact|sums|many|few|together|tilings|tiles|norms …] [--operands FILE]
         [--json FILE] [--rehearse] [--quick] [--linears NAME] [--once]
 
-`exact`: every kernel beside its definition. `sums`: rows whose FP8 product differs from float64's, with and without
-the tensor cores' fast sums; with `--operands` also on recorded ones (safetensors: `NAME/x`, `NAME/codes`,
-`NAME/scales` in mxint4@32). `many`: quantizer and product beside the bfloat16 GEMM alone, for all linears that read one
-input; `few`: few rows times packed weights beside a bfloat16 product. Medians of CUDA-graph replay in one process;
+`exact`: every kernel beside its definition. `sums`: results that differ from float64's, ours and cuBLAS's with and
+without fast sums; with `--operands` also on recorded ones (safetensors: `NAME/x`, `NAME/codes`, `NAME/scales` in
+mxint4@32). `many`: quantizer and product beside the bfloat16 GEMM alone, for all linears that read one input; `few`:
+few rows times packed weights beside a bfloat16 product. Medians of CUDA-graph replay in one process;
 operands rotate, so that none is in the cache.
 """
 
@@ -125,7 +125,10 @@ def sums(device: str, operands: Path | None) -> Iterator[dict[str, object]]:
         wanted = fp8.from_rows(payload, factors, torch.float64) @ fp8.from_rows(weight, of_weight, torch.float64).t()
         lost = (fp8.from_rows(payload, factors, torch.float32) != x).any(-1).sum()
         row: dict[str, object] = {"operands": name, "rows out of range": int(lost)}
-        for way, fast in (("exact sums", False), ("fast sums", True)):
+        own = ops.mx_linear_e4m3(payload, factors, [codes], [scales], [], "mxint4@32", torch.float32)
+        row["ours: unlike float64 / all"] = f"{int((own != wanted.float()).sum())} / {own.numel()}"
+        row["ours: error"] = float((own - wanted).abs().max() / wanted.abs().max())
+        for way, fast in (("sums in float32 every 128", False), ("fast sums", True)):
             got = torch._scaled_mm(
                 payload.view(fp8.E4M3),
                 weight.view(fp8.E4M3).t(),
@@ -158,13 +161,14 @@ def many(device: str, rows: int) -> Iterator[dict[str, object]]:
         codes, scales = [p[0] for p in packed], [p[1] for p in packed]
         payload, factors = ops.fake_quantize_e4m3(x, text, -1)
 
-        def product(payload=payload, factors=factors, codes=codes, scales=scales) -> Tensor:
-            return ops.mx_linear_e4m3(payload, factors, codes, scales, [], text, torch.bfloat16)
+        def product(payload=payload, factors=factors, codes=codes, scales=scales, sums="exact") -> Tensor:
+            return ops.mx_linear_e4m3(payload, factors, codes, scales, [], text, torch.bfloat16, sums=sums)
 
         plain = kernel_ms(lambda weights=weights, x=x: [F.linear(x, w) for w in weights])
         quantize = kernel_ms(lambda x=x: ops.fake_quantize_e4m3(x, text, -1))
         multiply = kernel_ms(product)
         both = kernel_ms(lambda x=x: product(*ops.fake_quantize_e4m3(x, text, -1)))
+        fast = kernel_ms(lambda x=x: product(*ops.fake_quantize_e4m3(x, text, -1), sums="fast"))
         yield {
             "linears": f"{model} {name}",
             "M": rows,
@@ -175,6 +179,7 @@ def many(device: str, rows: int) -> Iterator[dict[str, object]]:
             "both": both,
             "product / bf16": multiply / plain,
             "both / bf16": both / plain,
+            "both, fast sums / bf16": fast / plain,
         }
 
 

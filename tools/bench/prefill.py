@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import fx
@@ -109,11 +109,13 @@ def quantizers(rule: str, *, transforms: bool, weights: bool = False) -> list[Pa
     return [*online, Annotate(rule=rules), *rounding, InsertFakeQuant(), QuantizeKvCache()]
 
 
-def emitted(program: Program, passes: list[Pass], device: str, packed: bool = False) -> fx.GraphModule:
+def emitted(
+    program: Program, passes: list[Pass], device: str, packed: bool = False, sums: Literal["exact", "fast"] = "exact"
+) -> fx.GraphModule:
     """The program after `passes`, emitted for the device, which on a GPU fuses its quantizers."""
     for one in passes:
         program = apply(one, program).program
-    return build(emit_stage(program, device, EmitConfig(packed=packed))).to(device)
+    return build(emit_stage(program, device, EmitConfig(packed=packed, sums=sums))).to(device)
 
 
 def decoder_bytes(module: fx.GraphModule | LlamaForCausalLM) -> int:
@@ -239,14 +241,16 @@ def main() -> None:
     }
     if arguments.packed:
         in_bf16 = quantizers("/mse", transforms=True, weights=True)
-        jobs = {"config D, packed": in_bf16, "config D, bf16 weights": in_bf16, "float": []}
+        jobs = {"config D, packed": in_bf16, "config D, packed, fast sums": in_bf16}
+        jobs |= {"config D, bf16 weights": in_bf16, "float": []}
         jobs = dict(list(jobs.items())[:1]) if arguments.profile else jobs
     elif not arguments.quick and not arguments.compiled:
         jobs |= {"float": [], "A with mse": quantizers("/mse", transforms=False)}
     bytes_of_bf16 = decoder_bytes(model)
     for name, passes in jobs.items():
         try:
-            module = emitted(program, passes, device, packed=name.endswith("packed"))
+            sums: Literal["exact", "fast"] = "fast" if "fast" in name else "exact"
+            module = emitted(program, passes, device, packed="packed" in name, sums=sums)
         except Exception as error:
             rows.append(_failed(name, error))
             continue

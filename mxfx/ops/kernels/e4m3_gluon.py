@@ -43,7 +43,7 @@ class Tiling:
 
     groups: of four warps, one to three; each multiplies `high` times 64 rows of the tile. across, wide: instructions,
     and channels of each, that cover its channels. ahead: instructions of a group on their way, 1 or 2. stages: operands
-    of 128 terms in shared memory. order: tiles of rows that share a weight's.
+    of 128 terms in shared memory, fewer where results are wide. order: tiles of rows that share a weight's.
     """
 
     groups: int = 3
@@ -105,7 +105,7 @@ def _launch(
         _kernel,
         lambda at_a_time: min(tiles, at_a_time),
         (rows, channels, terms),
-        {"TILING": tiling, "BIAS": bias, "RESIDUAL": residual},
+        {"TILING": tiling, "STAGES": tiling.stages, "BIAS": bias, "RESIDUAL": residual},
         read_by_tiles=[lambda t, b=b: TensorDescriptor.from_tensor(t, [b, TERMS], SHARED) for b in blocks],
         num_warps=4,
     )
@@ -122,7 +122,7 @@ def _place(tile, rows, channels, TILING: gl.constexpr):
 
 
 @gluon.jit
-def _load(x_desc, weight_desc, tiles_of, sizes, TILING: gl.constexpr):
+def _load(x_desc, weight_desc, tiles_of, sizes, TILING: gl.constexpr, STAGES: gl.constexpr):
     """One warp: operands of one tile after the other, as soon as all groups are done with what lay there."""
     x_tiles, weight_tiles, full, empty = tiles_of
     rows, channels, terms, tiles = sizes
@@ -146,7 +146,7 @@ def _load(x_desc, weight_desc, tiles_of, sizes, TILING: gl.constexpr):
                 part = x_tiles.index(stage * GROUPS + group)
                 tma.async_copy_global_to_shared(x_desc, [row + group * EACH, term], here, part)
             stage += 1
-            if stage == TILING.value.stages:
+            if stage == STAGES:
                 stage = 0
                 phase ^= 1
 
@@ -176,7 +176,7 @@ def _added(total, part, rows, AT: gl.constexpr):
 @gluon.jit
 def _multiply(
     tensors, tiles_of, sizes,
-    G: gl.constexpr, TILING: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
+    G: gl.constexpr, TILING: gl.constexpr, STAGES: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """Group `G` of four warps: its rows of one tile after the other."""
     row_scales_ptr, channel_scales_ptr, bias_ptr, residual_ptr, out_ptr = tensors
@@ -211,7 +211,7 @@ def _multiply(
                     total = _added(total, done, rows, (turn - AHEAD + 1) % PIECES)
             mbarrier.arrive(empty.index(stage), count=1)
             stage += 1
-            if stage == TILING.value.stages:
+            if stage == STAGES:
                 stage = 0
                 phase ^= 1
         first, start = _place(tile, rows, channels, TILING)
@@ -238,9 +238,8 @@ def _multiply(
 @gluon.jit
 def _kernel(
     x_desc, weight_desc, row_scales_ptr, channel_scales_ptr, bias_ptr, residual_ptr, out_ptr, rows, channels, terms,
-    TILING: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
+    TILING: gl.constexpr, STAGES: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
 ):  # fmt: skip
-    STAGES: gl.constexpr = TILING.value.stages
     GROUPS: gl.constexpr = TILING.value.groups
     of_x: gl.constexpr = [STAGES * GROUPS, x_desc.block_type.shape[0], x_desc.block_type.shape[1]]
     ACROSS: gl.constexpr = TILING.value.across
@@ -260,8 +259,8 @@ def _kernel(
     if GROUPS == 1:
         gl.warp_specialize(
             [
-                (_multiply, (tensors, tiles, sizes, 0, TILING, BIAS, RESIDUAL)),
-                (_load, (x_desc, weight_desc, tiles, sizes, TILING)),
+                (_multiply, (tensors, tiles, sizes, 0, TILING, STAGES, BIAS, RESIDUAL)),
+                (_load, (x_desc, weight_desc, tiles, sizes, TILING, STAGES)),
             ],
             [1],
             [40],
@@ -269,9 +268,9 @@ def _kernel(
     elif GROUPS == 2:
         gl.warp_specialize(
             [
-                (_multiply, (tensors, tiles, sizes, 0, TILING, BIAS, RESIDUAL)),
-                (_multiply, (tensors, tiles, sizes, 1, TILING, BIAS, RESIDUAL)),
-                (_load, (x_desc, weight_desc, tiles, sizes, TILING)),
+                (_multiply, (tensors, tiles, sizes, 0, TILING, STAGES, BIAS, RESIDUAL)),
+                (_multiply, (tensors, tiles, sizes, 1, TILING, STAGES, BIAS, RESIDUAL)),
+                (_load, (x_desc, weight_desc, tiles, sizes, TILING, STAGES)),
             ],
             [4, 1],
             [232, 40],
@@ -279,10 +278,10 @@ def _kernel(
     else:
         gl.warp_specialize(
             [
-                (_multiply, (tensors, tiles, sizes, 0, TILING, BIAS, RESIDUAL)),
-                (_multiply, (tensors, tiles, sizes, 1, TILING, BIAS, RESIDUAL)),
-                (_multiply, (tensors, tiles, sizes, 2, TILING, BIAS, RESIDUAL)),
-                (_load, (x_desc, weight_desc, tiles, sizes, TILING)),
+                (_multiply, (tensors, tiles, sizes, 0, TILING, STAGES, BIAS, RESIDUAL)),
+                (_multiply, (tensors, tiles, sizes, 1, TILING, STAGES, BIAS, RESIDUAL)),
+                (_multiply, (tensors, tiles, sizes, 2, TILING, STAGES, BIAS, RESIDUAL)),
+                (_load, (x_desc, weight_desc, tiles, sizes, TILING, STAGES)),
             ],
             [4, 4, 1],
             [160, 160, 24],
