@@ -45,7 +45,7 @@ def lines() -> Iterator[str]:
         capability = (found.major, found.minor)
         yield (
             f"cuda:{index}: {found.name}, {found.total_memory / 2**30:.0f} GiB, sm_{found.major}{found.minor}; "
-            f"{_products(torch.device('cuda', index), capability)}"
+            f"{_products(index, capability)}"
         )
     for name, purpose in _OPTIONAL.items():
         yield f"{name}: {'present' if find_spec(name) is not None else 'absent'} ({purpose})"
@@ -55,14 +55,16 @@ def lines() -> Iterator[str]:
         yield f"cache {folder}: {size / 1e9:.2f} GB"
 
 
-def _products(device: torch.device, capability: tuple[int, int]) -> str:
+def _products(index: int, capability: tuple[int, int]) -> str:
     """What products of MX operands run on."""
     if capability < (8, 9):
         return "no FP8 tensor cores: products in the model's dtype"
     if find_spec("triton") is not None:
+        import torch
+
         from mxfx.ops.kernels.e4m3_product import sums_in_float32
 
-        if sums_in_float32(device):
+        if sums_in_float32(torch.device("cuda", index)):
             return "FP8 tensor cores, with exact sums"
     return 'FP8 tensor cores without exact sums: products in the model\'s dtype but for `[emit] sums = "fast"`'
 

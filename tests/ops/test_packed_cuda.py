@@ -30,6 +30,56 @@ def transform(width: int) -> Tensor:
     return random(width // 32, 32, 32, seed=width) / 32**0.5
 
 
+def spread(rows: int, width: int, octaves: int, seed: int, text: str) -> Tensor:
+    """Rows on a grid whose blocks' exponents lie up to so many octaves apart."""
+    generator = torch.Generator().manual_seed(seed)
+    exponents = torch.randint(-octaves, 1, (rows, width // 32, 1), generator=generator)
+    x = torch.randn(rows, width // 32, 32, generator=generator) * torch.exp2(exponents)
+    return parse(text).fake_quantize(x.view(rows, width)).to("cuda")
+
+
+HOPPER = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="its sums are another's"
+)
+
+
+@HOPPER
+@pytest.mark.parametrize("text", ["mxint4@32", "mxfp4_e2m1@32"])
+@pytest.mark.parametrize(
+    ("rows", "width", "channels"), [(20, 2080, 520), (200, 576, 1536), (1000, 2048, 640), (5000, 2080, 2048)]
+)
+def test_results_of_many_rows_are_those_of_float64(rows: int, width: int, channels: int, text: str) -> None:
+    x, weight = spread(rows, width, 7, 0, text), spread(channels, width, 6, 1, text)
+    codes, scales = store(weight, parse(text))  # type: ignore[misc]
+    payload, factors = torch.ops.mxfx_kernels.e4m3_rows(x)
+    bias = random(channels).float()
+    wanted = x.double() @ weight.double().t()
+
+    def product(biases: list[Tensor], dtype: torch.dtype) -> Tensor:
+        return packed.LINEAR_E4M3(payload, factors, [codes], [scales], biases, text, dtype)
+
+    assert torch.equal(product([], torch.float32), wanted.float())
+    assert torch.equal(product([], torch.bfloat16), wanted.float().bfloat16())
+    assert torch.equal(product([bias.bfloat16()], torch.bfloat16), (wanted.float() + bias.bfloat16()).bfloat16())
+    residual = random(rows, channels)
+    op = torch.ops.mxfx_kernels.fake_quantize_linear
+    found = op([codes], [scales], [], residual, text, x.bfloat16(), text, -1)
+    assert torch.equal(found, residual + wanted.float().bfloat16())
+    half = channels // 2 // 8 * 8
+    parts = ([codes[:half], codes[half:]], [scales[:half], scales[half:]])
+    assert torch.equal(op(*parts, [], residual, text, x.bfloat16(), text, -1), found)
+
+
+@HOPPER
+def test_a_row_that_is_not_finite_gives_nan_and_no_other() -> None:
+    x = spread(300, 2048, 3, 0, FORMAT)
+    codes, scales = weights(2048, 512)
+    x[7, 3] = float("inf")
+    payload, factors = torch.ops.mxfx_kernels.e4m3_rows(x)
+    found = packed.LINEAR_E4M3(payload, factors, codes, scales, [], FORMAT, torch.bfloat16)
+    assert found.isnan().any(-1).nonzero().flatten().tolist() == [7] and found[7].isnan().all()
+
+
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("rows", [1, 4, 7, 9, 16, 40, 700])
 def test_a_norm_of_a_sum_has_the_bits_of_both(rows: int, own: bool) -> None:
