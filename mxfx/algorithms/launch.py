@@ -96,10 +96,10 @@ class Launch:
             given = {**self._constants, **self._options}
             return lambda *tensors: interpreted(*tensors, *self._with_turns(programs), **given)
 
-        given = self._described(tensors, tensors)
+        described = self._described(tensors, tensors)
 
         def compiles(constants: dict[str, object]) -> CompiledKernel:
-            return self._kernel.warmup(*given, *self._with_turns(1), grid=(1,), **constants, **self._options)
+            return self._kernel.warmup(*described, *self._with_turns(1), grid=(1,), **constants, **self._options)
 
         properties = torch.cuda.get_device_properties(tensors[0].device)
         limit = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # its stub lacks it

@@ -12,7 +12,7 @@ Importable only where `triton` has Gluon.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import triton
@@ -106,9 +106,13 @@ def _launch(
         lambda at_a_time: min(tiles, at_a_time),
         (rows, channels, terms),
         {"TILING": tiling, "STAGES": tiling.stages, "BIAS": bias, "RESIDUAL": residual},
-        read_by_tiles=[lambda t, b=b: TensorDescriptor.from_tensor(t, [b, TERMS], SHARED) for b in blocks],
+        read_by_tiles=[partial(_described, block) for block in blocks],
         num_warps=4,
     )
+
+
+def _described(block: int, tensor: Tensor) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(tensor, [block, TERMS], SHARED)
 
 
 @gluon.jit
@@ -205,7 +209,7 @@ def _multiply(
                     sums = sums + (_start(x, weight_tiles, stage, free[0], turn, TILING),)  # noqa: RUF005
                     free = free[1:]
                 if turn >= AHEAD - 1:
-                    done = warpgroup_mma_wait(AHEAD - 1 if turn < TURNS else 0, [sums[0]])
+                    done = warpgroup_mma_wait(AHEAD - 1 if turn < TURNS else 0, [sums[0]])  # type: ignore[misc]
                     sums = sums[1:]
                     free = free + (done,)  # noqa: RUF005
                     total = _added(total, done, rows, (turn - AHEAD + 1) % PIECES)

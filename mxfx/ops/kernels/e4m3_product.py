@@ -18,7 +18,7 @@ from mxfx.ops.kernels.packed_triton import expand, expand_to_e4m3
 try:
     from mxfx.ops.kernels.e4m3_gluon import multiply_rows_of_e4m3
 except ImportError:  # a Triton without Gluon for Hopper
-    multiply_rows_of_e4m3 = None  # type: ignore[assignment]
+    multiply_rows_of_e4m3 = None
 
 #: Ada and Hopper: the first with tensor cores for FP8.
 FP8_CAPABILITY = (8, 9)
