@@ -12,7 +12,7 @@ Importable only where `triton` has Gluon.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 
 import torch
 import triton
@@ -30,8 +30,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 
-#: Terms of one instruction of the tensor cores, which sums them without a loss if they have one exponent.
-EXACT = 32
 #: Rows of one instruction, and terms of a tile in shared memory.
 HIGH, TERMS = 64, 128
 SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
@@ -67,9 +65,16 @@ class Tiling:
         return self.high * self.across
 
 
+#: Large tiles read operands less often, small ones are enough for all processors of a device sooner.
+TILINGS = (Tiling(), Tiling(2, wide=64, stages=8), Tiling(1, wide=64, ahead=2, stages=8), Tiling(1, 1, 1, 32, 2, 10))
+
+
 def tiling_for(rows: int, channels: int, processors: int) -> Tiling:
-    """Large tiles, which read operands less often, where there are enough for all processors of a device."""
-    return Tiling()
+    """The largest tiles of which there is one for each processor; else the smallest."""
+    for tiling in TILINGS:
+        if triton.cdiv(rows, tiling.rows) * triton.cdiv(channels, tiling.channels) >= processors:
+            return tiling
+    return TILINGS[-1]
 
 
 def multiply_rows_of_e4m3(
@@ -89,7 +94,8 @@ def multiply_rows_of_e4m3(
     (m, n), contiguous, of that dtype.
     """
     (rows, terms), channels = x.shape, weight.shape[0]
-    launch = _launch(rows, terms, channels, x.device, bias is not None, residual is not None, tiling or Tiling())
+    tiling = tiling or tiling_for(rows, channels, _processors(x.device))
+    launch = _launch(rows, terms, channels, x.device, bias is not None, residual is not None, tiling)
     launch(
         x, weight, row_scales, channel_scales, out if bias is None else bias, out if residual is None else residual, out
     )
@@ -109,6 +115,11 @@ def _launch(
         read_by_tiles=[partial(_described, block) for block in blocks],
         num_warps=4,
     )
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _described(block: int, tensor: Tensor) -> TensorDescriptor:
