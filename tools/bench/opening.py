@@ -85,7 +85,9 @@ def main() -> None:
             for device in args.device:
                 for name, (folder, dtype, saved, environment) in _ways(args, bare).items():
                     with environment() as given:
-                        runs.setdefault((device, name), []).append(_opened(folder, dtype, saved, device, args, given))
+                        found = _opened(folder, dtype, saved, device, args, given)
+                    runs.setdefault((device, name), []).append(found)
+                    print(f"{device}  {name}: {found[_BUSY]:.2f} s of the processor", file=sys.stderr, flush=True)
     rows: list[dict[str, object]] = []
     for (device, name), found in runs.items():
         seconds = {key: statistics.median(run[key] for run in found) for key in found[0]}
