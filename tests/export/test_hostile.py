@@ -99,6 +99,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield root
 
 
+_MADE_AGAIN = "out/p/model/emitted-cpu.mxir"
 #: File → the command that reads it ({} is the folder), how it is damaged, how often; and whether it is sealed again.
 _FILES: dict[str, tuple[tuple[str, ...], tuple[Mutation, ...], int, bool]] = {
     "out/results.json": (("report", "{}/out"), (damaged, damaged_json, damaged_json), 90, False),
@@ -110,7 +111,7 @@ _FILES: dict[str, tuple[tuple[str, ...], tuple[Mutation, ...], int, bool]] = {
     "out/p/model/program.mxir": (("export", "{}/out", "--to", "hf", "--out", "{}/new"), (damaged, _damaged_line), 12,
                                  True),
     "out/p/model/weights.safetensors": (("export", "{}/out", "--to", "hf", "--out", "{}/new"), (damaged,), 10, True),
-    "out/p/model/emitted-cpu.mxir": (("generate", "{}/out", "--prompt", "w1 w2", "--max-new-tokens", "1"),
+    _MADE_AGAIN: (("generate", "{}/out", "--prompt", "w1 w2", "--max-new-tokens", "1"),
                                      (damaged, _damaged_line), 6, False),
     "out/p/model/config.json": (("generate", "{}/out", "--prompt", "w1 w2", "--max-new-tokens", "1"),
                                 (damaged, damaged_json), 6, False),
@@ -162,6 +163,9 @@ def test_a_damaged_file_is_read_or_is_one_error(
     finally:
         path.write_bytes(whole)
         (real / "out/p/model/manifest.json").write_bytes(manifest)
+    if file == _MADE_AGAIN:
+        assert ended == {0: count}, "a model opens without it"
+        return
     assert ended[2] >= count // 4, f"{ended}: too few were noticed, the mutations damage nothing"
 
 
