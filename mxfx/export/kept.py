@@ -37,7 +37,7 @@ from torch import Tensor, fx
 
 from mxfx.export.artefact import Opened, check_ops
 from mxfx.formats import parse as parse_format
-from mxfx.formats.stored import restore
+from mxfx.formats.stored import codes_length, restore, scales_length
 from mxfx.graph.execute import runtime_weight
 from mxfx.graph.node import operands
 from mxfx.graph.program import Program
@@ -48,6 +48,7 @@ from mxfx.ground.errors import MxfxError, reason_of
 from mxfx.ground.files import cache_home, keep, parse_json, read_text, write_file
 from mxfx.ground.source import source_digest
 from mxfx.ground.versions import version
+from mxfx.ops.kernels.library import load_cpu
 from mxfx.ops.plugins import ENTRY_POINT_GROUP
 from mxfx.ops.providers import offered
 from mxfx.pipeline.emit import emitted
@@ -199,9 +200,18 @@ def _read(path: Path, facts: Mapping[str, Any], opened: Opened) -> tuple[Program
 
 
 def _decode(name: str, how: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Tensor:
-    """A packed weight as floats, ``(…, width)``."""
-    codes, scales = weights[f"{name}.codes"], weights[f"{name}.scales"]
-    return restore(codes, scales, parse_format(how["format"]), how["width"], getattr(torch, how["dtype"]))
+    """A packed weight as floats, ``(…, width)``. Raises ``ValueError`` for codes and scales of another width."""
+    codes, scales = (weights[f"{name}.{part}"] for part in ("codes", "scales"))
+    fmt, width, dtype = parse_format(how["format"]), how["width"], getattr(torch, how["dtype"])
+    rows = codes.shape[:-1]
+    fit = (codes.shape, scales.shape) == ((*rows, codes_length(width, fmt)), (*rows, scales_length(width, fmt)))
+    if not fit or {codes.dtype, scales.dtype} != {torch.uint8}:
+        raise ValueError(f"its {name!r} has no rows of {width} in {fmt}")
+    if codes.is_cuda or load_cpu() is not None:
+        return restore(codes, scales, fmt, width, dtype)
+    from mxfx.ops.kernels.cpu import restored
+
+    return restored(codes.contiguous(), scales.contiguous(), how["format"], width, dtype)
 
 
 def _sealed(text: str) -> str:
