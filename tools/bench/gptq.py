@@ -11,7 +11,8 @@ is in it), ratio to the floor, and the peak of allocated device memory, the mode
 "model s" is a first run of all layers of the shape: what was measured, and the layers left out at "later s" each.
 The floor is the time that the forward pass and one Hessian per distinct input would take at the rate of a large matrix
 product on the same device, nothing else counted. ``--places`` says where mxfx finds the weights and where its
-activations wait; each row then also gives the ratio to the first, and what ``mxfx check`` expects of memory. With
+activations wait; each row then also gives the ratio to the first, what ``mxfx check`` expects of memory, and the first
+digits of a hash of all rounded weights ("bits"), which no place changes. With
 ``--shape`` weights and tokens are random, so only times mean anything; ``--layers`` takes that many of its layers,
 which are all alike. What the roundings are worth is
 ``tools/bench/gptq_quality.py``'s to say.
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 
 from mxfx.api import trace
 from mxfx.calibration.datasets import load_tokens
+from mxfx.calibration.keys import digest
 from mxfx.config import Pipeline
 from mxfx.driver.pretrained import load_model, load_tokenizer
 from mxfx.formats import parse
@@ -183,7 +185,7 @@ def _layers(items: Iterable, description: str, total: int | None = None) -> Iter
 def _measured(
     prepare: Callable[[], Callable[[], object]], floor: float, layers: int, args: argparse.Namespace
 ) -> dict[str, object]:
-    times, peak, expected, waited = [], float("nan"), float("nan"), ""
+    times, peak, expected, waited, bits = [], float("nan"), float("nan"), "", ""
     later = float("nan")
     on_cuda = args.device != "cpu"
     for _ in range(args.repeat):
@@ -207,6 +209,7 @@ def _measured(
                 rounded = sum(t.nbytes for t in applied.program.weights.values() if t.is_cuda and t.itemsize == 4)
                 expected = (details["expected_bytes"] + start + rounded) / 1e9
                 waited = str(details["activations"])
+                bits = _bits(applied.program)
         results.clear()
     median = statistics.median(times)
     return {
@@ -221,7 +224,13 @@ def _measured(
         "expected GB": expected,
         "host GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
         "activations": waited,
+        "bits": bits,
     }
+
+
+def _bits(program: Program) -> str:
+    rounded = {change.weight for change in program.weights.ledger}
+    return digest([program.weights.hash(name) for name in sorted(rounded)])[:8]
 
 
 def _all_layers(args: argparse.Namespace, layers: int) -> int:
