@@ -71,9 +71,10 @@ class PackWeights(Pass):
             rw.skip(node, reason)
             return
         tensor = rw.weights[name]
-        # A weight that waits on the host is encoded where the work is done, and its codes come back.
-        home = tensor.device
-        tensor = tensor.to(device) if home.type == "cpu" else tensor
+        # A weight that waits on the host is encoded where the work is done, and its codes come back; a program may be
+        # emitted for a GPU where there is none.
+        home, there = tensor.device, device.type != "cuda" or torch.cuda.is_available()
+        tensor = tensor.to(device) if home.type == "cpu" and there else tensor
         stored = store(tensor.to(rw.weights.working) if tensor.dtype != torch.float64 else tensor, fmt)
         if stored is None:
             rw.skip(node, f"its {_operand(node)} does not lie on the grid of {fmt}, or has no packed form in it")
