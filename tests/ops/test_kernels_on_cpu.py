@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from mxfx.formats.stored import codes_length, restore, scales_length, store
 from mxfx.ops import cached_attend, mx_linear, rms_norm, rope
 from mxfx.ops.cache import cache_bias, write_cache
 from mxfx.ops.fused import norm_quantize, rope_quantize, silu_mul_quantize, transform_quantize
+from mxfx.ops.kernels import build
 from mxfx.ops.kernels.build import library
 
 pytestmark = pytest.mark.skipif(isinstance(library(), str), reason=str(library()))
@@ -278,3 +280,24 @@ def test_a_plain_linear_leaves_whole_prompts_and_float32_to_the_library() -> Non
     assert few_rows.linear(random(2, 1, 64), weight) is NotImplemented
     assert few_rows.linear(random(2, 5, 64).bfloat16(), weight.bfloat16()) is NotImplemented
     assert few_rows.linear(random(17, 1, 64).bfloat16(), weight.bfloat16()) is NotImplemented
+
+
+def test_who_asks_while_the_kernels_are_built_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def built(*_: object) -> str:
+        time.sleep(0.05)
+        made.append("kernels")
+        return made[-1]
+
+    monkeypatch.setattr(build, "_built", built)
+    for cached in (build.library, build._library):
+        cached.cache_clear()
+    try:
+        thread = build.build_ahead()
+        assert build.library() == "kernels"
+        thread.join()
+        assert made == ["kernels"]
+    finally:
+        for cached in (build.library, build._library):
+            cached.cache_clear()

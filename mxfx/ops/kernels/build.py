@@ -67,9 +67,11 @@ def _library() -> ctypes.CDLL | str:
     return f"{compiler} does not build the C kernels: {problem}"
 
 
-def build_ahead() -> None:
+def build_ahead() -> threading.Thread:
     """Begin to build the kernels beside what else there is to do: a compiler takes seconds, once a machine."""
-    threading.Thread(target=library).start()
+    thread = threading.Thread(target=library)
+    thread.start()
+    return thread
 
 
 def _which(name: str | None) -> str | None:
