@@ -15,7 +15,7 @@ from mxfx.ground.nearest import nearest
 from mxfx.ops.catalogue import spec
 from mxfx.rewrite import ALL, Context, Exact, ExpectationError, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.expect import check, evaluate
-from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, ANNOTATED, RAISED, WEIGHTS_ROUNDED, Fact, Selected
+from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, ANNOTATED, LOWERED, RAISED, WEIGHTS_ROUNDED, Fact, Selected
 from mxfx.rewrite.roles import role_of, roles_remembered
 from mxfx.rewrite.size import left_out
 
@@ -115,7 +115,7 @@ class Annotate(Pass):
     name: ClassVar[str] = "annotate"
     requires: ClassVar[frozenset[Fact]] = frozenset({RAISED})
     provides: ClassVar[frozenset[Fact]] = frozenset({ANNOTATED})
-    forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, LOWERED})
     numerics: ClassVar[Numerics] = Exact()
     by_phase: ClassVar[bool] = True
     rule: tuple[Rule, ...] = ()

@@ -13,7 +13,7 @@ from mxfx.graph.regions import Stream, residual_streams
 from mxfx.ops.catalogue import spec
 from mxfx.rewrite import Close, Context, Numerics, Pass, Rewriter, register
 from mxfx.rewrite.basis import change_output, why_shared
-from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, KV_QUANTIZED, NORMS_FUSED, RAISED, WEIGHTS_ROUNDED, Fact
+from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, KV_QUANTIZED, LOWERED, NORMS_FUSED, RAISED, WEIGHTS_ROUNDED, Fact
 
 
 @register
@@ -36,7 +36,7 @@ class CenterResidual(Pass):
 
     name: ClassVar[str] = "center-residual"
     requires: ClassVar[frozenset[Fact]] = frozenset({RAISED, NORMS_FUSED})
-    forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, KV_QUANTIZED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, KV_QUANTIZED, LOWERED})
     numerics: ClassVar[Numerics] = Close(1e-9)
 
     def run(self, rw: Rewriter, ctx: Context) -> None:

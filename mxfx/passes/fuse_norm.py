@@ -16,6 +16,7 @@ from mxfx.rewrite.basis import bias_of, free_name, untie
 from mxfx.rewrite.facts import (
     ACTIVATIONS_QUANTIZED,
     KV_QUANTIZED,
+    LOWERED,
     NORMS_FUSED,
     NORMS_RAISED,
     WEIGHTS_ROUNDED,
@@ -54,7 +55,7 @@ class FuseNorm(NodePass):
     kinds: ClassVar[tuple[str, ...]] = _NORMS
     requires: ClassVar[frozenset[Fact]] = frozenset({NORMS_RAISED})
     provides: ClassVar[frozenset[Fact]] = frozenset({NORMS_FUSED})
-    forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, KV_QUANTIZED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, KV_QUANTIZED, LOWERED})
     numerics: ClassVar[Numerics] = Close(1e-9)
     keep_tied: bool = False
     select: Selector = ALL

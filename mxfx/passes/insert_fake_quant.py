@@ -11,7 +11,7 @@ from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
 from mxfx.ops.catalogue import spec
 from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, register
-from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, ANNOTATED, QUANTIZERS_FUSED, Fact, Selected
+from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, ANNOTATED, LOWERED, QUANTIZERS_FUSED, Fact, Selected
 from mxfx.rewrite.operands import is_quantized, quantize_operand, quantized
 
 #: Computed operands that are rounded here; those of attention belong to other passes.
@@ -40,7 +40,7 @@ class InsertFakeQuant(Pass):
     name: ClassVar[str] = "insert-fake-quant"
     requires: ClassVar[frozenset[Fact]] = frozenset({ANNOTATED})
     provides: ClassVar[frozenset[Fact]] = frozenset({ACTIVATIONS_QUANTIZED})
-    forbids: ClassVar[frozenset[Fact]] = frozenset({QUANTIZERS_FUSED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({QUANTIZERS_FUSED, LOWERED})
     numerics: ClassVar[Numerics] = Lossy()
     by_phase: ClassVar[bool] = True
     select: Selector = ALL

@@ -12,7 +12,7 @@ from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
 from mxfx.ops.catalogue import spec
 from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, register
-from mxfx.rewrite.facts import ANNOTATED, KV_QUANTIZED, QUANTIZERS_FUSED, Fact, Selected
+from mxfx.rewrite.facts import ANNOTATED, KV_QUANTIZED, LOWERED, QUANTIZERS_FUSED, Fact, Selected
 from mxfx.rewrite.operands import is_quantized, quantize_operand
 
 _CACHED = ("k", "v")
@@ -52,7 +52,7 @@ class QuantizeKvCache(Pass):
     name: ClassVar[str] = "quantize-kv-cache"
     requires: ClassVar[frozenset[Fact]] = frozenset({ANNOTATED})
     provides: ClassVar[frozenset[Fact]] = frozenset({KV_QUANTIZED})
-    forbids: ClassVar[frozenset[Fact]] = frozenset({QUANTIZERS_FUSED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({QUANTIZERS_FUSED, LOWERED})
     numerics: ClassVar[Numerics] = Lossy()
     by_phase: ClassVar[bool] = True
     select: Selector = ALL

@@ -19,6 +19,7 @@ from mxfx.rewrite.basis import change_input, change_output, why_shared
 from mxfx.rewrite.facts import (
     ACTIVATIONS_QUANTIZED,
     KV_QUANTIZED,
+    LOWERED,
     NORMS_FUSED,
     RAISED,
     RESIDUAL_ROTATED,
@@ -55,7 +56,7 @@ class RotateResidual(Pass):
     name: ClassVar[str] = "rotate-residual"
     requires: ClassVar[frozenset[Fact]] = frozenset({RAISED, NORMS_FUSED})
     provides: ClassVar[frozenset[Fact]] = frozenset({RESIDUAL_ROTATED})
-    forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, KV_QUANTIZED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, KV_QUANTIZED, LOWERED})
     numerics: ClassVar[Numerics] = Close(1e-9)
     kind: Literal["hadamard", "block-hadamard"] = "block-hadamard"
     block: int = 32

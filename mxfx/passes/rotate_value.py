@@ -18,6 +18,7 @@ from mxfx.rewrite.basis import change_columns, change_rows, why_shared
 from mxfx.rewrite.facts import (
     ACTIVATIONS_QUANTIZED,
     KV_QUANTIZED,
+    LOWERED,
     RAISED,
     VALUES_ROTATED,
     WEIGHTS_ROUNDED,
@@ -49,7 +50,7 @@ class RotateValue(Pass):
     name: ClassVar[str] = "rotate-value"
     requires: ClassVar[frozenset[Fact]] = frozenset({RAISED})
     provides: ClassVar[frozenset[Fact]] = frozenset({VALUES_ROTATED})
-    forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, KV_QUANTIZED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, KV_QUANTIZED, LOWERED})
     numerics: ClassVar[Numerics] = Close(1e-9)
     block: int = 0
     signs: bool = True

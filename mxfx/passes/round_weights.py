@@ -12,7 +12,7 @@ from mxfx.graph.program import Program
 from mxfx.ops.catalogue import spec, weights_of
 from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.basis import untie
-from mxfx.rewrite.facts import ANNOTATED, ROUNDED_TO_NEAREST, WEIGHTS_ROUNDED, Fact, Selected
+from mxfx.rewrite.facts import ANNOTATED, LOWERED, ROUNDED_TO_NEAREST, WEIGHTS_ROUNDED, Fact, Selected
 from mxfx.rewrite.operands import is_rounded, mark_rounded, not_rounded, readers_of, weight_format
 
 
@@ -38,6 +38,7 @@ class RoundWeights(Pass):
     name: ClassVar[str] = "round-weights"
     requires: ClassVar[frozenset[Fact]] = frozenset({ANNOTATED})
     provides: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ROUNDED_TO_NEAREST})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({LOWERED})
     numerics: ClassVar[Numerics] = Lossy()
     by_phase: ClassVar[bool] = True
     select: Selector = ALL

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from mxfx.graph.node import META_KEY, NodeInfo, info, path_of, set_info
+from mxfx.graph.node import NodeInfo, info, path_of, set_info
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, Symbol
 from mxfx.ops.catalogue import in_schema_order, spec
 from mxfx.rewrite.record import Match, PassRecord, Skip
@@ -61,7 +61,7 @@ class Rewriter:
         ``val`` is the fake result where the caller knows it; else the op runs on the fake values of its operands.
         Operands of mxfx ops that are given by name are put in the order of the schema, where every pass looks.
         """
-        args, kwargs = in_order(target, args, kwargs)
+        args, kwargs = _in_order(target, args, kwargs)
         where = self.graph.inserting_after(after) if after is not None else self.graph.inserting_before(before or like)
         with where:
             node = self.graph.call_function(target, args, kwargs)
@@ -215,10 +215,7 @@ def clean(program: Program) -> None:
         program.weights.drop(name)
 
 
-__all__ = ["META_KEY", "Rewriter", "clean"]
-
-
-def in_order(target: Callable, args: tuple, kwargs: dict[str, object]) -> tuple[tuple, dict[str, object]]:
+def _in_order(target: Callable, args: tuple, kwargs: dict[str, object]) -> tuple[tuple, dict[str, object]]:
     """Operands of an mxfx op as far as possible by position; those of another call as they are."""
     if not kwargs or not isinstance(target, torch._ops.OpOverload) or target.namespace != "mxfx":
         return args, kwargs

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from mxfx.config import ConfigError, from_text, loads
+from mxfx.config.pipeline import register_passes
 from mxfx.graph.execute import execute
 from mxfx.pipeline.instruments import Timing
 from mxfx.pipeline.manager import Instrument, PassError, PassManager, StopPoint
-from mxfx.rewrite import FactError, find_pass
+from mxfx.rewrite import FactError, all_passes, find_pass
+from mxfx.rewrite.facts import ANNOTATED, LOWERED, NORMS_FUSED, NORMS_RAISED, RAISED
 
 RAISE = "raise-norm,raise-rope,raise-attention"
 
@@ -137,3 +139,16 @@ def test_a_pass_that_found_nothing_to_work_on_is_a_warning(program):
     unfit = "annotate{rule=[{match='.*_proj',weight=mxint4@32}]},quantize-kv-cache"
     record = PassManager().run(program("llama-tiny", "raised"), from_text(unfit)).records[-1]
     assert [warning.partition(" (")[0] for warning in record.warnings] == ["did nothing: 0 matched, 4 skipped"]
+
+
+def test_no_pass_that_reads_raised_ops_comes_behind_lower():
+    """None of them is left there: the pass would find nothing to do, and say so only in a warning."""
+    register_passes()
+    late = [
+        name
+        for name, pass_ in all_passes().items()
+        if pass_.__module__.startswith("mxfx.passes.")
+        and pass_.requires & {RAISED, ANNOTATED, NORMS_RAISED, NORMS_FUSED}
+        if LOWERED not in pass_.forbids and name != "raise-attention"
+    ]
+    assert late == []
