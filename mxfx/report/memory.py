@@ -125,9 +125,9 @@ class _Sizes:
         codes = node.args[{"mx_linear_e4m3": 2}.get(name, 0)] if in_e4m3 else [node.args[1]]
         width = node.args[5 if name.endswith("_quantize_linear") else 0].meta["val"].shape[-1]
         rows: int = sum(part.meta["val"].shape[:-1].numel() for part in codes)
-        if in_e4m3:
+        if in_e4m3 and node.kwargs.get("sums") != "wide":
             return rows * width
-        val = node.meta["val"]
+        val = node.meta["val"][0] if isinstance(node.meta["val"], tuple) else node.meta["val"]
         return rows * width * self._dtypes.get(val.dtype, val.dtype).itemsize
 
     def _size(self, dim: object) -> int:
