@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxfx.config import (
@@ -60,12 +60,14 @@ pipelines = st.builds(
 )
 
 
+@settings(deadline=None)  # how long an example takes is the machine's load
 @given(pipelines)
 def test_toml_loads_back(pipeline: Pipeline) -> None:
     assert loads(to_toml(pipeline)) == pipeline.completed()
     assert loads(to_toml(pipeline, defaults=True)) == pipeline.completed()
 
 
+@settings(deadline=None)  # how long an example takes is the machine's load
 @given(pipelines)
 def test_text_reads_back(pipeline: Pipeline) -> None:
     if pipeline.specs or to_text(pipeline):
@@ -73,6 +75,7 @@ def test_text_reads_back(pipeline: Pipeline) -> None:
         assert to_text(from_text(to_text(pipeline))) == to_text(pipeline)
 
 
+@settings(deadline=None)  # how long an example takes is the machine's load
 @given(pipelines)
 def test_values_make_the_same_pipeline(pipeline: Pipeline) -> None:
     again = Pipeline(pipeline.passes, pipeline.model, pipeline.calibration, pipeline.budget)
@@ -80,6 +83,7 @@ def test_values_make_the_same_pipeline(pipeline: Pipeline) -> None:
     assert to_toml(again) == to_toml(pipeline)
 
 
+@settings(deadline=None)  # how long an example takes is the machine's load
 @given(pipelines)
 def test_printing_is_a_fixed_point(pipeline: Pipeline) -> None:
     once = to_toml(loads(to_toml(pipeline)))

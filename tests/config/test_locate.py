@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxfx.config.errors import ConfigError
@@ -98,6 +98,7 @@ values = st.recursive(
 )
 
 
+@settings(deadline=None)  # how long an example takes is the machine's load
 @given(st.dictionaries(st.text(max_size=5), values, max_size=4))
 def test_every_value_starts_where_the_scanner_says(document: dict) -> None:
     text = "".join(f"{_key(key)} = {_value(value)}\n" for key, value in document.items())
