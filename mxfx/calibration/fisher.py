@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, fx
 
 from mxfx.calibration.moments import BATCH_TOKENS, BlockMoment, fits
-from mxfx.calibration.sampling import drawn
 from mxfx.calibration.stages import input_of
 from mxfx.calibration.training import trainable
 from mxfx.graph.node import kind
@@ -26,7 +25,8 @@ Sink = Callable[[Tensor], None]
 def differentiate(logits: Tensor, generator: torch.Generator) -> None:
     """Gradients of Σ log p(y) over rows of ``logits``, ``(…, vocabulary)``, y drawn anew; to the hooks that are set."""
     log_p = logits.flatten(0, -2).float().log_softmax(-1)
-    log_p.gather(-1, drawn(log_p.detach(), generator)).sum().backward()
+    drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+    log_p.gather(-1, drawn).sum().backward()
 
 
 def watch_gradients(program: Program, sinks: Mapping[fx.Node, Sink], ctx: Context, tokens: Tensor) -> None:
