@@ -173,6 +173,8 @@ def test_bisect_names_pass_and_match_and_prints_commands_that_run(mxfx: Run, pip
     shown = [mxfx(*shlex.split(command)[1:]) for command in (before.strip(), after.strip())]
     assert [answer.code for answer in shown] == [0, 0]
     assert shown[0].out.count("rounded") + 1 == shown[1].out.count("rounded")
+    halved = mxfx("bisect", pipeline, "--max-kl", "0.01", "--set", "model.dtype=bfloat16")
+    assert "--dtype float32" in before and halved.out.count("--dtype bfloat16") == 2
     nothing = mxfx("bisect", pipeline, "--max-kl", "1e6")
     assert nothing.code == 1 and "lower the threshold" in nothing.err
 

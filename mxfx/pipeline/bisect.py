@@ -87,8 +87,8 @@ def bisect(
                 (StopPoint(number, good), StopPoint(number, bad)) if bad else (StopPoint(number, 0), StopPoint(number))
             )
             name, text = source or program.source.name, to_text(_unnamed(pipeline))
-            commands = (command(name, text, str(points[0])), command(name, text, str(points[1])))
-            return Culprit(pass_, *points, kl_good, kl_bad, match, commands)
+            first, second = (command(name, text, point, program.dtype) for point in points)
+            return Culprit(pass_, *points, kl_good, kl_bad, match, (first, second))
         before, kl_before = applied.program, kl
     raise NothingFound(
         f"KL ends at {kl_before:.4g} nats, which is within {max_kl:g}; lower the threshold to look closer"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -255,9 +255,9 @@ def read_passes(passes: str | Path | Pipeline) -> Pipeline:
     return from_text(passes) if passes.strip() else Pipeline([])
 
 
-def command(source: str, passes: str, stop_after: Sequence[int] | str) -> str:
-    """The command line that prints the program at a stop point, quoted for a shell."""
+def command(source: str, passes: str, stop_after: StopPoint, dtype: torch.dtype) -> str:
+    """The command line that prints the program at a stop point, of a model in ``dtype``, quoted for a shell."""
     import shlex
 
-    point = stop_after if isinstance(stop_after, str) else ".".join(map(str, stop_after))
-    return f"mxfx opt {shlex.quote(source)} --passes {shlex.quote(passes)} --stop-after {point}"
+    shown = str(dtype).removeprefix("torch.")
+    return f"mxfx opt {shlex.quote(source)} --passes {shlex.quote(passes)} --dtype {shown} --stop-after {stop_after}"
