@@ -30,14 +30,17 @@ def prepare(files: Sequence[str | Path], options: RunOptions) -> list[tuple[str,
     # Passes import torch, which takes a second: what is no TOML is refused before.
     from mxfx.compat.tutorial import load_any
     from mxfx.config.order import check_order
+    from mxfx.config.overrides import apply_overrides
 
     found = {name: load_any(file) for name, file in zip(names, files, strict=True)}
     if options.data is not None:
         found = {name: _with_data(pipeline, options.data) for name, pipeline in found.items()}
+    if options.model is not None:
+        named = [f"model.name={json.dumps(options.model)}"]
+        found = {name: apply_overrides(pipeline, named, "--model") for name, pipeline in found.items()}
     # Settings first: they decide the emit stage, whose options an assignment may set.
-    given = _assignments(options)
-    of_passes = [text for text in given if text.startswith("pass")]
-    for assignment in given:
+    of_passes = [text for text in options.overrides if text.startswith("pass")]
+    for assignment in options.overrides:
         if assignment not in of_passes:
             _override(found, assignment)
     for name, pipeline in found.items():
@@ -78,10 +81,3 @@ def _override(pipelines: dict[str, Pipeline], assignment: str) -> None:
             missing.append(error)
     if len(missing) == len(pipelines):
         raise missing[0]
-
-
-def _assignments(options: RunOptions) -> list[str]:
-    given = []
-    if options.model is not None:
-        given.append(f"model.name={json.dumps(options.model)}")
-    return [*given, *options.overrides]

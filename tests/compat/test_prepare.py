@@ -39,3 +39,12 @@ def test_an_assignment_is_for_the_files_that_have_a_place_for_it(tmp_path: Path)
     three = RunOptions(model="a/b", overrides=("calibration.shares=[1,8,2]",))
     with pytest.raises(ConfigError, match="expected a positive number for each source"):
         prepare([tmp_path / "one.toml", tmp_path / "two.toml"], three)
+
+
+def test_a_model_that_is_not_there_is_said_of_the_option_that_names_it(tmp_path: Path) -> None:
+    file = tmp_path / "p.toml"
+    file.write_text('[[pass]]\nname = "fuse-norm"\n')
+    with pytest.raises(ConfigError, match=r"^--model:1:12: no folder '/nowhere'"):
+        prepare([file], RunOptions(model="/nowhere"))
+    ((_, found),) = prepare([file], RunOptions(model="a/b", overrides=("model.dtype=float16",)))
+    assert (found.model.name, found.model.dtype) == ("a/b", "float16")
