@@ -44,7 +44,8 @@ def test_an_assignment_is_for_the_files_that_have_a_place_for_it(tmp_path: Path)
 def test_a_model_that_is_not_there_is_said_of_the_option_that_names_it(tmp_path: Path) -> None:
     file = tmp_path / "p.toml"
     file.write_text('[[pass]]\nname = "fuse-norm"\n')
+    ((_, found),) = prepare([file], RunOptions(model="/nowhere"))
     with pytest.raises(ConfigError, match=r"^--model:1:12: no folder '/nowhere'"):
-        prepare([file], RunOptions(model="/nowhere"))
+        found.model_source()
     ((_, found),) = prepare([file], RunOptions(model="a/b", overrides=("model.dtype=float16",)))
     assert (found.model.name, found.model.dtype) == ("a/b", "float16")
