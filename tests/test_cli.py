@@ -225,3 +225,10 @@ def test_without_a_command_the_help_is_shown(mxfx: Run) -> None:
     answer = mxfx("--help")
     assert answer.code == 0
     assert [c for c in ("run", "check", "config", "passes", "eval") if c not in answer.out] == []
+
+
+def test_doctor_says_what_its_own_cache_takes(mxfx: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "self-1.safetensors").write_bytes(bytes(20_000_000))
+    monkeypatch.setenv("MXFX_CACHE", str(tmp_path))
+    said = mxfx("doctor")
+    assert said.code == 0 and f"cache {tmp_path}: 0.02 GB" in said.out

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from mxfx.ground.files import cache_home
 from mxfx.ground.versions import version
 
 #: Optional package → what it is for.
@@ -49,8 +50,8 @@ def lines() -> Iterator[str]:
         )
     for name, purpose in _OPTIONAL.items():
         yield f"{name}: {'present' if find_spec(name) is not None else 'absent'} ({purpose})"
-    for variable, default in (("HF_HOME", "~/.cache/huggingface"), ("TRITON_CACHE_DIR", "~/.triton/cache")):
-        folder = Path(os.environ.get(variable, default)).expanduser()
+    theirs = (("HF_HOME", "~/.cache/huggingface"), ("TRITON_CACHE_DIR", "~/.triton/cache"))
+    for folder in (cache_home(), *(Path(os.environ.get(name, default)).expanduser() for name, default in theirs)):
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
         yield f"cache {folder}: {size / 1e9:.2f} GB"
 
