@@ -124,10 +124,12 @@ def evaluation_articles() -> Path:
 @pytest.fixture
 def definitions() -> Iterator[None]:
     """How a CPU lowers where no C kernel can be built: what is printed there is the same on every machine."""
-    from mxfx.ops.kernels.library import load_cpu
+    from mxfx.ops.kernels.library import load_cpu, load_cuda
     from mxfx.ops.providers import _PROVIDERS
 
     load_cpu()
+    # What a test loaded would be lost behind it: modules are imported once.
+    load_cuda()
     held = list(_PROVIDERS)
     _PROVIDERS[:] = [one for one in held if not one.name.startswith("c-")]
     yield
