@@ -61,10 +61,11 @@ def test_results_of_many_rows_are_those_of_float64(rows: int, width: int, channe
     assert torch.equal(product([], torch.float32), wanted.float())
     assert torch.equal(product([], torch.bfloat16), wanted.float().bfloat16())
     assert torch.equal(product([bias.bfloat16()], torch.bfloat16), (wanted.float() + bias.bfloat16()).bfloat16())
-    residual = random(rows, channels)
-    op = torch.ops.mxfx_kernels.fake_quantize_linear
+    residual, op = random(rows, channels), torch.ops.mxfx_kernels.fake_quantize_linear
     found = op([codes], [scales], [], residual, text, x.bfloat16(), text, -1)
-    assert torch.equal(found, residual + wanted.float().bfloat16())
+    # Of MXINT4 rounded once more a block whose least entry is -8 lies on another grid.
+    again = parse(text).fake_quantize(x.bfloat16())
+    assert torch.equal(found, residual + (again.double() @ weight.double().t()).float().bfloat16())
     half = channels // 2 // 8 * 8
     parts = ([codes[:half], codes[half:]], [scales[:half], scales[half:]])
     assert torch.equal(op(*parts, [], residual, text, x.bfloat16(), text, -1), found)

@@ -65,16 +65,26 @@ class Tiling:
         return self.high * self.across
 
 
-#: Large tiles read operands less often, small ones are enough for all processors of a device sooner.
-TILINGS = (Tiling(), Tiling(2, wide=64, stages=8), Tiling(1, wide=64, ahead=2, stages=8), Tiling(1, 1, 1, 32, 2, 10))
+#: With each what its programs do beside those of the first, in time, where all processors of a device have one (H200).
+TILINGS = (
+    (Tiling(), 1.0),
+    (Tiling(2, ahead=2, stages=6), 0.96),
+    (Tiling(1, wide=64, ahead=2, stages=8), 0.62),
+    (Tiling(1, wide=32, ahead=2, stages=10), 0.4),
+)
 
 
 def tiling_for(rows: int, channels: int, processors: int) -> Tiling:
-    """The largest tiles of which there is one for each processor; else the smallest."""
-    for tiling in TILINGS:
-        if triton.cdiv(rows, tiling.rows) * triton.cdiv(channels, tiling.channels) >= processors:
-            return tiling
-    return TILINGS[-1]
+    """The tiles that are through first: as many rounds of all processors as they take, by what one takes.
+
+    Of twelve shapes of 64 to 16384 rows that were measured on an H200 these are the fastest of the four.
+    """
+
+    def cost(tiling: Tiling, speed: float) -> float:
+        tiles = triton.cdiv(rows, tiling.rows) * triton.cdiv(channels, tiling.channels)
+        return triton.cdiv(tiles, processors) * tiling.rows * tiling.channels / speed
+
+    return min(TILINGS, key=lambda one: cost(*one))[0]
 
 
 def multiply_rows_of_e4m3(
