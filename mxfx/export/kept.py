@@ -6,7 +6,7 @@ depends on the folder, the code of mxfx and torch, and the kernels for the devic
 FOLDER/emitted-DEVICE.mxir   by who saves the folder, for the CPU, and for CUDA where that process uses it
 CACHE/emitted/KEY.mxir       by who opens it where that one does not fit: it was made by other code, for other kernels
 
-    // the hash of what follows
+    // the hash of what follows, under a key that this user alone has (CACHE/key)
     // {"folder": hash of its manifest, "mxfx": …, "torch": …, "kernels": …,
         "decoded": packed weights that run as floats, which the opening decodes, each with its format}
     the lowered program, printed
@@ -14,20 +14,24 @@ CACHE/emitted/KEY.mxir       by who opens it where that one does not fit: it was
 and beside it `.safetensors`, where the stage made other weights that the folder has not (a transform's matrix).
 
 The folder's own files are read and held to its manifest every time, its weights to their hashes, and so is what the
-opening decodes. Only the text is not proven again: when it was written, it was read back and compared. One that is
-damaged, or was made of or for anything else, is never used; a warning says why when the stage therefore runs.
+opening decodes. Only the text is not proven again: when it was written, it was read back and compared. So one that
+somebody else wrote, who might have a kernel read what is not its own, is never used, nor one that is damaged, or was
+made of or for anything else; a warning says why when the stage therefore runs. A folder from elsewhere costs it once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import hmac
 import importlib.metadata
 import json
 import os
+import secrets
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +67,7 @@ _LARGEST = 1 << 30
 #: Bytes of all that is kept in the cache, that which was read last.
 _ROOM = 2 << 30
 _NAME = "emitted-{}.mxir"
+_KEY_BYTES = 32
 #: What a program was made of and for, by the key of its header, in words.
 _DIFFERS = {
     "folder": "of another program",
@@ -74,6 +79,10 @@ _DIFFERS = {
 }
 
 
+class _NotOurs(Exception):
+    """A text whose hash this user did not make."""
+
+
 @dataclass(frozen=True)
 class _Written:
     """A text and the two lines above it."""
@@ -83,12 +92,12 @@ class _Written:
 
     @classmethod
     def at(cls, path: Path) -> _Written | None:
-        """None for a file that is not there. Raises ``ValueError`` for one that is damaged."""
+        """None for a file that is not there. Raises ``_NotOurs``, and ``ValueError`` for one that is damaged."""
         if not path.is_file():
             return None
         seal, _, rest = read_text(path).partition("\n")
-        if seal != _sealed(rest):
-            raise ValueError("its hash is not that of what it holds")
+        if not hmac.compare_digest(seal, _sealed(rest)):
+            raise _NotOurs("this user did not write it so: it came from elsewhere, or is damaged")
         facts, _, text = rest.partition("\n")
         return cls(parse_json(facts.removeprefix("// "), path), text)
 
@@ -194,6 +203,8 @@ def _read(path: Path, facts: Mapping[str, Any], opened: Opened) -> tuple[Program
         made = load_file(beside) if beside.is_file() else {}
         decoded = {name: _decode(name, how, opened.weights) for name, how in written.facts["decoded"].items()}
         return parse_stated(written.text, {**opened.weights, **made, **decoded}), ""
+    except _NotOurs as error:
+        return None, str(error)
     except Exception as error:
         # What it says to decode may be refused by torch with any kind of error.
         return None, f"it is damaged ({reason_of(error)})"
@@ -215,7 +226,25 @@ def _decode(name: str, how: Mapping[str, Any], weights: Mapping[str, Tensor]) ->
 
 
 def _sealed(text: str) -> str:
-    return f"// {hashlib.blake2b(text.encode(), digest_size=32).hexdigest()}"
+    return f"// {hashlib.blake2b(text.encode(), digest_size=32, key=_key_of_user()).hexdigest()}"
+
+
+def _key_of_user() -> bytes:
+    """Drawn once, and kept where only this user reads it; for this process alone where nothing can be kept."""
+    path = cache_home() / "key"
+    for _ in range(2):
+        with contextlib.suppress(OSError):
+            if len(found := path.read_bytes()) == _KEY_BYTES:
+                return found
+        # Of two processes that draw one, both read that of the later.
+        if not keep(path, secrets.token_bytes(_KEY_BYTES), private=True):
+            break
+    return _own_key()
+
+
+@cache
+def _own_key() -> bytes:
+    return secrets.token_bytes(_KEY_BYTES)
 
 
 def _printed(path: Path, facts: Mapping[str, Any], source: Program, program: Program, most: int) -> dict[Path, bytes]:

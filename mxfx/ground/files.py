@@ -53,7 +53,9 @@ def parse_json(text: str | bytes, where: object) -> Any:
         raise DamagedFile(f"{where}: is not JSON ({reason_of(error)})") from error
 
 
-def write_file(path: Path, data: bytes | Iterable[bytes | memoryview], *, flush: bool = True) -> None:
+def write_file(
+    path: Path, data: bytes | Iterable[bytes | memoryview], *, flush: bool = True, private: bool = False
+) -> None:
     """Write ``data``, whole or in pieces, under a temporary name, flush it, rename it to ``path``, flush the folder.
 
     A process killed at any moment leaves the old file or the new one; so does a machine, but without ``flush``, which
@@ -62,8 +64,12 @@ def write_file(path: Path, data: bytes | Iterable[bytes | memoryview], *, flush:
     """
     partial = path.with_name(path.name + _SUFFIX)
     size = 0
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags, 0o600 if private else 0o666)
+
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "wb", opener=opener) as file:
             for piece in [data] if isinstance(data, bytes) else data:
                 size += len(piece)
                 file.write(piece)
@@ -90,11 +96,11 @@ def cache_home() -> Path:
     return Path(given) if given else (Path(base) if base else Path.home() / ".cache") / "mxfx"
 
 
-def keep(path: Path, data: bytes) -> bool:
+def keep(path: Path, data: bytes, *, private: bool = False) -> bool:
     """Write what spares later processes work; whether it was written. That it was not is a warning, once a folder."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, data)
+        write_file(path, data, private=private)
     except OSError as error:
         say_not_kept(path.parent, reason_of(error))
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import stat
 import subprocess
 import sys
 import warnings
@@ -57,6 +58,9 @@ _IDS = torch.arange(3, 25).view(2, 11)
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MXFX_CACHE", str(tmp_path / "cache"))
+    # Folders that are saved once for all tests are read under the caches of all.
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "key").write_bytes(bytes(32))
     files._said.clear()
     return tmp_path / "cache" / "emitted"
 
@@ -221,19 +225,20 @@ def test_only_so_much_is_kept(folder: Path, cache: Path, monkeypatch: pytest.Mon
     assert len(list(cache.glob("*.mxir"))) == 2
 
 
-def _read_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MXFX_CACHE", "/proc/nowhere")
-
-
 @pytest.mark.parametrize(
     "family", ["llama-tiny", "gemma3-tiny", "phi3-tiny", "llama-tiny rotated", "llama-tiny 8 bits"]
 )
 def test_the_first_opening_runs_no_pass_and_gives_the_bits_of_the_stage(
-    family: str, shipped: Callable[[str], Path], saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    family: str,
+    shipped: Callable[[str], Path],
+    saved: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    cache: Path,
 ) -> None:
     emitted = MxfxForCausalLM.from_pretrained(saved(family))
     _no_emission(monkeypatch)
-    _read_only(monkeypatch)
+    shipped(family)
+    shutil.rmtree(cache)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         first, second = (MxfxForCausalLM.from_pretrained(shipped(family)) for _ in range(2))
@@ -311,8 +316,27 @@ def test_what_is_damaged_in_a_folder_is_said_and_not_used(
         "decoded": _forged(whole.decode(), '"width": ', '"width": -'),
     }[damage])  # fmt: skip
     assert path.read_bytes() != whole
-    with pytest.warns(UserWarning, match="emitted-cpu.mxir is not used, it is damaged"):
+    said = (
+        "it is damaged"
+        if damage in ("another op", "no facts", "decoded", "no text")
+        else "this user did not write it so"
+    )
+    with pytest.warns(UserWarning, match=f"emitted-cpu.mxir is not used, {said}"):
         assert torch.equal(_logits(MxfxForCausalLM.from_pretrained(folder)), expected)
+
+
+def test_what_somebody_else_wrote_is_not_used(shipped: Callable[[str], Path], tmp_path: Path, cache: Path) -> None:
+    """Its kernels would be called unproven: nobody vouches for sizes and addresses."""
+    folder = Path(shutil.copytree(shipped("llama-tiny"), tmp_path / "model"))
+    expected = _logits(MxfxForCausalLM.from_pretrained(folder))
+    key = cache.parent / "key"
+    key.unlink()
+    with pytest.warns(UserWarning, match=r"emitted-cpu.mxir is not used, .*came from elsewhere"):
+        assert torch.equal(_logits(MxfxForCausalLM.from_pretrained(folder)), expected)
+    assert len(key.read_bytes()) == 32 and stat.S_IMODE(key.stat().st_mode) == 0o600
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MxfxForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ which others' load disturbs least, compilers' included: `cpu open + first`, and 
 Rows of a device, of the folder that mxfx saved (`--quick`: not the last, and not the float folder in bfloat16):
 
     saved by mxfx      opened there before
-    the first time     with an empty cache, but for the kernels, which are built once a machine
-    first, emitted     the same without what the folder has of the emit stage: as where other code or kernels run
+    the first time     by who saved it, with an empty cache, but for the kernels, which are built once a machine
+    first, emitted     the same without what the folder has of the emit stage: as where somebody else saved it, and
+                       where other code or kernels run
     first on a machine with nothing: kernels are built too, those in C, on CUDA those in Triton
 """
 
@@ -118,8 +119,10 @@ def _ways(args: argparse.Namespace, bare: Path) -> dict[str, Way]:
 
 @contextmanager
 def _no_emission() -> Iterator[Mapping[str, str]]:
-    """A cache with the kernels in C alone; Triton's stays."""
+    """A cache with the user's key and the kernels in C alone; Triton's stays."""
     with tempfile.TemporaryDirectory() as empty:
+        if (cache_home() / "key").is_file():
+            shutil.copy(cache_home() / "key", empty)
         if (cache_home() / "kernels").is_dir():
             (Path(empty) / "kernels").symlink_to((cache_home() / "kernels").resolve())
         yield os.environ | {"MXFX_CACHE": empty}
