@@ -75,7 +75,7 @@ def test_the_fact_fails_where_one_side_was_turned_alone(raised) -> None:
 
 
 def test_a_pass_that_transforms_keys_alone_breaks_its_promise(raised, monkeypatch) -> None:
-    def keys_alone(self, rw, attention, moments) -> None:
+    def keys_alone(self, rw, attention, moments, gradients) -> None:
         k = spec(attention).get("k")
         spec(attention).set(rw, "k", rw.call(torch.ops.mxfx.hadamard.default, k, 8, like=attention))
 
