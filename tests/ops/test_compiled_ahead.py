@@ -104,11 +104,11 @@ def test_some_rows_times_codes_that_are_decoded_as_they_arrive(kind: str, target
 def test_rows_of_e4m3_are_added_in_float32_while_tensor_cores_multiply(rows: int, tmp_path: Path) -> None:
     tiling = e4m3_gluon.tiling_for(rows, 2048, 132)
     made = e4m3_gluon._launch(rows, 2048, 2048, CPU, True, True, tiling)
-    tiles = [f"tensordesc<fp8e4nv[{n}, 128],{e4m3_gluon.SHARED!r}>" for n in (tiling.high * 64, tiling.wide)]
+    tiles = [f"tensordesc<fp8e4nv[{n}, 128],{e4m3_gluon.SHARED!r}>" for n in (64, tiling.channels)]
     found = launch(made, [*tiles, *["*fp32"] * 2, *["*bf16"] * 3])
     # Each instruction sums 32 products, of one exponent, and nothing that was summed before.
-    instructions = found.asm["ptx"].count(f"wgmma.mma_async.sync.aligned.m64n{tiling.wide}k32.f32.e4m3.e4m3")
-    assert instructions == 4 * tiling.pieces * tiling.groups
+    instructions = found.asm["ptx"].count(f"wgmma.mma_async.sync.aligned.m64n{tiling.channels}k32.f32.e4m3.e4m3")
+    assert instructions == 4 * tiling.groups
     said = _ptxas(found.asm["ptx"], tmp_path)
     assert "0 bytes spill stores" in said and "C7510" not in said  # C7510: instructions wait for each other
 

@@ -39,38 +39,30 @@ SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2
 class Tiling:
     """What a program multiplies at a time.
 
-    groups: of four warps, one to three; each multiplies `high` times 64 rows of the tile. across, wide: instructions,
-    and channels of each, that cover its channels. ahead: instructions of a group on their way, 1 or 2. stages: operands
-    of 128 terms in shared memory, fewer where results are wide. order: tiles of rows that share a weight's.
+    groups: of four warps, one to three; each multiplies 64 rows of the tile. channels: of an instruction, and of the
+    tile. ahead: instructions of a group on their way, 1 or 2. stages: operands of 128 terms in shared memory. order:
+    tiles of rows that share a weight's.
+
+    Groups of several instructions a turn, for tiles of up to 256 rows or channels, were slower on an H200.
     """
 
     groups: int = 3
-    high: int = 1
-    across: int = 1
-    wide: int = 128
+    channels: int = 128
     ahead: int = 1
     stages: int = 5
     order: int = 16
 
     @property
     def rows(self) -> int:
-        return self.groups * self.high * HIGH
-
-    @property
-    def channels(self) -> int:
-        return self.across * self.wide
-
-    @property
-    def pieces(self) -> int:
-        return self.high * self.across
+        return self.groups * HIGH
 
 
 #: With each what its programs do beside those of the first, in time, where all processors of a device have one (H200).
 TILINGS = (
     (Tiling(), 1.0),
     (Tiling(2, ahead=2, stages=6), 0.96),
-    (Tiling(1, wide=64, ahead=2, stages=8), 0.62),
-    (Tiling(1, wide=32, ahead=2, stages=10), 0.4),
+    (Tiling(1, channels=64, ahead=2, stages=8), 0.62),
+    (Tiling(1, channels=32, ahead=2, stages=10), 0.4),
 )
 
 
@@ -116,7 +108,7 @@ def _launch(
     rows: int, terms: int, channels: int, device: torch.device, bias: bool, residual: bool, tiling: Tiling
 ) -> Launch:
     tiles = triton.cdiv(rows, tiling.rows) * triton.cdiv(channels, tiling.channels)
-    blocks = (tiling.high * HIGH, tiling.wide)
+    blocks = (HIGH, tiling.channels)
     return Launch(
         _kernel,
         lambda at_a_time: min(tiles, at_a_time),
@@ -152,9 +144,7 @@ def _load(x_desc, weight_desc, tiles_of, sizes, TILING: gl.constexpr, STAGES: gl
     x_tiles, weight_tiles, full, empty = tiles_of
     rows, channels, terms, tiles = sizes
     EACH: gl.constexpr = x_desc.block_type.shape[0]
-    WIDE: gl.constexpr = weight_desc.block_type.shape[0]
     GROUPS: gl.constexpr = TILING.value.groups
-    ACROSS: gl.constexpr = TILING.value.across
     TERMS: gl.constexpr = x_desc.block_type.shape[1]
     stage = 0
     phase = 1
@@ -164,9 +154,7 @@ def _load(x_desc, weight_desc, tiles_of, sizes, TILING: gl.constexpr, STAGES: gl
             mbarrier.wait(empty.index(stage), phase)
             here = full.index(stage)
             mbarrier.expect(here, (TILING.value.rows + TILING.value.channels) * TERMS)
-            for column in gl.static_range(ACROSS):
-                part = weight_tiles.index(stage * ACROSS + column)
-                tma.async_copy_global_to_shared(weight_desc, [channel + column * WIDE, term], here, part)
+            tma.async_copy_global_to_shared(weight_desc, [channel, term], here, weight_tiles.index(stage))
             for group in gl.static_range(GROUPS):
                 part = x_tiles.index(stage * GROUPS + group)
                 tma.async_copy_global_to_shared(x_desc, [row + group * EACH, term], here, part)
@@ -177,25 +165,19 @@ def _load(x_desc, weight_desc, tiles_of, sizes, TILING: gl.constexpr, STAGES: gl
 
 
 @gluon.jit
-def _start(x, weight_tiles, stage, into, TURN: gl.constexpr, TILING: gl.constexpr):
-    """An instruction: those of all pieces of a tile follow each other, then come the next terms."""
-    k: gl.constexpr = TURN // TILING.value.pieces * 32
-    i: gl.constexpr = TURN % TILING.value.pieces // TILING.value.across * 64
-    j: gl.constexpr = TURN % TILING.value.across
-    x = x.slice(i, 64, 0).slice(k, 32, 1)
-    weight = weight_tiles.index(stage * TILING.value.across + j).slice(k, 32, 1)
-    return warpgroup_mma(x, weight.permute((1, 0)), into, use_acc=False, is_async=True)
+def _start(x, weight, into, TURN: gl.constexpr):
+    """An instruction: the next 32 terms of a tile."""
+    k: gl.constexpr = TURN * 32
+    return warpgroup_mma(x.slice(k, 32, 1), weight.slice(k, 32, 1).permute((1, 0)), into, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _added(total, part, rows, AT: gl.constexpr):
-    AFTER: gl.constexpr = AT + 1
-    here = total[AT]
+def _added(total, part, rows):
     # Always so. The compiler orders what lies between branches: without one it puts additions off until instructions
     # want more registers than there are.
     if rows > 0:
-        here += part
-    return total[:AT] + (here,) + total[AFTER:]  # noqa: RUF005  (a kernel's tuples have no stars)
+        total += part
+    return total
 
 
 @gluon.jit
@@ -207,57 +189,54 @@ def _multiply(
     row_scales_ptr, channel_scales_ptr, bias_ptr, residual_ptr, out_ptr = tensors
     x_tiles, weight_tiles, full, empty = tiles_of
     rows, channels, terms, tiles = sizes
-    WIDE: gl.constexpr = TILING.value.wide
+    WIDE: gl.constexpr = TILING.value.channels
     AHEAD: gl.constexpr = TILING.value.ahead
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 32])
     LINES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDE, WIDE // 8], [4, 1], [1, 0])
     TERMS: gl.constexpr = x_tiles.shape[2]
-    PIECES: gl.constexpr = TILING.value.pieces
-    TURNS: gl.constexpr = TERMS // 32 * PIECES
+    TURNS: gl.constexpr = TERMS // 32
     zero = gl.zeros([64, WIDE], gl.float32, SUMS)
     stage = 0
     phase = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        total = (zero,) * PIECES
+        total = zero
         for _ in range(0, terms, TERMS):
             mbarrier.wait(full.index(stage), phase)
-            x = x_tiles.index(stage * TILING.value.groups + G)
+            x, weight = x_tiles.index(stage * TILING.value.groups + G), weight_tiles.index(stage)
             # Sums go where some were read before: so the compiler finds registers for all.
             free = (zero,) * AHEAD
             sums = ()
             for turn in gl.static_range(TURNS + AHEAD - 1):
                 if turn < TURNS:
-                    sums = sums + (_start(x, weight_tiles, stage, free[0], turn, TILING),)  # noqa: RUF005
+                    sums = sums + (_start(x, weight, free[0], turn),)  # noqa: RUF005
                     free = free[1:]
                 if turn >= AHEAD - 1:
                     done = warpgroup_mma_wait(AHEAD - 1 if turn < TURNS else 0, [sums[0]])  # type: ignore[misc]
                     sums = sums[1:]
                     free = free + (done,)  # noqa: RUF005
-                    total = _added(total, done, rows, (turn - AHEAD + 1) % PIECES)
+                    total = _added(total, done, rows)
             mbarrier.arrive(empty.index(stage), count=1)
             stage += 1
             if stage == STAGES:
                 stage = 0
                 phase ^= 1
-        first, start = _place(tile, rows, channels, TILING)
-        for piece in gl.static_range(PIECES):
-            at_row = first + (G * TILING.value.high + piece // TILING.value.across) * 64
-            at_channel = start + piece % TILING.value.across * WIDE
-            row = at_row + gl.arange(0, 64, gl.SliceLayout(1, SUMS))
-            channel = at_channel + gl.arange(0, WIDE, gl.SliceLayout(0, SUMS))
-            scale = gl.load(row_scales_ptr + row, mask=row < rows, other=0.0)
-            factor = gl.load(channel_scales_ptr + channel, mask=channel < channels, other=0.0)
-            y = total[piece] * scale[:, None] * factor[None, :]
-            if BIAS:
-                y += gl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(gl.float32)[None, :]
-            y = gl.convert_layout(y.to(out_ptr.dtype.element_ty), LINES)
-            row = at_row + gl.arange(0, 64, gl.SliceLayout(1, LINES))
-            channel = at_channel + gl.arange(0, WIDE, gl.SliceLayout(0, LINES))
-            inside = (row < rows)[:, None] & (channel < channels)[None, :]
-            at_out = row.to(gl.int64)[:, None] * channels + channel[None, :]
-            if RESIDUAL:
-                y = y + gl.load(residual_ptr + at_out, mask=inside, other=0.0)
-            gl.store(out_ptr + at_out, y, mask=inside)
+        first, at_channel = _place(tile, rows, channels, TILING)
+        at_row = first + G * 64
+        row = at_row + gl.arange(0, 64, gl.SliceLayout(1, SUMS))
+        channel = at_channel + gl.arange(0, WIDE, gl.SliceLayout(0, SUMS))
+        scale = gl.load(row_scales_ptr + row, mask=row < rows, other=0.0)
+        factor = gl.load(channel_scales_ptr + channel, mask=channel < channels, other=0.0)
+        y = total * scale[:, None] * factor[None, :]
+        if BIAS:
+            y += gl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(gl.float32)[None, :]
+        y = gl.convert_layout(y.to(out_ptr.dtype.element_ty), LINES)
+        row = at_row + gl.arange(0, 64, gl.SliceLayout(1, LINES))
+        channel = at_channel + gl.arange(0, WIDE, gl.SliceLayout(0, LINES))
+        inside = (row < rows)[:, None] & (channel < channels)[None, :]
+        at_out = row.to(gl.int64)[:, None] * channels + channel[None, :]
+        if RESIDUAL:
+            y = y + gl.load(residual_ptr + at_out, mask=inside, other=0.0)
+        gl.store(out_ptr + at_out, y, mask=inside)
 
 
 @gluon.jit
@@ -267,8 +246,7 @@ def _kernel(
 ):  # fmt: skip
     GROUPS: gl.constexpr = TILING.value.groups
     of_x: gl.constexpr = [STAGES * GROUPS, x_desc.block_type.shape[0], x_desc.block_type.shape[1]]
-    ACROSS: gl.constexpr = TILING.value.across
-    of_weight: gl.constexpr = [STAGES * ACROSS, weight_desc.block_type.shape[0], weight_desc.block_type.shape[1]]
+    of_weight: gl.constexpr = [STAGES, weight_desc.block_type.shape[0], weight_desc.block_type.shape[1]]
     x_tiles = gl.allocate_shared_memory(x_desc.dtype, of_x, x_desc.layout)
     weight_tiles = gl.allocate_shared_memory(weight_desc.dtype, of_weight, weight_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
