@@ -6,6 +6,8 @@ blocks span few enough octaves loses nothing.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -51,19 +53,19 @@ def carries(fmt: Format) -> bool:
 def sums_exactly(first: Format, second: Format) -> bool:
     """Whether an instruction sums products of entries of two formats without a loss.
 
-    It must not meet two blocks of a row, and a sum of its products must have no more bits than it keeps.
+    It must not meet two blocks of a row, and the largest sum of its products must keep the bit of the smallest.
     """
     if any(fmt.block is None or fmt.block % SUMMED for fmt in (first, second)):
         return False
-    return _octaves(first) + _octaves(second) + SUMMED.bit_length() - 1 <= KEPT
+    return (SUMMED * _largest(first) * _largest(second)).bit_length() - 1 <= KEPT
 
 
-def _octaves(fmt: Format) -> int:
-    """Octaves from the smallest difference of two entries of a block to the largest entry."""
+def _largest(fmt: Format) -> int:
+    """The largest magnitude of a block's entries, in units of the smallest difference of two of them."""
     element = fmt.element
     if isinstance(element, FloatElement):
-        return element.max_exponent + element.bias - 1 + element.mantissa_bits
-    return element.bits - 1
+        return int(math.ldexp(element.max_value, element.mantissa_bits - element.min_exponent))
+    return 1 << (element.bits - 1)
 
 
 def octaves_beyond(codes: Tensor, scales: Tensor, fmt: Format, width: int) -> int:

@@ -73,20 +73,15 @@ def test_a_wide_result_waits_on_the_device_only_and_a_norm_nowhere() -> None:
     assert waits["cpu"] < waits["device"] and max(waits["device"] - waits["cpu"]) == 96
 
 
-def test_attention_is_never_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "WHILE_A_BYTE_TRAVELS", {"cpu": 1e12})
+@pytest.mark.parametrize(("worth", "kept"), [(1e12, "attend"), (1.0, "linear")])
+def test_attention_and_a_product_that_costs_more_than_its_way_are_not_computed_again(
+    worth: float, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "WHILE_A_BYTE_TRAVELS", {"cpu": worth})
     found = Schedule(stages := _stages("llama-tiny"), "cpu", _CPU)
     for index in range(len(stages)):
         list(found.until(index))
-        assert not any("attend" in kind for step in found.pending for kind in _kinds(step))
-
-
-def test_a_product_that_costs_more_than_its_way_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "WHILE_A_BYTE_TRAVELS", {"cpu": 1.0})
-    found = Schedule(stages := _stages("llama-tiny"), "cpu", _CPU)
-    for index in range(len(stages)):
-        list(found.until(index))
-        assert not any("linear" in kind for step in found.pending for kind in _kinds(step))
+        assert not any(kept in kind for step in found.pending for kind in _kinds(step))
 
 
 def test_a_stream_gives_the_same_bits_however_much_it_computes_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,15 @@ def _no_emission(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept, "emitted", never)
 
 
+def _assert_same(model: nn.Module, other: nn.Module) -> None:
+    """One graph, the same weights, the same bits."""
+    assert torch.equal(_logits(model), _logits(other))
+    assert model.graph.code == other.graph.code and model.specs == other.specs
+    mine, theirs = model.graph.state_dict(), other.graph.state_dict()
+    assert list(mine) == list(theirs) and all(torch.equal(mine[n], theirs[n]) for n in mine)
+    assert all(mine[n].dtype == theirs[n].dtype for n in mine)
+
+
 @pytest.mark.parametrize("family", ["llama-tiny", "gemma3-tiny", "phi3-tiny", "llama-tiny rotated"])
 def test_the_second_opening_runs_no_pass_and_gives_the_same_bits(
     family: str, saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -123,11 +132,7 @@ def test_the_second_opening_runs_no_pass_and_gives_the_same_bits(
     first = MxfxForCausalLM.from_pretrained(saved(family))
     _no_emission(monkeypatch)
     second = MxfxForCausalLM.from_pretrained(saved(family))
-    assert torch.equal(_logits(second), _logits(first))
-    assert second.graph.code == first.graph.code and second.specs == first.specs
-    mine, theirs = second.graph.state_dict(), first.graph.state_dict()
-    assert list(mine) == list(theirs) and all(torch.equal(mine[n], theirs[n]) for n in mine)
-    assert all(mine[n].dtype == theirs[n].dtype for n in mine)
+    _assert_same(second, first)
     assert torch.equal(second.generate(_IDS, max_new_tokens=4), first.generate(_IDS, max_new_tokens=4))
     monkeypatch.undo()
     second.save_pretrained(tmp_path / "again")
@@ -243,11 +248,7 @@ def test_the_first_opening_runs_no_pass_and_gives_the_bits_of_the_stage(
         warnings.simplefilter("error")
         first, second = (MxfxForCausalLM.from_pretrained(shipped(family)) for _ in range(2))
     for model in (first, second):
-        assert torch.equal(_logits(model), _logits(emitted))
-        assert model.graph.code == emitted.graph.code and model.specs == emitted.specs
-        mine, theirs = model.graph.state_dict(), emitted.graph.state_dict()
-        assert list(mine) == list(theirs) and all(torch.equal(mine[n], theirs[n]) for n in mine)
-        assert all(mine[n].dtype == theirs[n].dtype for n in mine)
+        _assert_same(model, emitted)
     assert torch.equal(first.generate(_IDS, max_new_tokens=4), emitted.generate(_IDS, max_new_tokens=4))
 
 
