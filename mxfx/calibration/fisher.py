@@ -6,7 +6,7 @@ costs ½ E[(δ · g)²] nats, g the gradient of log p(y) with y drawn from the m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from mxfx.calibration.moments import BATCH_TOKENS, BlockMoment, fits
 from mxfx.calibration.stages import input_of
 from mxfx.calibration.training import trainable
-from mxfx.graph.node import kind
+from mxfx.graph.node import kind, path_of
 from mxfx.graph.program import Program
 from mxfx.rewrite import Context, Rewriter
 
@@ -77,6 +77,12 @@ def gradient_moments(
     sums = {node: BlockMoment(block, by_head=by_head) for node, block in blocks.items()}
     watch_gradients(program, sums, ctx, tokens)
     return {node: moment.value() for node, moment in sums.items() if moment.rows}
+
+
+def warn_of_unreached(rw: Rewriter, nodes: Iterable[fx.Node], reached: Container[fx.Node], instead: str) -> None:
+    """Say at which of ``nodes`` the loss has no gradient, and what is done ``instead``."""
+    if missing := [path_of(node) or node.name for node in nodes if node not in reached]:
+        rw.warn(f"no gradient of the loss reaches {', '.join(missing)}: {instead}")
 
 
 def token_importance(program: Program, linears: Sequence[fx.Node], ctx: Context, tokens: Tensor) -> dict[str, Tensor]:

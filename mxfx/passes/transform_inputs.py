@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from mxfx.algorithms.block_transform import BlockTransform, apply_blocks, best_order, narrow, wush
 from mxfx.algorithms.hadamard import fitting_order, hadamard_matrix, order_words, orders_near, random_signs
-from mxfx.calibration.fisher import gradient_moments
+from mxfx.calibration.fisher import gradient_moments, warn_of_unreached
 from mxfx.calibration.moments import block_moments, moment_bytes
 from mxfx.formats import Format
 from mxfx.graph.node import Annotation, info, kind, layer_of, op_name, path_of
@@ -126,6 +126,7 @@ class TransformInputs(Pass):
             moments = block_moments(rw.program, self._blocks(found), ctx, tokens, by_head=False)
             if self.against == "gradients":
                 gradients = gradient_moments(rw.program, self._blocks(found), ctx, tokens, by_head=False)
+                warn_of_unreached(rw, self._blocks(found), gradients, "balanced against weights")
         generator = ctx.generator("transform-inputs")
         for site in found:
             transform = self._transform(rw, site, moments, gradients, generator)

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from mxfx.algorithms.block_transform import BlockTransform, best_order, narrow, wush
 from mxfx.algorithms.hadamard import fitting_order, hadamard_matrix, order_words, orders_near
-from mxfx.calibration.fisher import gradient_moments
+from mxfx.calibration.fisher import gradient_moments, warn_of_unreached
 from mxfx.calibration.moments import block_moments
 from mxfx.graph.node import info, kind, operands, path_of
 from mxfx.graph.program import Program
@@ -92,7 +92,7 @@ class TransformKv(Pass):
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         chosen = self._chosen(rw)
-        moments, gradients = self._moments(rw.program, chosen, ctx)
+        moments, gradients = self._moments(rw, chosen, ctx)
         for attention, wanted in chosen.items():
             if "k" in wanted:
                 self._keys(rw, attention, moments, gradients)
@@ -113,7 +113,7 @@ class TransformKv(Pass):
         return found
 
     def _moments(
-        self, program: Program, chosen: dict[fx.Node, str], ctx: Context
+        self, rw: Rewriter, chosen: dict[fx.Node, str], ctx: Context
     ) -> tuple[dict[fx.Node, Tensor], dict[fx.Node, Tensor]]:
         """Of keys, values and queries, which keys are balanced against; of the gradients at keys and values."""
         if self.kind == "hadamard":
@@ -122,11 +122,13 @@ class TransformKv(Pass):
         nodes = [_operand(a, name) for a, wanted in chosen.items() for name in wanted.replace("k", "qk")]
         blocks = {n: lcm(*self._orders(n.meta["val"].shape[-1])) for n in nodes}
         tokens = ctx.tokens()[: self.samples]
-        moments = block_moments(program, blocks, ctx, tokens)
+        moments = block_moments(rw.program, blocks, ctx, tokens)
         if self.against == "weights":
             return moments, {}
         cached = [_operand(a, name) for a, wanted in chosen.items() for name in wanted]
-        return moments, gradient_moments(program, {n: blocks[n] for n in cached}, ctx, tokens)
+        gradients = gradient_moments(rw.program, {n: blocks[n] for n in cached}, ctx, tokens)
+        warn_of_unreached(rw, cached, gradients, "balanced against queries and weights")
+        return moments, gradients
 
     def _keys(
         self, rw: Rewriter, attention: fx.Node, moments: dict[fx.Node, Tensor], gradients: dict[fx.Node, Tensor]

@@ -9,7 +9,7 @@ from mxfx.calibration.fisher import gradient_moments
 from mxfx.calibration.moments import block_moments
 from mxfx.formats import parse
 from mxfx.graph.node import info, kind, path_of
-from mxfx.passes import Annotate, FuseNorm, Rule, TransformInputs, TransformKv
+from mxfx.passes import Annotate, FuseNorm, Rule, TransformInputs, TransformKv, transform_inputs
 from mxfx.rewrite import MissingCalibration, Selector, apply
 from mxfx.rewrite.size import bits_per_weight
 
@@ -55,6 +55,16 @@ def test_against_gradients_activations_and_gradients_get_the_same_second_moments
         torch.testing.assert_close(
             moments[node], gradients[node], rtol=1e-3, atol=1e-4 * float(moments[node].abs().max())
         )
+
+
+def test_an_input_that_no_gradient_reaches_is_told(raised, ctx, monkeypatch):
+    monkeypatch.setattr(transform_inputs, "gradient_moments", lambda program, blocks, *rest, **how: {})
+    after = apply(TransformInputs(kind="wush", against="gradients", block=16), raised("llama-tiny"), ctx)
+    plain = apply(TransformInputs(kind="wush", block=16), raised("llama-tiny"), ctx)
+    (said,) = after.record.warnings
+    assert said.startswith("no gradient of the loss reaches model.layers.0") and said.endswith("against weights")
+    weights = after.program.weights
+    assert all(torch.equal(weights[name], plain.program.weights[name]) for name in weights)
 
 
 def test_a_matrix_fits_the_models_dtype_and_its_inverse_is_that_of_the_rounded_one(raised, ctx, logits):

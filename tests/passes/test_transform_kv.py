@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, MiniCPM3Config
 from mxfx.graph.module import build
 from mxfx.graph.node import kind, path_of
 from mxfx.graph.trace import trace
-from mxfx.passes import Lower, SplitFused, TransformInputs, TransformKv
+from mxfx.passes import Lower, SplitFused, TransformInputs, TransformKv, transform_kv
 from mxfx.rewrite import apply
 from tests.programs import RAISE, passed
 
@@ -38,6 +38,12 @@ def test_keys_and_values_against_the_gradients_at_them(raised, preserved):
     plain, _ = preserved(TransformKv(kind="wush", block=8), raised("llama-tiny"))
     names = [n for n in program.weights if n.startswith("transforms.")]
     assert names and all(not torch.allclose(program.weights[n], plain.weights[n], rtol=1e-2) for n in names)
+
+
+def test_keys_and_values_that_no_gradient_reaches_are_told(raised, ctx, monkeypatch):
+    monkeypatch.setattr(transform_kv, "gradient_moments", lambda *given, **how: {})
+    (said,) = apply(TransformKv(kind="wush", against="gradients", block=8), raised("llama-tiny"), ctx).record.warnings
+    assert said.startswith("no gradient of the loss reaches ") and said.endswith("against queries and weights")
 
 
 def test_every_key_value_head_has_its_own_matrix(raised, preserved):
