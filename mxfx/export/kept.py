@@ -79,7 +79,7 @@ _DIFFERS = {
 }
 
 
-class _NotOurs(Exception):
+class _NotOurs(MxfxError):
     """A text whose hash this user did not make."""
 
 

@@ -64,12 +64,10 @@ def write_file(
     """
     partial = path.with_name(path.name + _SUFFIX)
     size = 0
-
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags, 0o600 if private else 0o666)
-
     try:
-        with open(partial, "wb", opener=opener) as file:
+        with open(partial, "wb") as file:
+            if private:
+                os.chmod(partial, 0o600)
             for piece in [data] if isinstance(data, bytes) else data:
                 size += len(piece)
                 file.write(piece)

@@ -457,7 +457,10 @@ def run(kill_at):
     '''Run in a child that kills itself before its kill_at-th step towards the disk; True if it got to the end.'''
     child = os.fork()
     if child:
-        return os.waitpid(child, 0)[1] == 0
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        # Anything else would be tried again for ever.
+        assert ended in (0, -signal.SIGKILL), f"the child failed by itself: {ended}"
+        return ended == 0
     left = [kill_at]
     def counted(function):
         def call(*args, **kwargs):
