@@ -13,7 +13,8 @@ from mxfx.graph.trace import trace
 from mxfx.pipeline.instruments import Numbers
 from mxfx.pipeline.manager import PassManager
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README_OF = Path(__file__).parents[1] / "README.md"
+README = README_OF.read_text(encoding="utf-8")
 
 
 def _blocks(language: str) -> list[str]:
@@ -42,3 +43,9 @@ def test_the_format_example_keeps_shape_and_dtype() -> None:
     space: dict[str, object] = {"x": torch.randn(2, 64)}
     exec(compile(source.replace("parse(", "y = parse(", 1), "README.md", "exec", dont_inherit=True), space)
     assert space["y"].shape == (2, 64) and space["y"].dtype == torch.float32
+
+
+def test_every_benchmark_is_listed_beside_its_figures() -> None:
+    bench = README_OF.parent / "tools" / "bench"
+    listed = set(re.findall(r"^\| `(\w+)` \|", (bench / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert listed == {file.stem for file in bench.glob("*.py")} - {"measuring", "__init__"}
