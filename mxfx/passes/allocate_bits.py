@@ -77,8 +77,10 @@ class AllocateBits(Pass):
             rw.warn("nothing to choose: no selected linear has a weight format")
             return
         linears = [linear for site in sites for linear in site]
-        operands = [Operands(fmt, fmt) for fmt in self.formats]
-        costs = kl_of_rounding(rw.program, linears, operands, ctx.tokens()[: self.samples], ctx)
+        costs: dict[str, list[float]] = {}
+        for rounds, alike in _by_input(linears):
+            operands = [Operands(fmt, fmt if rounds else None) for fmt in self.formats]
+            costs |= kl_of_rounding(rw.program, alike, operands, ctx.tokens()[: self.samples], ctx)
         sizes = [sum(rw.weights[rw.program.weight_of(n)].numel() for n in site) for site in sites]
         items = [
             [
@@ -147,7 +149,7 @@ class AllocateBits(Pass):
             str(fmt): {"bits": fmt.bits_per_element, "predicted_kl": sum(choices[i].loss for choices in items)}
             for i, fmt in enumerate(self.formats)
         }
-        toml = _rules(rows)
+        toml = _rules(sites, [self.formats[index] for index in chosen])
         rw.record.details |= {
             **here,
             "uniform": uniform,
@@ -181,13 +183,20 @@ def _set(rw: Rewriter, linear: fx.Node, fmt: Format) -> None:
     rw.set_info(linear, record)
 
 
-def _rules(rows: list[dict[str, object]]) -> str:
-    """The choice as an ``annotate`` that needs no data: one rule for each site."""
+def _by_input(linears: list[fx.Node]) -> list[tuple[bool, list[fx.Node]]]:
+    """The linears whose input has a format, and those whose weight alone has one; neither group is empty."""
+    groups: dict[bool, list[fx.Node]] = {}
+    for linear in linears:
+        groups.setdefault("input" in info(linear).formats, []).append(linear)
+    return list(groups.items())
+
+
+def _rules(sites: list[list[fx.Node]], formats: list[Format]) -> str:
+    """The choice as an ``annotate`` that needs no data: one rule for each site, two where inputs differ."""
     lines = ["[[pass]]", 'name = "annotate"']
-    for row in rows:
-        linears = row["linears"]
-        assert isinstance(linears, list)
-        paths = "|".join(path.replace(".", r"\.") for path in linears)
-        lines += ["  [[pass.rule]]", f"  match = '{paths}'", f'  weight = "{row["format"]}"']
-        lines += [f'  input = "{row["format"]}"', f'  expect = "{len(linears)}"']
+    for site, fmt in zip(sites, formats, strict=True):
+        for rounds, linears in _by_input(site):
+            paths = "|".join(path_of(linear).replace(".", r"\.") for linear in linears)
+            lines += ["  [[pass.rule]]", f"  match = '{paths}'", f'  weight = "{fmt}"']
+            lines += [f'  input = "{fmt}"'] * rounds + [f'  expect = "{len(linears)}"']
     return "\n".join(lines) + "\n"

@@ -115,6 +115,19 @@ def test_the_frozen_choice_is_an_annotate_that_gives_the_same_formats(program: P
     assert mine == theirs
 
 
+def test_inputs_without_a_format_are_neither_charged_nor_frozen() -> None:
+    """Of weights in few bits alone, the cost was that of rounding inputs too, and the frozen rules rounded them."""
+    rule = Rule(Selector(r".*_proj"), weight=FORMATS[1])
+    only = PassManager().run(trace(tiny("llama-tiny")), Pipeline([Annotate(rule=(rule,))]).completed()).program
+    details = apply(AllocateBits(bits=4.6, formats=FORMATS, samples=4), only, CTX).record.details
+    linears = [n for n in only.nodes("linear") if info(n).formats]
+    costs = kl_of_rounding(only, linears, [Operands(fmt, None) for fmt in FORMATS], TOKENS[:4], CTX)
+    for index, fmt in enumerate(FORMATS):
+        expected = sum(cost[index] for cost in costs.values())
+        assert details["uniform"][str(fmt)]["predicted_kl"] == pytest.approx(expected, rel=1e-6)
+    assert "weight =" in details["toml"] and "input =" not in details["toml"]
+
+
 def test_more_bits_cost_less(program: Program) -> None:
     predicted = [
         apply(AllocateBits(bits=bits, formats=FORMATS, samples=4), program, CTX).record.details["predicted_kl"]
