@@ -72,9 +72,10 @@ def restore(codes: Tensor, scales: Tensor, fmt: Format, length: int, dtype: torc
     """The (..., length) tensor behind packed codes and scales that `store` gave, as `dtype`; NaN where a scale is 255.
 
     Every product of a code and its scale is exact in float32; it is rounded once to a `dtype` that cannot hold it, as a
-    cast of the float32 tensor would.
+    cast of the float32 tensor would. Raises ``ValueError`` for rows of another length.
     """
     assert fmt.block is not None
+    require_length(codes, scales, fmt, length)
     if dtype == torch.float16:
         return restore(codes, scales, fmt, length, torch.float32).to(dtype)
     values = _look_up(codes, fmt, dtype, length)
@@ -93,6 +94,16 @@ def scales_length(length: int, fmt: Format) -> int:
 def codes_length(length: int, fmt: Format) -> int:
     """Bytes that the packed codes of a row of `length` entries take."""
     return packed_length(length, fmt.bits)
+
+
+def require_length(codes: Tensor, scales: Tensor, fmt: Format, length: int) -> None:
+    """Raise ``ValueError`` for codes and scales that are not those of rows of ``length`` entries."""
+    found, expected = (codes.shape[-1], scales.shape[-1]), (codes_length(length, fmt), scales_length(length, fmt))
+    if found != expected or codes.shape[:-1] != scales.shape[:-1]:
+        raise ValueError(
+            f"rows of {length} in {fmt} are {expected[0]} bytes of codes and {expected[1]} scales each, got "
+            f"{tuple(codes.shape)} and {tuple(scales.shape)}"
+        )
 
 
 def _least_exponent(blocks: Tensor, fmt: Format) -> Tensor:

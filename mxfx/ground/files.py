@@ -59,8 +59,9 @@ def write_file(
     """Write ``data``, whole or in pieces, under a temporary name, flush it, rename it to ``path``, flush the folder.
 
     A process killed at any moment leaves the old file or the new one; so does a machine, but without ``flush``, which
-    is for what a run writes many of and nobody reads back. Of several writers at once each has a temporary name of its
-    own, and the last one's file stays. Raises ``WriteError`` if the disk is full or fails; nothing of the attempt stays.
+    is for what a run writes many of and nobody reads back. Each of several writers at once has a temporary name of its
+    own, and the last one's file stays. Raises ``WriteError`` if the disk is full or fails: nothing of the attempt
+    stays.
     """
     partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}{_SUFFIX}")
     size = 0

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mxfx.formats.stored import restore
+from mxfx.formats.stored import require_length, restore
 from mxfx.ops.catalogue import OUTPUT, Contraction, activation, plain, weight
 from mxfx.ops.dialect import define
 from mxfx.ops.experts import expert_linear
@@ -14,6 +14,7 @@ from mxfx.ops.quantize import _format
 
 
 def _projected(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str) -> Tensor:
+    require_length(codes, scales, _format(format), x.shape[-1])
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
@@ -28,6 +29,7 @@ def _decoded(codes: Tensor, scales: Tensor, format: str, width: int) -> Tensor:
 def _through_experts(
     x: Tensor, codes: Tensor, scales: Tensor, experts: Tensor, bias: Tensor | None, format: str
 ) -> Tensor:
+    require_length(codes, scales, _format(format), x.shape[-1])
     return x.new_empty((*experts.shape, codes.shape[1]))
 
 

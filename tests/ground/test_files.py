@@ -44,11 +44,12 @@ def test_two_writers_of_one_file_do_not_mix_what_they_write(tmp_path: Path) -> N
 def test_a_private_file_was_never_another_users_to_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def watched(path: Path, mode: str):
-        file = open(path, mode)
-        seen.append(path.stat().st_mode & 0o777)
-        return file
+    def watched(path: Path, flags: int, mode: int = 0o777) -> int:
+        handle = opened(path, flags, mode)
+        seen.append(os.fstat(handle).st_mode & 0o777)
+        return handle
 
-    monkeypatch.setattr(files, "open", watched, raising=False)
+    opened = os.open
+    monkeypatch.setattr(files.os, "open", watched)
     write_file(tmp_path / "key", b"secret", private=True)
-    assert seen == [0o600] and (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+    assert seen[0] == 0o600 and (tmp_path / "key").stat().st_mode & 0o777 == 0o600

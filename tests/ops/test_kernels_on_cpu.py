@@ -107,6 +107,36 @@ def _close(found: Tensor, wanted: Tensor, text: str | None, share: float = 0.02)
     assert differ.float().mean() <= (share if text else 0), differ.float().mean()
 
 
+def test_operands_that_do_not_fit_are_refused_and_not_read_beyond() -> None:
+    """C asks for no shape: a matrix, a gain or codes that are too short were read beyond, one divided by zero."""
+    from mxfx.ops.kernels import cpu, few_rows
+
+    x, gain, four, heads = random(1, 1, 64), random(32), random(4, 8, 8), random(2, 8, 8, 8)
+    for wrong in (
+        lambda: cpu.block_transform(x, four),
+        lambda: cpu.block_transform(x, heads),
+        lambda: torch.ops.mxfx_kernels.block_transform(x, four),
+        lambda: torch.ops.mxfx_kernels.block_transform(random(1, 1, 60), four[0]),
+        lambda: torch.ops.mxfx_kernels.transform_quantize(x, four, "mxint4@8"),
+        lambda: torch.ops.mxfx_kernels.norm_quantize(x, gain, None, "mxint4@32", 1e-5),
+        lambda: torch.ops.mxfx_kernels.rms_norm(x, gain, 1e-5),
+        lambda: torch.ops.mxfx_kernels.silu_mul_quantize(x, x, four, "mxint4@8"),
+    ):
+        try:
+            assert wrong() is NotImplemented
+        except (ValueError, RuntimeError) as error:
+            assert any(words in str(error) for words in ("block_transform: ", "must match the size"))
+    stored = store(parse("mxint4@32").fake_quantize(random(8, 64)), parse("mxint4@32"))
+    assert stored is not None
+    for shape in ((1, 1, 128), (1, 1, 32), (3, 128)):
+        x = parse("mxint4@32").fake_quantize(random(*shape))
+        with pytest.raises(ValueError, match=r"rows of (32|128) in mxint4@32 are .* got \(8, 32\) and \(8, 2\)"):
+            torch.ops.mxfx_kernels.mx_linear(x, *stored, None, "mxint4@32")
+    with pytest.raises(RuntimeError, match="size"):
+        torch.ops.mxfx_kernels.mx_linear(random(1, 1, 64), *stored, random(4), "mxint4@32")
+    assert few_rows.linear(random(1, 1, 128).bfloat16(), random(8, 64).bfloat16()) is NotImplemented
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_step_through_fused_kernels_is_close_to_the_definitions(dtype: torch.dtype) -> None:
     from mxfx.ops.kernels import cpu

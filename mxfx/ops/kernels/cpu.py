@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from mxfx.formats import parse
-from mxfx.formats.stored import restore
+from mxfx.formats.stored import require_length, restore
 from mxfx.ops import packed
 from mxfx.ops.fused import _transformed
 from mxfx.ops.kernels import structs, takes
@@ -29,6 +29,7 @@ from mxfx.ops.kernels.library import _LIBRARY, kernel
 from mxfx.ops.kernels.structs import DTYPES, Before, CacheTensor, refused, rule_of, table_of, units_of
 from mxfx.ops.norm import rms_norm
 from mxfx.ops.rope import rope as rotate
+from mxfx.ops.transform import misfit
 
 #: Texts whose next tokens are taken together row by row; more fill a GEMM.
 FEW = 16
@@ -103,10 +104,10 @@ def _run(x: Tensor, format: str | None, before: Before | None, *others: Tensor |
 
 
 def _matrix(x: Tensor, matrix: Tensor | None) -> Mapping[str, Any] | None:
-    """What ``Before`` says of a transform; None if it is not taken."""
+    """What ``Before`` says of a transform; None if it is not taken, as one that does not fit: C does not ask."""
     if matrix is None:
         return _NO_MATRIX
-    if matrix.dtype not in DTYPES or not matrix.is_contiguous():
+    if matrix.dtype not in DTYPES or not matrix.is_contiguous() or misfit(x, matrix) is not None:
         return None
     shape = matrix.shape
     heads = shape[0] if len(shape) == 4 else 1
@@ -198,8 +199,8 @@ def takes_norm(
 ) -> str | None:
     if x.dtype not in DTYPES:
         return f"numbers are {x.dtype}"
-    same = weight is None or weight.dtype == x.dtype
-    return None if same else f"the gain is {weight.dtype}, numbers are {x.dtype}"
+    same = weight is None or (weight.dtype == x.dtype and weight.shape == x.shape[-1:])
+    return None if same else f"the gain is {weight.dtype} {tuple(weight.shape)}, numbers are {x.dtype} {tuple(x.shape)}"
 
 
 @kernel("rms_norm", "cpu", takes=takes_norm, name="c-norm")
@@ -279,27 +280,24 @@ def silu_mul_quantize(gate: Tensor, up: Tensor, matrix: Tensor | None, format: s
 def restored(codes: Tensor, scales: Tensor, format: str, width: int, dtype: torch.dtype) -> Tensor:
     """``mxfx.formats.stored.restore`` of a whole weight, to the bit."""
     fmt = parse(format)
+    require_length(codes, scales, fmt, width)
     if dtype not in DTYPES or fmt.bits not in (4, 8) or fmt.block is None:
         return restore(codes, scales, fmt, width, dtype)
     y = torch.empty((*codes.shape[:-1], width), dtype=dtype)
     _, table, bits, _ = table_of(format)
     rows = y.numel() // max(width, 1)
-    narrow, threads = dtype is torch.bfloat16, _threads(y.numel())
-    if _C.mxfx_restore(
-        *(codes.data_ptr(), scales.data_ptr(), y.data_ptr(), rows, width, fmt.block, bits, table, narrow, threads)
-    ):
+    how = (rows, width, fmt.block, bits, table, dtype is torch.bfloat16, _threads(y.numel()))
+    if _C.mxfx_restore(codes.data_ptr(), scales.data_ptr(), y.data_ptr(), *how):
         raise MemoryError("no memory for a row of a weight")
     return y
 
 
 def mx_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str) -> Tensor:
-    """``mxfx::mx_linear``: few rows that lie on a grid of integers meet the codes, their sum taken in float64.
-
-    How few is what this machine is faster with (``crossing``).
-    """
+    """``mxfx::mx_linear``: few rows on a grid of integers, as many as pay (``crossing``), meet codes; float64 sums."""
     if not (codes.is_contiguous() and scales.is_contiguous() and codes.dim() == 2):
         return packed.mx_linear(x, codes, scales, bias, format)
-    takes = units_of(format) is not None and x.shape[-1] % 2 == 0 and x.dtype in DTYPES and _taken(x, bias)
+    fit = 2 * codes.shape[1] == x.shape[-1] and (bias is None or bias.shape == codes.shape[:1])
+    takes = fit and units_of(format) is not None and x.dtype in DTYPES and _taken(x, bias)
     if takes and x.dim() > 1 and x.shape[-2] == 1 and x.shape[0] <= few_rows(format, x.dtype):
         y = _by_codes(x, codes, scales, bias, format)
         if y is not None:

@@ -15,6 +15,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if x.dtype is not torch.bfloat16 or x.dim() != 3 or not _few(x) or not _taken(x, weight, bias):
         return NotImplemented
+    if weight.shape != (weight.shape[0], x.shape[-1]) or (bias is not None and bias.shape != weight.shape[:1]):
+        return NotImplemented
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     given = (x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr())
     sizes = (x.shape[0], x.shape[-1], weight.shape[0], torch.get_num_threads())
