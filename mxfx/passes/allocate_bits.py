@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -47,6 +47,7 @@ class AllocateBits(Pass):
     choices over budgets; ``freeze`` writes the choice as the rules of an ``annotate`` that needs no data.
 
     bits: budget, mean bits of the chosen weights with their shared scales; linears that are not selected are outside.
+    size: the budget as bytes of the same instead, of all of them together; not given: ``bits`` is it.
     formats: what may be chosen.
     samples: calibration samples that costs are measured on.
     freeze: file that the choice is written to, as TOML.
@@ -57,6 +58,7 @@ class AllocateBits(Pass):
     forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, LOWERED})
     numerics: ClassVar[Numerics] = Exact()
     bits: float = 4.5
+    size: int | None = None
     formats: tuple[Format, ...] = _FORMATS
     samples: int = 16
     freeze: Path | None = None
@@ -66,7 +68,7 @@ class AllocateBits(Pass):
         if not self.formats:
             raise ValueError("'formats' is empty, expected two or more")
         least = min(fmt.bits_per_element for fmt in self.formats)
-        if self.bits < least:
+        if self.size is None and self.bits < least:
             raise ValueError(f"'bits' is {self.bits}, and no format takes less than {least:g}")
         if self.samples < 1:
             raise ValueError(f"'samples' is {self.samples}, must be at least 1")
@@ -89,13 +91,23 @@ class AllocateBits(Pass):
             ]
             for site, size in zip(sites, sizes, strict=True)
         ]
-        chosen = allocate(items, self.bits * sum(sizes))
+        chosen = allocate(items, self._budget(items, sum(sizes)))
         measured = self._measured(rw.program, sites, chosen, ctx)
         for site, index in zip(sites, chosen, strict=True):
             for linear in site:
                 _set(rw, linear, self.formats[index])
-        self._account(rw, sites, items, chosen, sizes)
-        rw.record.details["measured_kl"] = measured
+        self._account(rw, sites, items, chosen, sizes, measured)
+
+    def _budget(self, items: list[list[Choice]], weights: int) -> float:
+        """Bits of all chosen weights together."""
+        if self.size is None:
+            return self.bits * weights
+        least = sum(min(choice.cost for choice in choices) for choices in items)
+        if 8 * self.size < least:
+            raise ValueError(
+                f"'size' is {self.size:,} bytes, and these weights take {int(-(-least // 8)):,} at the least"
+            )
+        return 8.0 * self.size
 
     def _measured(self, program: Program, sites: list[list[fx.Node]], chosen: list[int], ctx: Context) -> float:
         """KL in nats a token to the program as it is, on the same samples, where all sites are rounded as chosen."""
@@ -132,6 +144,7 @@ class AllocateBits(Pass):
         items: list[list[Choice]],
         chosen: list[int],
         sizes: list[int],
+        measured: float,
     ) -> None:
         rows = [
             {
@@ -143,17 +156,21 @@ class AllocateBits(Pass):
             for site, choices, index in zip(sites, items, chosen, strict=True)
         ]
         total = sum(sizes)
-        here = {"bits": sum(choices[i].cost for choices, i in zip(items, chosen, strict=True)) / total}
+        costs = [choices[i].cost for choices, i in zip(items, chosen, strict=True)]
+        here = {"bits": sum(costs) / total}
         here["predicted_kl"] = sum(choices[i].loss for choices, i in zip(items, chosen, strict=True))
         uniform: dict[str, dict[str, float]] = {
             str(fmt): {"bits": fmt.bits_per_element, "predicted_kl": sum(choices[i].loss for choices in items)}
             for i, fmt in enumerate(self.formats)
         }
         toml = _rules(sites, [self.formats[index] for index in chosen])
+        points = {"chosen": here, "chosen, measured": {"bits": here["bits"], "kl": measured}} | uniform
         rw.record.details |= {
             **here,
+            "measured_kl": measured,
             "uniform": uniform,
-            "kl_over_bits": {"curve": _frontier(items, total), "points": {"chosen": here} | uniform},
+            "kl_over_bits": {"curve": _frontier(items, total), "points": points},
+            "bits_over_layers": {"bars": _by_layer(rows, costs, sizes)},
             "sites": rows,
             "sites_by_format": dict(Counter(row["format"] for row in rows)),
             "toml": toml,
@@ -173,6 +190,17 @@ def _frontier(items: list[list[Choice]], total: int) -> list[list[float]]:
         if not found or point != found[-1]:
             found.append(point)
     return found
+
+
+def _by_layer(rows: list[dict[str, object]], costs: list[float], sizes: list[int]) -> dict[str, float]:
+    """Mean bits of a weight in each layer, and of those outside them."""
+    spent: dict[str, float] = defaultdict(float)
+    weights: dict[str, int] = defaultdict(int)
+    for row, cost, size in zip(rows, costs, sizes, strict=True):
+        layer = "no layer" if row["layer"] is None else f"layer {row['layer']}"
+        spent[layer] += cost
+        weights[layer] += size
+    return {layer: spent[layer] / weights[layer] for layer in spent}
 
 
 def _set(rw: Rewriter, linear: fx.Node, fmt: Format) -> None:

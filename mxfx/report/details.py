@@ -19,14 +19,27 @@ def decisions(passes: Sequence[Mapping[str, Any]]) -> Markup:
     return render("decisions.html", told=[_told(step["pass"], step["details"]) for step in passes if step["details"]])
 
 
-def _told(name: str, details: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]], list[tuple], list[tuple]]:
-    """The pass, what it says in words, its tables and charts; details that are a table themselves need no name."""
+def _told(
+    name: str, details: Mapping[str, Any]
+) -> tuple[str, list[tuple[str, str]], list[tuple], list[tuple], list[tuple]]:
+    """The pass, what it says in words, tables, charts and bars; details that are a table themselves need no name."""
     if _is_table(details):
-        return name, [], [("", *_rows(details))], []
+        return name, [], [("", *_rows(details))], [], []
     charts = [(key, *_chart(value)) for key, value in details.items() if _is_chart(value)]
-    rest = {key: value for key, value in details.items() if not _is_chart(value)}
+    bars = [(key, _bars(value["bars"])) for key, value in details.items() if _is_bars(value)]
+    rest = {key: value for key, value in details.items() if not (_is_chart(value) or _is_bars(value))}
     plain = [(key, _text(value)) for key, value in rest.items() if not _is_table(value)]
-    return name, plain, [(key, *_rows(value)) for key, value in rest.items() if _is_table(value)], charts
+    return name, plain, [(key, *_rows(value)) for key, value in rest.items() if _is_table(value)], charts, bars
+
+
+def _is_bars(value: Any) -> bool:
+    return isinstance(value, Mapping) and set(value) == {"bars"}
+
+
+def _bars(values: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """Of each name its value as text, and its height in percent of the highest."""
+    highest = max(map(float, values.values()), default=0.0) or 1.0
+    return [(name, _text(value), 100 * float(value) / highest) for name, value in values.items()]
 
 
 def _is_chart(value: Any) -> bool:

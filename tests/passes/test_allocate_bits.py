@@ -87,6 +87,8 @@ def test_the_report_has_what_the_choice_costs_and_the_curve_of_the_best_choices(
     bits, losses = zip(*curve, strict=True)
     assert list(bits) == sorted(bits) and list(losses) == sorted(losses, reverse=True)
     assert (bits[0], bits[-1]) == (3.25, 8.25) and points["chosen"]["bits"] == details["bits"]
+    assert points["chosen, measured"]["kl"] == details["measured_kl"]
+    assert list(details["bits_over_layers"]["bars"]) == ["layer 0", "layer 1"]
     # Uniform formats are no better than the best choice of as many bits or fewer.
     for point in (points[str(fmt)] for fmt in FORMATS):
         assert min(loss for at, loss in curve if at <= point["bits"]) <= point["predicted_kl"] * 1.05
@@ -126,6 +128,17 @@ def test_inputs_without_a_format_are_neither_charged_nor_frozen() -> None:
         expected = sum(cost[index] for cost in costs.values())
         assert details["uniform"][str(fmt)]["predicted_kl"] == pytest.approx(expected, rel=1e-6)
     assert "weight =" in details["toml"] and "input =" not in details["toml"]
+
+
+def test_a_budget_in_bytes_is_that_in_bits(program: Program) -> None:
+    count = sum(t.numel() for name, t in program.weights.items() if "_proj" in name)
+    (bits, size) = (
+        apply(AllocateBits(formats=FORMATS, samples=2, **how), program, CTX).record.details["sites"]
+        for how in ({"bits": 4.75}, {"size": int(4.75 * count / 8)})
+    )
+    assert bits == size
+    with pytest.raises(ValueError, match=r"'size' is 100 bytes, and these weights take .* at the least"):
+        apply(AllocateBits(formats=FORMATS, samples=2, size=100), program, CTX)
 
 
 def test_more_bits_cost_less(program: Program) -> None:

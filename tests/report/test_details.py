@@ -46,3 +46,10 @@ def test_a_curve_that_reaches_nothing_and_one_of_a_single_point_are_drawn_too() 
     zero = {"curve": [[3, 0.5], [5, 0.0]], "points": {"a": {"bits": 3, "kl": 0.0}}}
     alone = {"curve": [[4, 0.5]], "points": {}}
     assert "polyline" in decisions([_step(one=zero, other=alone, n=1)])
+
+
+def test_values_of_a_kind_stand_side_by_side() -> None:
+    shown = decisions([_step(bits_over_layers={"bars": {"layer 0": 4.25, "layer 1": 8.5}}, bits=4.0)])
+    assert "bits over layers: 4.25, 8.5" in shown
+    assert shown.count("<rect") == 2 and 'height="40.0"' in shown and 'height="80.0"' in shown
+    assert "<title>layer 1: 8.5</title>" in shown
