@@ -247,10 +247,12 @@ def opt_(
 ) -> None:
     """Passes over a graph or a model, printed IR out; what it prints it reads again."""
     from mxfx import api
+    from mxfx.driver.options import check_dtype
     from mxfx.graph.text import parse
     from mxfx.pipeline.manager import StopPoint
     from mxfx.pipeline.opt import opt_fragments
 
+    check_dtype(dtype)
     given: str | Program = source
     if source == "-" and (text := sys.stdin.read()).startswith("mxfx-ir "):
         given = parse(text)
@@ -264,7 +266,7 @@ def opt_(
     printed = api.optimize(
         given,
         passes,
-        dtype=_dtype(dtype),
+        dtype=dtype,
         print_ir_before=print_ir_before,
         print_ir_after=print_ir_after,
         print_ir_after_change=print_ir_after_change,
@@ -347,15 +349,6 @@ def _or_config_error(option: str, check: Callable[[], object]) -> None:
         check()
     except ValueError as error:
         raise ConfigError(Place(option), str(error)) from error
-
-
-def _dtype(name: str) -> str:
-    from mxfx.config import ConfigError, Place
-
-    known = ("bfloat16", "float16", "float32", "float64")
-    if name not in known:
-        raise ConfigError(Place("--dtype"), f"unknown dtype {name!r}", f"one of {', '.join(known)}")
-    return name
 
 
 def main() -> None:

@@ -37,11 +37,14 @@ def export(
 def import_(
     folder: Annotated[Path, typer.Argument(help="A compressed-tensors checkpoint in MXFP4, MXFP8 or NVFP4.")],
     out: Annotated[Path, typer.Option("--out", help="New folder for the emitted model.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="Precision that the emitted model runs in; that of its config.json without.")
+    ] = None,
 ) -> None:
     """Make an emitted model of a checkpoint that another tool quantized, to be evaluated with the same measures."""
     from mxfx.driver.imported import import_checkpoint
 
-    for line in import_checkpoint(folder, out):
+    for line in import_checkpoint(folder, out, dtype):
         typer.echo(line)
 
 

@@ -11,16 +11,14 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from mxfx.config import ConfigError, Pipeline, Place
-from mxfx.driver.options import check_device
+from mxfx.config import Pipeline
+from mxfx.driver.options import check_device, check_dtype
 from mxfx.driver.pretrained import load_checked, load_tokenizer
 from mxfx.driver.run_directory import find_model
 from mxfx.graph.trace import trace
 from mxfx.ground.errors import MxfxError
 from mxfx.pipeline.manager import PassManager
 from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm
-
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 class GenerateError(MxfxError, ValueError):
@@ -58,8 +56,7 @@ def open_model(
     from mxfx.export.folder import MxfxForCausalLM
 
     check_device(device)
-    if dtype not in _DTYPES:
-        raise ConfigError(Place("--dtype"), f"unknown dtype {dtype!r}", f"one of {', '.join(_DTYPES)}")
+    check_dtype(dtype)
     saved = find_model(name)
     if (saved / MANIFEST).is_file():
         tokenizer = load_tokenizer(saved, trust_remote_code=trust_remote_code)

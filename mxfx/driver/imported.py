@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mxfx.config import loads
-from mxfx.driver.pretrained import ModelError, load_checked, load_tokenizer
+from mxfx.driver.options import DTYPES, check_dtype
+from mxfx.driver.pretrained import Loaded, ModelError, load_checked, load_tokenizer
 from mxfx.export.folder import save_folder
 from mxfx.export.nvfp4 import find_nvfp4
 from mxfx.formats import E4M3
@@ -30,19 +32,27 @@ from mxfx.rewrite.parts import whole
 _FORMATS = {("float", 4, 32): "mxfp4_e2m1@32", ("float", 8, 32): "mxfp8_e4m3@32", ("float", 4, 16): "nvfp4"}
 
 
-def import_checkpoint(folder: Path, out: Path) -> Iterator[str]:
+def import_checkpoint(folder: Path, out: Path, dtype: str | None = None) -> Iterator[str]:
     """Read with transformers and compressed-tensors, annotate, write to ``out``; yields what was found, line by line.
 
-    Weights keep their values bit for bit; activations are rounded as the checkpoint's configuration asks, by this
-    project's rule for scales. Raises ``ModelError`` for another kind of checkpoint or another format, one that lacks
-    weights, and a folder that is not new.
+    The emitted model runs in ``dtype``, else in that of the checkpoint's ``config.json``. Quantized weights keep their
+    values bit for bit; activations are rounded as the checkpoint's configuration asks, by this project's rule for
+    scales. Raises ``ModelError`` for another kind of checkpoint or another format, one that lacks weights, a precision
+    that its weights leave, and a folder that is not new; ``ConfigError`` for a ``dtype`` that is none.
     """
+    if dtype is not None:
+        check_dtype(dtype)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out} exists already and is not empty; give a new folder with --out")
-    groups = _groups(folder)
+    config = _config(folder)
+    groups = _groups(folder, config)
+    dtype, whose = (dtype, "as asked") if dtype is not None else _own_dtype(folder, config)
     from transformers import CompressedTensorsConfig
 
-    loaded = load_checked(folder, "float32", quantization_config=CompressedTensorsConfig(dequantize=True))
+    def read(dtype: str) -> Loaded:
+        return load_checked(folder, dtype, quantization_config=CompressedTensorsConfig(dequantize=True))
+
+    loaded = read(dtype)
     if loaded.warnings:
         raise ModelError(f"{loaded.warnings[0]}; expected a whole checkpoint")
     model = loaded.model
@@ -51,12 +61,15 @@ def import_checkpoint(folder: Path, out: Path) -> Iterator[str]:
     rules, lines = _rules(program, groups)
     text = "[[pass]]\nname = 'annotate'\npartial = true\n" + rules
     annotated = PassManager().run(program, loads(text, str(folder)).completed()).program
+    if dtype == "float16":
+        _check_range(folder, annotated, read("float32").model)
     rest = [RoundWeights(), *([InsertFakeQuant()] if "input =" in rules else [])]
     result = PassManager().run(_with_nvfp4_as_it_is(annotated, folder), rest)
     moved = [name for name in program.weights if not torch.equal(program.weights[name], whole(result.program, name))]
     if moved:
         raise ModelError(f"{folder}: {moved[0]} does not lie on the grid that config.json names")
     yield from lines
+    yield f"runs in {dtype}, {whose}"
     save_folder(result.program, out, tokenizer=load_tokenizer(folder))
     yield f"written to {out}"
 
@@ -75,12 +88,40 @@ def _with_nvfp4_as_it_is(program: Program, folder: Path) -> Program:
     return rw.program
 
 
-def _groups(folder: Path) -> Mapping[str, Any]:
+def _config(folder: Path) -> dict[str, Any]:
     try:
-        config = read_json(folder / "config.json")
-        found = config.get("quantization_config") or {}
-    except (OSError, ValueError, AttributeError) as error:
+        found = read_json(folder / "config.json")
+    except (OSError, ValueError) as error:
         raise ModelError(f"{folder} holds no config.json that can be read: {reason_of(error)}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{folder / 'config.json'}: expected an object, it holds {type(found).__name__}")
+    return found
+
+
+def _own_dtype(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
+    """The precision that a checkpoint says it is of, with who says so."""
+    text = config.get("text_config") or {}
+    named = next((part[key] for part in (config, text) for key in ("dtype", "torch_dtype") if part.get(key)), None)
+    if named is None:
+        return "float32", "since its config.json names no dtype; --dtype gives another"
+    if named not in DTYPES:
+        raise ModelError(f"{folder / 'config.json'}: no graph runs in dtype {named!r}; give one of {DTYPES} by --dtype")
+    return named, "the dtype of its config.json"
+
+
+def _check_range(folder: Path, program: Program, exact: nn.Module) -> None:
+    """Raise ``ModelError`` where float16, of all precisions the one with few exponents, does not hold a weight's codes.
+
+    ``exact`` is the same model in float32.
+    """
+    for node in program.products():
+        name = program.weight_of(node)
+        if "weight" in info(node).formats and not torch.equal(program.weights[name].float(), exact.get_parameter(name)):
+            raise ModelError(f"{folder}: {name} has values outside float16's range; give --dtype bfloat16 or float32")
+
+
+def _groups(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = config.get("quantization_config") or {}
     if found.get("quant_method") != "compressed-tensors":
         raise ModelError(
             f"{folder} is no compressed-tensors checkpoint: its quant_method is {found.get('quant_method')}"

@@ -12,6 +12,8 @@ from mxfx.evaluation.tasks import TaskOptions
 from mxfx.evaluation.wanted import Wanted, kind
 
 _DEVICE = re.compile(r"(cpu|cuda)(:\d+)?")
+#: Precisions that a model is loaded, and its graph runs, in.
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 @dataclass
@@ -72,6 +74,12 @@ class RunOptions:
             batch_size=self.batch_size,
             tasks=self.tasks,
         )
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ``ConfigError`` for a precision that no graph runs in."""
+    if dtype not in DTYPES:
+        raise ConfigError(Place("--dtype"), f"unknown dtype {dtype!r}", f"one of {', '.join(DTYPES)}")
 
 
 def check_device(device: str) -> None:

@@ -20,6 +20,7 @@ from mxfx.driver.pretrained import ModelError, load_model, load_tokenizer
 from mxfx.export.artefact import load
 from mxfx.export.folder import MxfxForCausalLM, save_folder
 from mxfx.export.target import export
+from mxfx.export.unpack import unpacked
 from mxfx.graph.trace import trace
 from mxfx.pipeline.emit import emitted
 from mxfx.pipeline.manager import PassManager, PipelineResult
@@ -170,9 +171,45 @@ def test_a_checkpoint_of_another_tool_comes_in_with_its_bits(folder: Path, sourc
     assert lines[0] == "14 linears: weights mxfp4_e2m1@32, inputs mxfp4_e2m1@32"
     back, given = load(tmp_path / "back"), load(folder)
     name = "model.layers.1.mlp.down_proj.weight"
-    from mxfx.export.unpack import unpacked
 
     assert torch.equal(unpacked(back).weights[name], unpacked(given).weights[name])
+
+
+@pytest.mark.parametrize("own", ["bfloat16", "float16", "float32"])
+def test_a_checkpoint_that_comes_in_keeps_its_own_dtype(own: str, source: Path, tmp_path: Path) -> None:
+    pipeline = "[[pass]]\nname = 'annotate'\n[[pass.rule]]\nmatch = '.*_proj'\nweight = 'mxfp4_e2m1@32'\n"
+    passes = loads(f"{pipeline}[[pass]]\nname = 'round-weights'").completed()
+    rounded = PassManager().run(trace(load_model(source, own)), passes).program
+    export(rounded, tmp_path / "packed", "compressed-tensors", tokenizer=load_tokenizer(source))
+    lines = list(import_checkpoint(tmp_path / "packed", tmp_path / "back"))
+    assert lines[1] == f"runs in {own}, the dtype of its config.json"
+    back = load(tmp_path / "back")
+    assert str(back.dtype) == f"torch.{own}"
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert back.weights["model.norm.weight"].dtype == back.dtype
+    assert torch.equal(unpacked(back).weights[name], rounded.weights[name])
+
+    asked = list(import_checkpoint(tmp_path / "packed", tmp_path / "asked", "bfloat16"))
+    assert asked[1] == "runs in bfloat16, as asked"
+    assert load(tmp_path / "asked").dtype == torch.bfloat16
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    (tmp_path / "packed" / "config.json").write_text(json.dumps({**config, "dtype": "float8_e4m3fn"}))
+    with pytest.raises(ModelError, match=r"no graph runs in dtype 'float8_e4m3fn'.*by --dtype"):
+        list(import_checkpoint(tmp_path / "packed", tmp_path / "none"))
+
+
+def test_codes_that_float16_does_not_hold_are_not_cut_to_it(source: Path, tmp_path: Path) -> None:
+    model = load_model(source, "float32")
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.self_attn.q_proj.weight").mul_(2.0**-30)
+    passes = loads(
+        "[[pass]]\nname = 'annotate'\n[[pass.rule]]\nmatch = '.*_proj'\nweight = 'mxfp4_e2m1@32'\n"
+        "[[pass]]\nname = 'round-weights'"
+    ).completed()
+    export(PassManager().run(trace(model), passes).program, tmp_path / "packed", "compressed-tensors")
+    with pytest.raises(ModelError, match=r"layers\.0\.self_attn\.q_proj\.weight has values outside float16's range"):
+        list(import_checkpoint(tmp_path / "packed", tmp_path / "back", "float16"))
+    assert not (tmp_path / "back").exists()
 
 
 def test_an_nvfp4_checkpoint_comes_in_quantized_and_goes_out_again(source: Path, tmp_path: Path) -> None:
