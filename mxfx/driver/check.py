@@ -25,9 +25,21 @@ from mxfx.graph.prove import Proof, prove
 from mxfx.graph.trace import bind, trace
 from mxfx.ground.errors import MxfxError
 from mxfx.ops.catalogue import weights_of
-from mxfx.passes import Annotate, Distill, Gptq, InsertKvCache, QuantizeKvCache, RotationSearch, TransformInputs
+from mxfx.passes import (
+    Annotate,
+    Distill,
+    Gptq,
+    InsertKvCache,
+    Lower,
+    MultiplyInFp8,
+    PackWeights,
+    QuantizeKvCache,
+    RotationSearch,
+    TransformInputs,
+)
 from mxfx.passes.insert_kv_cache import without_cache
 from mxfx.pipeline.manager import PassError, PassManager
+from mxfx.report.linears import linear_lines, planned_linears
 from mxfx.report.memory import memory, multiplying
 from mxfx.rewrite import Context, Pass, PassRecord, Rewriter, apply
 from mxfx.rewrite.lowering import lowered_copy
@@ -78,6 +90,7 @@ class Checked:
         yield from self._by_phase()
         yield "memory: " + "; ".join(self._held(weights))
         yield f"on the device, once emitted: {memory(program)}"
+        yield from self._linears()
         if work := [f"{name} {flop / 1e12:,.1f} TFLOP ({tokens:,} tokens)" for name, tokens, flop in self._work()]:
             yield f"work, in products with weights: {', '.join(work)}"
         bits = {phase: bits_per_weight(one, planned=True) for phase, one in entries(program).items()}
@@ -136,6 +149,19 @@ class Checked:
             else:
                 continue
             yield pass_.name, samples * length, float(forwards * samples * multiplying(self.annotated, length))
+
+    def _linears(self) -> Iterator[str]:
+        """How linears will run where they are emitted, phases alike once."""
+        names = {spec.name for spec in self.pipeline.specs}
+        lower = next((pass_ for pass_ in self.pipeline.passes if isinstance(pass_, Lower)), None)
+        if lower is None or "raised" not in self.annotated.facts:
+            return
+        fp8 = next((pass_ for pass_ in self.pipeline.passes if isinstance(pass_, MultiplyInFp8)), MultiplyInFp8())
+        found = [
+            linear_lines(planned_linears(one, lower.device or "cpu", fp8.sums, packs=PackWeights.name in names))
+            for one in entries(self.annotated).values()
+        ]
+        yield from dict.fromkeys(line for lines in found for line in lines)
 
     def _streamed(self) -> str:
         """What gptq's calibration takes, weights waiting on the host; see ``mxfx.calibration.estimate``."""

@@ -35,6 +35,7 @@ from mxfx.ops.kernels.build import build_ahead
 from mxfx.ops.kernels.packed import inexact_count
 from mxfx.pipeline.instruments import Numbers, Verify
 from mxfx.pipeline.manager import PipelineResult
+from mxfx.report.linears import linears_of
 from mxfx.report.memory import memory
 from mxfx.report.results import coverage_json, instruments_json, pass_json
 from mxfx.report.table import DomainRow, Row, card_table
@@ -366,12 +367,16 @@ def document(outcomes: Sequence[Outcome], options: RunOptions, clock: Clock) -> 
     coverage, evaluation.
     """
     figures = {row.name: row for row in rows(outcomes)}
+    domains = [row for row in domain_rows(outcomes) if row.ratio is not None]
+    ratios = {o.name: {r.domain: [r.ratio, r.ratio_stderr] for r in domains if r.name == o.name} for o in outcomes}
     return {
         "mxfx": version("mxfx"),
         "versions": {name: version(name) for name in ("torch", "transformers", "lm-eval")},
         "machine": {"platform": platform.platform(), "device": options.device, "cores": os.cpu_count()},
         "time": {name: vars(spent) for name, spent in clock.parts.items()},
-        "configs": [_as_json(outcome, figures[outcome.name]) for outcome in outcomes],
+        "configs": [
+            {**_as_json(outcome, figures[outcome.name]), "ratios": ratios[outcome.name]} for outcome in outcomes
+        ],
     }
 
 
@@ -389,5 +394,6 @@ def _as_json(outcome: Outcome, row: Row) -> dict[str, object]:
         "time": instruments_json(outcome.result) if outcome.file else None,
         "coverage": coverage_json(outcome.result) if outcome.file else None,
         "memory": memory(outcome.result.program).to_json(),
+        "linears": [one.to_json() for one in linears_of(outcome.result.program, steps)] if outcome.file else None,
         "evaluation": None if outcome.evaluation is None else outcome.evaluation.to_json(),
     }

@@ -10,16 +10,13 @@ from typing import ClassVar, Literal
 from torch import fx
 from torch.ops import aten
 
-from mxfx.formats import Format, FormatError, parse
+from mxfx.formats import parse
 from mxfx.ops import fp8
-from mxfx.ops.catalogue import arguments_of
 from mxfx.ops.kernels import packed
-from mxfx.ops.kernels.limits import takes_e4m3_rows, takes_packed
+from mxfx.ops.kernels.ways import no_fp8, summed
 from mxfx.rewrite import ALL, Context, Local, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.facts import LOWERED, Fact
-
-#: What a row-wise FP8 GEMM asks of the sizes of its operands.
-ALIGNED = 16
+from mxfx.rewrite.operands import rounded_format
 
 
 @register
@@ -69,10 +66,11 @@ class MultiplyInFp8(Pass):
                 rw.skip(node, reason)
                 continue
             x, _, _, bias, text = node.args
-            sums, note = self.sums, str(text)
-            if sums == "exact" and not fp8.sums_exactly(_format_of(x), parse(note)):
-                sums = "wide"
-                note += f" in the model's dtype: FP8 does not sum it exactly with {_format_of(x)}"
+            of_x, note = rounded_format(x), str(text)
+            assert of_x is not None
+            sums = summed(self.sums, parse(note), of_x)
+            if sums == "wide":
+                note += f" in the model's dtype: FP8 does not sum it exactly with {of_x}"
             if rw.match(node, note=note):
                 groups.setdefault((x, text, bias is None, sums), []).append(node)
         rows: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
@@ -88,36 +86,13 @@ def _why_not(rw: Rewriter, node: fx.Node) -> str | None:
     """Why a linear does not run in FP8; None if it does."""
     x, codes, scales, _, text = node.args
     fmt, width, channels = parse(str(text)), x.meta["val"].shape[-1], codes.meta["val"].shape[0]
-    of_x = _format_of(x)
-    if of_x is None:
-        return "its input is read unrounded"
-    if not fp8.carries(of_x):
-        return f"its input is {of_x}, of which E4M3 does not hold the significant bits"
-    if not fp8.carries(fmt):
-        return f"its weight is {fmt}, of which E4M3 does not hold the significant bits"
-    if not takes_packed(fmt, width) or not takes_e4m3_rows(width):
-        return f"no kernel expands rows of {width} in {fmt} to E4M3"
-    if width % ALIGNED or channels % ALIGNED:
-        return f"an FP8 GEMM takes sizes that are multiples of {ALIGNED}; the weight is {channels} × {width}"
+    if (reason := no_fp8(fmt, rounded_format(x), width, channels)) is not None:
+        return reason
     bytes_, powers = (rw.weights[str(part.target)] for part in (codes, scales))
     if bytes_.device.type == "meta":
         return "its weight has no data (meta device)"
     beyond = fp8.octaves_beyond(bytes_, powers, fmt, width)
     return f"{beyond} of {channels} rows of its weight span more octaves than E4M3 has" if beyond else None
-
-
-def _format_of(x: fx.Node) -> Format | None:
-    """The format that the values of a node lie in along the last axis, where the node itself rounds them."""
-    if x.op != "call_function" or "quantize" not in getattr(x.target, "__name__", str(x.target)):
-        return None
-    names = list(arguments_of(x.target))
-    given = dict(zip(names, x.args, strict=False)) | x.kwargs
-    if given.get("axis", -1) not in (-1, x.meta["val"].dim() - 1):
-        return None
-    try:
-        return parse(str(given["format"]))
-    except (KeyError, FormatError):
-        return None
 
 
 def _rows_of(rw: Rewriter, x: fx.Node, first: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import UndefinedError
 
 from mxfx.ground.files import read_json, read_text
+from mxfx.ops.kernels.ways import said
 from mxfx.report.details import decisions
 from mxfx.report.domains import domain_panels
 from mxfx.report.passes import lost, promise
@@ -53,6 +54,7 @@ def page(folder: Path) -> str:
             pipeline=_pipeline,
             heat_maps=_heat_maps,
             decisions=decisions,
+            ways=lambda rows: "; ".join(said([(way["rows"], way["how"]) for way in rows])),
             regions=lambda config: _regions(config["passes"], folder / Path(config["name"]).name),
         )
     except UndefinedError as error:

@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mxfx.pipeline.manager import PASSES, PipelineResult
+from mxfx.report.linears import linear_lines, linears_of
+from mxfx.report.memory import memory
 from mxfx.rewrite import Skip
 
 
@@ -64,7 +66,9 @@ def lost(findings: Mapping[str, object]) -> tuple[str, str]:
 
 
 def account_lines(result: PipelineResult) -> Iterator[str]:
-    """For each pass: what it matched, what instruments found, and each reason for skips, the nearest miss first."""
+    """For each pass: what it matched, what instruments found, and each reason for skips, the nearest miss first; then
+    how linears run, and what the device holds.
+    """
     for step in result.steps:
         record = step.record
         yield f"{step.index} {step.called}: {len(record.matches)} matched, {len(record.skips)} skipped"
@@ -77,6 +81,8 @@ def account_lines(result: PipelineResult) -> Iterator[str]:
             else:
                 yield f"    {key}: {_short(value)}"
         yield from _skip_lines(record.skips)
+    yield from linear_lines(linears_of(result.program, result.steps))
+    yield f"on the device: {memory(result.program)}"
     yield _instrument_line(result)
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from mxfx.formats import Format
+from mxfx.formats import Format, FormatError, parse
 from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
-from mxfx.ops.catalogue import Rounded, spec, weights_of
+from mxfx.ops.catalogue import Rounded, arguments_of, spec, weights_of
 from mxfx.rewrite.facts import WEIGHTS_ROUNDED, Selected
 from mxfx.rewrite.rewriter import Rewriter
 
@@ -84,3 +84,17 @@ def weight_format(node: fx.Node, weight: str, program: Program) -> Format | None
         if operand in info(node).formats and program.weights.canonical(str(source.target)) == home:
             return info(node).formats[operand].format
     return None
+
+
+def rounded_format(x: fx.Node) -> Format | None:
+    """The format that the values of a node lie in along the last axis, where the node itself rounds them."""
+    if x.op != "call_function" or "quantize" not in getattr(x.target, "__name__", str(x.target)):
+        return None
+    names = list(arguments_of(x.target))
+    given = dict(zip(names, x.args, strict=False)) | x.kwargs
+    if given.get("axis", -1) not in (-1, x.meta["val"].dim() - 1):
+        return None
+    try:
+        return parse(str(given["format"]))
+    except (KeyError, FormatError):
+        return None

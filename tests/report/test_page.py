@@ -105,21 +105,33 @@ def test_the_page_fetches_nothing(run_folder: Path, page: Page) -> None:
 
 def test_every_table_is_filled(page: Page) -> None:
     seen = {"results", "domain", "worst", "pipeline", "decided", "products", "multiplied", "operands", "float-operands"}
-    assert set(page.tables) == seen
+    assert set(page.tables) == seen | {"memory", "linears"}
     # What serves a node needs no reason.
-    full = {name: cells for name, cells in page.tables.items() if name != "decided"}
+    full = {name: cells for name, cells in page.tables.items() if name not in ("decided", "linears")}
     assert [name for name, cells in full.items() if not all(cell.strip() for cell in cells)] == []
 
 
 def test_a_panel_shows_how_far_a_domain_is_from_the_float_model(page: Page) -> None:
     cells = page.tables["domain"]
-    rows = {row[0]: row for row in (cells[i : i + 9] for i in range(0, len(cells), 9))}
-    assert rows["float"][2:] == ["–"] * 7
-    mean, median, agreement = (float(rows["w4a4"][i].split()[0]) for i in (2, 3, 7))
+    rows = {row[0]: row for row in (cells[i : i + 10] for i in range(0, len(cells), 10))}
+    assert rows["float"][2:] == ["–"] * 8
+    mean, median, agreement = (float(rows["w4a4"][i].split()[0]) for i in (3, 4, 8))
+    ratio = float(rows["w4a4"][1]) / float(rows["float"][1])
+    assert float(rows["w4a4"][2].split()[0]) == pytest.approx(ratio, abs=1e-3)
     assert median > 0 and mean > 0 and 0 < agreement < 1
-    assert "of tokens between" in rows["w4a4"][8]
+    assert "of tokens between" in rows["w4a4"][9]
     kl = [float(cell) for cell in page.tables["worst"][::5]]
     assert kl == sorted(kl, reverse=True) and kl[0] > mean
+
+
+def test_it_says_how_each_linear_runs_and_what_the_device_holds(run_folder: Path, page: Page) -> None:
+    config = json.loads((run_folder / "results.json").read_text())["configs"][1]
+    cells = page.tables["linears"]
+    rows = {row[0]: row for row in (cells[i : i + 6] for i in range(0, len(cells), 6))}
+    assert set(rows) == {one["path"] for one in config["linears"]} and len(rows) == 8
+    assert rows["lm_head"][1:4] == ["1", "float32", "–"] and rows["lm_head"][5] == "its weight has no format"
+    held = [config["memory"][kind] / 1e6 for kind in ("codes", "scales", "weights", "constants")]
+    assert page.tables["memory"][:4] == [f"{size:,.1f}" for size in held]
 
 
 def test_it_says_what_each_pass_cost_and_where_it_was_asked_for(page: Page) -> None:
