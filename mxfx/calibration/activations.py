@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mxfx.graph.transfers import Arrival, Layout, Transfers
+from mxfx.ground.files import temporary_folder
 
 Placement = Literal["device", "cpu", "disk"]
 
@@ -43,7 +43,7 @@ class ActivationStore:
         self._transfers = transfers
         self._placement = placement
         self._values: dict[tuple[int, str], object] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="mxfx-activations-") if placement == "disk" else None
+        self._folder = temporary_folder("mxfx-activations-") if placement == "disk" else None
 
     def put(self, batch: int, values: Mapping[str, object]) -> None:
         for name, value in values.items():

@@ -29,7 +29,7 @@ from mxfx.cli.evaluate import (
 )
 from mxfx.cli.examples import add_examples
 from mxfx.cli.start import prepare_imports
-from mxfx.ground import ranks
+from mxfx.ground import interrupt, ranks
 from mxfx.ground.errors import MxfxError, exit_code
 
 if TYPE_CHECKING:
@@ -356,7 +356,13 @@ def main() -> None:
 
     Exit code 2: what the user gave is wrong. Exit code 1: a check stopped the run (numerics, verifier, budget,
     --strict). Exit code 3: a fault of mxfx itself; the environment variable ``MXFX_TRACEBACK`` shows its traceback.
+    Exit codes 130 and 143: ctrl-C, SIGTERM.
     """
+    with interrupt.listening():
+        _main()
+
+
+def _main() -> None:
     prepare_imports()
     try:
         ranks.start()
@@ -377,7 +383,7 @@ def main() -> None:
 
 
 def _say(head: str, message: str, error: Exception) -> None:
-    if not ranks.speaks():
+    if interrupt.came() or not ranks.speaks():
         return
     err.print(Text.assemble((head, "bold red"), " ", message), soft_wrap=True)
     for note in getattr(error, "__notes__", ()):

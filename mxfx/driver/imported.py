@@ -20,7 +20,7 @@ from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
 from mxfx.graph.trace import trace
 from mxfx.ground.errors import reason_of
-from mxfx.ground.files import read_json
+from mxfx.ground.files import new_folder, read_json
 from mxfx.ops.catalogue import spec
 from mxfx.passes import InsertFakeQuant, RoundWeights
 from mxfx.pipeline.manager import PassManager
@@ -70,7 +70,9 @@ def import_checkpoint(folder: Path, out: Path, dtype: str | None = None) -> Iter
         raise ModelError(f"{folder}: {moved[0]} does not lie on the grid that config.json names")
     yield from lines
     yield f"runs in {dtype}, {whose}"
-    save_folder(result.program, out, tokenizer=load_tokenizer(folder))
+    tokenizer = load_tokenizer(folder)
+    with new_folder(out) as partial:
+        save_folder(result.program, partial, tokenizer=tokenizer)
     yield f"written to {out}"
 
 

@@ -17,6 +17,7 @@ from mxfx.evaluation.recorded import Forward
 from mxfx.evaluation.results import Scores
 from mxfx.evaluation.windows import Window, equal_lengths
 from mxfx.ground import ranks
+from mxfx.ground.files import temporary_folder
 from mxfx.ground.progress import track
 from mxfx.ops.kernels.divergence import logit_rows
 
@@ -85,7 +86,7 @@ class FloatLogits:
         if self._room == 0 and self._folder is None:
             return None
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="mxfx-logits-")
+            self._folder = temporary_folder("mxfx-logits-")
             self._room = min(self._room, shutil.disk_usage(self._folder.name).free // 2)
         return Path(self._folder.name) / f"{name}.safetensors"
 

@@ -12,6 +12,7 @@ program as it runs on this kind of machine (``mxfx.export.kept``), which nobody 
 from __future__ import annotations
 
 import json
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from mxfx.export.artefact import SHARD_BYTES, ArtefactError, Opened, save
 from mxfx.export.folder_config import ARCHITECTURE, MODEL_TYPE, MxfxConfig
 from mxfx.export.kept import emission, write_beside
 from mxfx.graph.program import Program
-from mxfx.ground.files import read_json, write_file
+from mxfx.ground.files import read_json, unfinished, write_file
 from mxfx.ground.garbage import uncollected
 from mxfx.ground.versions import version
 from mxfx.pipeline.emit import emitted
@@ -193,13 +194,23 @@ def save_folder(
     folder = Path(folder)
     save(program, folder, shard_bytes=shard_bytes)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        _write_tokenizer(tokenizer, folder)
     stored = generation if generation is not None else configs_of(program)[1]
     _write_json(folder / "generation_config.json", stored.to_diff_dict())
     write_file(folder / "modeling_mxfx.py", _CODE.encode())
     write_card(program, folder, table)
     _write_json(folder / "config.json", config_of(program).to_dict())
     write_beside(folder, program)
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Its files, each whole or not at all."""
+    with unfinished(folder / "tokenizer.part") as partial:
+        tokenizer.save_pretrained(partial)
+        for file in [path for path in partial.rglob("*") if path.is_file()]:
+            target = folder / file.relative_to(partial)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
 
 
 def write_card(program: Program, folder: Path, table: str = "") -> None:

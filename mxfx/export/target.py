@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,6 +17,7 @@ from mxfx.export.plain import plain
 from mxfx.export.unpack import unpacked
 from mxfx.graph.program import Program
 from mxfx.ground.errors import reason_of
+from mxfx.ground.files import new_folder
 from mxfx.ground.nearest import did_you_mean
 
 
@@ -90,20 +90,13 @@ def export(program: Program, folder: Path | str, to: str, *, bake: bool = False,
     reason = target.refuse(given)
     if reason is not None:
         raise ExportError(f"{to} cannot hold this model: {reason}")
-    partial = folder.with_name(folder.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        notes = target.write(given, partial, tokenizer)
-        checks = target.prove(given, partial)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        with new_folder(folder) as partial:
+            notes = target.write(given, partial, tokenizer)
+            checks = target.prove(given, partial)
     except (OSError, SafetensorError) as error:
         # A library below says neither where nor what to do.
         raise ExportError(f"{folder} cannot be written: {reason_of(error)}; free space or give another") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Written(folder, to, checks, notes)
 
 

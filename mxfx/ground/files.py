@@ -6,8 +6,10 @@ import contextlib
 import json
 import math
 import os
+import shutil
+import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,33 +61,80 @@ def write_file(
     """Write ``data``, whole or in pieces, under a temporary name, flush it, rename it to ``path``, flush the folder.
 
     A process killed at any moment leaves the old file or the new one; so does a machine, but without ``flush``, which
-    is for what a run writes many of and nobody reads back. Each of several writers at once has a temporary name of its
-    own, and the last one's file stays. Raises ``WriteError`` if the disk is full or fails: nothing of the attempt
-    stays.
+    is for what a run writes many of and nobody reads back. Raises ``WriteError`` if the disk is full or
+    fails; nothing of the attempt stays.
     """
-    partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}{_SUFFIX}")
     size = 0
     try:
-        # Private from its first moment: who opened it before it became so could read what is written later.
-        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private else 0o666))
-        with open(partial, "wb") as file:
-            for piece in [data] if isinstance(data, bytes) else data:
-                size += len(piece)
-                file.write(piece)
-            file.flush()
-            if flush:
-                os.fsync(file.fileno())
-        os.replace(partial, path)
+        with unfinished(path.with_name(path.name + _SUFFIX)) as partial:
+            with open(partial, "wb") as file:
+                if private:
+                    os.chmod(partial, 0o600)
+                for piece in [data] if isinstance(data, bytes) else data:
+                    size += len(piece)
+                    file.write(piece)
+                file.flush()
+                if flush:
+                    os.fsync(file.fileno())
+            os.replace(partial, path)
         if flush:
             _flush_folder(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise WriteError(
             error.errno,
             f"could not write {size} bytes: {error.strerror}; free space or choose another folder",
             str(path),
         ) from error
+
+
+#: What is being made and may not stay as it is.
+_unfinished: set[Path] = set()
+
+
+@contextlib.contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """A file or folder that is gone in the end, by whatever that comes: until then it is renamed, or of no use."""
+    _unfinished.add(path)
+    try:
+        yield path
+    finally:
+        _remove(path)
+        _unfinished.discard(path)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes ``folder`` once it is left: that one is there whole or not at all.
+
+    ``folder`` must not exist or be empty. Raises ``OSError``.
+    """
+    with unfinished(folder.with_name(f"{folder.name}.{os.getpid()}{_SUFFIX}")) as partial:
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+
+
+def temporary_folder(prefix: str, within: Path | None = None) -> tempfile.TemporaryDirectory:
+    """A folder that goes with the object, and with the process however it is ended (but by SIGKILL)."""
+    made = tempfile.TemporaryDirectory(prefix=prefix, dir=within)
+    _unfinished.add(Path(made.name))
+    return made
+
+
+def remove_unfinished() -> None:
+    """Remove what is being made: the process is about to end."""
+    for path in tuple(_unfinished):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def cache_home() -> Path:
@@ -149,7 +198,7 @@ def finite(value: object) -> object:
 def remove_partial_files(folder: Path) -> None:
     """Remove what a killed process left half-written."""
     for leftover in folder.glob("*" + _SUFFIX):
-        leftover.unlink(missing_ok=True)
+        _remove(leftover)
 
 
 def _flush_folder(folder: Path) -> None:

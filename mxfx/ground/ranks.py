@@ -11,15 +11,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from mxfx.ground.errors import CheckError
+from mxfx.ground.interrupt import end_at_once
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,7 +90,7 @@ def start() -> None:
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", str(_now.world)))))
-    _end_when_told()
+    end_at_once(signal.SIGTERM, _last)
     if not is_first():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (as long as the process)
 
@@ -274,20 +273,8 @@ def _together() -> Iterator[None]:
         raise RankError(f"{_ENDED} (process {_now.rank} of {_now.world})") from error
 
 
-def _end_when_told() -> None:
-    """End at once on SIGTERM, which ``torchrun`` sends when another process ended, wherever this one waits."""
-    ours, told = socket.socketpair()
-    told.setblocking(False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
-
-    def wait() -> None:
-        while signal.SIGTERM not in (came := ours.recv(64)):
-            if not came:
-                return
-        if speaks():
-            print(f"error: {_ENDED}", file=sys.__stderr__, flush=True)
-        told.close()
-        os._exit(RankError.exit_code)
-
-    threading.Thread(target=wait, name="mxfx-ranks", daemon=True).start()
+def _last() -> int:
+    """What a process says, and ends with, on SIGTERM: ``torchrun`` sends it when another one ended."""
+    if speaks():
+        print(f"error: {_ENDED}", file=sys.__stderr__, flush=True)
+    return RankError.exit_code

@@ -17,7 +17,7 @@ import torch
 
 from mxfx.formats import parse
 from mxfx.ground.errors import reason_of
-from mxfx.ground.files import cache_home, say_not_kept
+from mxfx.ground.files import cache_home, say_not_kept, temporary_folder
 from mxfx.ops.kernels.structs import rule_of
 
 _SOURCES = ("rows.c", "products.c", "divergence.c")
@@ -104,10 +104,10 @@ def _built(compiler: str, flags: tuple[str, ...], source: str) -> ctypes.CDLL:
 def _place(folder: Path) -> tempfile.TemporaryDirectory:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=folder)
+        return temporary_folder("", folder)
     except OSError as error:
         say_not_kept(folder, reason_of(error))
-        return tempfile.TemporaryDirectory()
+        return temporary_folder("mxfx-kernels-")
 
 
 def processor() -> str:

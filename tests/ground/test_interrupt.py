@@ -1,0 +1,115 @@
+"""Ctrl-C and SIGTERM end a command at once, wherever it is, with one line, its code and no half-written file."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.local_model import save_model, save_texts
+
+_ENDED = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated (SIGTERM)")}
+
+#: A command whose model takes long to load. It says that it is there, and gets a signal.
+_LOADING = """
+import hashlib, os, signal, sys, threading, time
+import transformers
+from mxfx import cli
+from mxfx.ground import files
+
+def told():
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.{signal})).start()
+
+def in_c():
+    told()
+    hashlib.pbkdf2_hmac("sha512", b"", b"", 1 << 26)
+
+def swallowed():
+    told()
+    try:
+        time.sleep(30)
+    except BaseException:
+        pass
+    time.sleep(30)
+
+def in_del():
+    class Deleted:
+        def __del__(self):
+            told()
+            time.sleep(30)
+    Deleted()
+    time.sleep(30)
+
+def wrapped():
+    told()
+    try:
+        time.sleep(30)
+    except BaseException as error:
+        raise RuntimeError("no model") from error
+
+def in_a_thread():
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(1) as pool:
+        told()
+        pool.submit(time.sleep, 30).result()
+
+def written():
+    def pieces():
+        yield b"half"
+        in_c()
+    files.write_file(files.Path(sys.argv[-1]) / "file", pieces())
+
+def load(*args, **options):
+    {where}()
+
+transformers.AutoTokenizer.from_pretrained = load
+sys.argv = ["mxfx", "generate", sys.argv[1], "--prompt", sys.argv[1]]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("number", _ENDED)
+@pytest.mark.parametrize("where", ["in_c", "swallowed", "in_del", "wrapped", "in_a_thread", "written"])
+def test_a_signal_ends_what_loads_a_model(where: str, number: signal.Signals, tmp_path: Path) -> None:
+    if number is signal.SIGTERM and where not in ("in_c", "wrapped"):
+        pytest.skip("the same path")
+    began = time.monotonic()
+    code = _LOADING.format(where=where, signal=number.name)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == _ENDED[number], done.stderr
+    assert not any(word in done.stderr for word in ("Traceback", "ignored", "error:"))
+    assert time.monotonic() - began < 25
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", _ENDED)
+def test_a_signal_ends_a_run_whose_folder_the_next_run_takes(number: signal.Signals, tmp_path: Path) -> None:
+    source, texts, out = save_model(tmp_path / "source"), save_texts(tmp_path / "texts"), tmp_path / "out"
+    file = tmp_path / "long.toml"
+    file.write_text(
+        "[calibration]\nsamples = 2\nlength = 32\n[[pass]]\nname = 'annotate'\npartial = true\n"
+        "[[pass.rule]]\nmatch = '.*_proj'\nweight = 'mxint4@32'\ninput = 'mxint4@32'\n"
+        "[[pass]]\nname = 'insert-fake-quant'\n[[pass]]\nname = 'distill'\nsteps = 100000\ncheckpoint_every = 1000\n"
+    )
+    command = [sys.executable, "-m", "mxfx", "run", file, "--model", source, "--data", texts, "--out", out]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert run.stderr is not None
+    said = ""
+    while "100000 steps" not in said:
+        line = run.stderr.readline()
+        assert line, said
+        said += line
+    time.sleep(1)
+    sent = time.monotonic()
+    run.send_signal(number)
+    _, rest = run.communicate()
+    assert time.monotonic() - sent < 6
+    assert (run.returncode, rest.strip().splitlines()[-1]) == _ENDED[number]
+    assert "Traceback" not in rest
+    assert not list(out.rglob("*.part"))
+    again = [*command[:-1], out, "--set", "pass.distill.steps=2"]
+    assert subprocess.run(again, capture_output=True, check=False).returncode == 0
