@@ -28,6 +28,9 @@ IncludePath = Annotated[Path | None, typer.Option(help="Folder of further task f
 def again(
     folder: Annotated[Path, typer.Argument(help="Run directory, or the model folder in it.")],
     tasks: Annotated[str, typer.Option(help=EVAL)] = "wikitext",
+    model: Annotated[
+        str | None, typer.Option(help="Its float model, hub id or folder: for KL, agreement, ratios, and chat.")
+    ] = None,
     eval_data: EvalData = None,
     limit_tokens: LimitTokens = None,
     domain_tokens: DomainTokens = None,
@@ -43,13 +46,15 @@ def again(
     device: str = "cpu",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Evaluate an emitted model again, from its files alone."""
+    """Evaluate an emitted model again, from its files alone, or beside its float model."""
     from mxfx import api
-    from mxfx.driver.run import evaluate_saved
+    from mxfx.driver.again import evaluate_saved
+    from mxfx.evaluation.results import ratio_with_stderr
     from mxfx.evaluation.tasks import TaskOptions
     from mxfx.report.table import DomainRow, Row, domain_tables, results_table
 
     options = api.RunOptions(
+        model=model,
         eval=tasks,
         eval_data=eval_data,
         limit_tokens=limit_tokens,
@@ -59,19 +64,30 @@ def again(
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    evaluation, bits = evaluate_saved(folder, options, phase)
+    done = evaluate_saved(folder, options, phase)
+    evaluation, floats = done.evaluation, {} if done.floats is None else done.floats.domains
     if (first := evaluation.first) is not None:
+        beside = next(iter(floats.values()), None)
+        ratio = None if beside is None else ratio_with_stderr(first, beside)
         row = Row(
             str(folder),
             word_perplexity=first.word_perplexity,
+            ratio=None if ratio is None else ratio.ratio,
+            ratio_stderr=None if ratio is None else ratio.stderr,
             token_perplexity=first.token_perplexity,
-            bits_per_weight=bits,
+            token_ratio=None if beside is None else first.token_perplexity / beside.token_perplexity,
+            bits_per_weight=done.bits_per_weight,
             eval_seconds=evaluation.seconds,
         )
         out.print(results_table([row], f"Perplexity of {phase}", f"{first.tokens:,} tokens of {first.source}"))
-    domains = [DomainRow.of(folder.name, result, None) for result in evaluation.domains.values()]
+    domains = [DomainRow.of("float", result, None) for result in floats.values()]
+    for name, result in evaluation.domains.items():
+        ratio = ratio_with_stderr(result, floats[name], "token_perplexity") if floats else None
+        domains.append(DomainRow.of(folder.name, result, ratio))
     tasks_found = [(folder.name, *row) for result in evaluation.tasks.values() for row in result.rows()]
     out.print(*domain_tables(domains, tasks_found))
+    for warning in done.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def compare(

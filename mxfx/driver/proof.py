@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -15,7 +16,9 @@ from mxfx.graph.feed import Feed
 from mxfx.graph.module import build
 from mxfx.graph.phases import entries
 from mxfx.graph.program import Program
+from mxfx.ground import ranks
 from mxfx.ground.errors import CheckError
+from mxfx.ops.kernels.packed import inexact_count
 from mxfx.pipeline.emit import emitted
 
 
@@ -84,3 +87,15 @@ def not_finite(logits: Tensor) -> str | None:
 def _bits(x: Tensor) -> Tensor:
     """Integers with the same bits: NaNs compare, and signed zeros differ."""
     return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+@contextmanager
+def inexact_told(warnings: list[str]) -> Iterator[None]:
+    """Add a warning of the rows that had to be rounded to E4M3 or int8 meanwhile, by all processes of a run."""
+    before = inexact_count()
+    yield
+    if beyond := sum(ranks.collected(inexact_count() - before)):
+        warnings.append(
+            f"{beyond} rows of activations span more octaves than E4M3, or int8, is sure to hold: their least were "
+            "rounded"
+        )

@@ -11,17 +11,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from mxfx.config import ConfigError, Pipeline, Place, to_toml
+from mxfx.config import Pipeline, to_toml
 from mxfx.driver.check import check
 from mxfx.driver.fitting import fit, fitting_lm
 from mxfx.driver.job import Job, default_instruments
 from mxfx.driver.options import RunOptions
-from mxfx.driver.pretrained import load_tokenizer
-from mxfx.driver.proof import check_saved, logits_of, not_finite
-from mxfx.driver.run_directory import PipelineFolder, RunDirectory, find_model
-from mxfx.evaluation.results import EvalResult, EvaluationError, ratio_with_stderr
+from mxfx.driver.proof import check_saved, inexact_told, logits_of, not_finite
+from mxfx.driver.run_directory import PipelineFolder, RunDirectory
+from mxfx.evaluation.results import EvalResult, ratio_with_stderr
 from mxfx.evaluation.scoring import FloatLogits
 from mxfx.evaluation.suite import Evaluation, Suite
 from mxfx.graph.phases import entries
@@ -29,10 +26,8 @@ from mxfx.graph.program import Program
 from mxfx.ground import ranks
 from mxfx.ground.clock import Clock, part
 from mxfx.ground.files import write_json
-from mxfx.ground.phases import PHASES
 from mxfx.ground.versions import version
 from mxfx.ops.kernels.build import build_ahead
-from mxfx.ops.kernels.packed import inexact_count
 from mxfx.pipeline.instruments import Numbers, Verify
 from mxfx.pipeline.manager import PipelineResult
 from mxfx.report.linears import linears_of
@@ -42,7 +37,6 @@ from mxfx.report.table import DomainRow, Row, card_table
 from mxfx.report.weight_history import History
 from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.causal_lm import as_causal_lm
-from mxfx.runtime.stepwise import Stepwise
 
 _PHASES_NOTE = "{name}: its prefill, whole windows; {name} decode: its program of single steps, on the same windows"
 
@@ -126,7 +120,7 @@ def run(pipelines: Sequence[Named], options: RunOptions) -> RunSummary:
         mine = options.out is not None and ranks.is_first()
         directory = stack.enter_context(RunDirectory(options.out)) if mine else None
         for index, named in enumerate(pipelines):
-            model = _model_of(named.pipeline, models, outcomes, options)
+            model = model_of(named.pipeline, models, outcomes, options)
             if directory is not None and index == 0:
                 directory.begin()
             found = _run_one(named, model, directory, options)
@@ -147,7 +141,7 @@ def run(pipelines: Sequence[Named], options: RunOptions) -> RunSummary:
     )
 
 
-def _model_of(pipeline: Pipeline, models: dict[_Key, _Model], outcomes: list[Outcome], options: RunOptions) -> _Model:
+def model_of(pipeline: Pipeline, models: dict[_Key, _Model], outcomes: list[Outcome], options: RunOptions) -> _Model:
     """The loaded model of a pipeline; the first time also the row of its float form."""
     name, dtype, _ = key = (str(pipeline.model_source()), pipeline.model.dtype, pipeline.model.revision)
     known = models[key].meta if key in models else None
@@ -260,45 +254,15 @@ def _evaluate(
     if model.suite is None:
         return None
     assert model.reference is not None
-    counted = inexact_count()
     lm = model.reference.model if is_float else as_causal_lm(program, model.job.device, whole=whole)
-    found = model.suite.run(lm, model.reference)
+    with inexact_told(warnings):
+        found = model.suite.run(lm, model.reference)
     # Passes need the device for themselves.
     model.reference.release()
-    if beyond := inexact_count() - counted:
-        warnings.append(
-            f"{beyond} rows of activations span more octaves than E4M3, or int8, is sure to hold: their least were "
-            "rounded"
-        )
     for name, domain in found.domains.items():
         if not math.isfinite(domain.token_perplexity):
             warnings.append(f"the token perplexity on {name} is {domain.token_perplexity}")
     return found
-
-
-def evaluate_saved(folder: str | Path, options: RunOptions, phase: str = "prefill") -> tuple[Evaluation, float]:
-    """An emitted model evaluated again, from its files alone; and its bits per weight.
-
-    ``phase`` is ``prefill``, where whole windows are read, or ``decode``: one token a step, through the cache.
-
-    Raises ``ConfigError``, ``NoRun``, ``ArtefactError``, ``EvaluationError``.
-    """
-    from mxfx.export.artefact import load
-
-    options.check()
-    if phase not in PHASES:
-        raise ConfigError(Place("--phase"), f"unknown phase {phase!r}", " or ".join(PHASES))
-    saved = find_model(folder)
-    program = load(saved)
-    tokenizer = load_tokenizer(saved, trust_remote_code=options.trust_remote_code)
-    wanted = options.wanted()
-    if wanted is None:
-        raise EvaluationError("nothing to evaluate was named; expected wikitext, files, or tasks of lm-eval")
-    suite = Suite(wanted, tokenizer, program.source.config.get("max_position_embeddings"))
-    device = torch.device(options.device)
-    model = fitting_lm(program, device, wanted.batch_size)
-    of = entries(program).get(phase, program)
-    return suite.run(Stepwise(model) if phase == "decode" else model), bits_per_weight(of)
 
 
 def _save(program: Program, job: Job, folder: PipelineFolder) -> None:

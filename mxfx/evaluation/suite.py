@@ -104,7 +104,9 @@ class Suite:
         limit = wanted.limit_tokens if first or wanted.domain_tokens is None else wanted.domain_tokens
         if kind(name) == CHAT:
             if self._chat is None:
-                raise EvaluationError("--eval chat needs the float model, whose answers it reads; use `mxfx run`")
+                raise EvaluationError(
+                    "--eval chat needs the float model, whose answers it reads: name it by --model, or use `mxfx run`"
+                )
             return ranks.from_first(partial(self._chat, limit, self._length, sampling(name)))
         path = wanted.eval_data if name == WIKITEXT else name
         return text_domain(title(name), self._tokenizer, path=path, limit_tokens=limit, max_length=self._length)

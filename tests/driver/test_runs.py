@@ -20,13 +20,14 @@ from mxfx.config.pipeline import CalibrationConfig, loads
 from mxfx.driver import check, fitting
 from mxfx.driver.job import Job
 from mxfx.driver.pretrained import ModelError, load_checked, refuse_offloaded
-from mxfx.driver.proof import ProofError, check_saved, logits_of
+from mxfx.driver.proof import ProofError, check_saved, inexact_told, logits_of
 from mxfx.driver.run_directory import RunDirectory, RunError
 from mxfx.export.artefact import load, save
 from mxfx.graph.program import Program
 from mxfx.graph.text import to_text
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
+from mxfx.ops.kernels.packed import inexact_rows
 from mxfx.pipeline.emit import emitted
 from mxfx.rewrite import Context, Local, Lossy, Numerics, Pass, Rewriter
 from mxfx.rewrite.pass_ import _REGISTRY, register
@@ -464,7 +465,7 @@ def test_code_of_the_models_repository_is_run_where_it_is_allowed(
         raise ModelError("stop here")
 
     monkeypatch.setattr("mxfx.driver.check.load_meta_model", look)
-    monkeypatch.setattr("mxfx.driver.run.load_tokenizer", look)
+    monkeypatch.setattr("mxfx.driver.again.load_tokenizer", look)
     target = pipeline
     if command == "eval":
         target = tmp_path / "model"
@@ -491,3 +492,13 @@ def test_a_model_that_does_not_fit_is_proved_and_evaluated_in_pieces(
         assert not [w for w in one["warnings"] if "in pieces" in w]
         (warning,) = (w for w in other["warnings"] if "in pieces" in w)
         assert "0.0 GB are free" in warning
+
+
+def test_rows_that_lost_something_are_warned_of_wherever_a_model_is_measured() -> None:
+    warnings: list[str] = []
+    with inexact_told(warnings):
+        pass
+    assert warnings == []
+    with inexact_told(warnings):
+        inexact_rows(torch.device("cpu")).add_(3)
+    assert len(warnings) == 1 and warnings[0].startswith("3 rows of activations span more octaves than E4M3")
