@@ -1,7 +1,9 @@
 """Distillation layer by layer, for models that no device holds: each decoder layer against the float one.
 
-Both read what the quantized layers before them gave, so a layer also learns to repair what those lost. The device holds
-one layer of each model, a batch of hidden states and the optimizer of that layer; all other states wait on the CPU.
+A layer reads what the quantized layers before it gave. Its output is held against the mean of two: what the float
+layer makes of the same states, and what the float layers made of the same tokens, so that it repairs a part of what
+those before it lost. The device holds one layer of each model, a few batches of hidden states and the optimizer of that
+layer; all other states wait on the CPU.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from mxfx.calibration.distillation import Distillation, History, Plan
 from mxfx.calibration.staged import attribute, run_stage
 from mxfx.calibration.stages import Stage, cut
 from mxfx.calibration.training import looked_up
+from mxfx.graph.transfers import HostBuffers, Layout
 from mxfx.ground import ranks
 from mxfx.rewrite import Context
 
@@ -144,6 +147,46 @@ def _hidden_states(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
+class HiddenStates:
+    """Hidden states ``(samples, seq, hidden)`` in host memory, pinned where a device copies from it.
+
+    Copies stand on the device's current stream in the order in which they were asked for: nobody waits for them there.
+    """
+
+    def __init__(self, first: Tensor, count: int, device: torch.device) -> None:
+        layout = Layout(torch.Size((count, *first.shape[1:])), (first[0].numel(), *first.stride()[1:]), first.dtype)
+        self._device = device
+        self._states = layout.over(HostBuffers(pinned=device.type == "cuda").take(layout.nbytes))
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def take(self, chosen: Tensor | slice) -> Tensor:
+        """The chosen samples, on the device."""
+        if isinstance(chosen, slice) or self._device.type != "cuda":
+            return self._states[chosen].to(self._device, non_blocking=True)
+        found = torch.empty(len(chosen), *self._states.shape[1:], dtype=self._states.dtype, device=self._device)
+        # Gathering them on the host first would take longer than all else of a step.
+        for place, row in zip(found, chosen.tolist(), strict=True):
+            place.copy_(self._states[row], non_blocking=True)
+        return found
+
+    def put(self, start: int, found: Tensor) -> None:
+        """Samples from ``start`` on."""
+        self._states[start : start + len(found)].copy_(found, non_blocking=True)
+
+    def advance(self, run: Callable[[Tensor], Tensor], batch_size: int) -> None:
+        """Every state becomes what ``run`` makes of it; of several ranks each does its share."""
+        mine = ranks.share(len(self))
+        with torch.no_grad():
+            for start in range(mine.start, mine.stop, batch_size):
+                self.put(start, run(self.take(slice(start, min(start + batch_size, mine.stop)))))
+        if ranks.world() > 1:
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()
+            self._states.copy_(ranks.joined(self._states[mine], 0, len(self)))
+
+
 def tune_layers(
     student: LayeredModel,
     teacher: LayeredModel,
@@ -158,65 +201,77 @@ def tune_layers(
     """Tune each layer in turn, ``plan.steps`` steps each; the last ``kept`` of the ``tokens`` only judge states.
 
     ``parameters`` are the student's, by canonical name. The loss of a token is the squared error of the layer's output
-    over the square of the float layer's, so that the few tokens of huge norm do not speak for all.
+    over the square of what it should be, so that the few tokens of huge norm do not speak for all.
     """
-    hidden = _start(student, teacher, tokens, plan, kept)
-    student.release()
-    teacher.release()
+    given, wanted = (_start(model, tokens, plan, kept, ctx) for model in (student, teacher))
+    count = len(given) - kept
     for index in range(len(student.layers)):
-        for model in (student, teacher):
+        for model, states in ((student, given), (teacher, wanted)):
             model.move(index, ctx.device)
-            for part in _sizes(hidden, plan, kept):
-                model.share(index, part.to(ctx.device))
+            for size in _sizes(len(tokens), plan, kept):
+                model.share(index, states.take(slice(size)))
+        wanted.advance(lambda states, index=index: teacher.run(index, states), plan.batch_size)  # type: ignore[misc]
         names = {canonical(name) for name in student.weights(index)}
         tuned = {name: p for name, p in parameters.items() if name in names}
 
-        def loss(states: Tensor, index: int = index) -> Tensor:
+        def loss(states: Tensor, of_float: Tensor, index: int = index) -> Tensor:
             with torch.no_grad():
-                wanted = teacher.run(index, states).float()
-            error = (student.run(index, states).float() - wanted).square().sum(-1)
-            return (error / wanted.square().sum(-1).clamp_min(1e-12)).mean()
-
-        def check(loss: Callable[[Tensor], Tensor] = loss, states: Tensor = hidden) -> float:
-            with torch.no_grad():
-                parts = [loss(part.to(ctx.device)) * len(part) for part in states[-kept:].split(plan.batch_size)]
-            return float(torch.stack(parts).sum()) / kept
+                expected = (teacher.run(index, states).float() + of_float) / 2
+            error = (student.run(index, states).float() - expected).square().sum(-1)
+            return (error / expected.square().sum(-1).clamp_min(1e-12)).mean()
 
         if tuned:
-            loop = Distillation(
-                plan,
-                tuned,
-                loss,
-                check,
-                lambda chosen, states=hidden: (states[chosen],),  # type: ignore[misc]
-                len(hidden) - kept,
-                ctx,
-                purpose=f"distill layer {index}",
-                file=file(index),
-            )
-            yield loop.run()
-        with torch.no_grad():
-            mine = hidden[ranks.share(len(hidden))].split(plan.batch_size)
-            found = torch.cat([student.run(index, part.to(ctx.device)).cpu() for part in mine])
-            hidden = ranks.joined(found, 0, len(hidden))
+            yield _tune(plan, tuned, loss, (given, wanted), count, ctx, index, file(index))
+        given.advance(lambda states, index=index: student.run(index, states), plan.batch_size)  # type: ignore[misc]
         for model in (student, teacher):
             model.move(index, torch.device("cpu"))
 
 
-def _start(student: LayeredModel, teacher: LayeredModel, tokens: Tensor, plan: Plan, kept: int) -> Tensor:
-    """Hidden states of all tokens before the first layer, ``(samples, seq, hidden)`` on the CPU."""
-    for model in (student, teacher):
-        for part in _sizes(tokens, plan, kept):
-            model.start(part)
-    return torch.cat([student.start(batch).cpu() for batch in tokens.split(plan.batch_size)])
+def _tune(
+    plan: Plan,
+    tuned: Mapping[str, nn.Parameter],
+    loss: Callable[..., Tensor],
+    operands: tuple[HiddenStates, ...],
+    count: int,
+    ctx: Context,
+    index: int,
+    file: Path | None,
+) -> History:
+    """Tune one layer on the first ``count`` samples of its operands. The loop and what it recorded end with this."""
+
+    def take(chosen: Tensor | slice) -> tuple[Tensor, ...]:
+        return tuple(states.take(chosen) for states in operands)
+
+    def check() -> float:
+        last = len(operands[0])
+        parts = [slice(start, min(start + plan.batch_size, last)) for start in range(count, last, plan.batch_size)]
+        with torch.no_grad():
+            found = [loss(*take(part)) * (part.stop - part.start) for part in parts]
+        return float(torch.stack(found).sum()) / (last - count)
+
+    return Distillation(plan, tuned, loss, check, take, count, ctx, purpose=f"distill layer {index}", file=file).run()
 
 
-def _sizes(of: Tensor, plan: Plan, kept: int) -> list[Tensor]:
-    """The first samples, once for each size of batch that a layer will see."""
+def _start(model: LayeredModel, tokens: Tensor, plan: Plan, kept: int, ctx: Context) -> HiddenStates:
+    """What the first layer reads of all tokens."""
+    for size in _sizes(len(tokens), plan, kept):
+        model.start(tokens[:size])
+    states: HiddenStates | None = None
+    for start in range(0, len(tokens), plan.batch_size):
+        found = model.start(tokens[start : start + plan.batch_size])
+        states = states or HiddenStates(found, len(tokens), ctx.device)
+        states.put(start, found)
+    model.release()
+    assert states is not None
+    return states
+
+
+def _sizes(of: int, plan: Plan, kept: int) -> list[int]:
+    """Each size of batch that a layer will see of so many samples."""
     size = plan.batch_size
-    sizes = {size, len(of) % size, kept % size, min(size, len(of) - kept), min(size, kept)}
-    batch = torch.arange(min(size, len(of) - kept))
+    sizes = {size, of % size, kept % size, min(size, of - kept), min(size, kept)}
+    batch = torch.arange(min(size, of - kept))
     sizes |= {len(part) for part in batch[ranks.share(len(batch))].tensor_split(plan.accumulate)}
-    mine = torch.arange(len(of))[ranks.share(len(of))]
+    mine = torch.arange(of)[ranks.share(of)]
     sizes |= {len(part) for part in mine.split(size)}
-    return [of[:count] for count in sorted(sizes - {0})]
+    return sorted(sizes - {0})

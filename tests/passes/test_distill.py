@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 
 from mxfx.calibration import staged, teacher
 from mxfx.calibration.distillation import Distillation
+from mxfx.calibration.layerwise import LayeredModel
 from mxfx.calibration.staged import Staged
-from mxfx.calibration.training import deterministic, divergence
+from mxfx.calibration.training import deterministic, divergence, trainable
 from mxfx.config import Pipeline
 from mxfx.formats import parse
 from mxfx.graph.node import info, path_of, set_info
@@ -187,6 +189,26 @@ def test_layer_by_layer_the_logits_come_nearer_too(unrounded) -> None:
     assert kl[0] < kl[1]
 
 
+def test_a_layer_is_held_against_the_float_layer_on_its_own_inputs_and_on_float_ones(unrounded) -> None:
+    start, quantized = unrounded
+    options = {"scope": "layer", "steps": 1, "batch_size": 8, "held_out": 0.25, "learning_rate": 1e-12}
+    errors = _distill(unrounded, **options).record.details["held_out_error_by_layer"]
+    rounded = apply(RoundWeights(), quantized).program
+    device = torch.device("cpu")
+    student, teacher = (LayeredModel(trainable(p, {}, device)[0], device) for p in (rounded, start))
+    kept = TOKENS[-12:]
+    given, of_float = student.start(kept), teacher.start(kept)
+    for index, error in enumerate(errors):
+        for model in (student, teacher):
+            model.share(index, given)
+        with torch.no_grad():
+            of_float, on_given = teacher.run(index, of_float), teacher.run(index, given)
+            given, expected = student.run(index, given), (on_given + of_float) / 2
+        found = ((given - expected).square().sum(-1) / expected.square().sum(-1)).mean()
+        assert error["before"] == pytest.approx(float(found), rel=1e-5)
+    assert (on_given - of_float).square().mean() > 1e-6
+
+
 def test_layer_by_layer_with_a_rotation_whose_matrix_lowering_makes(unrounded) -> None:
     start, quantized = unrounded
     rotated = apply(RotateQk(), quantized).program
@@ -352,6 +374,21 @@ def test_an_average_over_one_step_is_the_state_itself(unrounded) -> None:
     details = done.record.details
     assert details["averaged_by_step"] == {at: kl for at, kl in details["held_out_by_step"].items() if at != "0"}
     assert not details["best_is_average"] and _bytes(done.program) == _bytes(plain.program)
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_layers_come_as_near_as_on_a_cpu_and_leave_its_memory(unrounded) -> None:
+    start, quantized = unrounded
+    options = {"scope": "layer", "steps": 24, "batch_size": 8, "learning_rate": 1e-2, "checks": 3}
+    before = torch.cuda.memory_allocated()
+    ctx = Context(tokens=lambda: TOKENS, reference=start, device=torch.device("cuda"))
+    found = apply(Distill(**options), quantized, ctx).record.details["held_out_error_by_layer"]
+    expected = _distill(unrounded, **options).record.details["held_out_error_by_layer"]
+    for mine, of_cpu in zip(found, expected, strict=True):
+        assert mine["before"] == pytest.approx(of_cpu["before"], rel=0.05)
+        assert mine["after"] == pytest.approx(of_cpu["after"], rel=0.1)
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < 32 << 20
 
 
 class _Killed(Exception):
