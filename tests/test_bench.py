@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from mxfx import api
+from mxfx.config import apply_overrides
+from tools.bench import quality
+
+ROOT = Path(__file__).parents[1]
 BENCHES = sorted(
-    path.stem
-    for path in (Path(__file__).parents[1] / "tools" / "bench").glob("*.py")
-    if "def main(" in path.read_text(encoding="utf-8")
+    path.stem for path in (ROOT / "tools" / "bench").glob("*.py") if "def main(" in path.read_text(encoding="utf-8")
 )
 
 
@@ -29,3 +32,10 @@ def test_it_starts_as_a_module(name, monkeypatch, capsys):
         module.main()
     assert stopped.value.code == 0
     assert "--json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arm", quality.ARMS)
+def test_every_arm_of_quality_is_a_pipeline_with_changes_that_it_takes(arm: str) -> None:
+    file, *changes = quality.ARMS[arm]
+    before = api.load_pipeline(ROOT / file)
+    assert (apply_overrides(before, changes) != before) == bool(changes)
