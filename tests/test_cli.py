@@ -150,6 +150,21 @@ def test_check_needs_no_weights(mxfx: Run, pipeline: Path, model: Path, tmp_path
     assert said.out.endswith("ok\n")
 
 
+@pytest.mark.parametrize(("device", "way"), [("cpu", "in a step codes meet codes"), ("cuda", "FP8 tensor cores")])
+def test_check_says_how_each_linear_will_run_on_a_device_that_need_not_be_here(
+    mxfx: Run, pipeline: Path, device: str, way: str
+) -> None:
+    from mxfx.ops.kernels.library import load_cpu
+
+    if load_cpu() is not None and device == "cpu":
+        way = "a GEMM in float32, the weight decoded before"
+    pipeline.write_text(pipeline.read_text().replace("  expect", '  input  = "mxint4@32"\n  expect'))
+    said = mxfx("check", pipeline, "--device", device)
+    assert said.code == 0, said.err
+    told = " ".join(said.out.split())
+    assert way in told and "lm_head, float32: a GEMM in float32 (its weight has no format)" in told
+
+
 @pytest.mark.parametrize("name", ["tutorial_a_rtn", "tutorial_b_gptq", "tutorial_c_rotation_search"])
 def test_config_show_prints_the_pipeline_of_a_tutorial_file(mxfx: Run, name: str, tmp_path: Path) -> None:
     said = mxfx("config", "show", CONFIGS / f"{name}.toml")

@@ -157,6 +157,7 @@ def check(
     trust_remote_code: Trust = False,
     context: Annotated[int | None, typer.Option(min=1, help="Say what a cache of so many tokens takes.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Texts in that cache.")] = 1,
+    device: Annotated[str, typer.Option(help="Device that it is checked for: cpu, cuda; it need not be here.")] = "cpu",
     numbers: Annotated[
         bool, typer.Option("--numbers", help="Load the weights and compare the traced program with the model.")
     ] = False,
@@ -164,7 +165,7 @@ def check(
     """Everything that can be checked without weights: options, facts, rules against the graph, memory and size."""
     from mxfx import api
 
-    ((name, pipeline),) = api.prepare([file], api.RunOptions(model=model, overrides=tuple(set_)))
+    ((name, pipeline),) = api.prepare([file], api.RunOptions(model=model, device=device, overrides=tuple(set_)))
     checked = api.check(pipeline, trust_remote_code=trust_remote_code, numbers=numbers)
     out.print(f"{name}: {len(pipeline.specs)} passes, in order: {', '.join(s.name for s in pipeline.specs)}")
     for line in checked.lines():

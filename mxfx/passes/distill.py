@@ -213,8 +213,8 @@ class Distill(Pass):
             raise ValueError(
                 f"scope = 'model' takes {needed / 1e9:.2f} GB on {ctx.device} beside activations and logits, and "
                 f"{free / 1e9:.2f} GB are free: each process holds both models and every parameter (Adam's moments "
-                "alone are spread over processes; parameters are not sharded). Take scope = 'layer', which holds one "
-                "layer at a time, or let select take fewer weights"
+                "alone are spread over processes; parameters are not sharded). Take scope = 'layer' and compile = "
+                "false, which hold one layer at a time, or let select take fewer weights"
             )
 
     def _by_layer(self, rw: Rewriter, ctx: Context, grids: Mapping[str, Format], free: set[str]) -> dict[str, Tensor]:
