@@ -18,7 +18,7 @@ from torch import Tensor
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import FloatElement, Format
 from mxfx.ops.kernels.packed_triton import to_e4m3
-from mxfx.ops.kernels.rounding_triton import grid_of, quantize_tile
+from mxfx.ops.kernels.rounding_triton import grid_of, quantize_tile, round_tile
 
 #: Elements of one program, where a row has fewer; a thread's share of them.
 TILE_ELEMENTS = 4096
@@ -107,21 +107,19 @@ def _rows_kernel(
     inside = (row < rows)[:, None] & (column < width)
     at = row.to(tl.int64)[:, None] * width + column
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if GRID is not None:
-        x = quantize_tile(x, GRID, x_ptr.dtype.element_ty).to(tl.float32)
-    scale = scale_below(largest_bits(x))
-    # A scale grows with the largest entry: the row's is the largest of its blocks'.
-    of_row = tl.max(tl.reshape(scale, (TILE, BLOCKS)), axis=1)
+    x, unit, scale = in_units(x, GRID, x_ptr.dtype.element_ty)
+    of_row, depth = span_of(tl.reshape(scale, (TILE, BLOCKS)), 1)
     each = tl.reshape(tl.broadcast_to(of_row[:, None], (TILE, BLOCKS)), (TILE * BLOCKS,))
-    x *= power_below(each)[:, None]
+    x *= (unit * power_below(each))[:, None]
     tl.store(payload_ptr + at, to_e4m3(x), mask=inside)
     if GRID is not None:
-        beyond = too_far(scale, each, OCTAVES)
+        beyond = too_far(of_row, depth, OCTAVES)
     else:
         # Scaled so that the biases agree, E4M3's bits are the top 12 of a float, subnormals included.
         rest = (tl.abs(x) * (2.0**-120)).to(tl.int32, bitcast=True) & 0xFFFFF
         beyond = ((tl.max(rest, axis=1) != 0) & (each != _BROKEN)).to(tl.int32)
-    store_rows(scales_ptr, inexact_ptr, rows, of_row, tl.reshape(beyond, (TILE, BLOCKS)), TILE)
+        beyond = tl.max(tl.reshape(beyond, (TILE, BLOCKS)), axis=1)
+    store_rows(scales_ptr, inexact_ptr, rows, of_row, beyond, TILE)
 
 
 @triton.jit
@@ -146,7 +144,7 @@ def _align_kernel(
     at = row.to(tl.int64)[:, None] * width + column
     there = (row < rows) & (block * B < width)
     scale = tl.load(blocks_ptr + row.to(tl.int64) * (width // B) + block, mask=there, other=1).to(tl.int32)
-    of_row = tl.max(tl.reshape(scale, (TILE, BLOCKS)), axis=1)
+    of_row, depth = span_of(tl.reshape(scale, (TILE, BLOCKS)), 1)
     each = tl.reshape(tl.broadcast_to(of_row[:, None], (TILE, BLOCKS)), (TILE * BLOCKS,))
     # float16 holds every E4M3 number, and as many octaves below them as matter.
     factor = (tl.maximum(127 + scale - each, 1) << 23).to(tl.float32, bitcast=True).to(tl.float16)
@@ -154,14 +152,28 @@ def _align_kernel(
     moved = inside & (scale != each)[:, None]
     x = tl.load(payload_ptr + at, mask=moved, other=0).to(tl.float8e4nv, bitcast=True).to(tl.float16)
     tl.store(payload_ptr + at, to_e4m3(x * factor[:, None]), mask=moved)
-    beyond = tl.reshape(too_far(scale, each, OCTAVES), (TILE, BLOCKS))
-    store_rows(scales_ptr, inexact_ptr, rows, of_row, beyond, TILE)
+    store_rows(scales_ptr, inexact_ptr, rows, of_row, too_far(of_row, depth, OCTAVES), TILE)
 
 
 @triton.jit
-def largest_bits(x):
-    """The bits of the largest magnitude of each line of a float32 tile."""
-    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFF_FFFF, axis=1)
+def in_units(x, GRID: tl.constexpr, dtype: tl.constexpr):
+    """A float32 tile whose lines are blocks, rounded onto the grid, if given, in units of powers of two: (lines,).
+
+    Third, each block's `scale_below`. Rounding to a grid that `dtype` holds is done with that.
+    """
+    if GRID is None:
+        unit = tl.full([x.shape[0]], 1.0, tl.float32)
+        largest = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=1)
+    elif GRID.value.held:
+        x, unit = round_tile(x, GRID)
+        # Too large for the dtype is at most its next power of two, to which E4M3 rounds the dtype's largest too.
+        largest = tl.minimum(tl.max(tl.abs(x), axis=1) * unit, GRID.value.largest, propagate_nan=tl.PropagateNan.ALL)
+        largest = largest.to(tl.int32, bitcast=True) & 0x7FFF_FFFF
+    else:
+        x = quantize_tile(x, GRID, dtype).to(tl.float32)
+        unit = tl.full([x.shape[0]], 1.0, tl.float32)
+        largest = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=1)
+    return x, unit, scale_below(largest)
 
 
 @triton.jit
@@ -186,27 +198,37 @@ def power_below(scale):
 
 
 @triton.jit
-def too_far(scale, of_row, OCTAVES: tl.constexpr):
-    """Whether a block's scale, if the block is not zero, lies too far below its row's, int32."""
-    return ((scale > 1) & (of_row - scale > OCTAVES) & (of_row != _BROKEN)).to(tl.int32)
+def _ends(most, depth, most2, depth2):
+    return tl.maximum(most, most2), tl.maximum(depth, depth2)
 
 
 @triton.jit
-def blocks_to_e4m3(x, FORMAT_BLOCK: tl.constexpr):
-    """A tile (rows, width) as E4M3 bytes in units of each block's own power of two, and their exponents + 127."""
+def span_of(scale, axis: tl.constexpr):
+    """The largest of blocks' scales, which is their row's, and 255 less the least of blocks that are not zero, or 0."""
+    return tl.reduce((scale, tl.where(scale > 1, 255 - scale, 0)), axis, _ends)
+
+
+@triton.jit
+def too_far(of_row, depth, OCTAVES: tl.constexpr):
+    """Whether a block lies too far below its row, int32."""
+    return ((depth > 0) & (of_row + depth > OCTAVES + 255) & (of_row != _BROKEN)).to(tl.int32)
+
+
+@triton.jit
+def blocks_to_e4m3(x, FORMAT_BLOCK: tl.constexpr, GRID: tl.constexpr, dtype: tl.constexpr):
+    """A tile (rows, width), rounded, as E4M3 bytes in units of each block's own power of two, and exponents + 127."""
     rows: tl.constexpr = x.shape[0]
     width: tl.constexpr = x.shape[1]
-    x = tl.reshape(x, (rows * (width // FORMAT_BLOCK), FORMAT_BLOCK))
-    scale = scale_below(largest_bits(x))
-    payload = to_e4m3(x * power_below(scale)[:, None])
+    x, unit, scale = in_units(tl.reshape(x, (rows * (width // FORMAT_BLOCK), FORMAT_BLOCK)), GRID, dtype)
+    payload = to_e4m3(x * (unit * power_below(scale))[:, None])
     return tl.reshape(payload, (rows, width)), tl.reshape(scale, (rows, width // FORMAT_BLOCK))
 
 
 @triton.jit
 def store_rows(scales_ptr, inexact_ptr, rows, scale, beyond, TILE: tl.constexpr):
-    """Write the powers of two of `TILE` rows, and count those of which a part, (TILE, parts), is beyond E4M3."""
+    """Write the powers of two of `TILE` rows, and count those that are `beyond` E4M3."""
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     tl.store(scales_ptr + row, as_power(scale), mask=row < rows)
-    count = tl.sum(tl.max(beyond, axis=1), axis=0)
+    count = tl.sum(beyond, axis=0)
     if count > 0:
         tl.atomic_add(inexact_ptr, count.to(tl.int64))

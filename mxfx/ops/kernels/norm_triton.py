@@ -20,7 +20,7 @@ from mxfx.formats import Format
 from mxfx.ops.kernels.activation_triton import load_sum
 from mxfx.ops.kernels.addressing import alike, as_rows, is_walkable
 from mxfx.ops.kernels.early_triton import STEP_ROWS, starts_early, wait
-from mxfx.ops.kernels.fp8_triton import as_power, largest_bits, octaves_of, power_below, scale_below, too_far
+from mxfx.ops.kernels.fp8_triton import as_power, in_units, octaves_of, power_below, span_of, too_far
 from mxfx.ops.kernels.integer_triton import Integers, blocks_to_integers, count_lost, place
 from mxfx.ops.kernels.matrix_triton import load_matrix, multiply, quantize_blocks, terms_of
 from mxfx.ops.kernels.packed_triton import to_e4m3
@@ -252,17 +252,17 @@ def _norm_kernel(
         if TERMS > 0:
             y = multiply(y.to(narrow), high, low, SCALE, SIGNS, TERMS)
         y = as_stored(y, narrow)
-        if GRID is not None:
+        if GRID is not None and y_ptr.dtype.element_ty != tl.uint8:
             y = quantize_blocks(y, FORMAT_BLOCK, GRID, narrow)
         target = y_ptr + row.to(tl.int64) * length + column
         if y_ptr.dtype.element_ty == tl.uint8:
-            y = tl.where(here, y.to(tl.float32), 0.0)
-            blocks = tl.reshape(y, (TILE * PADDED // FORMAT_BLOCK, FORMAT_BLOCK))
-            scales = scale_below(largest_bits(blocks))
-            scale = tl.max(scales, axis=0)
-            tl.store(target, to_e4m3(y * power_below(scale)), mask=here)
+            blocks = tl.reshape(tl.where(here, y, 0.0), (TILE * PADDED // FORMAT_BLOCK, FORMAT_BLOCK))
+            blocks, unit, scales = in_units(blocks, GRID, narrow)
+            scale, depth = span_of(scales, 0)
+            payload = to_e4m3(blocks * (unit * power_below(scale))[:, None])
+            tl.store(target, tl.reshape(payload, (TILE, PADDED)), mask=here)
             tl.store(scales_ptr + row, as_power(scale), mask=row < rows)
-            if tl.max(too_far(scales, scale, OCTAVES), axis=0) > 0:
+            if too_far(scale, depth, OCTAVES) > 0:
                 tl.atomic_add(inexact_ptr, tl.full([], 1, tl.int64))
         elif y_ptr.dtype.element_ty == tl.int8:
             y, unit, lost = blocks_to_integers(tl.where(here, y.to(tl.float32), 0.0), FORMAT_BLOCK)

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from mxfx.formats import FloatElement, Format, IntElement, ScaleRule
 from mxfx.formats.e8m0 import error_bits
+from mxfx.formats.element import Element
 from mxfx.formats.format import precisions
 
 _FLOAT32_MANTISSA = 23
@@ -42,6 +43,7 @@ class Grid:
     `offset`, `carry`: the shared exponent is that of amax, its bits plus `carry`, less `offset`.
     `saturates`: whether a block's largest may exceed `high` under the exponent that the rule gives it.
     `overflow`: which results may exceed the dtype's `largest`: none, "low" or "both".
+    `held`: whether the dtype holds every number of the grid, but the too large; float16 has too few exponents.
     `sum`: how squared errors of `mse` are compared: 0 in float32 and 1 in int32, where either holds every partial
     sum exactly; 2 and 3 in 64-bit fixed point (one float32 factor, two float64 factors), in fractions `unit`.
     """
@@ -56,6 +58,7 @@ class Grid:
     overflow: str
     largest: float
     is_float: bool
+    held: bool
     mse: bool
     sum: int
     unit: float
@@ -89,10 +92,19 @@ def grid_of(fmt: Format, dtype: torch.dtype) -> Grid:
         overflow=_overflow(fmt),
         largest=torch.finfo(dtype).max,
         is_float=not integer,
+        held=_holds(dtype, element),
         mse=fmt.rule is ScaleRule.MSE,
         sum=kind,
         unit=unit,
     )
+
+
+def _holds(dtype: torch.dtype, element: Element) -> bool:
+    """Whether no entry of a block is rounded once more, whatever the block's scale."""
+    exponents = element.min_exponent - element.mantissa_bits if isinstance(element, FloatElement) else 0
+    # Of the least scale, 2^-127, in units of the least number.
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return dtype != torch.float16 and 2.0 ** (exponents - 127) >= least
 
 
 def _carry(fmt: Format) -> int:
@@ -224,6 +236,13 @@ def _shared_scale(largest, OFFSET: tl.constexpr, CARRY: tl.constexpr):
 @triton.jit
 def quantize_tile(x, GRID: tl.constexpr, dtype: tl.constexpr):
     """Rows of a float32 tile (blocks, block), each one block, lanes outside it zero; on the grid, of `dtype`."""
+    rounded, scale = round_tile(x, GRID)
+    return saturated(rounded * scale[:, None], dtype, GRID)
+
+
+@triton.jit
+def round_tile(x, GRID: tl.constexpr):
+    """`quantize_tile` in units of each block's scale, and the scales, NaN where a block is not finite; float32."""
     largest = tl.reduce(tl.abs(x), 1, _larger)
     power = _shared_scale(largest, GRID.value.offset, GRID.value.carry)
     inverse = tl.maximum(_TWO_TO_127 - (power & _EXPONENT), _TWO_TO_MINUS_127).to(tl.float32, bitcast=True)
@@ -261,10 +280,9 @@ def quantize_tile(x, GRID: tl.constexpr, dtype: tl.constexpr):
             total = tl.sum((gap.to(tl.float64) * lean.to(tl.float64) * GRID.value.unit).to(tl.int64), axis=1)
         better = (total < 0) & (power > _TWO_TO_MINUS_127)
         rounded = tl.where(better[:, None], lower, rounded)
-    out = rounded * scale[:, None]
     if GRID.value.is_float:
-        out = _with_sign(out, x)
-    return saturated(out, dtype, GRID)
+        rounded = _with_sign(rounded, x)
+    return rounded, scale
 
 
 @triton.jit

@@ -369,10 +369,10 @@ def _transform_kernel(
             else:
                 x *= tl.load(first_ptr + row, mask=row < rows, other=0.0)[:, None]
         y = as_stored(x.to(tl.float32), narrow)
-        if GRID is not None:
+        if GRID is not None and y_ptr.dtype.element_ty != tl.uint8:
             y = quantize_blocks(y, FORMAT_BLOCK, GRID, narrow)
         if y_ptr.dtype.element_ty == tl.uint8:
-            y, scale = blocks_to_e4m3(y.to(tl.float32), FORMAT_BLOCK)
+            y, scale = blocks_to_e4m3(y, FORMAT_BLOCK, GRID, narrow)
             part = tl.arange(0, PADDED // FORMAT_BLOCK)
             here = (row < rows)[:, None] & (part < PADDED // FORMAT_BLOCK)[None, :]
             block = ((target + channel) // FORMAT_BLOCK)[:, None] + part[None, :]
