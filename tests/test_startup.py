@@ -53,6 +53,12 @@ def test_a_pipeline_is_refused_without_torch(pass_: str, tmp_path: Path) -> None
     assert code == "2" and "torch" not in slow
 
 
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", __file__])
+def test_a_model_that_is_no_folder_is_refused_without_torch(name: str) -> None:
+    code, *slow = imported("generate", name, "--prompt", "x")
+    assert code == "2" and "torch" not in slow
+
+
 def test_config_show_takes_less_than_a_second_and_a_half_of_processor_time() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert imported("config", "show", CONFIG_A)[0] == "0"

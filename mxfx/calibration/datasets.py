@@ -15,6 +15,7 @@ import torch
 
 from mxfx.ground.errors import MxfxError
 from mxfx.ground.files import DamagedFile, parse_json
+from mxfx.ground.hub import reached
 from mxfx.ground.nearest import nearest
 
 SEPARATOR = "\n\n"
@@ -337,7 +338,8 @@ def _from_hub(name: str, split: str) -> Iterator[str]:
 
     source = _HUB[name]
     try:
-        rows = datasets.load_dataset(**source.arguments, split=split)
+        with reached():
+            rows = datasets.load_dataset(**source.arguments, split=split)
         for row in itertools.islice(rows, source.rows):
             yield row[source.column]
     except Exception as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mxfx.calibration.datasets import DatasetError, check_source, documents, json_lines, text_of
+from mxfx.ground.hub import reached
 
 _TEXT = "text"
 
@@ -81,7 +82,8 @@ def _hub(rest: str) -> Rows:
 
     path, config, split, named = (rest.split(":", 3) + [""] * 3)[:4]
     try:
-        found = datasets.load_dataset(path, config or None, split=split or "train").shuffle(seed=0)
+        with reached():
+            found = datasets.load_dataset(path, config or None, split=split or "train").shuffle(seed=0)
     except Exception as error:
         # Every layer below (datasets, huggingface_hub, the HTTP client) raises its own kinds.
         raise DatasetError(

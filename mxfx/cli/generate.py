@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,6 +26,12 @@ def generate(
     ] = False,
 ) -> None:
     """Text from a model as it is written, then how fast that was."""
+    from mxfx.config import ConfigError, Place
+    from mxfx.config.pipeline import no_model
+
+    if not Path(model).is_dir() and (wrong := no_model(model)) is not None:
+        # Before transformers is imported.
+        raise ConfigError(Place("DIR"), *wrong)
     from mxfx.driver.generate import open_model, write
 
     found, tokenizer = open_model(model, device, dtype=dtype, trust_remote_code=trust_remote_code)

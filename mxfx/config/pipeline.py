@@ -296,15 +296,26 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 def find_model(name: str, at: Cursor) -> Path | str:
     """A model folder as a path, what can be a hub id as it is. Raises ``ConfigError`` at ``at``."""
+    wrong = no_model(name)
+    if wrong is not None:
+        raise at.error(*wrong)
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else name
+
+
+def no_model(name: str) -> tuple[str, str, str] | None:
+    """Why a name stands for no model: problem, what is expected, hint. None for a folder and what can be a hub id."""
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise at.error(f"{name!r} has no config.json", "a folder saved by save_pretrained, or a hub id")
-        return folder
-    if _HUB_ID.fullmatch(name) and not name.startswith("."):
-        return name
-    near = _near_folder(folder)
-    raise at.error(f"no folder {name!r}", "a local model folder, or a hub id such as 'unsloth/Llama-3.2-1B'", near)
+        if (folder / "config.json").is_file():
+            return None
+        return f"{name!r} has no config.json", "a folder saved by save_pretrained, or a hub id", ""
+    expected = "a local model folder, or a hub id such as 'unsloth/Llama-3.2-1B'"
+    if folder.exists():
+        return f"{name!r} is a file", expected, ""
+    if _HUB_ID.fullmatch(name):
+        return None
+    return f"no folder {name!r}", expected, _near_folder(folder)
 
 
 def _near_folder(folder: Path) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from mxfx.config.pipeline import no_model
 from mxfx.ground.errors import MxfxError, reason_of
 from mxfx.ground.files import read_json
+from mxfx.ground.hub import reached
 
 _NAMED = 3
 
@@ -56,7 +59,7 @@ def load_checked(
     from transformers import AutoModelForCausalLM
 
     _check_inside(Path(name))
-    try:
+    with _reading("model", name):
         model, found = AutoModelForCausalLM.from_pretrained(
             str(name),
             dtype=getattr(torch, dtype),
@@ -66,9 +69,6 @@ def load_checked(
             ignore_mismatched_sizes=True,
             **options,
         )
-    except Exception as error:
-        # transformers, the hub client and safetensors each raise their own kinds.
-        raise ModelError(_message("model", name, error)) from error
     if found["mismatched_keys"]:
         key, stored, expected = sorted(found["mismatched_keys"])[0]
         raise ModelError(
@@ -89,15 +89,13 @@ def load_meta_model(
     """The model's structure on the meta device: its configuration is read, none of its weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
+    with _reading("model", name):
         config = AutoConfig.from_pretrained(str(name), revision=revision, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
             )
         return model.eval()
-    except Exception as error:
-        raise ModelError(_message("model", name, error)) from error
 
 
 def check_fits(name: object, weights: Iterable[torch.Tensor]) -> None:
@@ -124,10 +122,8 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None, trust_remot
     """The model's tokenizer. Raises ``ModelError``."""
     from transformers import AutoTokenizer
 
-    try:
+    with _reading("tokenizer", name):
         return AutoTokenizer.from_pretrained(str(name), revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise ModelError(_message("tokenizer", name, error)) from error
 
 
 def refuse_offloaded(model: nn.Module) -> None:
@@ -143,10 +139,23 @@ def refuse_offloaded(model: nn.Module) -> None:
         )
 
 
-def _message(what: str, name: str | Path, error: Exception) -> str:
-    if Path(name).is_dir():
-        return f"the {what} in folder {str(name)!r} cannot be loaded: {reason_of(error)}"
-    return (
-        f"the {what} {str(name)!r} cannot be loaded: {reason_of(error)}\n"
-        "  expected: a folder saved by save_pretrained, or a hub id while the hub can be reached; give it with --model"
-    )
+@contextlib.contextmanager
+def _reading(what: str, name: str | Path) -> Iterator[None]:
+    """A folder is read, or the hub asked if there can be an answer. Raises ``ModelError``."""
+    failed, local = f"the {what} {str(name)!r} cannot be loaded", Path(name).is_dir()
+    wrong = None if local else no_model(str(name))
+    if wrong is not None:
+        raise ModelError("; ".join([f"{failed}: {wrong[0]}", f"expected {wrong[1]}", *filter(None, wrong[2:])]))
+    with contextlib.nullcontext() if local else reached() as away:
+        try:
+            yield
+        except Exception as error:
+            # transformers, the hub client and safetensors each raise their own kinds.
+            if local:
+                failed = f"the {what} in folder {str(name)!r} cannot be loaded"
+                raise ModelError(f"{failed}: {reason_of(error)}") from error
+            hub = f"its cache holds no such model, and {away}" if away is not None else reason_of(error)
+            raise ModelError(
+                f"{failed}: there is no such folder; of the hub: {hub}\n"
+                "  expected: a folder that save_pretrained or `mxfx run --out` wrote, or a hub id that can be reached"
+            ) from error

@@ -154,9 +154,12 @@ def find_pipeline(folder: str | Path) -> PipelineFolder:
 def find_model(folder: str | Path) -> Path:
     """The emitted model's folder in a run directory: the folder itself, ``DIR/model``, or the only ``DIR/*/model``.
 
-    Raises ``NoRun`` where there are several.
+    Raises ``NoRun`` where there are several, and for a name that a run directory does not hold.
     """
     folder = Path(folder)
+    beside = [path.parent.name for path in sorted(folder.parent.glob(f"*/{PIPELINE}"))]
+    if beside and not folder.exists():
+        raise NoRun(f"{folder.parent} holds no {folder.name}; it holds {', '.join(beside)}")
     found = [path for path in (folder / "model", *sorted(folder.glob("*/model"))) if path.is_dir()]
     if len(found) > 1:
         names = ", ".join(str(path.parent) for path in found)

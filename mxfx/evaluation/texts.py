@@ -11,6 +11,7 @@ from typing import Any
 
 from mxfx.calibration.datasets import DatasetError, documents
 from mxfx.evaluation.results import EvaluationError
+from mxfx.ground.hub import reached
 
 #: lm-eval's task `wikitext` reads this set, one page a document.
 _HUB = {"path": "EleutherAI/wikitext_document_level", "name": "wikitext-2-raw-v1"}
@@ -43,7 +44,8 @@ def hub_pages() -> list[str]:
     import datasets
 
     try:
-        return list(datasets.load_dataset(**_HUB)["test"]["page"])
+        with reached():
+            return list(datasets.load_dataset(**_HUB)["test"]["page"])
     except Exception as error:
         # datasets, huggingface_hub and the HTTP client each raise their own kinds.
         raise EvaluationError(

@@ -454,6 +454,17 @@ def test_a_directory_of_two_models_is_asked_for_one(mxfx: Run, tmp_path: Path) -
     assert (said.code, "several emitted models; name one" in said.err) == (2, True)
 
 
+@pytest.mark.parametrize("command", [("generate", "--prompt", "x"), ("serve",), ("eval",)])
+def test_a_name_that_a_run_does_not_hold_is_no_hub_id(
+    mxfx: Run, tmp_path: Path, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out" / "best").mkdir(parents=True)
+    (tmp_path / "out" / "best" / "pipeline.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    said = mxfx(command[0], "out/bets", *command[1:])
+    assert (said.code, "out holds no bets; it holds best" in said.err) == (2, True), said.err
+
+
 @pytest.mark.parametrize("command", ["check", "bisect", "run", "eval"])
 def test_code_of_the_models_repository_is_run_where_it_is_allowed(
     mxfx: Run, pipeline: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
