@@ -1,9 +1,8 @@
 """Distillation layer by layer, for models that no device holds: each decoder layer against the float one.
 
-A layer reads what the quantized layers before it gave. Its output is held against the mean of two: what the float
-layer makes of the same states, and what the float layers made of the same tokens, so that it repairs a part of what
-those before it lost. The device holds one layer of each model, a few batches of hidden states and the optimizer of that
-layer; all other states wait on the CPU.
+A layer reads what the quantized layers before it gave, and its output is held against what the float layers made of the
+same tokens, so that it also repairs what those before it lost. The device holds one layer of one model or the other, a
+few batches of hidden states and the optimizer of that layer; all other states wait on the CPU.
 """
 
 from __future__ import annotations
@@ -201,7 +200,7 @@ def tune_layers(
     """Tune each layer in turn, ``plan.steps`` steps each; the last ``kept`` of the ``tokens`` only judge states.
 
     ``parameters`` are the student's, by canonical name. The loss of a token is the squared error of the layer's output
-    over the square of what it should be, so that the few tokens of huge norm do not speak for all.
+    over the square of the float model's there, so that the few tokens of huge norm do not speak for all.
     """
     given, wanted = (_start(model, tokens, plan, kept, ctx) for model in (student, teacher))
     count = len(given) - kept
@@ -211,20 +210,19 @@ def tune_layers(
             for size in _sizes(len(tokens), plan, kept):
                 model.share(index, states.take(slice(size)))
         wanted.advance(lambda states, index=index: teacher.run(index, states), plan.batch_size)  # type: ignore[misc]
+        teacher.move(index, torch.device("cpu"))
         names = {canonical(name) for name in student.weights(index)}
         tuned = {name: p for name, p in parameters.items() if name in names}
 
-        def loss(states: Tensor, of_float: Tensor, index: int = index) -> Tensor:
-            with torch.no_grad():
-                expected = (teacher.run(index, states).float() + of_float) / 2
-            error = (student.run(index, states).float() - expected).square().sum(-1)
-            return (error / expected.square().sum(-1).clamp_min(1e-12)).mean()
+        def loss(states: Tensor, expected: Tensor, index: int = index) -> Tensor:
+            wide = expected.float()
+            error = (student.run(index, states).float() - wide).square().sum(-1)
+            return (error / wide.square().sum(-1).clamp_min(1e-12)).mean()
 
         if tuned:
             yield _tune(plan, tuned, loss, (given, wanted), count, ctx, index, file(index))
         given.advance(lambda states, index=index: student.run(index, states), plan.batch_size)  # type: ignore[misc]
-        for model in (student, teacher):
-            model.move(index, torch.device("cpu"))
+        student.move(index, torch.device("cpu"))
 
 
 def _tune(

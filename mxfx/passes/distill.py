@@ -68,9 +68,9 @@ class Distill(Pass):
     than the device has free, the pass is refused before it begins, with both figures; ``scope = "layer"`` is for such
     models.
 
-    scope: ``model`` tunes all weights together; ``layer`` each decoder layer in turn, on quantized inputs, so that its
-        output agrees with the float layer's on those and on float ones, half each: the device holds one layer and a
-        batch, not the model, the host the rest (two hidden states a token).
+    scope: ``model`` tunes all weights together; ``layer`` each decoder layer in turn, so that it makes of quantized
+        inputs what the float layer makes of float ones: the device holds one layer and a batch, not the model, the host
+        the rest (two hidden states a token).
     steps: steps of the optimizer; with ``scope = "layer"`` in each layer.
     learning_rate: of Adam, relative to each tensor's root mean square; warm-up, then a cosine to zero.
     batch_size: calibration samples a step.
