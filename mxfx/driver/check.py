@@ -151,17 +151,22 @@ class Checked:
             yield pass_.name, samples * length, float(forwards * samples * multiplying(self.annotated, length))
 
     def _linears(self) -> Iterator[str]:
-        """How linears will run where they are emitted, phases alike once."""
+        """How linears will run where they are emitted; what phases have in common once."""
         names = {spec.name for spec in self.pipeline.specs}
         lower = next((pass_ for pass_ in self.pipeline.passes if isinstance(pass_, Lower)), None)
         if lower is None or "raised" not in self.annotated.facts:
             return
         fp8 = next((pass_ for pass_ in self.pipeline.passes if isinstance(pass_, MultiplyInFp8)), MultiplyInFp8())
-        found = [
-            linear_lines(planned_linears(one, lower.device or "cpu", fp8.sums, packs=PackWeights.name in names))
-            for one in entries(self.annotated).values()
-        ]
-        yield from dict.fromkeys(line for lines in found for line in lines)
+        how = (lower.device or "cpu", fp8.sums)
+        found = {
+            phase: list(linear_lines(planned_linears(one, *how, packs=PackWeights.name in names)))
+            for phase, one in entries(self.annotated).items()
+        }
+        of: dict[str, list[str]] = {}
+        for phase, lines in found.items():
+            for line in lines:
+                of.setdefault(line, []).append(phase)
+        yield from (line if len(phases) == len(found) else f"{phases[0]}: {line}" for line, phases in of.items())
 
     def _streamed(self) -> str:
         """What gptq's calibration takes, weights waiting on the host; see ``mxfx.calibration.estimate``."""

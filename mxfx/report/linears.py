@@ -54,6 +54,9 @@ class Linear:
 
 def linears_of(program: Program, steps: Sequence[StepResult]) -> list[Linear]:
     """Of a program that ``steps`` emitted; empty for one that none of them lowered."""
+    # Of two phases, the prefill's result has the steps of both.
+    mine = [step for step in steps if step.phase != "decode"]
+    steps = mine if any(isinstance(step.pass_, Lower) for step in mine) else steps
     lowered = next((step.pass_ for step in steps if isinstance(step.pass_, Lower)), None)
     if lowered is None:
         return []

@@ -281,3 +281,14 @@ def test_compile_gives_a_module_whose_program_has_both(tokens: Tensor) -> None:
     ]
     assert torch.equal(written[0], written[1]) and torch.equal(written[0], written[2])
     assert isinstance(loads(PHASED), Pipeline)
+
+
+def test_check_says_of_each_phase_how_its_linears_run(mxfx: Run, folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "p.toml"
+    file.write_text(PHASED.replace("MODEL", str(folder)))
+    said = mxfx("check", file, "--device", "cuda")
+    assert said.code == 0, said.err
+    told = " ".join(said.out.split())
+    assert "prefill: linears: 14 " in told and "its input is mxint8@32, of which E4M3" in told
+    assert "decode: linears: " in told and "FP8 tensor cores, exact sums" in told
+    assert told.count("lm_head, float32: a GEMM in float32") == 1, "what both have in common once"

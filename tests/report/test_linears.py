@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -79,3 +81,11 @@ def test_those_that_run_alike_are_one_line() -> None:
 def test_a_program_that_nobody_lowered_has_none() -> None:
     result = PassManager().run(trace(tiny("llama-tiny")), Pipeline([]).completed())
     assert linears_of(result.program, result.steps) == []
+
+
+def test_of_two_phases_each_has_its_own_reasons() -> None:
+    result, _ = _run("mxint4@32", "mxint4@32")
+    other = [replace(step, phase="decode") for step in _run("mxint4@32", "mxint8@32")[0].steps]
+    mine = [replace(step, phase="prefill") for step in result.steps]
+    (one, *_) = linears_of(result.program, [*mine, *other])
+    assert one.why == "" and one.ways[-1] == (None, ways.EXACT)
