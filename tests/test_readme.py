@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 from mxfx.config import Pipeline, loads
@@ -49,3 +51,21 @@ def test_every_benchmark_is_listed_beside_its_figures() -> None:
     bench = README_OF.parent / "tools" / "bench"
     listed = set(re.findall(r"^\| `(\w+)` \|", (bench / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE))
     assert listed == {file.stem for file in bench.glob("*.py")} - {"measuring", "__init__"}
+
+
+def test_commits_that_figures_name_are_in_the_history() -> None:
+    """Of what lands after a rebase the hash before it is nobody's."""
+    root = README_OF.parent
+
+    def git(*command: str) -> str | None:
+        done = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True, check=False)
+        return done.stdout if done.returncode == 0 else None
+
+    if git("rev-parse", "--is-shallow-repository") != "false\n":
+        pytest.skip("no whole history here")
+    tracked = (git("ls-files", "*.md", "*.toml", "mxfx/*.py", "tools/*.py") or "").split()
+    text = "\n".join((root / file).read_text(encoding="utf-8") for file in tracked)
+    # A hash among other words, or a number that is called one.
+    named = set(re.findall(r"\b(?=\d*[a-f])(?=[a-f]*\d)[0-9a-f]{7}\b|(?<=commit )[0-9a-f]{7}\b", text))
+    assert len(named) >= 8
+    assert [name for name in sorted(named) if git("merge-base", "--is-ancestor", name, "HEAD") is None] == []

@@ -23,7 +23,7 @@ MAX_ROW = 16384
 FEW_ROWS = 2
 SOME_ROWS = 16
 #: Rows of codes that meet packed codes in integer arithmetic, four products at an instruction; and on tensor cores,
-#: where blocks are long enough and results somewhat more than inputs. From there on FP8 is faster, on an H200.
+#: where blocks are long enough and results somewhat more than inputs (`packed_cuda`).
 FEW_INTEGERS = 8
 INTEGER_ROWS = 16
 #: As many entries of a block as tensor cores multiply at least.
