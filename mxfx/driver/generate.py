@@ -14,6 +14,7 @@ from transformers import TextStreamer
 from mxfx.config import Pipeline
 from mxfx.driver.options import check_device, check_dtype
 from mxfx.driver.pretrained import load_checked, load_tokenizer
+from mxfx.driver.proof import inexact_told
 from mxfx.driver.run_directory import find_model
 from mxfx.graph.trace import trace
 from mxfx.ground.errors import MxfxError
@@ -29,7 +30,7 @@ class GenerateError(MxfxError, ValueError):
 class Written:
     """What was generated: ``tokens`` of it in ``seconds``, the first of them after ``first``.
 
-    ``full``: the model reads no more than the prompt and these.
+    ``full``: the model reads no more than the prompt and these. ``warnings``: of what was lost on the way.
     """
 
     text: str
@@ -37,12 +38,14 @@ class Written:
     seconds: float
     first: float
     full: bool = False
+    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         said = f"{self.tokens} tokens, the first after {self.first:.2f} s"
         if self.tokens > 1:
             said += f", then {(self.tokens - 1) / max(self.seconds - self.first, 1e-9):.1f} tokens/s"
-        return said + ("; the model's context is full" if self.full else "")
+        said += "; the model's context is full" if self.full else ""
+        return "\n".join([said, *(f"warning: {warning}" for warning in self.warnings)])
 
 
 def open_model(
@@ -99,8 +102,9 @@ def write(
     room = max_new_tokens if longest is None else min(max_new_tokens, longest - ids.shape[1])
     streamer = _Timed(tokenizer, say)
     options = {} if sample is None else {"do_sample": sample}
+    warnings: list[str] = []
     began = time.perf_counter()
-    with torch.no_grad():
+    with torch.no_grad(), inexact_told(warnings):
         out = model.generate(
             ids,
             attention_mask=given["attention_mask"],
@@ -117,6 +121,7 @@ def write(
         seconds,
         (streamer.first or time.perf_counter()) - began,
         len(new) == room < max_new_tokens,
+        tuple(warnings),
     )
 
 

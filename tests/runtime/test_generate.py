@@ -20,6 +20,7 @@ from mxfx.driver.generate import GenerateError, open_model, write
 from mxfx.driver.pretrained import load_model, load_tokenizer
 from mxfx.graph.program import Program
 from mxfx.graph.trace import trace
+from mxfx.ops.kernels.packed import inexact_rows
 from mxfx.pipeline.manager import PassManager
 from mxfx.runtime.causal_lm import as_causal_lm
 from mxfx.runtime.stepwise import Stepwise
@@ -170,3 +171,12 @@ def test_decoding_is_scored_from_the_files_of_a_run(folder: Path, mxfx, tmp_path
     figures = [re.findall(r"\d+\.\d\d", out) for _, out, _ in said]
     assert figures[0][:1] == figures[1][:1] != []
     assert mxfx("eval", "out", "--phase", "both")[0] == 2
+
+
+def test_rows_that_lost_something_while_text_was_written_are_told(folder: Path) -> None:
+    model, tokenizer = open_model(folder)
+    plain = write(model, tokenizer, "w3", max_new_tokens=3, sample=False)
+    assert plain.warnings == () and "warning" not in str(plain)
+    count = inexact_rows(torch.device("cpu"))
+    told = write(model, tokenizer, "w3", max_new_tokens=3, sample=False, say=lambda piece: count.add_(1) and None)
+    assert len(told.warnings) == 1 and "warning: " in str(told) and "span more octaves" in str(told)
