@@ -12,10 +12,11 @@ import torch
 from transformers import TextStreamer
 
 from mxfx.config import Pipeline
+from mxfx.config.pipeline import no_model
 from mxfx.driver.options import check_device, check_dtype
 from mxfx.driver.pretrained import load_checked, load_tokenizer
 from mxfx.driver.proof import inexact_told
-from mxfx.driver.run_directory import find_model
+from mxfx.driver.run_directory import NoRun, find_model
 from mxfx.graph.trace import trace
 from mxfx.ground.errors import MxfxError
 from mxfx.pipeline.manager import PassManager
@@ -64,6 +65,8 @@ def open_model(
     if (saved / MANIFEST).is_file():
         tokenizer = load_tokenizer(saved, trust_remote_code=trust_remote_code)
         return MxfxForCausalLM.from_pretrained(saved, device_map=device), tokenizer
+    if saved.is_dir() and (wrong := no_model(str(saved))) is not None:
+        raise NoRun(f"{wrong[0]}: no model, nor one that a run wrote to the end; expected {wrong[1]}")
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     model = load_checked(name, dtype, trust_remote_code=trust_remote_code).model.to(device)
     raised = PassManager().run(trace(model, name=str(name)), Pipeline([]).completed()).program

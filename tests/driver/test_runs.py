@@ -454,6 +454,11 @@ def test_a_directory_of_two_models_is_asked_for_one(mxfx: Run, tmp_path: Path) -
     assert (said.code, "several emitted models; name one" in said.err) == (2, True)
 
 
+def test_a_folder_without_a_model_is_no_broken_tokenizer(mxfx: Run, tmp_path: Path) -> None:
+    said = mxfx("generate", tmp_path, "--prompt", "x")
+    assert (said.code, "has no config.json: no model" in said.err.replace("\n", " ")) == (2, True), said.err
+
+
 @pytest.mark.parametrize("command", [("generate", "--prompt", "x"), ("serve",), ("eval",)])
 def test_a_name_that_a_run_does_not_hold_is_no_hub_id(
     mxfx: Run, tmp_path: Path, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
