@@ -41,6 +41,19 @@ def baked(program: Program) -> Program:
     return result
 
 
+def left_out(program: Program) -> str | None:
+    """What a program rounds as it runs and the baked one does not, as a note; None for nothing."""
+    kept = [
+        operand
+        for node in program.graph.nodes
+        for operand in info(node).formats
+        if operand != "weight" and kind(node) != "fake_quantize"
+    ]
+    if not kept:
+        return None
+    return f"activations and cache are in full precision, {len(kept)} formats of them left out: --bake rounds none"
+
+
 def _multiply_in(program: Program, node: fx.Node) -> None:
     strangers = [user for user in node.users if kind(user) != "linear" or user.args[0] is not node]
     if strangers:

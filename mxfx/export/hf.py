@@ -15,7 +15,7 @@ from mxfx.export.target import Target, register
 
 def refuse(given: Plain) -> str | None:
     """A plain model rounds nothing as it runs, so activations in full precision are all that it can mean."""
-    return f"{given.lost[0]}; --bake puts transforms into the weights" if given.lost else None
+    return f"{given.lost[0]}; --bake puts transforms into the weights and rounds weights alone" if given.lost else None
 
 
 def write(given: Plain, folder: Path, tokenizer: Any) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from mxfx.export.bake import baked
+from mxfx.export.bake import baked, left_out
 from mxfx.export.errors import ExportError
 from mxfx.export.plain import plain
 from mxfx.export.unpack import unpacked
@@ -84,7 +84,8 @@ def export(program: Program, folder: Path | str, to: str, *, bake: bool = False,
             f"{to} cannot hold this model: it has a program for prefill and one for decode; "
             "export a model without phases"
         )
-    given = target.of(baked(unpacked(program)) if bake else program)
+    plainly = unpacked(program) if bake else program
+    given = target.of(baked(plainly) if bake else program)
     if bake and target.of is plain:
         given.config.mxfx_note = "transforms of the quantized model are baked into these weights: they lie on no grid"
     reason = target.refuse(given)
@@ -97,7 +98,8 @@ def export(program: Program, folder: Path | str, to: str, *, bake: bool = False,
     except (OSError, SafetensorError) as error:
         # A library below says neither where nor what to do.
         raise ExportError(f"{folder} cannot be written: {reason_of(error)}; free space or give another") from error
-    return Written(folder, to, checks, notes)
+    left = left_out(plainly) if bake else None
+    return Written(folder, to, checks, notes if left is None else (*notes, left))
 
 
 def _find(name: str) -> Target:

@@ -265,6 +265,14 @@ def test_what_a_target_cannot_express_is_refused_with_the_reason(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_baking_says_that_nothing_is_rounded_at_run_time(tmp_path: Path) -> None:
+    program = _program(weight="mxint4@32", more=_CACHE, after="[[pass]]\nname = 'quantize-kv-cache'\n")
+    notes = export(program, tmp_path / "out", "hf", bake=True).notes
+    assert any("activations and cache are in full precision" in note for note in notes), notes
+    alone = export(_program(weight="mxint4@32"), tmp_path / "alone", "hf", bake=True).notes
+    assert not any("full precision" in note for note in alone)
+
+
 def test_a_file_that_reads_back_otherwise_is_no_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that loses a bit is caught by its own proof, and nothing stays."""
     from mxfx.export import compressed_tensors
