@@ -68,6 +68,14 @@ from tools.bench.mase_gptq import mase_gptq
 ARMS: dict[str, list[str]] = tomllib.loads((Path(__file__).parent / "arms.toml").read_text(encoding="utf-8"))
 
 
+def arm(name: str) -> list[str]:
+    """A pipeline's file and what is changed in it; an arm may begin with another's name."""
+    if name not in ARMS:
+        return [name]
+    first, *changes = ARMS[name]
+    return [*arm(first), *changes]
+
+
 @dataclass(frozen=True)
 class OnDomain:
     """Figures of one domain; ``ratio`` is to the float model's token perplexity."""
@@ -226,7 +234,7 @@ class Bench:
         """An entry is ``FILE`` or an arm, or ``…;k=v;k=v`` with overrides of its own."""
         args = self._args
         name, *own = entry.split(";")
-        file, *given = ARMS.get(name, [name])
+        file, *given = arm(name)
         name = Path(name).stem + "".join(f" {o}" for o in own)
         own = [*given, *own]
         overrides = [f"model.name={json.dumps(args.model)}", *args.set, *own, f"calibration.seed={seed}"]
