@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 from mxfx.ground.late import LateImports
 
@@ -25,3 +26,5 @@ def prepare_imports() -> None:
     # transformers imports torchao where it is installed, and torchao reports kernels that nobody asked for.
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    # A packed checkpoint is asked for dequantized: transformers tells that it was asked.
+    warnings.filterwarnings("ignore", "You passed `quantization_config`")

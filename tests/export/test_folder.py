@@ -198,6 +198,14 @@ def test_a_checkpoint_that_comes_in_keeps_its_own_dtype(own: str, source: Path, 
         list(import_checkpoint(tmp_path / "packed", tmp_path / "none"))
 
 
+def test_the_command_says_what_it_found_and_no_library_more(folder: Path, source: Path, tmp_path: Path) -> None:
+    export(load(folder), tmp_path / "packed", "compressed-tensors", tokenizer=load_tokenizer(source))
+    command = [sys.executable, "-m", "mxfx", "import", tmp_path / "packed", "--out", tmp_path / "back"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[1] == "runs in bfloat16, the dtype of its config.json"
+    assert "Warning" not in done.stderr
+
+
 def test_codes_that_float16_does_not_hold_are_not_cut_to_it(source: Path, tmp_path: Path) -> None:
     model = load_model(source, "float32")
     with torch.no_grad():
