@@ -33,6 +33,7 @@ else:
     from mxfx.ops.kernels.integer_triton import multiply_integers
     from mxfx.ops.kernels.nibbles_triton import nibbles
     from mxfx.ops.kernels.packed_triton import expand, expand_to_e4m3, multiply_rows
+    from mxfx.ops.kernels.rounding_triton import grid_of
     from mxfx.ops.kernels.skinny_triton import multiply_some_rows
 
     HALVES = (torch.bfloat16, torch.float16)
@@ -227,6 +228,44 @@ else:
             expected, scales = fp8.to_rows(wanted)
             assert torch.equal(payload, expected) and torch.equal(row_scales, scales), (name, args[2:])
         assert int(packed.inexact_rows(x.device)) == before
+
+    def _of_all_sizes(rows: int, width: int, block: int, dtype: torch.dtype) -> torch.Tensor:
+        """Blocks of one size a row, from the least numbers to the largest, and beside each other; ties among them."""
+        generator = torch.Generator().manual_seed(rows)
+        size = torch.linspace(-149, 128, rows)[:, None] - torch.randint(
+            0, 9, (rows, width // block), generator=generator
+        )
+        fraction = torch.randint(-255, 256, (rows, width), generator=generator).double() / 128
+        x = (fraction * torch.exp2(size.double().floor()).repeat_interleave(block, 1)).to(dtype)
+        x[1, :block], x[2, 3], x[3, block + 1], x[4, 0] = 0.0, float("nan"), float("-inf"), -0.0
+        x[5, :block] = torch.arange(block).to(dtype) / 4  # codes, and halves of them
+        return x
+
+    @pytest.mark.parametrize("text", ["mxint4@32/mse", "mxint4@32", "mxfp4_e2m1@32"])
+    def test_rounding_two_at_a_time_and_e4m3_in_one_have_the_bits_of_both(text):
+        fmt = parse(text)
+        x = _of_all_sizes(60, 160, fmt.block, torch.bfloat16)
+        payload, row_scales = torch.empty(60, 160, dtype=torch.uint8), torch.empty(60)
+        inexact = torch.zeros(1, dtype=torch.int64)
+        rows_to_e4m3(x, payload, row_scales, inexact, fmt)
+        wanted, scales = fp8.to_rows(fmt.fake_quantize(x))
+        finite = scales[:, 0].isfinite()
+        assert torch.equal(row_scales.isfinite(), finite) and 30 < finite.sum() < 59
+        assert torch.equal(row_scales[finite], scales[finite, 0])
+        assert torch.equal(payload[finite], wanted[finite])
+
+    def test_few_bits_are_rounded_two_at_a_time():
+        """Whose arithmetic in bfloat16 is exact, of all its numbers."""
+        assert not any(grid_of(parse("mxint4@32"), dtype).pairs for dtype in (torch.float32, torch.float16))
+        every = torch.arange(2**16).to(torch.int16).view(torch.bfloat16)
+        for text in ("mxint2@16/mse", "mxint4@32/mse", "mxint6@16/mse", "mxfp4_e2m1@32/mse"):
+            assert grid_of(parse(text), torch.bfloat16).pairs
+            element = parse(text).element
+            scaled = every[every.isfinite() & (every.abs() <= element.max_value)].double()
+            rounded, lower = element.round(scaled), element.round(scaled * 2) / 2
+            apart = rounded != lower
+            for term in (rounded - lower, rounded + lower, 2 * scaled - (rounded + lower)):
+                assert torch.equal(term[apart].to(torch.bfloat16).double(), term[apart])
 
     def test_blocks_too_far_apart_for_one_row_are_counted():
         x = torch.ones(4, 64)

@@ -18,6 +18,7 @@ from torch import Tensor
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import FloatElement, Format
 from mxfx.ops.kernels.packed_triton import to_e4m3
+from mxfx.ops.kernels.pairs_triton import largest_of, pairs_to_e4m3, round_pairs
 from mxfx.ops.kernels.rounding_triton import grid_of, quantize_tile, round_tile
 
 #: Elements of one program, where a row has fewer; a thread's share of them.
@@ -36,6 +37,8 @@ def rows_to_e4m3(x: Tensor, payload: Tensor, row_scales: Tensor, inexact: Tensor
     grows by the rows of which E4M3 does not hold every entry, or, with `fmt`, whose blocks span more octaves than it is
     sure to hold (`octaves_of`); they are rounded to nearest.
     """
+    if fmt is not None and grid_of(fmt, x.dtype).pairs and x.data_ptr() % 4 == 0:
+        x, payload = x.view(torch.int32), payload.view(torch.int16)
     _launch_rows(x.shape, x.dtype, x.device, fmt)(x, payload, row_scales, inexact)
 
 
@@ -61,10 +64,13 @@ def octaves_of(fmt: Format) -> int:
 
 @lru_cache(maxsize=KEPT_SHAPES)
 def _launch_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, fmt: Format | None) -> Launch:
+    """int32: words of two bfloat16."""
     rows, width = shape
-    block = PLAIN_BLOCK if fmt is None or fmt.block is None else fmt.block
-    constants = {"B": block, "OCTAVES": fmt and octaves_of(fmt), "GRID": fmt and grid_of(fmt, dtype)}
-    return _launch(_rows_kernel, rows, width, block, constants)
+    pairs = dtype == torch.int32
+    block = (PLAIN_BLOCK if fmt is None or fmt.block is None else fmt.block) // (2 if pairs else 1)
+    grid = fmt and grid_of(fmt, torch.bfloat16 if pairs else dtype)
+    constants = {"B": block, "OCTAVES": fmt and octaves_of(fmt), "GRID": grid}
+    return _launch(_rows_kernel, rows, width, block, constants, pairs)
 
 
 @lru_cache(maxsize=KEPT_SHAPES)
@@ -74,15 +80,18 @@ def _launch_align(shape: tuple[int, ...], device: torch.device, fmt: Format) -> 
     return _launch(_align_kernel, rows, width, fmt.block, {"B": fmt.block, "OCTAVES": octaves_of(fmt)})
 
 
-def _launch(kernel: triton.JITFunction, rows: int, width: int, block: int, constants: dict[str, object]) -> Launch:
+def _launch(
+    kernel: triton.JITFunction, rows: int, width: int, block: int, constants: dict[str, object], pairs: bool = False
+) -> Launch:
     blocks = triton.next_power_of_2(triton.cdiv(width, block))
-    tile = max(TILE_ELEMENTS // (blocks * block), 1)
+    elements = blocks * block * (2 if pairs else 1)
+    tile = max(TILE_ELEMENTS // elements, 1)
     return Launch(
         kernel,
         lambda at_a_time: triton.cdiv(rows, tile),
         (rows, width),
         {"TILE": tile, "BLOCKS": blocks, **constants},
-        num_warps=min(max(tile * blocks * block // (32 * PER_THREAD), 1), 16),
+        num_warps=min(max(tile * elements // (32 * PER_THREAD), 1), 16),
     )
 
 
@@ -100,18 +109,26 @@ def _rows_kernel(
     OCTAVES: tl.constexpr,
     GRID: tl.constexpr,
 ):
-    """One program, `TILE` rows of `BLOCKS` blocks, one below the other."""
+    """One program, `TILE` rows of `BLOCKS` blocks, one below the other; blocks are of `B` entries, or words of two."""
+    PAIRS: tl.constexpr = x_ptr.dtype.element_ty == tl.int32
     line = tl.arange(0, TILE * BLOCKS)
     row = tl.program_id(0) * TILE + line // BLOCKS
     column = (line % BLOCKS)[:, None] * B + tl.arange(0, B)[None, :]
     inside = (row < rows)[:, None] & (column < width)
     at = row.to(tl.int64)[:, None] * width + column
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    x, unit, scale = in_units(x, GRID, x_ptr.dtype.element_ty)
+    if PAIRS:
+        x, unit = round_pairs(tl.load(x_ptr + at, mask=inside, other=0), GRID)
+        scale = scale_below(held_bits(largest_of(x) * unit, GRID))
+    else:
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        x, unit, scale = in_units(x, GRID, x_ptr.dtype.element_ty)
     of_row, depth = span_of(tl.reshape(scale, (TILE, BLOCKS)), 1)
     each = tl.reshape(tl.broadcast_to(of_row[:, None], (TILE, BLOCKS)), (TILE * BLOCKS,))
-    x *= (unit * power_below(each))[:, None]
-    tl.store(payload_ptr + at, to_e4m3(x), mask=inside)
+    if PAIRS:
+        tl.store(payload_ptr + at, pairs_to_e4m3(x, unit * power_below(each)), mask=inside)
+    else:
+        x *= (unit * power_below(each))[:, None]
+        tl.store(payload_ptr + at, to_e4m3(x), mask=inside)
     if GRID is not None:
         beyond = too_far(of_row, depth, OCTAVES)
     else:
@@ -166,14 +183,22 @@ def in_units(x, GRID: tl.constexpr, dtype: tl.constexpr):
         largest = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=1)
     elif GRID.value.held:
         x, unit = round_tile(x, GRID)
-        # Too large for the dtype is at most its next power of two, to which E4M3 rounds the dtype's largest too.
-        largest = tl.minimum(tl.max(tl.abs(x), axis=1) * unit, GRID.value.largest, propagate_nan=tl.PropagateNan.ALL)
-        largest = largest.to(tl.int32, bitcast=True) & 0x7FFF_FFFF
+        largest = held_bits(tl.max(tl.abs(x), axis=1) * unit, GRID)
     else:
         x = quantize_tile(x, GRID, dtype).to(tl.float32)
         unit = tl.full([x.shape[0]], 1.0, tl.float32)
         largest = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=1)
     return x, unit, scale_below(largest)
+
+
+@triton.jit
+def held_bits(largest, GRID: tl.constexpr):
+    """The bits of a block's largest entry as the dtype holds it.
+
+    What is too large is at most the dtype's next power of two, and E4M3 rounds the dtype's largest to that too.
+    """
+    held = tl.minimum(largest, GRID.value.largest, propagate_nan=tl.PropagateNan.ALL)
+    return held.to(tl.int32, bitcast=True) & 0x7FFF_FFFF
 
 
 @triton.jit

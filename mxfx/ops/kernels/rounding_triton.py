@@ -44,6 +44,7 @@ class Grid:
     `saturates`: whether a block's largest may exceed `high` under the exponent that the rule gives it.
     `overflow`: which results may exceed the dtype's `largest`: none, "low" or "both".
     `held`: whether the dtype holds every number of the grid, but the too large; float16 has too few exponents.
+    `pairs`: whether `round_pairs` takes it: bfloat16 has the bits for it, and all its exponents.
     `sum`: how squared errors of `mse` are compared: 0 in float32 and 1 in int32, where either holds every partial
     sum exactly; 2 and 3 in 64-bit fixed point (one float32 factor, two float64 factors), in fractions `unit`.
     """
@@ -59,6 +60,7 @@ class Grid:
     largest: float
     is_float: bool
     held: bool
+    pairs: bool
     mse: bool
     sum: int
     unit: float
@@ -93,6 +95,7 @@ def grid_of(fmt: Format, dtype: torch.dtype) -> Grid:
         largest=torch.finfo(dtype).max,
         is_float=not integer,
         held=_holds(dtype, element),
+        pairs=dtype == torch.bfloat16 and _holds(dtype, element) and kind == 0 and element.max_value < 64,
         mse=fmt.rule is ScaleRule.MSE,
         sum=kind,
         unit=unit,
@@ -234,6 +237,21 @@ def _shared_scale(largest, OFFSET: tl.constexpr, CARRY: tl.constexpr):
 
 
 @triton.jit
+def block_scale(largest, GRID: tl.constexpr):
+    """Of a block with this largest |x|: the bits of its scale, the scale's inverse, the scale, or NaN if not finite."""
+    power = _shared_scale(largest, GRID.value.offset, GRID.value.carry)
+    inverse = tl.maximum(_TWO_TO_127 - (power & _EXPONENT), _TWO_TO_MINUS_127).to(tl.float32, bitcast=True)
+    # A block that is not finite meets this at the end, whatever was computed of it.
+    return power, inverse, tl.where(largest < float("inf"), power, _NAN).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def takes_lower(error, power):
+    """Whether a block takes the exponent below, whose squared error is larger by `error`."""
+    return (error < 0) & (power > _TWO_TO_MINUS_127)
+
+
+@triton.jit
 def quantize_tile(x, GRID: tl.constexpr, dtype: tl.constexpr):
     """Rows of a float32 tile (blocks, block), each one block, lanes outside it zero; on the grid, of `dtype`."""
     rounded, scale = round_tile(x, GRID)
@@ -243,11 +261,7 @@ def quantize_tile(x, GRID: tl.constexpr, dtype: tl.constexpr):
 @triton.jit
 def round_tile(x, GRID: tl.constexpr):
     """`quantize_tile` in units of each block's scale, and the scales, NaN where a block is not finite; float32."""
-    largest = tl.reduce(tl.abs(x), 1, _larger)
-    power = _shared_scale(largest, GRID.value.offset, GRID.value.carry)
-    inverse = tl.maximum(_TWO_TO_127 - (power & _EXPONENT), _TWO_TO_MINUS_127).to(tl.float32, bitcast=True)
-    # A block that is not finite meets this at the end, whatever was computed of it.
-    scale = tl.where(largest < float("inf"), power, _NAN).to(tl.float32, bitcast=True)
+    power, inverse, scale = block_scale(tl.reduce(tl.abs(x), 1, _larger), GRID)
     scaled = x * inverse[:, None]
     if GRID.value.is_float:
         scaled = tl.abs(scaled)
@@ -278,8 +292,7 @@ def round_tile(x, GRID: tl.constexpr):
             total = tl.sum((gap * lean * GRID.value.unit).to(tl.int64), axis=1)
         else:
             total = tl.sum((gap.to(tl.float64) * lean.to(tl.float64) * GRID.value.unit).to(tl.int64), axis=1)
-        better = (total < 0) & (power > _TWO_TO_MINUS_127)
-        rounded = tl.where(better[:, None], lower, rounded)
+        rounded = tl.where(takes_lower(total, power)[:, None], lower, rounded)
     if GRID.value.is_float:
         rounded = _with_sign(rounded, x)
     return rounded, scale
