@@ -29,7 +29,10 @@ _K = TypeVar("_K")
 _PIECE = 1 << 24
 #: Nobody waits so long for one that lives: the first writes and proves a model while the others wait.
 _PATIENCE = timedelta(hours=12)
-_ENDED = "another process of this run ended, so this one does too; start the same command again: it goes on from there"
+_ENDED = (
+    "another process of this run ended, so this one does too; start the same command again: it goes on from the last "
+    "checkpoint (finished layers; distill writes its own with checkpoint_every)"
+)
 
 
 class RankError(CheckError, RuntimeError):
