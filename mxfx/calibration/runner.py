@@ -44,9 +44,12 @@ class DeviceWeights:
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Let weights come to the device."""
+        """Let weights come to the device, but for those that are there as they run: for what was just stored, the
+        caller would wait until its bytes have left the device, to bring them back.
+        """
         for name in names:
-            self._arrival(name)
+            if self._as_kept(name) is None:
+                self._arrival(name)
 
     def stored(self, name: str) -> Tensor:
         """A weight as it is stored, on the device."""
@@ -59,10 +62,8 @@ class DeviceWeights:
 
     def running(self, name: str) -> Tensor:
         """A weight in the dtype that it runs in."""
-        kept = self._kept.get(name)
-        if kept is not None and kept[0] is self._behind(name):
-            return kept[1]
-        return self._as_run(name, self.stored(name))
+        kept = self._as_kept(name)
+        return self._as_run(name, self.stored(name)) if kept is None else kept
 
     def keep(self, name: str, tensor: Tensor) -> None:
         """Let ``tensor`` stand for what was just stored under ``name``: it is on the device already."""
@@ -74,6 +75,10 @@ class DeviceWeights:
         kept = set(but)
         self._coming = {name: found for name, found in self._coming.items() if name in kept}
         self._kept = {name: found for name, found in self._kept.items() if name in kept}
+
+    def _as_kept(self, name: str) -> Tensor | None:
+        kept = self._kept.get(name)
+        return kept[1] if kept is not None and kept[0] is self._behind(name) else None
 
     def _arrival(self, name: str) -> Arrival:
         known = self._coming.get(name)

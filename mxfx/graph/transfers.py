@@ -18,6 +18,9 @@ from torch import Tensor
 
 #: Batches whose results may wait for their way to the host: one on its way, one behind it.
 _BEHIND = 2
+#: Bytes of a weight that are copied at a time, and the buffers for them: one is filled while others are on their way.
+_PIECE = 32 << 20
+_PIECES = 3
 _T = TypeVar("_T")
 
 
@@ -154,13 +157,41 @@ class Transfers:
             return Arrival(source.to(self.device))
         layout = Layout.of(source)
         target = layout.empty(self.device)
+        dense = source if source.stride() == layout.stride else None
+        ready = self._now() if self._up is not None else None
 
-        def read() -> Tensor:
-            buffer = self.buffers.take(layout.nbytes)
-            layout.over(buffer).copy_(source)
-            return buffer
+        def task() -> torch.cuda.Event | None:
+            # Copied in memory's order: what has holes between its elements loses them first.
+            whole = _bytes_of(layout.empty(source.device).copy_(source) if dense is None else dense)
+            return self._pieces_up(whole, _bytes_of(target), ready)
 
-        return Arrival(target, issued=self.deliver(read, target, layout))
+        return Arrival(target, issued=self.work(task))
+
+    def _pieces_up(self, source: Tensor, target: Tensor, ready: torch.cuda.Event | None) -> torch.cuda.Event | None:
+        """In the worker: bytes through a few small pinned buffers, of which one is filled while others travel."""
+        if self._up is None or ready is None:
+            target.copy_(source)
+            return None
+        # What used the target's memory before may still run.
+        self._up.wait_event(ready)
+        travelling: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+        for start in range(0, source.numel(), _PIECE):
+            buffer = self._reused(travelling) if len(travelling) == _PIECES else self.buffers.take(_PIECE)
+            piece = source[start : start + _PIECE]
+            filled = buffer[: piece.numel()].copy_(piece)
+            travelling.append((self._copy(self._up, target[start : start + _PIECE], filled), buffer))
+        done = travelling[-1][0] if travelling else None
+        # Nobody waits for the worker; and neither buffers nor the target may go before the copies are done.
+        while travelling:
+            self.buffers.give(self._reused(travelling))
+        return done
+
+    @staticmethod
+    def _reused(travelling: deque[tuple[torch.cuda.Event, Tensor]]) -> Tensor:
+        """The buffer that has been on its way longest, once it is read."""
+        done, buffer = travelling.popleft()
+        done.synchronize()
+        return buffer
 
     def deliver(self, read: Callable[[], Tensor], target: Tensor, layout: Layout) -> Future:
         """Let the worker fill a buffer by ``read`` and copy it to ``target``; its result is when that is done."""
@@ -207,3 +238,8 @@ class Transfers:
             done = torch.cuda.Event()
             done.record(stream)
         return done
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The bytes of a dense tensor, in the order of memory."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -17,8 +17,10 @@ from torch import Tensor
 from mxfx.graph.filed import Files, short
 from mxfx.ground.errors import MxfxError
 
-#: Bytes hashed as one leaf: small enough to share a weight among threads, large enough to be worth a task.
+#: Bytes hashed as one leaf; it decides the hash.
 _LEAF = 1 << 20
+#: Bytes that one task hashes: few tasks, for each of them takes Python's lock from a thread that feeds a device.
+_PART = 4 * _LEAF
 #: Bytes copied from a device at a time, through pinned memory: several times faster than what is not pinned.
 _STAGE = 64 * _LEAF
 
@@ -74,9 +76,9 @@ def tensor_hash(tensor: Tensor, into: Tensor | None = None) -> str:
         if copy is not None:
             copy[start : start + _STAGE].copy_(host)
         stage = memoryview(host.numpy())
-        leaves = [stage[at : at + _LEAF] for at in range(0, len(stage), _LEAF)]
-        for leaf in _threads().map(_leaf_digest, leaves) if len(leaves) > 1 else map(_leaf_digest, leaves):
-            digest.update(leaf)
+        parts = [stage[at : at + _PART] for at in range(0, len(stage), _PART)]
+        for leaves in _threads().map(_leaf_digests, parts) if len(stage) > _LEAF else map(_leaf_digests, parts):
+            digest.update(leaves)
     return digest.hexdigest()
 
 
@@ -117,8 +119,8 @@ def _beside() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="mxfx-weights")
 
 
-def _leaf_digest(data: memoryview) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
+def _leaf_digests(data: memoryview) -> bytes:
+    return b"".join(hashlib.blake2b(data[i : i + _LEAF], digest_size=16).digest() for i in range(0, len(data), _LEAF))
 
 
 @cache

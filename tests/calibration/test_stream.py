@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from mxfx.calibration.runner import Runner
+from mxfx.calibration.runner import DeviceWeights, Runner
 from mxfx.calibration.stages import cut
 from mxfx.calibration.statistics import Gram, StaleStatistics
 from mxfx.calibration.stream import StreamOptions, stream_layers, without_quantizers
@@ -180,6 +180,28 @@ def test_what_leaves_is_held_until_it_has_left() -> None:
     assert gone() is not None and not waited
     moving.settle()
     assert gone() is None and waited == ["event"]
+
+
+def test_a_weight_that_was_just_stored_is_not_brought_back() -> None:
+    rw = _rewriter(_raised())
+    program = rw.program
+    name, plain = list(program.weights)[:2]
+    asked: list[str] = []
+
+    def weight(name: str) -> Tensor:
+        asked.append(name)
+        return program.weights[name]
+
+    moving = transfers.Transfers(torch.device("cpu"))
+    weights = DeviceWeights(program, weight, program.weights.behind, moving)
+    weights.prefetch([name])
+    program.weights.set(name, program.weights[name] * 2, "test")
+    weights.keep(name, program.weights[name])
+    weights.prefetch([name, plain])
+    assert asked == [name, plain] and torch.equal(weights.running(name), program.weights[name])
+    program.weights.set(name, program.weights[name] * 2, "test")
+    weights.prefetch([name])
+    assert asked == [name, plain, name] and torch.equal(weights.running(name), program.weights[name])
 
 
 def test_every_group_sees_the_rewrites_of_all_groups_before_it() -> None:

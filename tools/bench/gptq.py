@@ -238,7 +238,9 @@ def _all_layers(args: argparse.Namespace, layers: int) -> int:
 
 
 def _profile(work: Callable[[], object], again: Callable[[], object], args: argparse.Namespace) -> None:
-    """Where the host spends one more run of mxfx, by cumulative and by own time; on CUDA the kernels of another."""
+    """Where the host spends one more run of mxfx, by cumulative and by own time; on CUDA the kernels of another, and
+    what the host spends in calls of CUDA.
+    """
     profile = cProfile.Profile()
     profile.enable()
     _seconds(work, args.device)
@@ -254,6 +256,11 @@ def _profile(work: Callable[[], object], again: Callable[[], object], args: argp
             print("   Ordered by: device time\n\n       ms    calls", file=file)
             for one in found_there[:40]:
                 print(f"{one.self_device_time_total / 1e3:9.1f} {one.count:8} {one.key[:100]}", file=file)
+            # Waits, copies and allocations, of pinned memory too (cudaHostAlloc), in every thread.
+            calls = [one for one in kernels.key_averages() if one.key.startswith("cuda")]
+            print("\n   Ordered by: host time in calls of CUDA\n\n       ms    calls", file=file)
+            for one in sorted(calls, key=lambda one: -one.self_cpu_time_total)[:15]:
+                print(f"{one.self_cpu_time_total / 1e3:9.1f} {one.count:8} {one.key[:100]}", file=file)
 
 
 def _tokens(args: argparse.Namespace) -> Tensor:
