@@ -111,21 +111,6 @@ def test_a_run_is_evaluated_again_from_its_files_alone(
     assert f"{figures['word_perplexity']:.2f}" in said.out
 
 
-def test_evaluated_again_beside_its_float_model_it_is_as_far_from_it_as_in_the_run(
-    mxfx: Run, pipeline: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    save_texts(Path("texts"))
-    assert mxfx("run", pipeline, "--eval", "wikitext", "--eval-data", "texts", "--out", "out").code == 0
-    config = json.loads(Path("out/results.json").read_text())["configs"][1]
-    found = config["evaluation"]["domains"]["wikitext"]["divergence"]
-    said = mxfx("eval", "out", "--eval-data", "texts", "--model", model)
-    assert said.code == 0, said.err
-    for figure in (f"{found['mean']:.3f} ± {found['stderr']:.3f}", f"{found['agreement']:.3f}"):
-        assert figure in said.out
-    assert f"{config['ratios']['wikitext'][0]:.3f} ±" in said.out
-
-
 def test_another_model_is_no_float_model_of_what_is_evaluated(
     mxfx: Run, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,7 +118,7 @@ def test_another_model_is_no_float_model_of_what_is_evaluated(
     save_texts(Path("texts"))
     save_model(Path("other"), "qwen2-tiny")
     assert mxfx("run", pipeline, "--out", "out").code == 0
-    said = mxfx("eval", "out", "--eval-data", "texts", "--model", "other")
+    said = mxfx("eval", "out", "--eval-data", "texts", "--float", "./other")
     assert said.code == 2 and "expected the float model that it was made of" in said.err
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from mxfx.cli import calibrate, evaluate, generate, models, topics
@@ -25,7 +24,10 @@ from mxfx.cli.evaluate import (
     NumFewshot,
     TaskLimit,
     Trust,
+    err,
     out,
+    print_summary,
+    say,
 )
 from mxfx.cli.examples import add_examples
 from mxfx.cli.start import prepare_imports
@@ -42,10 +44,6 @@ app.add_typer(config_app, name="config")
 for file in (calibrate, evaluate, generate, models, topics):
     for name, command in file.COMMANDS.items():
         app.command(name)(command)
-
-# A pipe has no width of its own: the tables fit in 120 columns.
-# Paths and messages may hold brackets and words between colons: nothing is read as markup.
-err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 #: Exit code of a fault that is not the user's.
 INTERNAL = 3
@@ -125,26 +123,20 @@ def run(
         overrides=tuple(set_),
         strict=strict,
         trust_remote_code=trust_remote_code,
-        say=lambda line: err.print(line, soft_wrap=True),
+        say=say,
     )
     # What is wrong with the command or a file is said before transformers is imported.
     options.check()
     prepare(files, options)
     from mxfx import api
-    from mxfx.report.table import domain_tables, evaluated_note, results_table
 
     summary = api.run(files, options)
     for outcome in summary.outcomes:
         if outcome.file and outcome.phase != "decode":
             _print_passes(outcome, verbose)
-    first = next((o.evaluation.first for o in summary.outcomes if o.evaluation is not None), None)
-    note = evaluated_note(first, [o.model_note for o in summary.outcomes if o.model_note])
-    out.print(results_table(summary.rows, "Perplexity of the emitted models", note))
-    out.print(*domain_tables(summary.domains, summary.tasks))
-    for warning in summary.warnings:
-        err.print(f"warning: {warning}", soft_wrap=True)
+    print_summary(summary, [o.model_note for o in summary.outcomes if o.model_note])
     if summary.out is not None:
-        err.print(f"written to {summary.out}", soft_wrap=True)
+        say(f"written to {summary.out}")
     if strict and summary.warnings:
         raise typer.Exit(1)
 

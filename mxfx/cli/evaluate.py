@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+if TYPE_CHECKING:
+    from mxfx.driver.measure import Summary
+
 # A pipe has no width of its own: the tables fit in 120 columns.
 # Paths and messages may hold brackets and words between colons: nothing is read as markup.
 out = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's repository ships.")]
 EVAL = "What to evaluate, between commas: wikitext, local files or folders, chat, tasks of lm-eval."
@@ -26,11 +31,8 @@ IncludePath = Annotated[Path | None, typer.Option(help="Folder of further task f
 
 
 def again(
-    folder: Annotated[Path, typer.Argument(help="Run directory, or the model folder in it.")],
-    tasks: Annotated[str, typer.Option(help=EVAL)] = "wikitext",
-    model: Annotated[
-        str | None, typer.Option(help="Its float model, hub id or folder: for KL, agreement, ratios, and chat.")
-    ] = None,
+    folders: Annotated[list[Path], typer.Argument(help="Emitted models: OUT, OUT/NAME or OUT/NAME/model.")],
+    tasks: Annotated[str, typer.Option("--tasks", "--eval", help=EVAL)] = "wikitext",
     eval_data: EvalData = None,
     limit_tokens: LimitTokens = None,
     domain_tokens: DomainTokens = None,
@@ -43,18 +45,22 @@ def again(
     phase: Annotated[
         str, typer.Option(help="prefill: whole windows; decode: one token a step, through the cache.")
     ] = "prefill",
+    float_: Annotated[
+        str | None,
+        typer.Option("--float", help="Float model to compare with, or none; without it, what the run was made of."),
+    ] = None,
+    write: Annotated[
+        bool, typer.Option(help="Write scores and figures into the run: results.json, report.html, the model's card.")
+    ] = True,
     device: str = "cpu",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Evaluate an emitted model again, from its files alone, or beside its float model."""
-    from mxfx import api
+    """Evaluate emitted models again, from their files, beside the float model that they were made of."""
     from mxfx.driver.again import evaluate_saved
-    from mxfx.evaluation.results import ratio_with_stderr
+    from mxfx.driver.options import RunOptions
     from mxfx.evaluation.tasks import TaskOptions
-    from mxfx.report.table import DomainRow, Row, domain_tables, results_table
 
-    options = api.RunOptions(
-        model=model,
+    options = RunOptions(
         eval=tasks,
         eval_data=eval_data,
         limit_tokens=limit_tokens,
@@ -63,31 +69,26 @@ def again(
         batch_size=batch_size,
         device=device,
         trust_remote_code=trust_remote_code,
+        say=say,
     )
-    done = evaluate_saved(folder, options, phase)
-    evaluation, floats = done.evaluation, {} if done.floats is None else done.floats.domains
-    if (first := evaluation.first) is not None:
-        beside = next(iter(floats.values()), None)
-        ratio = None if beside is None else ratio_with_stderr(first, beside)
-        row = Row(
-            str(folder),
-            word_perplexity=first.word_perplexity,
-            ratio=None if ratio is None else ratio.ratio,
-            ratio_stderr=None if ratio is None else ratio.stderr,
-            token_perplexity=first.token_perplexity,
-            token_ratio=None if beside is None else first.token_perplexity / beside.token_perplexity,
-            bits_per_weight=done.bits_per_weight,
-            eval_seconds=evaluation.seconds,
-        )
-        out.print(results_table([row], f"Perplexity of {phase}", f"{first.tokens:,} tokens of {first.source}"))
-    domains = [DomainRow.of("float", result, None) for result in floats.values()]
-    for name, result in evaluation.domains.items():
-        ratio = ratio_with_stderr(result, floats[name], "token_perplexity") if floats else None
-        domains.append(DomainRow.of(folder.name, result, ratio))
-    tasks_found = [(folder.name, *row) for result in evaluation.tasks.values() for row in result.rows()]
-    out.print(*domain_tables(domains, tasks_found))
-    for warning in done.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    summary = evaluate_saved(folders, options, phase=phase, float_model=float_, write=write)
+    print_summary(summary, [f"read by {phase}" + (", one token a step" if phase == "decode" else ", whole windows")])
+
+
+def say(line: str) -> None:
+    """A line on standard error, not wrapped."""
+    err.print(line, soft_wrap=True)
+
+
+def print_summary(summary: Summary, notes: Sequence[str] = ()) -> None:
+    """The tables, with ``notes`` below the first; warnings on standard error."""
+    from mxfx.report.table import domain_tables, evaluated_note, results_table
+
+    note = evaluated_note(summary.first, notes)
+    out.print(results_table(summary.rows, "Perplexity of the emitted models", note))
+    out.print(*domain_tables(summary.domains, summary.tasks))
+    for warning in summary.warnings:
+        say(f"warning: {warning}")
 
 
 def compare(

@@ -42,8 +42,9 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "mxfx search passes_configs/tutorial_b_gptq.toml --model M --data calib.pt --out rotation_decisions.json",
     ),
     "eval": (
-        "mxfx eval OUT/NAME --tasks news.txt,arc_easy --task-limit 200",
+        "mxfx eval OUT/A OUT/B --tasks news.txt,chat,arc_easy --task-limit 200",
         "mxfx eval OUT/NAME --tasks news.txt --phase decode",
+        "mxfx eval DIR --tasks news.txt --float MODEL --no-write",
     ),
     "compare": ("mxfx compare OUT/A OUT/B", "mxfx compare OUT/A OUT2/A --floor 0.02"),
     "generate": (
@@ -55,7 +56,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "mxfx export OUT/mxfp4_weights --to compressed-tensors --out packed",
         "mxfx export OUT/mxint4_weights --to gguf --out gguf",
     ),
-    "import": ("mxfx import checkpoint --out imported", "mxfx eval imported --tasks news.txt"),
+    "import": ("mxfx import checkpoint --out imported", "mxfx eval imported --tasks news.txt --float MODEL"),
     "serve": ("mxfx serve OUT/NAME --port 8000",),
     "doctor": ("mxfx doctor",),
     "help": ("mxfx help", "mxfx help formats"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import time
@@ -12,15 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mxfx.config import Pipeline, to_toml
-from mxfx.driver.check import check
 from mxfx.driver.fitting import fit, fitting_lm
 from mxfx.driver.job import Job, default_instruments
+from mxfx.driver.measure import (
+    FloatModel,
+    FloatModels,
+    Measured,
+    Summary,
+    domain_rows,
+    float_pipeline,
+    measured,
+    ratios,
+    rows,
+)
 from mxfx.driver.options import RunOptions
-from mxfx.driver.proof import check_saved, inexact_told, logits_of, not_finite
+from mxfx.driver.proof import check_saved, logits_of, not_finite
 from mxfx.driver.run_directory import PipelineFolder, RunDirectory
-from mxfx.evaluation.results import EvalResult, ratio_with_stderr
 from mxfx.evaluation.scoring import FloatLogits
-from mxfx.evaluation.suite import Evaluation, Suite
+from mxfx.evaluation.suite import Evaluation
 from mxfx.graph.phases import entries
 from mxfx.graph.program import Program
 from mxfx.ground import ranks
@@ -33,7 +41,7 @@ from mxfx.pipeline.manager import PipelineResult
 from mxfx.report.linears import linears_of
 from mxfx.report.memory import memory
 from mxfx.report.results import coverage_json, instruments_json, pass_json
-from mxfx.report.table import DomainRow, Row, card_table
+from mxfx.report.table import Row, card_table
 from mxfx.report.weight_history import History
 from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.causal_lm import as_causal_lm
@@ -50,24 +58,17 @@ class Named:
     pipeline: Pipeline
 
 
-@dataclass(frozen=True)
-class Outcome:
+@dataclass(frozen=True, kw_only=True)
+class Outcome(Measured):
     """One pipeline's run: what each pass did, and what the emitted model scores.
 
-    ``file`` is ``""`` for a float model. ``warnings`` are about the model, the passes and the figures.
+    ``file`` is ``""`` for a float model. Its warnings are also about the passes.
     """
 
-    name: str
     file: str
     pipeline: Pipeline
     result: PipelineResult
-    evaluation: Evaluation | None
-    bits_per_weight: float
-    compile_seconds: float
-    baseline: str
-    """Name of the float model's outcome that this one is compared with."""
     model_note: str = ""
-    warnings: tuple[str, ...] = ()
     phase: str = ""
     """Of a pipeline with phases: whose outcome it is."""
     data_notes: tuple[str, ...] = ()
@@ -75,34 +76,11 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class RunSummary:
+class RunSummary(Summary):
     """All rows of a run: the float model first, then each pipeline."""
 
     outcomes: tuple[Outcome, ...]
-    rows: tuple[Row, ...]
-    domains: tuple[DomainRow, ...]
-    tasks: tuple[tuple[str, str, str, float, float | None], ...]
-    warnings: tuple[str, ...]
     out: Path | None
-
-
-#: Name, dtype and revision of a model.
-_Key = tuple[str, str, str | None]
-
-
-@dataclass
-class _Model:
-    """A job that several pipelines share, and the row that they are compared with.
-
-    ``meta`` is its program without weights; ``suite`` is what they are evaluated on, ``reference`` the float model's
-    logits there; None where nothing is.
-    """
-
-    job: Job
-    meta: Program
-    suite: Suite | None = None
-    reference: FloatLogits | None = None
-    baseline: str = ""
 
 
 def run(pipelines: Sequence[Named], options: RunOptions) -> RunSummary:
@@ -112,7 +90,7 @@ def run(pipelines: Sequence[Named], options: RunOptions) -> RunSummary:
     raise after.
     """
     outcomes: list[Outcome] = []
-    models: dict[_Key, _Model] = {}
+    models = FloatModels(options)
     if options.device == "cpu":
         build_ahead()
     with ExitStack() as stack:
@@ -120,7 +98,9 @@ def run(pipelines: Sequence[Named], options: RunOptions) -> RunSummary:
         mine = options.out is not None and ranks.is_first()
         directory = stack.enter_context(RunDirectory(options.out)) if mine else None
         for index, named in enumerate(pipelines):
-            model = model_of(named.pipeline, models, outcomes, options)
+            model = models.of(named.pipeline)
+            if model.baseline and all(outcome.name != model.baseline for outcome in outcomes):
+                outcomes.append(_float_outcome(model, options))
             if directory is not None and index == 0:
                 directory.begin()
             found = _run_one(named, model, directory, options)
@@ -129,56 +109,11 @@ def run(pipelines: Sequence[Named], options: RunOptions) -> RunSummary:
                 if options.save:
                     _write_card(outcomes, found, directory.pipeline(named.name))
                 directory.write_results(document(outcomes, options, clock))
-    warnings = tuple(f"{o.name}: {warning}" for o in outcomes for warning in o.warnings)
-    tasks = tuple(
-        (outcome.name, *row)
-        for outcome in outcomes
-        for result in (outcome.evaluation.tasks.values() if outcome.evaluation is not None else ())
-        for row in result.rows()
-    )
-    return RunSummary(
-        tuple(outcomes), tuple(rows(outcomes)), tuple(domain_rows(outcomes)), tasks, warnings, options.out
-    )
+    return RunSummary(**vars(Summary.of(outcomes)), outcomes=tuple(outcomes), out=options.out)
 
 
-def model_of(pipeline: Pipeline, models: dict[_Key, _Model], outcomes: list[Outcome], options: RunOptions) -> _Model:
-    """The loaded model of a pipeline; the first time also the row of its float form."""
-    name, dtype, _ = key = (str(pipeline.model_source()), pipeline.model.dtype, pipeline.model.revision)
-    known = models[key].meta if key in models else None
-    with part("check and trace"):
-        checked = check(pipeline, trust_remote_code=options.trust_remote_code, traced=known)
-    if key not in models:
-        options.say(f"loading {name} in {dtype}")
-        trust = options.trust_remote_code
-        with part("load and prove"):
-            job = Job.load(pipeline, checked.program, options.device, trust_remote_code=trust)
-            models[key] = _loaded(job, checked.program, options)
-        if options.float_row:
-            # A run over several models or precisions has a float row for each.
-            models[key].baseline = "float" if len(models) == 1 else f"float {Path(name).name} {dtype}"
-            outcomes.append(_float_outcome(models[key], options))
-    return models[key]
-
-
-def _loaded(job: Job, meta: Program, options: RunOptions) -> _Model:
-    wanted = options.wanted()
-    if wanted is None:
-        return _Model(job, meta)
-    longest = job.program.source.config.get("max_position_embeddings")
-    suite = Suite(wanted, job.tokenizer, longest, None if job.texts is None else job.texts.chat)
-    pipeline = Pipeline([]).completed().emitted(job.device.type)
-
-    def float_model() -> object:
-        # Each rank makes it when it first asks.
-        with ranks.alone():
-            return fitting_lm(job.run(pipeline).program, job.device, wanted.batch_size)
-
-    reference = FloatLogits(float_model)
-    return _Model(job, meta, suite, reference)
-
-
-def _float_outcome(model: _Model, options: RunOptions) -> Outcome:
-    pipeline = Pipeline([]).completed().emitted(model.job.device.type)
+def _float_outcome(model: FloatModel, options: RunOptions) -> Outcome:
+    pipeline = float_pipeline(model.job)
     result = model.job.run(pipeline, [Numbers(), Verify()])
     if model.suite is not None:
         batch = model.suite.batch_size
@@ -187,7 +122,7 @@ def _float_outcome(model: _Model, options: RunOptions) -> Outcome:
     return _outcome(Named(model.baseline, "", pipeline), model, result, 0.0, options)[0]
 
 
-def _run_one(named: Named, model: _Model, directory: RunDirectory | None, options: RunOptions) -> list[Outcome]:
+def _run_one(named: Named, model: FloatModel, directory: RunDirectory | None, options: RunOptions) -> list[Outcome]:
     """What came out: of a pipeline with phases the prefill's outcome, then that of decode's program."""
     job, pipeline = model.job, named.pipeline
     folder = None if directory is None else directory.pipeline(named.name)
@@ -209,7 +144,7 @@ def _run_one(named: Named, model: _Model, directory: RunDirectory | None, option
 
 def _outcome(
     named: Named,
-    model: _Model,
+    model: FloatModel,
     result: PipelineResult,
     seconds: float,
     options: RunOptions,
@@ -242,27 +177,33 @@ def _outcome(
         bits = bits_per_weight(mine.before_emit)
         name = f"{named.name} decode" if phase == "decode" else named.name
         told = _PHASES_NOTE.format(name=named.name) if phase else note
-        about = (name, named.file, named.pipeline, mine, evaluation, bits, seconds, model.baseline, told)
-        outcomes.append(Outcome(*about, tuple(warnings), phase, notes))
+        outcome = Outcome(
+            name=name,
+            file=named.file,
+            pipeline=named.pipeline,
+            result=mine,
+            evaluation=evaluation,
+            bits_per_weight=bits,
+            compile_seconds=seconds,
+            baseline=model.baseline,
+            model_note=told,
+            warnings=tuple(warnings),
+            phase=phase,
+            data_notes=notes,
+        )
+        outcomes.append(outcome)
         warnings = []
     return outcomes
 
 
 def _evaluate(
-    program: Program, model: _Model, warnings: list[str], *, is_float: bool, whole: bool
+    program: Program, model: FloatModel, warnings: list[str], *, is_float: bool, whole: bool
 ) -> Evaluation | None:
     if model.suite is None:
         return None
     assert model.reference is not None
     lm = model.reference.model if is_float else as_causal_lm(program, model.job.device, whole=whole)
-    with inexact_told(warnings):
-        found = model.suite.run(lm, model.reference)
-    # Passes need the device for themselves.
-    model.reference.release()
-    for name, domain in found.domains.items():
-        if not math.isfinite(domain.token_perplexity):
-            warnings.append(f"the token perplexity on {name} is {domain.token_perplexity}")
-    return found
+    return measured(lm, model.suite, model.reference, warnings)
 
 
 def _save(program: Program, job: Job, folder: PipelineFolder) -> None:
@@ -280,66 +221,19 @@ def _write_card(outcomes: Sequence[Outcome], last: Sequence[Outcome], folder: Pi
         write_card(outcome.result.portable, folder.model, card_table(found, outcome.bits_per_weight))
 
 
-def rows(outcomes: Sequence[Outcome]) -> list[Row]:
-    """The table's rows; a pipeline's figures are compared with those of its float model."""
-    evaluations = {outcome.name: outcome.evaluation for outcome in outcomes}
-    return [_row(outcome, _first(evaluations.get(outcome.baseline))) for outcome in outcomes]
-
-
-def _first(evaluation: Evaluation | None) -> EvalResult | None:
-    return None if evaluation is None else evaluation.first
-
-
-def domain_rows(outcomes: Sequence[Outcome]) -> list[DomainRow]:
-    """Every domain of every pipeline, beside its float model's."""
-    evaluations = {outcome.name: outcome.evaluation for outcome in outcomes}
-    found = []
-    for outcome in outcomes:
-        baseline = evaluations.get(outcome.baseline)
-        for name, result in outcome.evaluation.domains.items() if outcome.evaluation is not None else ():
-            ratio = None
-            if baseline is not None and baseline is not outcome.evaluation:
-                ratio = ratio_with_stderr(result, baseline.domains[name], "token_perplexity")
-            found.append(DomainRow.of(outcome.name, result, ratio))
-    return found
-
-
-def _row(outcome: Outcome, baseline: EvalResult | None) -> Row:
-    evaluation = _first(outcome.evaluation)
-    row: dict[str, float | None] = {
-        "bits_per_weight": outcome.bits_per_weight,
-        "compile_seconds": outcome.compile_seconds,
-    }
-    if evaluation is not None:
-        row |= {
-            "word_perplexity": evaluation.word_perplexity,
-            "token_perplexity": evaluation.token_perplexity,
-            "eval_seconds": outcome.evaluation.seconds if outcome.evaluation is not None else None,
-        }
-    if evaluation is not None and baseline is not None:
-        ratio = ratio_with_stderr(evaluation, baseline)
-        row |= {
-            "ratio": ratio.ratio,
-            "ratio_stderr": ratio.stderr,
-            "token_ratio": evaluation.token_perplexity / baseline.token_perplexity,
-        }
-    return Row(outcome.name, warnings=len(outcome.warnings), **row)
-
-
 def document(outcomes: Sequence[Outcome], options: RunOptions, clock: Clock) -> dict[str, object]:
     """``results.json``: versions, machine, where the time went until now, and for each pipeline its figures, passes,
     coverage, evaluation.
     """
     figures = {row.name: row for row in rows(outcomes)}
-    domains = [row for row in domain_rows(outcomes) if row.ratio is not None]
-    ratios = {o.name: {r.domain: [r.ratio, r.ratio_stderr] for r in domains if r.name == o.name} for o in outcomes}
+    of_domains = ratios(outcomes)
     return {
         "mxfx": version("mxfx"),
         "versions": {name: version(name) for name in ("torch", "transformers", "lm-eval")},
         "machine": {"platform": platform.platform(), "device": options.device, "cores": os.cpu_count()},
         "time": {name: vars(spent) for name, spent in clock.parts.items()},
         "configs": [
-            {**_as_json(outcome, figures[outcome.name]), "ratios": ratios[outcome.name]} for outcome in outcomes
+            {**_as_json(outcome, figures[outcome.name]), "ratios": of_domains[outcome.name]} for outcome in outcomes
         ],
     }
 
@@ -350,6 +244,7 @@ def _as_json(outcome: Outcome, row: Row) -> dict[str, object]:
         "name": outcome.name,
         **({"phase": outcome.phase} if outcome.phase else {}),
         "file": outcome.file,
+        "baseline": outcome.baseline,
         "model_note": outcome.model_note,
         "figures": vars(row),
         "warnings": outcome.warnings,

@@ -9,6 +9,7 @@ Student's t says, and of one window there is none, so no verdict.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,10 +67,19 @@ class Difference:
         return "A is better" if self.difference > 0 else "B is better"
 
 
-def write_scores(folder: Path, results: Mapping[str, EvalResult]) -> Path:
-    """Every domain's scores, token by token, in one file of `folder`."""
+def write_scores(folder: Path, results: Mapping[str, EvalResult], *, keep: bool = False) -> Path:
+    """Every domain's scores, token by token, in one file of `folder`; `keep`: other domains that it has stay there."""
     tensors: dict[str, Tensor] = {}
-    about = {}
+    about: dict[str, dict[str, object]] = {}
+    if keep and (folder / FILE).exists():
+        try:
+            kept, about_kept = read_scores(folder)
+        except EvaluationError as error:
+            logging.getLogger(__name__).warning("%s; what it held of other texts is gone", error)
+            kept, about_kept = {}, {}
+        about = {name: of for name, of in about_kept.items() if name not in results}
+        columns_of = ((f"{name}/{column}", getattr(kept[name], column)) for name in about for column in _COLUMNS)
+        tensors = {name: value for name, value in columns_of if value is not None}
     for name, result in results.items():
         if result.scores is None:
             continue
@@ -102,17 +112,34 @@ def compare(a: Path | str, b: Path | str, *, floor: float = FLOOR) -> list[Diffe
         EvaluationError: no such run, or no domain in common.
     """
     (of_a, about_a), (of_b, about_b) = read_scores(a), read_scores(b)
-    shared = [name for name in of_a if name in of_b]
+    shared = _shared(about_a, about_b)
     if not shared:
         raise EvaluationError(f"{a} measured {', '.join(of_a)}; {b} measured {', '.join(of_b)}: no domain in common")
     found: list[Difference] = []
-    for name in shared:
-        if about_a[name] != about_b[name] or not torch.equal(of_a[name].targets, of_b[name].targets):
+    for name, other in shared.items():
+        same = _text(about_a[name]) == _text(about_b[other])
+        if not same or not torch.equal(of_a[name].targets, of_b[other].targets):
             raise EvaluationError(
                 f"{name}: {a} and {b} were measured on different text or windows; run both with the same --eval options"
             )
-        found += compare_scores(name, of_a[name], of_b[name], floor)
+        found += compare_scores(name, of_a[name], of_b[other], floor)
     return found
+
+
+def _text(about: Mapping[str, object]) -> tuple[object, ...]:
+    """What a domain's text is known by; where it lay is not part of it."""
+    return about["text_sha"], about["max_length"]
+
+
+def _shared(a: Mapping[str, Mapping[str, object]], b: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
+    """Each domain of `a` to that of `b` on the same text, whatever its name; else, unless that is another's, to its
+    namesake, whose text differs.
+    """
+    texts = {_text(about): name for name, about in b.items()}
+    same = {name: texts[_text(about)] for name, about in a.items() if _text(about) in texts}
+    same |= {name: name for name in same if name in b and _text(a[name]) == _text(b[name])}
+    left = {name: name for name in a if name in b and name not in same and name not in same.values()}
+    return {name: (same | left)[name] for name in a if name in same or name in left}
 
 
 def compare_scores(domain: str, a: Scores, b: Scores, floor: float = FLOOR) -> list[Difference]:

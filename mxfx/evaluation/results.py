@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -144,6 +144,21 @@ class EvalResult:
         data = dataclasses.asdict(dataclasses.replace(self, scores=None))
         del data["scores"]
         return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> EvalResult:
+        """What `to_json` gave, from a file, where a number that is none is null. Raises `KeyError`, `TypeError`."""
+        found = data["divergence"]
+        if found is not None:
+            found = Divergence(**{**_numbers(found, Divergence), "worst": [Context(**one) for one in found["worst"]]})
+        pieces = {name: [Piece(**_numbers(one, Piece)) for one in data[name]] for name in ("documents", "windows")}
+        return cls(**{**_numbers(data, cls), **pieces, "divergence": found})
+
+
+def _numbers(data: Mapping[str, Any], of: type) -> dict[str, Any]:
+    """The fields of `of` that are always numbers, with NaN for null; the others as they are."""
+    always = {one.name for one in dataclasses.fields(of) if one.type == "float"}
+    return {name: math.nan if value is None and name in always else value for name, value in data.items()}
 
 
 @dataclass(frozen=True)

@@ -45,10 +45,10 @@ class Evaluation:
             "tasks": {name: result.to_json() for name, result in self.tasks.items()},
         }
 
-    def write(self, folder: Path) -> None:
-        """Every token's scores and every task's samples, for `mxfx compare`."""
+    def write(self, folder: Path, *, keep: bool = False) -> None:
+        """Every token's scores and every task's samples, for `mxfx compare`; `keep`: beside those of other names."""
         if self.domains:
-            write_scores(folder, self.domains)
+            write_scores(folder, self.domains, keep=keep)
         for result in self.tasks.values():
             for task, samples in result.samples.items():
                 lines = (json.dumps(sample, default=str) for sample in samples)
@@ -105,7 +105,7 @@ class Suite:
         if kind(name) == CHAT:
             if self._chat is None:
                 raise EvaluationError(
-                    "--eval chat needs the float model, whose answers it reads: name it by --model, or use `mxfx run`"
+                    "chat is the float model's answers, and there is no float model: give --float MODEL"
                 )
             return ranks.from_first(partial(self._chat, limit, self._length, sampling(name)))
         path = wanted.eval_data if name == WIKITEXT else name

@@ -66,7 +66,12 @@ def _about(document: Mapping[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
     machine = document["machine"]
     made = f"mxfx {document['mxfx']}, {versions}; {machine['device']}, {machine['cores']} cores, {machine['platform']}"
-    return [made, *sorted({config["model_note"] for config in document["configs"] if config["model_note"]})]
+    again = [
+        f"{config['name']}, {text}: measured again on {on['device']} with mxfx {on['mxfx']}, torch {on['torch']}"
+        for config in document["configs"]
+        for text, on in config.get("evaluated_again", {}).items()
+    ]
+    return [made, *sorted({config["model_note"] for config in document["configs"] if config["model_note"]}), *again]
 
 
 def _evaluated(configs: Sequence[Mapping[str, Any]]) -> str:
