@@ -104,9 +104,7 @@ class Suite:
         limit = wanted.limit_tokens if first or wanted.domain_tokens is None else wanted.domain_tokens
         if kind(name) == CHAT:
             if self._chat is None:
-                raise EvaluationError(
-                    "chat is the float model's answers, and there is no float model: give --float MODEL"
-                )
+                raise EvaluationError("--eval chat needs the float model, whose answers it reads: give --float MODEL")
             return ranks.from_first(partial(self._chat, limit, self._length, sampling(name)))
         path = wanted.eval_data if name == WIKITEXT else name
         return text_domain(title(name), self._tokenizer, path=path, limit_tokens=limit, max_length=self._length)
