@@ -55,15 +55,15 @@ class FuseHeads(Pass):
     select: Selector = ALL
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
-        order = {node: place for place, node in enumerate(rw.program.graph.nodes)}
         for node in rw.program.nodes():
             if node.target is not cached_attend or not self.select(node):
                 continue
             given = node.args[:3]
             found = tuple(_behind(operand) for operand in given)
-            last = max(given, key=lambda operand: order[operand])
+            # Not by places counted before: what an attention shares with an earlier one is new by now.
+            last = max(given)
             reason = _why_not(found)
-            if any(order[user] < order[last] for operand in given for user in operand.users):
+            if any(user < last for operand in given for user in operand.users):
                 reason = reason or "another reads its queries, keys or values before the last of them is there"
             if reason is not None:
                 rw.skip(node, reason)

@@ -33,3 +33,22 @@ def test_the_logits_keep_their_bits(family: str) -> None:
         assert torch.equal(build(read(to_text(program), program.weights))(ids, positions, mask), found)
         assert not apply(FuseHeads(), program).record.matches
         torch.testing.assert_close(found, build(plain)(ids, positions, mask), rtol=0.05, atol=0.05)
+
+
+def test_an_attention_that_reads_the_keys_of_an_earlier_one_stays() -> None:
+    """It ended in a KeyError: its keys were nodes that the pass had just made."""
+    shared = raised("llama-tiny").copy()
+    first, second = shared.nodes("attention")
+    for place in (1, 2):
+        second.update_arg(place, first.args[place])
+    shared.graph.eliminate_dead_code()
+    fmt = parse("mxint4@16")
+    quantized = passed(shared, config_a(fmt, fmt, kv=fmt)).twin(torch.bfloat16)
+    program = emitted(quantized, "cpu", EmitConfig(device="cuda"))
+    verify(program)
+    assert len([node for node in program.graph.nodes if node.target is heads.READY]) == 1
+    plain = emitted(quantized, "cpu", EmitConfig(packed=False))
+    ids, mask, positions = padded_batch()
+    with torch.no_grad():
+        found, expected = (build(each)(ids, positions, mask) for each in (program, plain))
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
