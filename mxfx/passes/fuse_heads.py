@@ -58,7 +58,7 @@ class FuseHeads(Pass):
         for node in rw.program.nodes():
             if node.target is not cached_attend or not self.select(node):
                 continue
-            given = node.args[:3]
+            given = [operand for operand in node.args[:3] if isinstance(operand, fx.Node)]
             found = tuple(_behind(operand) for operand in given)
             # Not by places counted before: what an attention shares with an earlier one is new by now.
             last = max(given)
@@ -104,7 +104,7 @@ def _why_not(found: tuple[_Head, ...]) -> str | None:
     return None
 
 
-def _fuse(rw: Rewriter, node: fx.Node, given: tuple, found: tuple[_Head, ...], last: fx.Node) -> None:
+def _fuse(rw: Rewriter, node: fx.Node, given: list[fx.Node], found: tuple[_Head, ...], last: fx.Node) -> None:
     q, k, v = found
     assert q.angles is not None
     vals = tuple(operand.meta["val"] for operand in given)
