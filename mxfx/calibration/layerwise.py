@@ -62,13 +62,23 @@ class LayeredModel:
         self._shared.setdefault(len(ids), values)
         return hidden
 
-    def share(self, index: int, hidden: Tensor) -> None:
-        """Compute what layer ``index`` gives to all later ones beside hidden states, for batches of this size."""
+    def share(self, index: int, hidden: Tensor, other: Tensor) -> None:
+        """Compute what layer ``index`` gives to all later ones beside hidden states, for batches of this size.
+
+        Raises ``ValueError`` if ``other`` hidden states of the same shape, of other tokens, give something else.
+        """
         layer = self.layers[index]
-        if layer.extra:
-            with torch.no_grad():
-                found = self._run(layer, hidden, layer.extra)
-            self._shared[len(hidden)].update(zip(layer.extra, found, strict=True))
+        if not layer.extra:
+            return
+        with torch.no_grad():
+            found, again = (self._run(layer, states, layer.extra) for states in (hidden, other))
+        for node, one, two in zip(layer.extra, found, again, strict=True):
+            if isinstance(one, Tensor) and not torch.equal(one, two):
+                raise ValueError(
+                    f"scope = 'layer' needs one value between decoder layers; layer {index} also gives {node}, made of "
+                    "tokens, to later ones: take scope = 'model'"
+                )
+        self._shared[len(hidden)].update(zip(layer.extra, found, strict=True))
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """What layer ``index`` makes of ``hidden``, on the device; its weights are there (``move``)."""
@@ -208,7 +218,7 @@ def tune_layers(
         for model, states in ((student, given), (teacher, wanted)):
             model.move(index, ctx.device)
             for size in _sizes(len(tokens), plan, kept):
-                model.share(index, states.take(slice(size)))
+                model.share(index, states.take(slice(size)), states.take(slice(len(states) - size, None)))
         wanted.advance(lambda states, index=index: teacher.run(index, states), plan.batch_size)  # type: ignore[misc]
         teacher.move(index, torch.device("cpu"))
         names = {canonical(name) for name in student.weights(index)}

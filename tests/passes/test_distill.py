@@ -200,13 +200,26 @@ def test_a_layer_that_reads_quantized_states_is_held_against_the_float_layer_on_
     given, of_float = student.start(kept), teacher.start(kept)
     for index, error in enumerate(errors):
         for model in (student, teacher):
-            model.share(index, given)
+            model.share(index, given, given)
         with torch.no_grad():
             on_given = teacher.run(index, given)
             given, of_float = student.run(index, given), teacher.run(index, of_float)
         found = ((given - of_float).square().sum(-1) / of_float.square().sum(-1)).mean()
         assert error["before"] == pytest.approx(float(found), rel=1e-5)
     assert (on_given - of_float).square().mean() > 1e-6
+
+
+def test_layers_that_share_keys_are_refused_where_they_are_cut(unrounded) -> None:
+    """The keys of the first batch stood for those of all others."""
+    shared = unrounded[0].copy()
+    first, second = shared.nodes("attention")
+    for place in (1, 2):
+        second.update_arg(place, first.args[place])
+    shared.graph.eliminate_dead_code()
+    model = LayeredModel(trainable(shared, {}, torch.device("cpu"))[0], torch.device("cpu"))
+    states = [model.start(TOKENS[at : at + 4]) for at in (0, 4)]
+    with pytest.raises(ValueError, match="layer 0 also gives .*, made of tokens"):
+        model.share(0, *states)
 
 
 def test_layer_by_layer_with_a_rotation_whose_matrix_lowering_makes(unrounded) -> None:
