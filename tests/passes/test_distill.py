@@ -218,7 +218,7 @@ def test_layers_that_share_keys_are_refused_where_they_are_cut(unrounded) -> Non
     shared.graph.eliminate_dead_code()
     model = LayeredModel(trainable(shared, {}, torch.device("cpu"))[0], torch.device("cpu"))
     states = [model.start(TOKENS[at : at + 4]) for at in (0, 4)]
-    with pytest.raises(ValueError, match="layer 0 also gives .*, made of tokens"):
+    with pytest.raises(ValueError, match=r"layer 0 also gives .*, made of tokens"):
         model.share(0, *states)
 
 
