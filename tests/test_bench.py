@@ -36,6 +36,6 @@ def test_it_starts_as_a_module(name, monkeypatch, capsys):
 
 @pytest.mark.parametrize("arm", quality.ARMS)
 def test_every_arm_of_quality_is_a_pipeline_with_changes_that_it_takes(arm: str) -> None:
-    file, *changes = quality.ARMS[arm]
+    file, *changes = quality.arm(arm)
     before = api.load_pipeline(ROOT / file)
     assert (apply_overrides(before, changes) != before) == bool(changes)
