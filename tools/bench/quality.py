@@ -9,17 +9,17 @@ An arm is a line of ``arms.toml`` beside this: a pipeline with what is changed i
 
 Prints the machine and the versions, then at once, for each configuration and seed: of each domain the ratio of token
 perplexities to the float model in the same run, mean KL to it in nats with its standard error, the KL's 99 % quantile,
-and how often both hold the same next token for the likeliest; bits a weight, seconds of the passes, peak memory. At the
-end a table with medians over seeds. Of the first domain ``--tokens`` are read at most, of the others
-``--domain-tokens`` each (less where documents are short); ``--chat`` adds the float model's own answers, and each
-``--chat-as`` as many drawn otherwise (``temperature=0.7+top_k=50``), which means over domains leave out. ``--data``
-stands for ``wikitext2`` in the pipelines' calibration; what
-``self`` needs is sampled before the clock of the passes starts, and timed apart. No configuration is begun after
-``--minutes``. With ``--jobs`` that many seeds run at a time, a process each; seconds are then those of a shared device.
-``--scores`` keeps every token's score for ``mxfx compare``, ``--saved`` each model as a packed folder. With
-``--hooks`` each pipeline that searched rotations gets a second row: an independent reference of the tutorial's scheme,
-module hooks on the Hugging Face model with the same winners, its weights rounded by Mase's formula. Needs neither the
-hub nor lm-eval.
+and how often both hold the same next token for the likeliest; bits a weight, seconds of the passes, peak memory (what
+the benchmark itself holds is told apart), and both again for each pass that took a second. At the end a table with
+medians over seeds. Of the first domain ``--tokens`` are read at most, of the others ``--domain-tokens`` each (less
+where documents are short); ``--chat`` adds the float model's own answers, and each ``--chat-as`` as many drawn
+otherwise (``temperature=0.7+top_k=50``), which means over domains leave out. ``--data`` stands for ``wikitext2`` in the
+pipelines' calibration; what ``self`` needs is sampled before the clock of the passes starts, and timed apart. No
+configuration is begun after ``--minutes``. With ``--jobs`` that many seeds run at a time, a process each; seconds are
+then those of a shared device. ``--scores`` keeps every token's score for ``mxfx compare``, ``--saved`` each model as a
+packed folder. With ``--hooks`` each pipeline that searched rotations gets a second row: an independent reference of the
+tutorial's scheme, module hooks on the Hugging Face model with the same winners, its weights rounded by Mase's formula.
+Needs neither the hub nor lm-eval.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from mxfx.evaluation.scoring import FloatLogits
 from mxfx.evaluation.wanted import CHAT, sampling
 from mxfx.export.folder import save_folder
 from mxfx.graph.program import Program
-from mxfx.pipeline.manager import PassManager
+from mxfx.pipeline.manager import Instrument, PassManager, Run, Step
 from mxfx.rewrite import Context
 from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.causal_lm import as_causal_lm
@@ -66,6 +66,10 @@ from tools.bench.mase_gptq import mase_gptq
 
 #: Name → file and overrides.
 ARMS: dict[str, list[str]] = tomllib.loads((Path(__file__).parent / "arms.toml").read_text(encoding="utf-8"))
+
+
+#: Details of passes that are printed.
+_SHOWN = ("held_out_by_step", "averaged_by_step", "held_out_error_by_layer", "bits")
 
 
 def arm(name: str) -> list[str]:
@@ -116,6 +120,43 @@ class Result:
             f"x {worst:.4f} worst, agree {self.domains[last].agreement:.4f} {last}, {self.bits_per_weight:.3f} bits/w, "
             f"{self.seconds:.1f} s (+ {self.sampling_seconds:.1f} s of tokens), peak {self.peak_gb:.1f} GB"
         )
+
+
+class _Costs(Instrument):
+    """Seconds and peak GB of each pass, by its place and name; ``held`` GB were there before the first."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
+        self.held = math.nan
+        self.of: dict[str, dict[str, float]] = {}
+
+    def enter(self, run: Run) -> None:
+        if self._on_gpu:
+            self.held = torch.cuda.memory_allocated() / 1e9
+
+    def before(self, step: Step) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self._began = time.perf_counter()
+
+    def after(self, step: Step) -> None:
+        peak = math.nan
+        if self._on_gpu:
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated() / 1e9
+        seconds = time.perf_counter() - self._began
+        self.of[f"{step.index} {step.pass_.name}"] = {"seconds": seconds, "peak_gb": peak}
+
+    @property
+    def peak(self) -> float:
+        return max((found["peak_gb"] for found in self.of.values()), default=math.nan)
+
+    @property
+    def line(self) -> str:
+        long = {name: found for name, found in self.of.items() if found["seconds"] >= 1}
+        parts = (f"{name} {found['seconds']:.1f} s {found['peak_gb']:.2f} GB" for name, found in long.items())
+        return f"{self.held:.2f} GB held before; " + ", ".join(parts)
 
 
 def _counts(domain: str) -> bool:
@@ -250,19 +291,18 @@ class Bench:
         if on_gpu:
             gc.collect()
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        costs = _Costs(on_gpu)
         began = time.perf_counter()
-        done = PassManager().run(self._program, pipeline, ctx)
-        if on_gpu:
-            torch.cuda.synchronize()
+        done = PassManager([costs]).run(self._program, pipeline, ctx)
         seconds = time.perf_counter() - began
-        peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else math.nan
         if args.saved:
             self._save(done.program, Path(args.saved) / f"{name}-{seed}".replace("/", "_").replace(" ", "_"))
         domains = self._on_domains(f"{name}-{seed}", as_causal_lm(done.program, args.device))
         details = {s.pass_.name: s.record.details for s in done.steps if s.pass_.name in ("distill", "allocate-bits")}
+        details |= {"passes": costs.of, "held_gb": costs.held}
         details |= {"calibration": tokens.notes} if tokens.notes else {}
-        result = Result(name, seed, domains, seconds, sampling, bits_per_weight(done.program), peak, details)
+        result = Result(name, seed, domains, seconds, sampling, bits_per_weight(done.program), costs.peak, details)
+        print(f"  passes: {costs.line}")
         _print(result, [w for s in done.steps for w in s.record.warnings])
         searched = [step.record.details for step in done.steps if "winners" in step.record.details]
         return [result, *([self._hooks(name, seed, ids, searched[0]["winners"])] if args.hooks and searched else [])]
@@ -322,8 +362,9 @@ def _print(result: Result, warnings: list[str]) -> None:
         error = "" if d.kl_stderr is None else f" ± {d.kl_stderr:.4f}"
         print(f"    {name:14} × {d.ratio:.4f}  KL {d.kl:.4f}{error}  99 % {d.p99:.2f}  agree {d.agreement:.4f}")
     for of, details in result.details.items():
-        shown = {key: details[key] for key in ("held_out_by_step", "averaged_by_step", "bits") if key in details}
-        print(f"    {of}: {json.dumps(shown)}")
+        shown = {key: details[key] for key in _SHOWN if key in details} if isinstance(details, dict) else {}
+        if shown:
+            print(f"    {of}: {json.dumps(shown)}")
     for warning in warnings:
         print(f"    warning: {warning}")
     sys.stdout.flush()
