@@ -70,7 +70,7 @@ class Distill(Pass):
 
     scope: ``model`` tunes all weights together; ``layer`` each decoder layer in turn, so that it makes of quantized
         inputs what the float layer makes of float ones: the device holds one layer and a batch, not the model, the host
-        the rest (two hidden states a token).
+        the rest (two hidden states a token). Refused where layers share more than that, made of tokens (keys, values).
     steps: steps of the optimizer; with ``scope = "layer"`` in each layer.
     learning_rate: of Adam, relative to each tensor's root mean square; warm-up, then a cosine to zero.
     batch_size: calibration samples a step.
