@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tomli
 
+from mxfx.calibration.sources import OPENING
 from tests.commands import Run
 from tests.local_model import save_model, save_texts
 
@@ -29,7 +30,9 @@ def cuts(file: Path) -> list[str]:
     names = [one["name"] for one in raw.get("pass", [])]
     names += ["rotation-search"] if "rotation_search" in raw else []
     small = [f"pass.{name}.{cut}" for name in dict.fromkeys(names) for cut in _CUT.get(name, ())]
-    return ["calibration.samples=4", "calibration.length=16", 'model.dtype="float32"', *small]
+    # Samples that go on from openings are longer than those.
+    length = OPENING + 8 if raw.get("calibration", {}).get("continued") else 16
+    return ["calibration.samples=4", f"calibration.length={length}", 'model.dtype="float32"', *small]
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)

@@ -61,15 +61,16 @@ def write_file(
     """Write ``data``, whole or in pieces, under a temporary name, flush it, rename it to ``path``, flush the folder.
 
     A process killed at any moment leaves the old file or the new one; so does a machine, but without ``flush``, which
-    is for what a run writes many of and nobody reads back. Raises ``WriteError`` if the disk is full or
-    fails; nothing of the attempt stays.
+    is for what a run writes many of and nobody reads back. Each of several writers at once has a temporary name of its
+    own, and the last one's file stays. Raises ``WriteError`` if the disk is full or fails: nothing of the attempt
+    stays.
     """
     size = 0
     try:
-        with unfinished(path.with_name(path.name + _SUFFIX)) as partial:
+        with unfinished(path.with_name(f"{path.name}.{os.urandom(4).hex()}{_SUFFIX}")) as partial:
+            # Private from its first moment: who opened it before it became so could read what is written later.
+            os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private else 0o666))
             with open(partial, "wb") as file:
-                if private:
-                    os.chmod(partial, 0o600)
                 for piece in [data] if isinstance(data, bytes) else data:
                     size += len(piece)
                     file.write(piece)
