@@ -15,8 +15,10 @@ from torch import Tensor
 
 from mxfx.calibration.datasets import DatasetError
 
-#: Samples that grow at once, at most; on a GPU their keys and values may take half of the free memory.
+#: Samples that grow at once, at most.
 _BATCH = {"cuda": 2048, "cpu": 64}
+#: Of a GPU's memory, the part that their keys and values may take: less than a model leaves that is built there whole.
+_SHARE = 8
 
 #: Steps on a GPU between two looks at whether all rows have ended: a look waits for the device.
 _LOOK_EVERY = 16
@@ -32,7 +34,7 @@ def sample(
     model: Any,
     prompts: Sequence[Sequence[int]],
     length: int,
-    generator: torch.Generator,
+    chances: Tensor,
     *,
     stop: frozenset[int] = frozenset(),
     warp: Warp | None = None,
@@ -40,6 +42,10 @@ def sample(
 ) -> Tensor:
     """Continue each prompt by ``length`` tokens drawn at temperature 1, from logits as ``warp`` makes them; int64
     ``(prompts, length)`` on CPU.
+
+    ``chances``, float64 ``(prompts, length)`` from 0 to 1, decide which: a row's tokens hang on its own prompt and its
+    own row of them, not on the rows beside it. What is left of these are the last bits of the logits, which products of
+    another number of rows sum in another order.
 
     Prompts of different lengths are padded on the left and masked. A row that drew a token of ``stop`` repeats it to
     the end; when all have, the rest is not computed. The model keeps its keys and values between steps: an emitted one
@@ -54,6 +60,7 @@ def sample(
     ends = torch.tensor(sorted(stop), dtype=torch.int64, device=device)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     found = torch.empty(len(prompts), length, dtype=torch.int64, device=device)
+    chances = chances.to(device)
     cache = model.new_cache(width + length) if hasattr(model, "new_cache") else None
     # The last logits are enough; every emitted model knows the option.
     last = {} if cache is None else {"logits_to_keep": 1}
@@ -64,7 +71,7 @@ def sample(
             out = model(input_ids=ids, past_key_values=cache, use_cache=True, **options, **last)
             cache = out.past_key_values
             logits = out.logits[:, -1]
-            ids = drawn(logits if warp is None else warp(logits.float()), generator)
+            ids = drawn(logits if warp is None else warp(logits.float()), chances[:, step])
             if len(ends):
                 ids = torch.where(done[:, None], found[:, max(step - 1, 0), None], ids) if step else ids
                 done |= torch.isin(ids[:, 0], ends)
@@ -76,24 +83,18 @@ def sample(
     return found.cpu()
 
 
-def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One token for each row of ``logits`` ``(rows, vocabulary)`` by its softmax; int64 ``(rows, 1)``."""
-    shares = logits.float().softmax(-1)
-    return (_by_sums if shares.device.type == "cpu" else _by_times)(shares, generator)
-
-
-def _by_times(shares: Tensor, generator: torch.Generator) -> Tensor:
-    """The least of exponential times, each over its share: ``torch.multinomial`` draws so too, and gives the same
-    tokens, but looks at the shares first, for which the host waits.
+def drawn(logits: Tensor, chances: Tensor) -> Tensor:
+    """One token for each row of ``logits`` ``(rows, vocabulary)`` by its softmax: the one in which that part of the
+    row's sum is passed that ``chances``, float64 ``(rows,)``, says; int64 ``(rows, 1)``. Nothing waits for a device.
     """
-    return shares.div_(torch.empty_like(shares).exponential_(generator=generator)).argmax(-1, keepdim=True)
+    sums = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
+    passed = sums[:, -1:] * chances[:, None]
+    return torch.searchsorted(sums, passed, right=True).clamp_max_(sums.shape[-1] - 1)
 
 
-def _by_sums(shares: Tensor, generator: torch.Generator) -> Tensor:
-    """Where a random part of the row's sum is passed: one random number a row, of which a CPU makes few a second."""
-    sums = shares.cumsum(-1, dtype=torch.float64)
-    passed = sums[:, -1:] * torch.rand(len(sums), 1, generator=generator, dtype=torch.float64)
-    return torch.searchsorted(sums, passed, right=True).clamp_max_(shares.shape[-1] - 1)
+def chances(rows: int, length: int, generator: torch.Generator) -> Tensor:
+    """What ``sample`` draws so many rows by, of a generator on the CPU: the same for a row however they are cut."""
+    return torch.rand(rows, length, generator=generator, dtype=torch.float64)
 
 
 def _positions(mask: Tensor, count: int) -> Tensor:
@@ -116,6 +117,11 @@ def self_samples(
     Half begin with the token that starts a text; half, where the tokenizer has a chat template, with the opening of a
     user's turn. An end of text does not end a sample: the model goes on with the next one. With ``openings``, int64
     ``(samples, opening)``, each sample begins with its own instead.
+
+    A sample is decided by model, ``seed``, ``length`` and its own number: ``batch_size``, and whether a device takes
+    kinds together, only cut the work (but see ``sample`` for the last bits). So that these are the same too, in every
+    run and on every device of one kind, what grows at once without a ``batch_size`` follows from model, length and the
+    size of the device, never from what is free there.
     """
     if openings is not None:
         starts = openings.tolist()
@@ -125,11 +131,12 @@ def self_samples(
         starts += [turn] if turn is not None and len(turn) < length else []
     kinds = 1 if openings is not None else len(starts)
     size = batch_size or batch_of(model, length)
-    generator = torch.Generator(model.device).manual_seed(seed)
+    drawn_by = chances(samples, length, torch.Generator().manual_seed(seed))
     result = torch.empty(samples, length, dtype=torch.int64)
     for rows in _batches(samples, kinds, size, by_kind=model.device.type == "cuda"):
         prompts = [starts[row % len(starts)] for row in rows]
-        found = sample(model, prompts, length - min(map(len, prompts)), generator, progress=progress)
+        count = length - min(map(len, prompts))
+        found = sample(model, prompts, count, drawn_by[rows, :count], progress=progress)
         for row, prompt, ids in zip(rows, prompts, found, strict=True):
             result[row] = torch.cat([torch.tensor(prompt), ids[: length - len(prompt)]])
     return result
@@ -152,7 +159,7 @@ def _batches(samples: int, kinds: int, size: int, *, by_kind: bool) -> list[list
 
 
 def batch_of(model: Any, length: int) -> int:
-    """How many sequences of ``length`` tokens may grow at once on the model's device."""
+    """How many sequences of ``length`` tokens grow at once on the model's device: of one kind always as many."""
     most = _BATCH.get(model.device.type, _BATCH["cpu"])
     if model.device.type != "cuda":
         return most
@@ -160,8 +167,8 @@ def batch_of(model: Any, length: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
-    free, _ = torch.cuda.mem_get_info(model.device)
-    return max(1, min(most, free // 2 // (token * length)))
+    size = torch.cuda.get_device_properties(model.device).total_memory
+    return max(1, min(most, size // _SHARE // (token * length)))
 
 
 def start_token(tokenizer: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mxfx.calibration.keys import digest, token_key
+from mxfx.calibration.keys import digest, environment, token_key
 from mxfx.calibration.sampling import rendered, self_samples, start_token
 from mxfx.config import Pipeline
 from mxfx.driver.fitting import fitting_lm
@@ -28,13 +29,18 @@ from mxfx.pipeline.manager import PassManager
 
 _log = logging.getLogger(__name__)
 
+#: Of a configuration, where the model lies and what wrote it: no part of what it says.
+_NO_PART = frozenset({"_name_or_path", "transformers_version"})
+
 
 class FloatTexts:
     """Texts of one float model of transformers, which keeps its keys and values between tokens.
 
     ``device`` is where it writes, as the emitted graph of ``program`` (None: traced here) where that has a cache: its
     steps are replayed on a GPU and taken by C kernels on a CPU.
-    ``cache`` (None: the user's) keeps what it wrote under a hash of its weights: a later run reads it.
+    ``cache`` (None: the user's) keeps what it wrote: a later run reads it. Samples, which decide what a run makes of
+    weights, are kept under all that decides them, device and versions too. Answers, on which models are compared, are
+    those of whichever device was the first to write them.
     """
 
     def __init__(
@@ -56,7 +62,9 @@ class FloatTexts:
         """Sequences for ``calibration.dataset = "self"``; see ``self_samples``."""
         turn = rendered(self._tokenizer, [{"role": "user", "content": "x"}])
         begun = [start_token(self._tokenizer), turn] if openings is None else [token_key(openings)]
-        key = digest([self.key, *begun, samples, length, seed])
+        # One process writes them, for however many.
+        made_by = {name: of for name, of in environment(self._device).items() if name != "ranks"} | {"wide": self._wide}
+        key = digest([self.key, *begun, samples, length, seed, made_by])
         file = self._cache / f"self-{key}.safetensors"
         found = _read(file)
         if found is None:
@@ -84,10 +92,18 @@ class FloatTexts:
 
     @property
     def key(self) -> str:
-        """Hash of the model's weights and dtypes."""
+        """Hash of what the model's words depend on: weights, configuration, tokens that end an answer."""
         if not self._key:
-            self._key = tensors_hash(self._model.state_dict())
+            config = json.loads(self._model.config.to_json_string(use_diff=False))
+            ends = getattr(getattr(self._model, "generation_config", None), "eos_token_id", None)
+            said = {name: value for name, value in config.items() if name not in _NO_PART}
+            self._key = digest([tensors_hash(self._model.state_dict()), said, ends])
         return self._key
+
+    @property
+    def _wide(self) -> bool:
+        """Whether it writes in float32, whatever its own precision."""
+        return self._device.type == "cpu" and not _multiplies_short_floats()
 
     def _release(self) -> None:
         """Give a GPU's memory back now: recorded steps and their caches hold each other, up to half of it."""
@@ -100,13 +116,12 @@ class FloatTexts:
 
         Transformers' cache is copied with each token and its heads with each layer: on a GPU several times slower.
         """
-        wide = self._device.type == "cpu" and not _multiplies_short_floats()
-        program = self._program().twin(torch.float32) if wide else self._program()
+        program = self._program().twin(torch.float32) if self._wide else self._program()
         model = fitting_lm(PassManager().run(program, Pipeline([]).completed()).program, self._device)
         if model.specs:
             return model
         _log.warning("the float model's graph has no cache of keys and values: it writes its texts slowly")
-        return copy.deepcopy(self._model).float() if wide else self._model.to(self._device)
+        return copy.deepcopy(self._model).float() if self._wide else self._model.to(self._device)
 
 
 def _multiplies_short_floats() -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfx.calibration.sampling import Progress, Warp, batch_of, rendered, sample
+from mxfx.calibration.sampling import Progress, Warp, batch_of, chances, rendered, sample
 from mxfx.evaluation.evaluate import Domain
 from mxfx.evaluation.results import EvaluationError
 from mxfx.evaluation.texts import plain
@@ -138,13 +138,15 @@ def _answer(
 ) -> list[list[int]]:
     """Answers in the order of the prompts, then again, until `wanted` tokens are there; the last one is cut."""
     ends = _ends(model, tokenizer)
-    generator = torch.Generator(model.device).manual_seed(0)
+    # An answer hangs on its number, not on how many are begun at once.
+    generator = torch.Generator().manual_seed(0)
     size = batch_of(model, longest + max(map(len, prompts)))
     mean = min(_MEAN_ANSWER, longest)
     found: list[list[int]] = []
     while sum(map(len, found)) < wanted:
         chosen = [prompts[(len(found) + i) % len(prompts)] for i in range(min(size, -(-wanted // mean)))]
-        rows = sample(model, chosen, longest, generator, stop=ends, warp=_warp(sampling), progress=progress)
+        by = chances(len(chosen), longest, generator)
+        rows = sample(model, chosen, longest, by, stop=ends, warp=_warp(sampling), progress=progress)
         found += [_until(row.tolist(), ends) for row in rows]
     total = 0
     for index, ids in enumerate(found):

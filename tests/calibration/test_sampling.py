@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mxfx.calibration.datasets import DatasetError, load_tokens
-from mxfx.calibration.sampling import _batches, _by_times, drawn, sample, self_samples, start_token, user_turn
+from mxfx.calibration.sampling import _batches, batch_of, chances, drawn, sample, self_samples, start_token, user_turn
 from mxfx.calibration.sources import OPENING, calibration_tokens, split_by_share
 from mxfx.driver.texts import FloatTexts
 from mxfx.runtime.causal_lm import EmittedCausalLM
@@ -20,13 +20,13 @@ def model():
     return byte_model()
 
 
-def _generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def _chances(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return chances(rows, length, torch.Generator().manual_seed(seed))
 
 
 def test_the_first_token_is_drawn_from_the_model_s_distribution(model) -> None:
     count = 20_000
-    found = sample(model, [[5, 6, 7]] * count, 1, _generator())
+    found = sample(model, [[5, 6, 7]] * count, 1, _chances(count, 1))
     share = torch.bincount(found[:, 0], minlength=259) / count
     wanted = model(torch.tensor([[5, 6, 7]])).logits[0, -1].softmax(-1)
     spread = (wanted * (1 - wanted) / count).sqrt()
@@ -34,16 +34,15 @@ def test_the_first_token_is_drawn_from_the_model_s_distribution(model) -> None:
 
 
 def test_with_its_cache_a_text_is_that_of_the_whole_prefix_each_time(model) -> None:
-    found = sample(model, [[5, 6, 7]], 24, _generator(3))[0].tolist()
-    generator, ids = _generator(3), [5, 6, 7]
-    for token in found:
-        assert int(drawn(model(torch.tensor([ids])).logits[0, -1:], generator)) == token
+    by, ids = _chances(1, 24, 3), [5, 6, 7]
+    for step, token in enumerate(sample(model, [[5, 6, 7]], 24, by)[0].tolist()):
+        assert int(drawn(model(torch.tensor([ids])).logits[0, -1:], by[:, step])) == token
         ids.append(token)
 
 
 def test_prompts_of_other_lengths_do_not_disturb_a_text(model) -> None:
     short, long = [5, 6, 7], list(range(10, 30))
-    padded = sample(model, [long, short], 1, _generator())
+    padded = sample(model, [long, short], 1, _chances(2, 1))
     ids = torch.tensor([[0] * 17 + short])
     mask = torch.tensor([[0] * 17 + [1] * 3])
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
@@ -55,20 +54,14 @@ def test_prompts_of_other_lengths_do_not_disturb_a_text(model) -> None:
 
 def test_a_row_that_ended_stays_at_its_end(model) -> None:
     stop = frozenset(range(0, 259, 2))
-    for row in sample(model, [[5]] * 16, 12, _generator(), stop=stop).tolist():
+    for row in sample(model, [[5]] * 16, 12, _chances(16, 12), stop=stop).tolist():
         end = next((i for i, token in enumerate(row) if token in stop), len(row) - 1)
         assert set(row[end:]) == {row[end]}
 
 
-def test_on_a_gpu_tokens_are_drawn_as_torch_draws() -> None:
-    shares = torch.randn(64, 999, generator=_generator(1)).softmax(-1)
-    wanted = torch.multinomial(shares, 1, generator=_generator(2))
-    assert torch.equal(_by_times(shares, _generator(2)), wanted)
-
-
-def test_on_a_cpu_tokens_are_drawn_in_their_shares_and_impossible_ones_never() -> None:
+def test_tokens_are_drawn_in_their_shares_and_impossible_ones_never() -> None:
     count, shares = 50_000, torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
-    found = drawn(shares.log().expand(count, -1), _generator())
+    found = drawn(shares.log().expand(count, -1), _chances(count, 1)[:, 0])
     assert found.shape == (count, 1) and found.dtype == torch.int64
     seen = torch.bincount(found[:, 0], minlength=6) / count
     spread = (shares * (1 - shares) / count).sqrt()
@@ -81,7 +74,7 @@ def test_the_emitted_graph_writes_what_the_model_writes(model, tmp_path: Path, p
     emitted = FloatTexts(model, byte_tokenizer(), "cpu", tmp_path).emitted()
     assert isinstance(emitted, EmittedCausalLM)
     stop = frozenset({11, 12})
-    one, two = (sample(lm, prompts, 40, _generator(4), stop=stop) for lm in (model, emitted))
+    one, two = (sample(lm, prompts, 40, _chances(len(prompts), 40, 4), stop=stop) for lm in (model, emitted))
     assert torch.equal(one, two)
 
 
@@ -90,10 +83,10 @@ def test_on_a_gpu_a_text_is_that_of_the_whole_prefix_each_time(tmp_path: Path) -
     device = torch.device("cuda")
     emitted = FloatTexts(byte_model().to(device), byte_tokenizer(), device, tmp_path).emitted()
     prompts = [[5, 6, 7], [9, 5, 6]]
-    found = sample(emitted, prompts, 24, torch.Generator(device).manual_seed(3))
-    generator, ids = torch.Generator(device).manual_seed(3), torch.tensor(prompts, device=device)
+    by, ids = _chances(2, 24, 3), torch.tensor(prompts, device=device)
+    found = sample(emitted, prompts, 24, by)
     for step in range(24):
-        token = drawn(emitted(ids).logits[:, -1], generator)
+        token = drawn(emitted(ids).logits[:, -1], by[:, step].to(device))
         assert token[:, 0].tolist() == found[:, step].tolist()
         ids = torch.cat([ids, token], dim=1)
 
@@ -127,11 +120,23 @@ def test_a_tokenizer_without_any_special_token_is_refused() -> None:
         start_token(Bare())
 
 
-def test_a_batch_more_or_less_only_cuts_the_work(model) -> None:
-    """Seeded: the same call gives the same bytes."""
-    one, two = (self_samples(model, byte_tokenizer(), samples=6, length=16, seed=4, batch_size=2) for _ in range(2))
-    assert torch.equal(one, two)
-    assert not torch.equal(one, self_samples(model, byte_tokenizer(), samples=6, length=16, seed=5, batch_size=2))
+def test_a_sample_is_the_same_whichever_grow_beside_it(model) -> None:
+    options = {"tokenizer": byte_tokenizer(), "length": 24, "seed": 4}
+    whole = self_samples(model, samples=7, batch_size=64, **options)
+    for size in (1, 2, 3):
+        assert torch.equal(self_samples(model, samples=7, batch_size=size, **options), whole)
+    assert torch.equal(self_samples(model, samples=5, **options), whole[:5])
+    assert len({tuple(row) for row in whole[::2].tolist()}) == 4, "but each is another"
+    assert not torch.equal(self_samples(model, samples=7, **options | {"seed": 5}), whole)
+
+
+def test_how_many_grow_at_once_does_not_hang_on_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 GB, and 2 · 2 layers · 2 heads · 8 numbers of four bytes a token."""
+    size = type("Properties", (), {"total_memory": 80 * 10**9})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: size)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: pytest.fail("what is free was asked for"))
+    on_cuda = type("Model", (), {"device": torch.device("cuda"), "dtype": torch.float32, "config": byte_model().config})
+    assert [batch_of(on_cuda, length) for length in (1 << 10, 1 << 17)] == [2048, 10**10 // (256 << 17)]
 
 
 def test_on_a_cpu_both_kinds_grow_together_and_on_a_gpu_each_for_itself() -> None:
@@ -148,6 +153,34 @@ def test_samples_are_written_once_and_found_by_the_model_s_hash(model, tmp_path:
     assert torch.equal(FloatTexts(model, tokenizer, "cpu", tmp_path).samples(4, 16, 0), first)
     assert file.stat().st_mtime_ns == before
     FloatTexts(byte_model(seed=1), tokenizer, "cpu", tmp_path).samples(4, 16, 0)
+    assert len(list(tmp_path.glob("self-*.safetensors"))) == 2
+
+
+def test_samples_and_answers_are_kept_under_all_that_decides_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are not all: neither the base of RoPE nor the token that ends an answer is a tensor."""
+
+    def made(change) -> FloatTexts:
+        model = byte_model()
+        change(model)
+        return FloatTexts(model, byte_tokenizer(), "cpu", tmp_path)
+
+    def theta(model) -> None:
+        model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 5.0}
+
+    def ends(model) -> None:
+        model.generation_config.eos_token_id = [1, 7]
+
+    def moved(model) -> None:
+        model.config.name_or_path = "elsewhere"
+
+    plain = made(lambda model: None)
+    assert made(moved).key == plain.key
+    assert len({plain.key, made(theta).key, made(ends).key}) == 3
+    plain.samples(2, 16, 0)
+    monkeypatch.setattr("mxfx.calibration.keys._version", lambda: "another")
+    plain.samples(2, 16, 0)
     assert len(list(tmp_path.glob("self-*.safetensors"))) == 2
 
 
@@ -213,8 +246,7 @@ def test_what_goes_on_is_what_the_model_says_behind_its_opening(model) -> None:
     openings = torch.arange(3 * 8).view(3, 8) + 20
     ids = self_samples(model, byte_tokenizer(), samples=3, length=12, seed=2, openings=openings)
     assert torch.equal(ids[:, :8], openings)
-    generator = torch.Generator().manual_seed(2)
-    assert torch.equal(ids[:, 8:9], drawn(model(openings).logits[:, -1], generator))
+    assert torch.equal(ids[:, 8:9], drawn(model(openings).logits[:, -1], _chances(3, 12, 2)[:, 0]))
 
 
 def test_openings_are_read_again_where_they_are_few_and_that_is_told(model, tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mxfx.calibration import sampling as texts
-from mxfx.calibration.sampling import sample
+from mxfx.calibration.sampling import chances, sample
 from mxfx.driver.texts import FloatTexts
 from mxfx.evaluation.chat import PROMPTS, _warp, chat_domain
 from mxfx.evaluation.evaluate import measure
@@ -99,18 +98,22 @@ def test_answers_drawn_otherwise_are_another_domain(model, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "sampling", [{"temperature": 0.5}, {"top_k": 5, "top_p": 0.7}, {"temperature": 1.5, "min_p": 0.02}]
 )
-def test_answers_are_drawn_as_generate_draws_them(
-    model, sampling: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_are_drawn_as_generate_draws_them(model, sampling: dict[str, float]) -> None:
     """One more token behind a prompt, often: shares of tokens agree with those of transformers' generate."""
-    # With torch's own draws, so that only what is drawn from may differ.
-    monkeypatch.setattr(texts, "_by_sums", texts._by_times)
-    prompt, count = [5, 6, 7], 4000
+    prompt, count = [5, 6, 7], 16_000
     torch.manual_seed(0)
     options = {"top_k": 0, "min_new_tokens": 1, "max_new_tokens": 1, "do_sample": True, "pad_token_id": 0} | sampling
     theirs = model.generate(torch.tensor([prompt] * count), **options)[:, -1]
-    ours = sample(model, [prompt] * count, 1, torch.Generator().manual_seed(0), warp=_warp(sampling))[:, 0]
+    ours = sample(
+        model, [prompt] * count, 1, chances(count, 1, torch.Generator().manual_seed(0)), warp=_warp(sampling)
+    )[:, 0]
     shares = [torch.bincount(found, minlength=259) / count for found in (theirs, ours)]
     # min_new_tokens = 1 keeps generate from an end, which these options make unlikely.
     assert float((shares[0] - shares[1]).abs().sum()) / 2 < 0.08
     assert set(ours.unique().tolist()) <= set(theirs.unique().tolist()) or "temperature" in sampling
+
+
+def test_an_answer_is_the_same_however_many_are_begun_at_once(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = _domain(model)
+    monkeypatch.setattr("mxfx.evaluation.chat.batch_of", lambda *_: 2)
+    assert _domain(model).sha == whole.sha
