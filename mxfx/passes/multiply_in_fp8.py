@@ -46,8 +46,9 @@ class MultiplyInFp8(Pass):
         and of rows whose blocks span several octaves some results differ by more than their last bit.
 
     A linear stays as it is, with the reason, where its input is not rounded right before it, where a format has more
-    than 4 significant bits, where a row of the weight spans more octaves than E4M3 has, or where sizes are not
-    multiples of 16. Rows of activations that span too many are counted as they come, and a run warns of them.
+    than 4 significant bits or blocks of more octaves than E4M3 has (MXFP8), where a row of the weight spans more than
+    it has, or where sizes are not multiples of 16. Rows of activations that span too many are counted as they come, and
+    a run warns of them.
     """
 
     name: ClassVar[str] = "multiply-in-fp8"

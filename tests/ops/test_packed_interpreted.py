@@ -94,6 +94,16 @@ else:
         assert fp8.octaves_beyond(codes, scales, parse(text), 384) == 0
         assert _same(fp8.from_rows(payload, row_scales[:, None], torch.float32), weight)
 
+    @pytest.mark.parametrize("text", ["mxint4@32", "mxfp4_e2m1@32"])
+    def test_rows_that_e4m3_does_not_hold_are_those_that_expanding_changes(text):
+        codes, scales, _ = _packed(text, 12, 64)
+        scales[:, 0], scales[:, 1] = torch.arange(120, 144, 2), 120
+        weight = restore(codes, scales, parse(text), 64, torch.float32)
+        payload, row_scales = torch.empty(12, 64, dtype=torch.uint8), torch.empty(12)
+        expand_to_e4m3(codes, scales, parse(text), payload, row_scales)
+        changed = (fp8.from_rows(payload, row_scales[:, None], torch.float32) != weight).any(-1).sum()
+        assert 0 < changed < 12 and fp8.octaves_beyond(codes, scales, parse(text), 64) == changed
+
     def test_a_block_that_is_not_a_number_makes_its_row_none():
         codes, scales, _ = _packed("mxint4@32", 4, 96)
         scales[1, 2] = 255

@@ -94,6 +94,11 @@ def test_linears_that_share_an_input_share_one_product() -> None:
     [
         ("mxint8@16", "mxint4@16", "its weight is mxint8@16, of which E4M3 does not hold the significant bits"),
         ("mxint4@16", "mxint8@16", "its input is mxint8@16, of which E4M3 does not hold the significant bits"),
+        (
+            "mxint4@16",
+            "mxfp8_e4m3@16",
+            "its input is mxfp8_e4m3@16, of which a block may span more octaves than E4M3 has",
+        ),
         ("mxint4@20", "mxint4@16", "no kernel expands rows of 64 in mxint4@20 to E4M3"),
     ],
 )

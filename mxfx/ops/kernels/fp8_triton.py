@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
-from mxfx.formats import FloatElement, Format
+from mxfx.formats import Format
+from mxfx.ops.fp8 import octaves_of
 from mxfx.ops.kernels.packed_triton import to_e4m3
 from mxfx.ops.kernels.pairs_triton import largest_of, pairs_to_e4m3, round_pairs
 from mxfx.ops.kernels.rounding_triton import grid_of, quantize_tile, round_tile
@@ -35,7 +36,7 @@ def rows_to_e4m3(x: Tensor, payload: Tensor, row_scales: Tensor, inexact: Tensor
 
     With `fmt`, whose blocks are powers of two that divide k, `x` is first rounded onto its grid. `inexact`, int64 (1,),
     grows by the rows of which E4M3 does not hold every entry, or, with `fmt`, whose blocks span more octaves than it is
-    sure to hold (`octaves_of`); they are rounded to nearest.
+    sure to hold (`mxfx.ops.fp8.octaves_of`); they are rounded to nearest.
     """
     if fmt is not None and grid_of(fmt, x.dtype).pairs and x.data_ptr() % 4 == 0:
         x, payload = x.view(torch.int32), payload.view(torch.int16)
@@ -48,18 +49,6 @@ def align_rows(payload: Tensor, block_scales: Tensor, row_scales: Tensor, inexac
     `block_scales`, uint8 (m, blocks), holds exponents + 127; the rest is as for `rows_to_e4m3`.
     """
     _launch_align(payload.shape, payload.device, fmt)(payload, block_scales, row_scales, inexact)
-
-
-@lru_cache(maxsize=256)
-def octaves_of(fmt: Format) -> int:
-    """By how many octaves the largest entry of a block may lie below its row's, so that E4M3 holds the block's least.
-
-    The row's comes to lie in [128, 256), and 2^-9 is the least of E4M3.
-    """
-    element = fmt.element
-    if isinstance(element, FloatElement):
-        return 16 - (element.max_exponent - element.min_exponent + element.mantissa_bits)
-    return 16 - (fmt.bits - 1)
 
 
 @lru_cache(maxsize=KEPT_SHAPES)

@@ -28,8 +28,6 @@ FEW_INTEGERS = 8
 INTEGER_ROWS = 16
 #: As many entries of a block as tensor cores multiply at least.
 INTEGER_BLOCK = 32
-#: Largest number of FP8 E4M3.
-E4M3_MAX = 448.0
 
 
 @lru_cache(maxsize=1)

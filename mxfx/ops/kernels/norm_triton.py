@@ -17,10 +17,11 @@ from torch import Tensor
 
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
+from mxfx.ops.fp8 import octaves_of
 from mxfx.ops.kernels.activation_triton import load_sum
 from mxfx.ops.kernels.addressing import alike, as_rows, is_walkable
 from mxfx.ops.kernels.early_triton import STEP_ROWS, starts_early, wait
-from mxfx.ops.kernels.fp8_triton import as_power, in_units, octaves_of, power_below, span_of, too_far
+from mxfx.ops.kernels.fp8_triton import as_power, in_units, power_below, span_of, too_far
 from mxfx.ops.kernels.integer_triton import Integers, blocks_to_integers, count_lost, place
 from mxfx.ops.kernels.matrix_triton import load_matrix, multiply, quantize_blocks, terms_of
 from mxfx.ops.kernels.packed_triton import to_e4m3

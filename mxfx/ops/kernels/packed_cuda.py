@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mxfx.formats import Format
 from mxfx.ops.experts import expert_linear
-from mxfx.ops.fp8 import carries
+from mxfx.ops.fp8 import not_carried
 from mxfx.ops.kernels import limits, takes
 from mxfx.ops.kernels.cuda import if_it_fits, norm_quantize
 from mxfx.ops.kernels.e4m3_product import has_e4m3, multiply_e4m3
@@ -223,7 +223,7 @@ def _linear_e4m3(
     if multiply is not None:
         out = _side_by_side(multiply, rows, codes, scales, biases, fmt, dtype, factors).view(out_shape)
         return out if residual is None else residual + out
-    if not carries(fmt):
+    if not_carried(fmt) is not None:
         return NotImplemented
     rest = None if residual is None else residual.reshape(rows.shape[0], -1).contiguous()
     return multiply_e4m3(rows, factors, codes, scales, biases, rest, fmt, dtype, sums).view(out_shape)

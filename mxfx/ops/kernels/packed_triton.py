@@ -8,7 +8,6 @@ Importable only where `triton` is.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import FloatElement, Format
 from mxfx.formats.stored import codes_length
-from mxfx.ops.kernels.limits import E4M3_MAX
+from mxfx.ops.fp8 import headroom
 
 _NAN = tl.constexpr(0x7FC0_0000)
 _SIGN = tl.constexpr(-(2**31))
@@ -36,7 +35,7 @@ ROW_WARPS = 2
 class Codes:
     """What the kernels know of an element type: `mantissa` and `bias` of a float (-1 and 0 for an integer).
 
-    `top`: the greatest d at which every code times 2^d is at most E4M3's largest number.
+    `top`: their `mxfx.ops.fp8.headroom`.
     """
 
     bits: int
@@ -54,8 +53,8 @@ class Codes:
 def codes_of(fmt: Format) -> Codes:
     element = fmt.element
     if isinstance(element, FloatElement):
-        return Codes(fmt.bits, element.mantissa_bits, element.bias, math.floor(math.log2(E4M3_MAX / element.max_value)))
-    return Codes(fmt.bits, -1, 0, math.floor(math.log2(E4M3_MAX)) - (fmt.bits - 1))
+        return Codes(fmt.bits, element.mantissa_bits, element.bias, headroom(fmt))
+    return Codes(fmt.bits, -1, 0, headroom(fmt))
 
 
 def expand(codes: Tensor, scales: Tensor, fmt: Format, out: Tensor) -> None:
@@ -66,7 +65,7 @@ def expand(codes: Tensor, scales: Tensor, fmt: Format, out: Tensor) -> None:
 def expand_to_e4m3(codes: Tensor, scales: Tensor, fmt: Format, payload: Tensor, row_scales: Tensor) -> None:
     """Write the weight as E4M3 bytes, `payload` uint8 (n, k), and the power of two of each row, float32 (n,).
 
-    Exact where the row's blocks span few enough octaves (`mxfx.ops.kernels.limits.fits_e4m3`).
+    Exact where the row's blocks span few enough octaves (`mxfx.ops.fp8.octaves_beyond`).
     """
     _launch_expand(codes.shape[0], payload.shape[1], torch.uint8, codes.device, fmt)(codes, scales, payload, row_scales)
 

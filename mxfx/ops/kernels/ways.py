@@ -60,10 +60,9 @@ def no_fp8(weight: Format, x: Format | None, width: int, channels: int) -> str |
     """Why FP8 tensor cores do not take a product of these formats and sizes; None if they do."""
     if x is None:
         return "its input is read unrounded"
-    if not fp8.carries(x):
-        return f"its input is {x}, of which E4M3 does not hold the significant bits"
-    if not fp8.carries(weight):
-        return f"its weight is {weight}, of which E4M3 does not hold the significant bits"
+    for name, fmt in (("input", x), ("weight", weight)):
+        if (why := fp8.not_carried(fmt)) is not None:
+            return f"its {name} is {fmt}, {why}"
     if not takes_packed(weight, width) or not takes_e4m3_rows(width):
         return f"no kernel expands rows of {width} in {weight} to E4M3"
     if width % ALIGNED or channels % ALIGNED:
