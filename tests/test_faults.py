@@ -173,7 +173,7 @@ def test_learned_positions_that_calibration_exceeds_are_one_error() -> None:
 
 
 def test_text_beyond_learned_positions_is_not_written() -> None:
-    program = Job.of_model(learned_positions(), torch.device("cpu")).run(loads("").completed()).program
+    program = Job.of_model(learned_positions(), torch.device("cpu")).run(loads("pass = []").completed()).program
     prompt = " ".join(f"w{i}" for i in range(30))
     found = write(as_causal_lm(program), tokenizer(), prompt, max_new_tokens=10)
     assert found.tokens <= 2

@@ -31,7 +31,7 @@ from mxfx.compat.table import Table
 from mxfx.config.locate import Cursor, Document, read_toml
 from mxfx.config.options import listed
 from mxfx.config.pipeline import SETTINGS, Pipeline, from_document, register_passes
-from mxfx.ground.nearest import did_you_mean
+from mxfx.ground.nearest import did_you_mean, nearest
 
 COLLECTOR = "token_collector"
 _BLOCKS = ("gptq", "rotation_search", COLLECTOR)
@@ -65,9 +65,13 @@ def load_quant_config(path: str | Path) -> PassArgs:
 
 
 def load_any(path: str | Path) -> Pipeline:
-    """Read a pipeline file or a TOML file of the tutorial, whichever it is."""
+    """Read a pipeline file or a TOML file of the tutorial, whichever it is. Raises ``ConfigError``."""
     document = read_toml(path)
-    return from_tutorial(document.value, document.root) if is_tutorial(document) else from_document(document)
+    if not is_tutorial(document):
+        return from_document(document)
+    if document.value.keys() == {"by"}:
+        raise (document.root / "by").error("the file has no selectors", "quoted selectors, or [gptq] or [rotation_search]")
+    return from_tutorial(document.value, document.root)
 
 
 def only_collects(path: str | Path) -> bool:
@@ -80,12 +84,15 @@ def only_collects(path: str | Path) -> bool:
 
 
 def is_tutorial(document: Document) -> bool:
-    """Whether a file is in the dialect: it has ``by``, or selectors or blocks and no ``[[pass]]``."""
+    """Whether a file is in the dialect: it has ``by``, or selectors or blocks and no ``[[pass]]``.
+
+    A misspelt table of mxfx is no selector, though it has a ``name`` as ``[model]`` does.
+    """
     raw = document.value
     if "by" in raw or "pass" in raw:
         return "by" in raw
     blocks = (*_BLOCKS, *_REFUSED_BLOCKS)
-    selectors = (value for key, value in raw.items() if key not in SETTINGS)
+    selectors = (value for key, value in raw.items() if nearest(key, SETTINGS, cutoff=0.75) is None)
     return any(key in blocks for key in raw) or any(isinstance(v, dict) and "name" in v for v in selectors)
 
 

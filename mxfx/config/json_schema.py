@@ -30,6 +30,7 @@ def schema() -> dict[str, Any]:
         "title": "mxfx pipeline",
         "type": "object",
         "properties": tables,
+        "required": ["pass"],
         "additionalProperties": False,
         "$defs": passes,
     }

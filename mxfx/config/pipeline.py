@@ -245,15 +245,13 @@ def loads(text: str, source: str = "<text>") -> Pipeline:
 
 
 def from_document(document: Document) -> Pipeline:
-    """The pipeline of a parsed file."""
+    """The pipeline of a parsed file. One without passes says so: ``pass = []``."""
     register_passes()
     root, raw = document.root, document.value
-    valid = [*SETTINGS, "pass"]
     for key in raw:
-        if key not in valid:
-            hint = did_you_mean(key, valid)
+        if key not in SETTINGS and key != "pass":
             tables = ", ".join(f"[{name}]" for name in SETTINGS)
-            raise (root / key).error(f"unknown table {key!r}", f"{tables} or [[pass]]", hint)
+            raise (root / key).error(f"unknown table {key!r}", f"{tables} or [[pass]]", _near_table(key))
     settings = {
         name: options.read_dataclass(cls, raw[name], root / name, f"[{name}]")
         for name, cls in SETTINGS.items()
@@ -262,7 +260,18 @@ def from_document(document: Document) -> Pipeline:
     if "phases" in raw and not settings["phases"].given:
         wanted = "[[phases.decode.rule]] or [[phases.prefill.rule]] with a format"
         raise (root / "phases").error("[phases] has no rules: both phases would be one", wanted)
-    return Pipeline(read_passes(raw.get("pass", []), root / "pass"), **settings, root=root).completed()
+    if "pass" not in raw:
+        wanted = "[[pass]] tables; pass = [] above all tables for the model as it is, in no format"
+        raise root.error("the file has no passes", wanted, "`mxfx help pipeline` has a whole file")
+    return Pipeline(read_passes(raw["pass"], root / "pass"), **settings, root=root).completed()
+
+
+def _near_table(key: str) -> str:
+    """What a table that is none may be: misspelt, or one of a file of the tutorial's that does not say so."""
+    if key.startswith("pass"):
+        return "did you mean [[pass]]?"
+    near = did_you_mean(key, SETTINGS)
+    return near or 'a file in the tutorial\'s dialect says by = "regex_name", and each of its selectors has a name'
 
 
 def read_passes(entries: object, at: Cursor) -> tuple[PassSpec, ...]:

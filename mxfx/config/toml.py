@@ -21,7 +21,8 @@ def to_toml(pipeline: Pipeline, *, defaults: bool = False) -> str:
     Settings are printed with all their values, options of passes as they were set; ``defaults`` adds the
     options that keep their default.
     """
-    blocks = [_table(f"[{name}]", values, (name,), "") for name, values in settings_of(pipeline).items()]
+    blocks = [] if pipeline.specs else ["pass = []\n"]
+    blocks += [_table(f"[{name}]", values, (name,), "") for name, values in settings_of(pipeline).items()]
     blocks += [_table("[[pass]]", _entry(spec, defaults), ("pass",), "") for spec in pipeline.specs]
     return "\n".join(blocks)
 

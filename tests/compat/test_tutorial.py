@@ -424,8 +424,12 @@ def test_a_pipeline_file_is_told_from_the_dialect(tmp_path: Path) -> None:
     assert load_any(file).model.name == "a/b"
     file.write_text(f"['m']\n{LINEAR}")
     assert names_of(load_any(file)) == [*RAISE, "annotate", "round-weights"]
-    file.write_text('[modle]\nname = "a/b"\n[[pass]]\nname = "raise-norm"\n')
-    with pytest.raises(ConfigError, match="did you mean 'model'"):
+    for more in ("", '[[pass]]\nname = "raise-norm"\n'):
+        file.write_text(f'[modle]\nname = "a/b"\n{more}')
+        with pytest.raises(ConfigError, match="did you mean 'model'"):
+            load_any(file)
+    file.write_text('by = "regex_name"\n')
+    with pytest.raises(ConfigError, match="has no selectors(.|\n)*expected: quoted selectors"):
         load_any(file)
 
 

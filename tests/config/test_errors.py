@@ -70,6 +70,17 @@ def test_a_mistake_is_one_error_at_its_place(old: str, new: str, place: str, sai
     assert [part for part in said if part not in str(error)] == []
 
 
+@pytest.mark.parametrize("text", ["", "# nothing yet", '[model]\nname = "org/model"\n'])
+def test_a_file_without_passes_does_not_stand_for_the_float_model(text: str) -> None:
+    assert str(error_of(text)).startswith("p.toml: the file has no passes\n  expected: [[pass]] tables; pass = []")
+    assert loads("pass = []\n" + text) == Pipeline(model="org/model" if text[:1] == "[" else None).completed()
+
+
+def test_a_table_that_is_none_is_told_what_it_may_be() -> None:
+    assert error_of('[[passes]]\nname = "stub-solve"\n').hint == "did you mean [[pass]]?"
+    assert 'by = "regex_name"' in error_of("[gptqq]\n").hint
+
+
 def test_the_caret_stands_below_the_mistake() -> None:
     lines = str(error_of(GOOD.replace("match ", "mach "))).splitlines()
     assert lines[1].index("mach") == lines[2].index("^")

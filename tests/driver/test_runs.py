@@ -283,7 +283,7 @@ def test_a_head_of_its_own_beside_a_tied_configuration_is_kept(model: Path) -> N
     change_weights(
         model, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] * 2.0})
     )
-    pipeline = loads(f'[model]\nname = "{model}"\ndtype = "float32"')
+    pipeline = loads(f'pass = []\n[model]\nname = "{model}"\ndtype = "float32"')
     job = Job.load(pipeline, package.check(pipeline).program, "cpu")
     weights = job.program.weights
     assert torch.equal(weights["lm_head.weight"], 2 * weights["model.embed_tokens.weight"])
@@ -295,7 +295,7 @@ def test_a_model_on_disk_is_refused() -> None:
     with pytest.raises(ModelError, match=r"offloaded \(model.layers.1 is not in memory\)"):
         refuse_offloaded(model)
     with pytest.raises(ModelError, match="load it without device_map"):
-        package.compile(model, loads(""))
+        package.compile(model, loads("pass = []"))
 
 
 def test_a_tokenizer_of_another_model_and_too_long_samples_are_refused(tmp_path: Path, model: Path) -> None:
