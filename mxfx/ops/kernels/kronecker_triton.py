@@ -19,6 +19,7 @@ from torch import Tensor
 from mxfx.algorithms.hadamard import kronecker_orders, kronecker_signs
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
+from mxfx.ops.kernels.kept import Kept
 from mxfx.ops.kernels.matrix_triton import quantize_blocks
 from mxfx.ops.kernels.rounding_triton import as_stored, grid_of, narrowed
 
@@ -42,9 +43,9 @@ def kronecker_triton(x: Tensor, order: int, fmt: Format | None = None) -> Tensor
     return out
 
 
-@lru_cache(maxsize=64)
+@Kept
 def signs_of_factors(order: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The ±1 matrices of `kronecker_orders`, the first transposed, kept on the device: a call may be captured."""
+    """The ±1 matrices of `kronecker_orders`, the first transposed."""
     left, right = kronecker_signs(order, torch.float32, device)
     return left.mT.contiguous(), right
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from importlib import import_module
 
 import torch
@@ -20,6 +20,7 @@ from mxfx.algorithms.hadamard import DENSE_ORDER, hadamard_matrix, kronecker_sig
 from mxfx.ops import fused, norm, quantize, transform
 from mxfx.ops.dialect import _differentiate, _save_inputs, find_op
 from mxfx.ops.kernels.build import library
+from mxfx.ops.kernels.kept import Kept
 from mxfx.ops.kernels.limits import has_fast_hadamard, has_triton
 from mxfx.ops.providers import Provider, Takes, on_demand, provide, takes_all
 from mxfx.ops.rope import rope as rotate
@@ -165,9 +166,9 @@ def _transform_backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None
     return of_x, of_matrix
 
 
-@lru_cache(maxsize=64)
+@Kept
 def signs_of(order: int, device: torch.device) -> Tensor:
-    """The Hadamard matrix of an order, kept on the device: a call may be part of a CUDA graph."""
+    """The Hadamard matrix of an order."""
     return hadamard_matrix(order, torch.float32, device)
 
 

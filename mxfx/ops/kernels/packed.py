@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mxfx.ops import fp8, packed
+from mxfx.ops.kernels.kept import Kept
 from mxfx.ops.kernels.library import _LIBRARY, NAMESPACE
 from mxfx.ops.kernels.limits import has_triton
 from mxfx.ops.providers import Provider, provide
@@ -48,19 +49,17 @@ def mx_linear_e4m3(
 
 #: The last argument of every op that multiplies.
 SUMS = ', *, str sums="exact")'
-_INEXACT: dict[torch.device, Tensor] = {}
 
 
+@Kept
 def inexact_rows(device: torch.device) -> Tensor:
     """int64 (1,) on the device: rows that had to be rounded to E4M3 or int8 there, since the process began."""
-    if device not in _INEXACT:
-        _INEXACT[device] = torch.zeros(1, dtype=torch.int64, device=device)
-    return _INEXACT[device]
+    return torch.zeros(1, dtype=torch.int64, device=device)
 
 
 def inexact_count() -> int:
     """The same, of all devices together; waits for them."""
-    return sum(int(count) for count in _INEXACT.values())
+    return sum(int(count) for count in inexact_rows)
 
 
 def _define(
