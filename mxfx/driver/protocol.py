@@ -1,23 +1,27 @@
-"""What transformers' server leaves open of OpenAI's protocol: the list of models, requests that cannot be answered, and
-where a model's context ends.
+"""What transformers' server leaves open of OpenAI's protocol: the list of models, requests that cannot be answered,
+where a model's context ends; and in its log what an answer lost.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from mxfx.driver.proof import inexact_told
 from mxfx.ground.errors import reason_of
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
 def completed(folder: Path) -> Iterator[None]:
-    """A server that is made inside names the model that it serves, refuses what no field of a request can be, and ends
-    an answer where the model's context is full.
+    """A server that is made inside names the model that it serves, refuses what no field of a request can be, ends an
+    answer where the model's context is full, and logs a warning of the rows of each answer that lost something.
 
     transformers lists what lies in the hub's cache, and fails where there is none; a value of a wrong type is an error
     of the server there (500, without a word), and so is all that a model or its template refuses; an answer runs past
@@ -33,7 +37,8 @@ def completed(folder: Path) -> Iterator[None]:
 
         def _load_model(self, *args: Any, **options: Any) -> Any:
             model = super()._load_model(*args, **options)
-            model.generate = _in_context(model.generate, getattr(model.config, "max_position_embeddings", None))
+            generate = _told(model.generate, folder)
+            model.generate = _in_context(generate, getattr(model.config, "max_position_embeddings", None))
             return model
 
     theirs = model_manager.ModelManager, server.build_server
@@ -104,6 +109,20 @@ def _in_context(generate: Callable[..., Any], longest: int | None) -> Callable[.
         return generate(input_ids=input_ids, generation_config=generation_config, **options)
 
     return within
+
+
+def _told(generate: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+    """``generate`` that says what was lost in it. One thread of the server makes all calls: rows are no other's."""
+
+    def telling(**options: Any) -> Any:
+        warnings: list[str] = []
+        with inexact_told(warnings):
+            found = generate(**options)
+        for warning in warnings:
+            _log.warning("%s: %s", folder, warning)
+        return found
+
+    return telling
 
 
 @cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from mxfx.graph.program import Program
 from mxfx.graph.tensor_file import read_tensors, tensors_hash, write_tensors
 from mxfx.graph.trace import trace
 from mxfx.ground.clock import part
-from mxfx.ground.files import DamagedFile, cache_home
+from mxfx.ground.files import DamagedFile, cache_home, parse_json
 from mxfx.ground.progress import track
 from mxfx.pipeline.manager import PassManager
 
@@ -94,7 +93,7 @@ class FloatTexts:
     def key(self) -> str:
         """Hash of what the model's words depend on: weights, configuration, tokens that end an answer."""
         if not self._key:
-            config = json.loads(self._model.config.to_json_string(use_diff=False))
+            config = parse_json(self._model.config.to_json_string(use_diff=False), "the configuration")
             ends = getattr(getattr(self._model, "generation_config", None), "eos_token_id", None)
             said = {name: value for name, value in config.items() if name not in _NO_PART}
             self._key = digest([tensors_hash(self._model.state_dict()), said, ends])

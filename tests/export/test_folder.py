@@ -260,13 +260,17 @@ def test_a_checkpoint_that_would_be_measured_as_another_is_refused(folder: Path,
         list(import_checkpoint(packed, folder))
 
 
-def test_the_openai_client_streams_from_the_server(folder: Path) -> None:
+def test_the_openai_client_streams_from_the_server_and_its_log_says_what_was_lost(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     import socket
 
     from openai import BadRequestError, OpenAI, UnprocessableEntityError
 
     from mxfx.driver.serve import server
 
+    counts = iter((0, 0, 0, 5))
+    monkeypatch.setattr("mxfx.driver.proof.inexact_count", lambda: next(counts))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -277,6 +281,9 @@ def test_the_openai_client_streams_from_the_server(folder: Path) -> None:
         assert "".join(choice.text for chunk in chunks for choice in chunk.choices).strip()
         with pytest.raises((BadRequestError, UnprocessableEntityError)):
             client.completions.create(model=str(folder), prompt="w1", extra_body={"no_such_option": 1})
+        assert "octaves" not in caplog.text
+        client.completions.create(model=str(folder), prompt="w3", max_tokens=1)
+        assert caplog.text.count(f"{folder}: 5 rows of activations span more octaves than E4M3") == 1
     finally:
         running.kill_server()  # type: ignore[attr-defined]
 
