@@ -70,7 +70,9 @@ def load_any(path: str | Path) -> Pipeline:
     if not is_tutorial(document):
         return from_document(document)
     if document.value.keys() == {"by"}:
-        raise (document.root / "by").error("the file has no selectors", "quoted selectors, or [gptq] or [rotation_search]")
+        raise (document.root / "by").error(
+            "the file has no selectors", "quoted selectors, or [gptq] or [rotation_search]"
+        )
     return from_tutorial(document.value, document.root)
 
 

@@ -429,7 +429,7 @@ def test_a_pipeline_file_is_told_from_the_dialect(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="did you mean 'model'"):
             load_any(file)
     file.write_text('by = "regex_name"\n')
-    with pytest.raises(ConfigError, match="has no selectors(.|\n)*expected: quoted selectors"):
+    with pytest.raises(ConfigError, match=r"has no selectors(.|\n)*expected: quoted selectors"):
         load_any(file)
 
 
