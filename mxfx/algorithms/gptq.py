@@ -35,7 +35,7 @@ class GptqResult:
         loss: tr((Q - W) H (Q - W)ᵀ) with the undamped H; never above `rtn_loss`.
         rtn_loss: the same for rounding to nearest.
         damping_used: relative damping that the factorization took.
-        fell_back: the Hessian could not be factorized; the weight is rounded to nearest.
+        fell_back: the Hessian could not be factorized, or is of zeros; the weight is rounded to nearest.
         dead_columns: columns that H never saw; rounded to nearest.
         rtn_rows: rows for which rounding to nearest was better and was kept.
     """
@@ -129,14 +129,13 @@ def asymmetric_target(
         hessian_q: `(cols, cols)`, Xqᵀ Xq.
         cross: `(cols, cols)`, Xqᵀ X, same scale; row = quantized channel.
         alpha: 0 gives W, 1 gives W*.
-        lam: λ relative to the mean diagonal of Hq.
+        lam: λ relative to the mean diagonal of Hq. Of zeros alone any λ gives W: there are no outputs to repeat.
 
     Returns:
         `(rows, cols)`, float64 for float64 weights, else float32.
 
     Raises:
-        ValueError: shapes that do not fit.
-        torch.linalg.LinAlgError: Hq + λ I is not positive definite; raise `lam`.
+        ValueError: shapes that do not fit; Hq + λ I is not positive definite.
     """
     cols = weight.shape[-1]
     if hessian_q.shape != (cols, cols) or cross.shape != (cols, cols):
@@ -147,8 +146,17 @@ def asymmetric_target(
     # In place: these are the largest matrices of a run.
     h, w = hessian_q.to(torch.float64, copy=True), weight.double()
     missing = cross.to(torch.float64, copy=True).sub_(h) @ w.mT
-    h.diagonal().add_(lam * h.diagonal().mean())
-    step = torch.cholesky_solve(missing, torch.linalg.cholesky(h)).mT
+    mean = h.diagonal().mean()
+    h.diagonal().add_(torch.where(mean == 0, 1.0, lam * mean))
+    lower, failed = torch.linalg.cholesky_ex(h)
+    if failed:
+        known = "raise the ridge, or set asymmetric = 0" if mean.isfinite() else "check the calibration activations"
+        raise ValueError(
+            f"asymmetric_target: the Hessian cannot be factorized with {lam:g} of its mean diagonal {float(mean):g} "
+            f"added; {known}"
+        )
+    step = torch.cholesky_solve(missing, lower).mT
+    del lower
     return (w + alpha * step).to(torch.promote_types(weight.dtype, torch.float32))
 
 

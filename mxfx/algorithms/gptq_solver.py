@@ -110,6 +110,7 @@ def solve(
     natural = torch.arange(n, device=weight.device).expand(groups, n)
     columns = rounding_order(live, fmt.block) if order == "block" else natural
     factor = factorize(live, columns, damping, weight.dtype, spread=True)
+    failed = factor.failed | dead.all(-1)
     solved = []
     for start in range(0, rows, step := rows_at_a_time(rows, n)):
         part = slice(start, start + step)
@@ -117,7 +118,7 @@ def solve(
         rounded, scales = _round(weight[:, part], goal[:, part], columns, factor, live, fmt, own, exponents, refine)
         solved.append(
             _keep_better_rows(
-                weight[:, part], goal[:, part], rounded, scales, hessian, fmt, own, factor.damping, factor.failed, dead
+                weight[:, part], goal[:, part], rounded, scales, hessian, fmt, own, factor.damping, failed, dead
             )
         )
     return solved[0] if len(solved) == 1 else Solved.joined(solved)
@@ -216,7 +217,7 @@ def _keep_better_rows(
     failed: Tensor,
     dead: Tensor,
 ) -> Solved:
-    """Takes rounding to nearest for the rows where it is better, and everywhere the factorization failed."""
+    """Takes rounding to nearest for the rows where it is better, and everywhere that there is no Hessian to go by."""
     of_block = None if common is None else common[:, :, None]
     nearest = fmt.fake_quantize(weight, common=of_block)
     curvature = hessian.to(weight.dtype)

@@ -68,6 +68,11 @@ def fallback(node: fx.Node, account: dict[str, object]) -> str | None:
         )
     if not account["fell_back"]:
         return None
+    if account["rtn_loss"] == 0 and account["dead_columns"]:
+        return (
+            f"{path_of(node)}: calibration gave it inputs of zeros alone; rounded to nearest instead. Give other "
+            "calibration data, or look at what is before it"
+        )
     return (
         f"{path_of(node)}: its Hessian cannot be factorized even with damping {account['damping']}; "
         "rounded to nearest instead. Give more calibration data or raise damp"

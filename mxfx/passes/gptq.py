@@ -63,7 +63,7 @@ class Gptq(Pass):
 
     Of two phases one is calibrated in, with its formats; the other takes its weights where the formats of these agree.
 
-    A linear whose Hessian cannot be factorized is rounded to nearest, with a warning and a count in ``fallbacks``.
+    A linear whose Hessian cannot be factorized or is 0 is rounded to nearest with a warning, counted in ``fallbacks``.
     Experts have a Hessian each, of the tokens that they got. One that got fewer than ``min_expert_tokens`` takes that
     of all tokens of its layer, or is rounded to nearest where those are too few: with a warning, and in the table
     ``experts`` of the record.
@@ -316,13 +316,13 @@ class Gptq(Pass):
 
     def _solve(self, rw: Rewriter, group: Group, nodes: list[fx.Node], weights: list[Tensor]) -> list[GptqResult]:
         hessian = group.statistics.hessian(group.source, rw.weights.hash)
+        cross = group.statistics.cross(group.source, rw.weights.hash) if self.asymmetric else None
         targets = None
-        if self.asymmetric:
-            cross = group.statistics.cross(group.source, rw.weights.hash)
-            # Together, for they share the factorization.
-            moved = asymmetric_target(torch.cat(weights), hessian, cross, self.asymmetric, _RIDGE)
-            targets = list(moved.split([len(w) for w in weights]))
         try:
+            if cross is not None:
+                # Together, for they share the factorization.
+                moved = asymmetric_target(torch.cat(weights), hessian, cross, self.asymmetric, _RIDGE)
+                targets = list(moved.split([len(w) for w in weights]))
             return gptq_batch(
                 weights,
                 hessian,

@@ -1,6 +1,7 @@
 """GPTQ: its optimality conditions, its grid, its guards, and equality with a plain float64 reference."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -273,8 +274,8 @@ class TestDeadColumns:
     def test_hessian_of_zeros_gives_a_rounded_weight(self) -> None:
         weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
         result = gptq(weight, torch.zeros(64, 64), parse("mxint4@32"))
-        assert result.dead_columns == 64 and result.loss == 0.0
-        assert on_grid(result, parse("mxint4@32"))
+        assert (result.dead_columns, result.loss, result.fell_back) == (64, 0.0, True)
+        assert torch.equal(result.weight, parse("mxint4@32").fake_quantize(weight))
 
     def test_living_matrix_is_untouched(self) -> None:
         hessian = correlated_layer(1, 16)[1][None]
@@ -340,6 +341,18 @@ class TestTarget:
         result = gptq(weight, hessian, parse("mxint4@32"), target=target)
         assert result.loss == pytest.approx(loss_of(result.weight, target, hessian).sum().item(), rel=1e-4)
         assert result.loss < gptq(weight, hessian, parse("mxint4@32")).loss * 1.5 + result.rtn_loss * 0.5
+
+    def test_inputs_of_zeros_leave_the_weight_as_it_is(self) -> None:
+        weight, zeros = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)), torch.zeros(64, 64)
+        assert torch.equal(asymmetric_target(weight, zeros, zeros), weight)
+
+    @pytest.mark.parametrize(
+        ("hessian", "said"),
+        [(torch.eye(64) - 2 * torch.eye(64)[3].diag(), "raise the ridge"), (torch.eye(64) * math.nan, "check the cal")],
+    )
+    def test_what_is_no_gram_matrix_is_refused(self, hessian: Tensor, said: str) -> None:
+        with pytest.raises(ValueError, match=rf"cannot be factorized with 0\.1 of its mean diagonal .*{said}"):
+            asymmetric_target(torch.zeros(4, 64), hessian, hessian)
 
     def test_shapes_are_checked(self) -> None:
         with pytest.raises(ValueError, match=r"\(64, 64\)"):

@@ -31,6 +31,7 @@ from tests.algorithms.one_weight import gptq as solve
 
 _TOKENS = torch.randint(3, 128, (6, 24), generator=torch.Generator().manual_seed(3))
 _PROJECTIONS = Selector(r".*proj")
+_V_PROJ = "model.layers.0.self_attn.v_proj.weight"
 
 
 @cache
@@ -282,6 +283,22 @@ def test_a_failed_factorization_is_rounding_to_nearest_counted_and_warned_of(no_
 def test_a_failed_factorization_ends_a_strict_run(no_factorization: None) -> None:
     with pytest.raises(StrictError, match="q_proj"):
         _run(ctx=Context(tokens=lambda: _TOKENS, strict=True))
+
+
+@pytest.mark.parametrize("asymmetric", [0.0, 0.25])
+def test_inputs_of_zeros_are_rounded_to_nearest_and_warned_of(asymmetric: float) -> None:
+    silent = _annotated().copy()
+    silent.weights.set(_V_PROJ, torch.zeros_like(silent.weights[_V_PROJ]), "test")
+    record = _run(silent, asymmetric=asymmetric, max_layers=1).record
+    assert record.details["fallbacks"] == 1
+    (warning,) = record.warnings
+    assert warning.startswith("model.layers.0.self_attn.o_proj: calibration gave it inputs of zeros alone")
+
+
+def test_a_target_that_cannot_be_solved_for_names_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mxfx.passes.gptq._RIDGE", -1e3)
+    with pytest.raises(ValueError, match=r"0\.self_attn\.q_proj\.weight.*\(read by .*set asymmetric = 0"):
+        _run(asymmetric=0.25)
 
 
 # Checkpoints.
