@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -41,17 +42,23 @@ def baked(program: Program) -> Program:
     return result
 
 
-def left_out(program: Program) -> str | None:
-    """What a program rounds as it runs and the baked one does not, as a note; None for nothing."""
+def transforms(program: Program) -> bool:
+    """Whether there is a transform at run time, so that baking changes weights."""
+    return any(True for _ in program.nodes(*_TRANSFORMS))
+
+
+def left_out(program: Program) -> Iterator[str]:
+    """Notes: what a program rounds as it runs and the baked one does not; that it has no transform."""
+    if not transforms(program):
+        yield "no transform runs at run time: --bake changed no weight"
     kept = [
         operand
         for node in program.graph.nodes
         for operand in info(node).formats
         if operand != "weight" and kind(node) != "fake_quantize"
     ]
-    if not kept:
-        return None
-    return f"activations and cache are in full precision, {len(kept)} formats of them left out: --bake rounds none"
+    if kept:
+        yield f"activations and cache are in full precision, {len(kept)} formats of them left out: --bake rounds none"
 
 
 def _multiply_in(program: Program, node: fx.Node) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from mxfx.export.bake import baked, left_out
+from mxfx.export.bake import baked, left_out, transforms
 from mxfx.export.errors import ExportError
 from mxfx.export.plain import plain
 from mxfx.export.unpack import unpacked
@@ -86,7 +86,7 @@ def export(program: Program, folder: Path | str, to: str, *, bake: bool = False,
         )
     plainly = unpacked(program) if bake else program
     given = target.of(baked(plainly) if bake else program)
-    if bake and target.of is plain:
+    if bake and target.of is plain and transforms(plainly):
         given.config.mxfx_note = "transforms of the quantized model are baked into these weights: they lie on no grid"
     reason = target.refuse(given)
     if reason is not None:
@@ -98,8 +98,7 @@ def export(program: Program, folder: Path | str, to: str, *, bake: bool = False,
     except (OSError, SafetensorError) as error:
         # A library below says neither where nor what to do.
         raise ExportError(f"{folder} cannot be written: {reason_of(error)}; free space or give another") from error
-    left = left_out(plainly) if bake else None
-    return Written(folder, to, checks, notes if left is None else (*notes, left))
+    return Written(folder, to, checks, (*notes, *(left_out(plainly) if bake else ())))
 
 
 def _find(name: str) -> Target:

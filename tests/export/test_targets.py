@@ -236,6 +236,7 @@ def test_baking_moves_transforms_into_the_weights_of_a_plain_model(tmp_path: Pat
     assert written.checks["relative error of float32 logits"] <= 1e-5
     config = json.loads((tmp_path / "baked/config.json").read_text())
     assert "baked" in config["mxfx_note"]
+    assert not any("no transform" in note for note in written.notes)
 
 
 @pytest.mark.parametrize(
@@ -271,6 +272,8 @@ def test_baking_says_that_nothing_is_rounded_at_run_time(tmp_path: Path) -> None
     assert any("activations and cache are in full precision" in note for note in notes), notes
     alone = export(_program(weight="mxint4@32"), tmp_path / "alone", "hf", bake=True).notes
     assert not any("full precision" in note for note in alone)
+    assert "no transform runs at run time: --bake changed no weight" in alone
+    assert "mxfx_note" not in json.loads((tmp_path / "alone/config.json").read_text())
 
 
 def test_a_file_that_reads_back_otherwise_is_no_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
