@@ -78,6 +78,7 @@ class DomainRow:
     kl: float | None = None
     kl_stderr: float | None = None
     median: float | None = None
+    p90: float | None = None
     p99: float | None = None
     p999: float | None = None
     agreement: float | None = None
@@ -88,8 +89,9 @@ class DomainRow:
         row: dict[str, Any] = {} if ratio is None else {"ratio": ratio.ratio, "ratio_stderr": ratio.stderr}
         found = result.divergence
         if found is not None:
-            row |= {"kl": found.mean, "kl_stderr": found.stderr, "median": found.median, "p99": found.p99}
-            row |= {"p999": found.p999, "agreement": found.agreement, "agreement_stderr": found.agreement_stderr}
+            row |= {"kl": found.mean, "kl_stderr": found.stderr, "agreement": found.agreement}
+            row |= {"agreement_stderr": found.agreement_stderr}
+            row |= {name: getattr(found, name) for name in ("median", "p90", "p99", "p999")}
         return cls(name, result.task, result.tokens, result.token_perplexity, **row)
 
 
@@ -101,23 +103,25 @@ def domain_tables(
 
 
 def domains_table(rows: Sequence[DomainRow]) -> Table:
-    """Every domain with every configuration below it: what a single perplexity does not show."""
+    """Every domain with every configuration below it: what a single perplexity does not show.
+
+    A domain is a line of its own: beside eight figures, 120 columns have no room for a column of it.
+    """
     note = "KL of the next token from the float model, in nats; ± is a standard error over windows"
     table = Table(title="Domains", caption=note, caption_justify="left", title_justify="left")
-    for heading in ("domain", "config"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("tokens", "token ppl", "× float", "KL", "median", "99 %", "99.9 %", "agreement"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("domain: tokens", overflow="fold", min_width=12)
+    for heading in ("token ppl", "× float", "KL", "median", "90 %", "99 %", "99.9 %", "agreement"):
+        table.add_column(heading, justify="right")
     for domain in dict.fromkeys(row.domain for row in rows):
-        for row in (r for r in rows if r.domain == domain):
+        of_domain = [row for row in rows if row.domain == domain]
+        table.add_row(f"{domain}: {of_domain[0].tokens:,}")
+        for row in of_domain:
             table.add_row(
-                row.domain,
-                row.name,
-                f"{row.tokens:,}",
+                f"  {row.name}",
                 _number(row.token_perplexity, ".3f"),
                 _with_error(row.ratio, row.ratio_stderr),
                 _with_error(row.kl, row.kl_stderr),
-                *(_number(value, ".3f") for value in (row.median, row.p99, row.p999)),
+                *(_number(value, ".3f") for value in (row.median, row.p90, row.p99, row.p999)),
                 _with_error(row.agreement, row.agreement_stderr),
             )
         table.add_section()
