@@ -41,8 +41,8 @@ class Update:
         self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True, capturable=self._on_gpu)
 
     def moments(self) -> list[list[Tensor]]:
-        """First and second moments of every parameter."""
-        return [[self.state[p][name] for p in self._parameters] for name in MOMENTS]
+        """First and second moments of every parameter; zero where it never had a gradient."""
+        return [[self.state[p].get(name, torch.zeros_like(p)) for p in self._parameters] for name in MOMENTS]
 
     def resume(self, step: int, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
         """Go on behind ``step`` steps from moments of every parameter."""

@@ -26,8 +26,9 @@ _STATE = ("now", "first", "second", "best")
 class Plan:
     """How parameters are tuned.
 
-    ``steps`` of ``batch_size`` samples, each step in ``accumulate`` parts whose gradients are summed; ``learning_rate``
-    in units of each parameter's root mean square, with a warm-up over a twentieth of the steps and a cosine to zero.
+    ``steps`` of ``batch_size`` samples, each step in ``accumulate`` parts or more whose gradients are summed (see
+    ``part``); ``learning_rate`` in units of each parameter's root mean square, with a warm-up over a twentieth of the
+    steps and a cosine to zero.
     After every ``check_every``-th step the held-out loss decides whether this state is the best so far; after every
     ``checkpoint_every``-th the state is written. With ``average`` the mean of the states after the last so many steps,
     older ones fading (``MovingAverage``), stands beside each state as another candidate.
@@ -40,6 +41,12 @@ class Plan:
     check_every: int = 0
     checkpoint_every: int = 0
     average: int = 0
+
+    def part(self, count: int) -> int:
+        """Samples of a part, where a process has ``count`` of a batch. All have one size, as a recorded step needs; so
+        there may be more than ``accumulate``.
+        """
+        return next(count // parts for parts in range(min(self.accumulate, count), count + 1) if not count % parts)
 
 
 @dataclass
@@ -178,17 +185,19 @@ class Distillation:
     def _gradients(self, batch: Tensor) -> None:
         """Gradients of a batch, of this rank's samples: where the update expects them."""
         mine = batch[ranks.share(len(batch))]
-        parts = mine.tensor_split(self._plan.accumulate) if self._plan.accumulate > 1 else [mine]
+        parts = mine.split(self._plan.part(len(mine)))
+        reached: list[nn.Parameter] = []
         sums: list[Tensor] = []
         for part in parts:
             self._step(*self._take(part))
             if isinstance(self._update, ShardedUpdate):
                 self._update.add(len(part) / len(batch))
             elif len(parts) > 1:
-                grads = [p.grad for p in self._parameters.values() if p.grad is not None]
+                reached = [p for p in self._parameters.values() if p.grad is not None]
+                grads = [p.grad for p in reached]
                 sums = sums or [torch.zeros_like(grad) for grad in grads]
                 torch._foreach_add_(sums, grads, alpha=len(part) / len(batch))
-        for parameter, total in zip(self._parameters.values(), sums, strict=False):
+        for parameter, total in zip(reached, sums, strict=True):
             # On a GPU the gradient is a place that a recorded graph writes to: its content changes, not the tensor.
             assert parameter.grad is not None
             parameter.grad.copy_(total)

@@ -7,7 +7,8 @@ few batches of hidden states and the optimizer of that layer; all other states w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from torch import Tensor, fx, nn
 from mxfx.calibration.distillation import Distillation, History, Plan
 from mxfx.calibration.staged import attribute, run_stage
 from mxfx.calibration.stages import Stage, cut
-from mxfx.calibration.training import looked_up
+from mxfx.calibration.training import invertible, looked_up
+from mxfx.graph.dependence import cone, made_of, reads
 from mxfx.graph.transfers import HostBuffers, Layout
 from mxfx.ground import ranks
 from mxfx.rewrite import Context
@@ -29,19 +31,20 @@ _LOOKUPS = (looked_up, torch.ops.aten.embedding.default)
 class _Layer:
     """A decoder layer of a built module: it reads ``carried`` and what layers share, and gives ``result``.
 
-    ``extra`` is what it computes for later layers from sizes and places alone (a mask).
+    ``shared`` is the part of it that computes what later layers read beside that, its outputs (a mask).
     """
 
     stage: Stage
     carried: fx.Node
     result: fx.Node
-    extra: list[fx.Node]
+    shared: Stage
 
 
 class LayeredModel:
     """A built module, cut into what stands before the decoder layers, and the layers; its weights stay on the CPU.
 
-    Raises ``ValueError`` for a graph in which more than one value goes from layer to layer.
+    Raises ``ValueError`` for a graph in which more than one value that tokens decide goes from layer to layer. All else
+    that layers read is computed once for each size of a batch.
     """
 
     def __init__(self, module: fx.GraphModule, device: torch.device) -> None:
@@ -52,7 +55,8 @@ class LayeredModel:
         self._before = stages[:first]
         inner = [stage for stage in stages if stage.layer is not None]
         states = _hidden_states(module.graph)
-        self.layers = [_layer(index, inner, states) for index in range(len(inner))]
+        tokens = made_of(module.graph, (n for n in module.graph.nodes if n.target == "input_ids"))
+        self.layers = [_layer(index, inner, states, tokens) for index in range(len(inner))]
         self._shared: dict[int, dict[fx.Node, object]] = {}
 
     def start(self, ids: Tensor) -> Tensor:
@@ -62,33 +66,22 @@ class LayeredModel:
         self._shared.setdefault(len(ids), values)
         return hidden
 
-    def share(self, index: int, hidden: Tensor, other: Tensor) -> None:
-        """Compute what layer ``index`` gives to all later ones beside hidden states, for batches of this size.
-
-        Raises ``ValueError`` if ``other`` hidden states of the same shape, of other tokens, give something else.
-        """
+    def share(self, index: int, hidden: Tensor) -> None:
+        """Compute what layer ``index`` gives to all later ones beside hidden states, for batches of this size."""
         layer = self.layers[index]
-        if not layer.extra:
-            return
         with torch.no_grad():
-            found, again = (self._run(layer, states, layer.extra) for states in (hidden, other))
-        for node, one, two in zip(layer.extra, found, again, strict=True):
-            if isinstance(one, Tensor) and not torch.equal(one, two):
-                raise ValueError(
-                    f"scope = 'layer' needs one value between decoder layers; layer {index} also gives {node}, made of "
-                    "tokens, to later ones: take scope = 'model'"
-                )
-        self._shared[len(hidden)].update(zip(layer.extra, found, strict=True))
+            found = self._run(layer, layer.shared, hidden, layer.shared.outputs)
+        self._shared[len(hidden)].update(zip(layer.shared.outputs, found, strict=True))
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """What layer ``index`` makes of ``hidden``, on the device; its weights are there (``move``)."""
         layer = self.layers[index]
-        return self._run(layer, hidden, [layer.result])[0]
+        return self._run(layer, layer.stage, hidden, [layer.result])[0]
 
-    def _run(self, layer: _Layer, hidden: Tensor, wanted: list[fx.Node]) -> tuple:
+    def _run(self, layer: _Layer, stage: Stage, hidden: Tensor, wanted: list[fx.Node]) -> tuple:
         shared = self._shared[len(hidden)]
-        env = {node: hidden if node is layer.carried else shared[node] for node in layer.stage.inputs}
-        return run_stage(self._module, layer.stage, env, wanted)
+        env = {node: hidden if node is layer.carried else shared[node] for node in stage.inputs}
+        return run_stage(self._module, stage, env, wanted)
 
     def weights(self, index: int) -> set[str]:
         """Names of the tensors that a layer reads."""
@@ -125,7 +118,8 @@ class LayeredModel:
                 tensor.data = tensor.data.to("cpu")
 
 
-def _layer(index: int, inner: list[Stage], states: set[fx.Node]) -> _Layer:
+def _layer(index: int, inner: list[Stage], states: set[fx.Node], tokens: set[fx.Node]) -> _Layer:
+    """``states`` are hidden states, ``tokens`` all that tokens decide."""
     stage = inner[index]
     carried = [node for node in stage.inputs if node in states]
     result = [node for node in stage.outputs if node in states]
@@ -135,7 +129,18 @@ def _layer(index: int, inner: list[Stage], states: set[fx.Node]) -> _Layer:
             f"{', '.join(map(str, carried)) or 'none'} and gives {', '.join(map(str, result)) or 'none'}: "
             "take scope = 'model'"
         )
-    return _Layer(stage, carried[0], result[0], [node for node in stage.outputs if node not in states])
+    for source in stage.inputs:
+        if source in tokens and source not in carried and any(reads(node, source) for node in stage.nodes):
+            raise ValueError(
+                f"scope = 'layer' needs one value between decoder layers; layer {index} also reads {source}, which is "
+                "made of tokens: take scope = 'model'"
+            )
+    later = {node for other in inner[index + 1 :] for node in other.inputs}
+    shared = Stage(stage.layer, outputs=[node for node in stage.outputs if node in later and node not in states])
+    shared.nodes = cone(stage.nodes, shared.outputs)
+    read = {source for node in shared.nodes for source in node.all_input_nodes}
+    shared.inputs = [node for node in stage.inputs if node in read]
+    return _Layer(stage, carried[0], result[0], shared)
 
 
 def _hidden_states(graph: fx.Graph) -> set[fx.Node]:
@@ -206,23 +211,29 @@ def tune_layers(
     kept: int,
     ctx: Context,
     file: Callable[[int], Path | None],
+    matrices: Collection[str] = (),
 ) -> Iterator[History]:
     """Tune each layer in turn, ``plan.steps`` steps each; the last ``kept`` of the ``tokens`` only judge states.
 
     ``parameters`` are the student's, by canonical name. The loss of a token is the squared error of the layer's output
-    over the square of the float model's there, so that the few tokens of huge norm do not speak for all.
+    over the square of the float model's there, so that the few tokens of huge norm do not speak for all. A weight that
+    several layers read is tuned in the first of them; no state counts in which one of ``matrices`` has no inverse.
     """
     given, wanted = (_start(model, tokens, plan, kept, ctx) for model in (student, teacher))
     count = len(given) - kept
+
+    def share(model: LayeredModel, index: int, states: HiddenStates) -> None:
+        for size in _sizes(len(tokens), plan, kept):
+            model.share(index, states.take(slice(size)))
+
     for index in range(len(student.layers)):
-        for model, states in ((student, given), (teacher, wanted)):
-            model.move(index, ctx.device)
-            for size in _sizes(len(tokens), plan, kept):
-                model.share(index, states.take(slice(size)), states.take(slice(len(states) - size, None)))
+        teacher.move(index, ctx.device)
+        share(teacher, index, wanted)
         wanted.advance(lambda states, index=index: teacher.run(index, states), plan.batch_size)  # type: ignore[misc]
         teacher.move(index, torch.device("cpu"))
+        student.move(index, ctx.device)
         names = {canonical(name) for name in student.weights(index)}
-        tuned = {name: p for name, p in parameters.items() if name in names}
+        tuned = {name: p for name, p in parameters.items() if name in names and p.requires_grad}
 
         def loss(states: Tensor, expected: Tensor, index: int = index) -> Tensor:
             wide = expected.float()
@@ -230,7 +241,12 @@ def tune_layers(
             return (error / wide.square().sum(-1).clamp_min(1e-12)).mean()
 
         if tuned:
-            yield _tune(plan, tuned, loss, (given, wanted), count, ctx, index, file(index))
+            turned = [tuned[name] for name in sorted(tuned.keys() & set(matrices))]
+            yield _tune(plan, tuned, turned, loss, (given, wanted), count, ctx, index, file(index))
+        for parameter in tuned.values():
+            # What a later layer reads too must stay what this one was run with.
+            parameter.requires_grad_(False)
+        share(student, index, given)
         given.advance(lambda states, index=index: student.run(index, states), plan.batch_size)  # type: ignore[misc]
         student.move(index, torch.device("cpu"))
 
@@ -238,6 +254,7 @@ def tune_layers(
 def _tune(
     plan: Plan,
     tuned: Mapping[str, nn.Parameter],
+    matrices: Sequence[Tensor],
     loss: Callable[..., Tensor],
     operands: tuple[HiddenStates, ...],
     count: int,
@@ -251,6 +268,8 @@ def _tune(
         return tuple(states.take(chosen) for states in operands)
 
     def check() -> float:
+        if not invertible(matrices):
+            return math.inf
         last = len(operands[0])
         parts = [slice(start, min(start + plan.batch_size, last)) for start in range(count, last, plan.batch_size)]
         with torch.no_grad():
@@ -278,8 +297,8 @@ def _sizes(of: int, plan: Plan, kept: int) -> list[int]:
     """Each size of batch that a layer will see of so many samples."""
     size = plan.batch_size
     sizes = {size, of % size, kept % size, min(size, of - kept), min(size, kept)}
-    batch = torch.arange(min(size, of - kept))
-    sizes |= {len(part) for part in batch[ranks.share(len(batch))].tensor_split(plan.accumulate)}
+    batch = range(min(size, of - kept))
+    sizes.add(plan.part(len(batch[ranks.share(len(batch))])))
     mine = torch.arange(of)[ranks.share(of)]
     sizes |= {len(part) for part in mine.split(size)}
     return sorted(sizes - {0})

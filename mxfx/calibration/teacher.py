@@ -47,7 +47,8 @@ class Teacher:
             return Samples(ids, None)
         with torch.no_grad():
             first = self._model.states(ids[:1])
-            if len(ids) * first.nbytes > self._room():
+            # One decision for all ranks, which meet below.
+            if len(ids) * first.nbytes > min(ranks.collected(self._room())):
                 return Samples(ids, None)
             mine = ids[ranks.share(len(ids))]
             states = first.new_empty(len(mine), *first.shape[1:])

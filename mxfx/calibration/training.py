@@ -172,6 +172,11 @@ def divergence(actual: Tensor, expected: Tensor) -> Tensor:
     return result
 
 
+def invertible(matrices: Sequence[Tensor]) -> bool:
+    """Whether the condition number of every block of matrices ``(…, block, block)`` is below 1e4."""
+    return all(bool((torch.linalg.cond(m.detach().float()) < 1e4).all()) for m in matrices)
+
+
 class GradientStep:
     """Gradients of a loss of tensors ``(batch, …)``, anew at each call, in ``parameters``' ``grad``.
 
@@ -194,6 +199,7 @@ class GradientStep:
             self._recorded = self._record([tensor.to(self._device, copy=True) for tensor in given])
         graph, places = self._recorded
         for place, tensor in zip(places, given, strict=True):
+            assert place.shape == tensor.shape  # a smaller one would be broadcast
             place.copy_(tensor)
         graph.replay()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mxfx.ops.catalogue import Contraction, activation, describe, inside, plain
+from mxfx.ops.catalogue import Contraction, activation, describe, inside, plain, shape_of
 from mxfx.ops.dialect import compute, define
 
 
@@ -63,7 +63,11 @@ def attention_bias(
     return _allowed(mask, queries, query, keys, causal, window, chunk)
 
 
-@define("position_mask")
+describe(attention_bias, "attention_bias", operands=(plain("mask"), shape_of("query"), shape_of("key")))
+_TOKENS = (shape_of("tokens"),)
+
+
+@define("position_mask", operands=_TOKENS)
 def position_mask(
     tokens: Tensor,
     mask: Tensor | None,
@@ -82,13 +86,19 @@ def position_mask(
     return allowed.expand(batch, 1, queries, length)
 
 
-@define("places")
+describe(position_mask, "position_mask", operands=_TOKENS)
+
+
+@define("places", operands=_TOKENS)
 def places(tokens: Tensor, of: str, slots: Tensor | None = None) -> Tensor:
     """Places of the ``queries`` or of the ``keys`` of a batch ``(batch, seq)``: int64 ``(seq,)``.
 
     With a cache, queries stand at the ``slots`` of the new tokens.
     """
     return torch.arange(tokens.shape[1], device=tokens.device) if slots is None else slots
+
+
+describe(places, "places", operands=_TOKENS)
 
 
 @define("at_slots")

@@ -35,6 +35,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 Target = Callable[..., object]
 
@@ -46,7 +47,7 @@ class Operand:
     ``name`` is how passes ask for it; ``argument`` how the op's schema calls it, None for what is no argument: the
     result, or a value inside (attention's probabilities). ``axis`` is the one along which the blocks of its format run,
     None for an operand that carries no format. ``stored`` marks weights; ``features`` is the axis of a weight that
-    becomes the last axis of the result.
+    becomes the last axis of the result. ``read`` is false where only sizes, dtype or device of the operand count.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Operand:
     axis: int | None = -1
     stored: bool = False
     features: int | None = None
+    read: bool = True
 
 
 def activation(name: str, argument: str = "", axis: int | None = -1) -> Operand:
@@ -69,6 +71,11 @@ def weight(name: str, argument: str = "", axis: int | None = -1, features: int =
 def plain(name: str, argument: str = "") -> Operand:
     """An operand that carries no format."""
     return Operand(name, argument or name, None)
+
+
+def shape_of(name: str, argument: str = "") -> Operand:
+    """An operand of which only sizes, dtype or device count, none of its values."""
+    return Operand(name, argument or name, None, read=False)
 
 
 def inside(name: str) -> Operand:
@@ -274,6 +281,16 @@ class Spec:
         operands = self.record.operands if self.record is not None else ()
         return tuple(o.name for o in operands if o.argument is not None and self.get(o.name) is source)
 
+    def reads(self, source: fx.Node) -> bool:
+        """Whether the call reads values of ``source``, one of its operands, and not only sizes, dtype or device.
+
+        It does for all that is known, unless its record says otherwise.
+        """
+        operands = self.record.operands if self.record is not None else ()
+        unread = {o.argument for o in operands if not o.read}
+        given = [value for name, value in self.arguments().items() if name not in unread] if unread else [source]
+        return any(leaf is source for leaf in tree_leaves(given))
+
     def arguments(self) -> dict[str, object]:
         """Every argument by the name of the op's schema, defaults filled in."""
         return {name: self.get(name) for name in arguments_of(self.node.target)}
@@ -351,5 +368,13 @@ describe(
 )
 describe(aten.embedding.default, "embedding", operands=(weight("weight"), plain("indices"), OUTPUT))
 describe(aten.layer_norm.default, "layer_norm", operands=(weight("weight"), activation("input"), OUTPUT, plain("bias")))
+describe(aten.sym_size.int, "size", operands=(shape_of("input", "self"),))
+for _op in (
+    *(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default),
+    *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default),
+):
+    describe(_op, "filled", operands=(shape_of("input", "self"),))
+for _op in (aten.expand_as.default, aten.view_as.default, aten.type_as.default):
+    describe(_op, "shaped", operands=(plain("input", "self"), shape_of("other")))
 describe(aten.silu.default, "silu", operands=(activation("input", "self"), OUTPUT))
 describe(aten.gelu.default, "gelu", operands=(plain("input", "self"),))

@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mxfx.ops.catalogue import describe, plain, shape_of
 from mxfx.ops.dialect import define
 
+_TOKENS = (shape_of("input_ids"), plain("attention_mask"))
+_PLACED = (*_TOKENS, plain("position_ids"))
 
-@define("positions")
+
+@define("positions", operands=_PLACED)
 def positions(input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
     """The position of every token, int64 ``(batch, seq)``.
 
@@ -22,7 +26,7 @@ def positions(input_ids: Tensor, position_ids: Tensor | None, attention_mask: Te
     return torch.ones_like(input_ids).cumsum(-1) - 1
 
 
-@define("real_tokens")
+@define("real_tokens", operands=_TOKENS)
 def real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """The tokenizer's mask for a model that computes with it: int64 ``(batch, seq)``, all ones where none is given."""
     return torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(torch.int64)
@@ -38,3 +42,7 @@ def select_tokens(x: Tensor, kept: Tensor | None) -> Tensor:
 def length(position_ids: Tensor) -> Tensor:
     """How long the longest text of a batch is so far: one more than its largest position, an int64 scalar."""
     return position_ids.max() + 1
+
+
+describe(positions, "positions", operands=_PLACED)
+describe(real_tokens, "real_tokens", operands=_TOKENS)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mxfx.formats import Format, parse
-from mxfx.ops.catalogue import Rounding, describe, plain
+from mxfx.ops.catalogue import Rounding, describe, plain, shape_of
 from mxfx.ops.dialect import define
 
 
@@ -44,12 +44,18 @@ def fake_quantize(x: Tensor, format: str, axis: int = -1) -> Tensor:
 describe(fake_quantize, "fake_quantize", operands=_INPUT, rounds=_ROUNDING, shape=_same_shape)
 
 
-@define("first_slots")
+_TOKENS = (shape_of("tokens"), plain("mask"))
+
+
+@define("first_slots", operands=_TOKENS)
 def first_slots(tokens: Tensor, mask: Tensor | None) -> Tensor:
     """Where each text of a batch ``(batch, seq)`` begins: how much padding stands before it, int64 ``(batch,)``."""
     if mask is None:
         return torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
     return (mask.ne(0).cumsum(-1) == 0).sum(-1)
+
+
+describe(first_slots, "first_slots", operands=_TOKENS)
 
 
 def is_first(places: Tensor, starts: Tensor, first: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ from torch import Tensor, fx, nn
 
 from mxfx.calibration.distillation import Distillation, History, Plan
 from mxfx.calibration.estimate import SHARE, free_bytes
-from mxfx.calibration.keys import Keys, environment, token_key
+from mxfx.calibration.keys import Keys, digest, environment, token_key
 from mxfx.calibration.layerwise import LayeredModel, tune_layers
 from mxfx.calibration.staged import Staged
 from mxfx.calibration.teacher import Samples, Teacher
-from mxfx.calibration.training import deterministic, divergence, trainable
+from mxfx.calibration.training import deterministic, divergence, invertible, trainable
 from mxfx.formats import Format
 from mxfx.graph.node import info, kind
 from mxfx.graph.program import Program
@@ -70,14 +71,16 @@ class Distill(Pass):
 
     scope: ``model`` tunes all weights together; ``layer`` each decoder layer in turn, so that it makes of quantized
         inputs what the float layer makes of float ones: the device holds one layer and a batch, not the model, the host
-        the rest (two hidden states a token). Refused where layers share more than that, made of tokens (keys, values).
+        the rest (two hidden states a token). What lies in no layer is rounded to nearest; a weight of several layers is
+        tuned in the first. Refused where layers share more than a state that tokens decide (keys, values).
     steps: steps of the optimizer; with ``scope = "layer"`` in each layer.
     learning_rate: of Adam, relative to each tensor's root mean square; warm-up, then a cosine to zero.
     batch_size: calibration samples a step.
     held_out: share of the samples that states are compared on, between 0 and 1.
     tune: what is tuned beside the weights on grids: gains (of norms), biases, transforms (their matrices stay
         invertible), embedding, head; without a format these stay in the model's own precision.
-    accumulate: parts that a batch is cut into where the device cannot hold it; their gradients are summed.
+    accumulate: parts that a batch is cut into at least, all of one size, where the device cannot hold it whole; their
+        gradients are summed.
     recompute: keep only what crosses from layer to layer, and run each layer again for its gradient.
     compile: on a GPU, run decoder layers through ``torch.compile`` while tuning, not while states are compared: faster
         after half a minute, with other last bits; where it fails the run is warned and goes on without.
@@ -119,8 +122,18 @@ class Distill(Pass):
             raise ValueError(
                 "'compile' and 'deterministic' exclude each other: compiled kernels are tuned anew each run"
             )
-        if self.compile and self.scope == "layer":
-            raise ValueError("'compile' goes with scope = 'model' alone")
+        for name in ("compile", "recompute"):
+            if getattr(self, name) and self.scope == "layer":
+                raise ValueError(f"{name!r} goes with scope = 'model' alone")
+        outside = sorted({"embedding", "head"} & set(self.tune))
+        if outside and self.scope == "layer":
+            raise ValueError(
+                f"'tune' names {' and '.join(outside)}, in no decoder layer: leave that out or take scope = 'model'"
+            )
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"'accumulate' is {self.accumulate}, more parts than the {self.batch_size} samples of 'batch_size'"
+            )
         if not self.learning_rate > 0:
             raise ValueError(f"'learning_rate' is {self.learning_rate}, must be positive")
         if not 0 < self.held_out < 1:
@@ -154,11 +167,16 @@ class Distill(Pass):
         self._check_room(rw.program, ctx, [*grids, *free])
         student, parameters = trainable(rw.program, grids, ctx.device, free=free)
         teacher = Teacher(Staged(trainable(ctx.reference, {}, ctx.device)[0]), ctx)
+        plan = self._plan()
         tokens, last = _split(ctx.tokens(), self.held_out)
+        batch = range(min(self.batch_size, len(tokens)))
+        part = plan.part(len(batch[ranks.share(len(batch))]))
         often = self.steps * self.batch_size > len(tokens)
-        train = teacher.samples(tokens, self.batch_size, often=often)
-        kept = teacher.samples(last, self.batch_size, often=self.checks > 1)
+        train = teacher.samples(tokens, part, often=often)
+        kept = teacher.samples(last, part, often=self.checks > 1)
         matrices = [parameters[name] for name in sorted(free & free_weights(rw.program, ("transforms",), ALL))]
+        # Who cuts batches into parts has no room for more.
+        at_once = _AT_ONCE if self.accumulate == 1 else part
         compiled = self.compile and ctx.device.type in _COMPILED
         run = Staged(student, recompute=self.recompute, compiled=compiled)
 
@@ -166,21 +184,22 @@ class Distill(Pass):
             return divergence(run(given[0]), teacher.logits(*given))
 
         def check() -> float:
+            found = _mean_kl(student, teacher, kept, at_once)
             # A matrix that lost its inverse would be no change of basis any more.
-            return _mean_kl(student, teacher, kept) if _invertible(matrices) else float("inf")
+            return found if invertible(matrices) else math.inf
 
-        if compiled and (reason := _fails(loss, train.take(slice(self.batch_size)), parameters)):
+        if compiled and (reason := _fails(loss, train.take(slice(part)), parameters)):
             rw.warn(f"torch.compile does not take the layers, which run as they are: {reason}")
             run = Staged(student, recompute=self.recompute)
         loop = Distillation(
-            self._plan(),
+            plan,
             parameters,
             loss,
             check,
             train.take,
             len(train),
             ctx,
-            file=self._file(rw.program, ctx, tokens),
+            file=self._file(rw.program, ctx, grids),
         )
         history = loop.run()
         self._account(rw, history, len(kept), sorted(free))
@@ -225,7 +244,8 @@ class Distill(Pass):
         student = LayeredModel(module, ctx.device)
         teacher = LayeredModel(trainable(ctx.reference, {}, ctx.device, home=cpu)[0], ctx.device)
         train, kept = _split(ctx.tokens(), self.held_out)
-        file = self._file(rw.program, ctx, train)
+        file = self._file(rw.program, ctx, grids)
+        matrices = free & free_weights(rw.program, ("transforms",), ALL)
         layers = tune_layers(
             student,
             teacher,
@@ -237,6 +257,7 @@ class Distill(Pass):
             len(kept),
             ctx,
             lambda index: None if file is None else file.with_stem(f"{file.stem}-layer-{index}"),
+            matrices,
         )
         errors = []
         for history in layers:
@@ -270,12 +291,25 @@ class Distill(Pass):
             "tuned_beside_grids": len(free),
         }
 
-    def _file(self, program: Program, ctx: Context, train: Tensor) -> Path | None:
+    def _file(self, program: Program, ctx: Context, grids: Mapping[str, Format]) -> Path | None:
         if ctx.cache is None or not self.checkpoint_every:
             return None
-        output = next(n for n in program.graph.nodes if n.op == "output")
-        data = {"tokens": token_key(train), "pass": repr(self), "seed": ctx.seed, "dtype": str(program.dtype)}
-        key = Keys().key([output], program.weights.hash, data | {"environment": environment(ctx.device)})
+        assert ctx.reference is not None
+        teacher, student = (
+            Keys().key([n for n in one.graph.nodes if n.op == "output"], one.weights.hash, {"dtype": str(one.dtype)})
+            for one in (ctx.reference, program)
+        )
+        key = digest(
+            {
+                "models": [teacher, student],
+                "formats": {weight: str(fmt) for weight, fmt in grids.items()},
+                # Those that are held out too: they choose the state.
+                "tokens": token_key(ctx.tokens()),
+                "pass": repr(self),
+                "seed": ctx.seed,
+                "environment": environment(ctx.device),
+            }
+        )
         return ctx.cache / f"distill-{key}.safetensors"
 
     def selects(self, node: fx.Node) -> bool:
@@ -307,25 +341,16 @@ def free_weights(program: Program, kinds: tuple[Free, ...], select: Selector) ->
     for node in program.graph.nodes:
         if not select(node):
             continue
+        stored = {name: str(source.target) for name, source in weights_of(node).items()}
         names = {
-            "gains": _stored(node, 1) if kind(node) in ("rms_norm", "layer_norm") else None,
+            "gains": stored.get("weight") if kind(node) in ("rms_norm", "layer_norm") else None,
             "biases": bias_of(node),
-            "transforms": _stored(node, 1) if kind(node) == "block_transform" else None,
-            "embedding": _stored(node, 0) if kind(node) == "embedding" else None,
-            "head": _stored(node, 1) if node is last else None,
+            "transforms": stored.get("matrix"),
+            "embedding": stored.get("weight") if kind(node) == "embedding" else None,
+            "head": stored.get("weight") if node is last else None,
         }
         wanted |= {program.weights.canonical(name) for of, name in names.items() if name is not None and of in kinds}
     return wanted
-
-
-def _stored(node: fx.Node, position: int) -> str | None:
-    source = node.args[position] if len(node.args) > position else None
-    return str(source.target) if isinstance(source, fx.Node) and source.op == "get_attr" else None
-
-
-def _invertible(matrices: list[nn.Parameter]) -> bool:
-    """Whether every block's condition number is below 1e4."""
-    return all(bool((torch.linalg.cond(m.detach().float()) < 1e4).all()) for m in matrices)
 
 
 def _round(rw: Rewriter, weight: str, nodes: list[fx.Node], fmt: Format | None, tuned: Tensor | None) -> None:
@@ -353,13 +378,13 @@ def _split(tokens: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
     return tokens[:-kept], tokens[-kept:]
 
 
-def _mean_kl(student: nn.Module, teacher: Teacher, kept: Samples) -> float:
-    """Mean KL(teacher ‖ student) of the next token, nats."""
-    starts = range(0, len(kept), _AT_ONCE)
+def _mean_kl(student: nn.Module, teacher: Teacher, kept: Samples, at_once: int) -> float:
+    """Mean KL(teacher ‖ student) of the next token, nats; ``at_once`` samples run together."""
+    starts = range(0, len(kept), at_once)
     with torch.no_grad():
         parts = []
         for start in starts[ranks.share(len(starts))]:
-            given = kept.take(slice(start, start + _AT_ONCE))
+            given = kept.take(slice(start, start + at_once))
             parts.append(divergence(student(given[0]), teacher.logits(*given)) * len(given[0]))
     total = float(torch.stack(parts).sum()) if parts else 0.0
     return sum(ranks.collected(total)) / len(kept)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from mxfx.calibration import training
-from mxfx.calibration.distillation import MovingAverage, Update
+from mxfx.calibration import teacher, training
+from mxfx.calibration.distillation import Distillation, MovingAverage, Plan, Update
+from mxfx.calibration.staged import Staged
 from mxfx.calibration.training import GradientStep, divergence, trainable
 from mxfx.formats import parse
 from mxfx.graph.program import Program
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
 from mxfx.passes import RaiseAttention, RaiseNorm, RaiseRope
-from mxfx.rewrite import apply
+from mxfx.rewrite import Context, apply
 
 CPU = torch.device("cpu")
 
@@ -155,3 +158,49 @@ def test_a_parameter_stands_behind_its_grid_and_everything_else_is_constant() ->
         parameters[name].copy_(fmt.fake_quantize(parameters[name]))
     assert torch.equal(module(ids), before)
     assert not torch.equal(program.weights[name], parameters[name])
+
+
+@pytest.mark.parametrize(("accumulate", "count", "size"), [(1, 5, 5), (2, 4, 2), (2, 5, 1), (3, 8, 2), (4, 3, 1)])
+def test_parts_of_a_batch_are_alike(accumulate: int, count: int, size: int) -> None:
+    assert Plan(1, count, 1.0, accumulate).part(count) == size
+
+
+def _tuned(accumulate: int, file: Path | None = None) -> dict[str, torch.nn.Parameter]:
+    """Two parameters that a loss reaches behind one that it does not, after three steps."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = {name: torch.nn.Parameter(torch.randn(3, generator=generator)) for name in ("idle", "first", "second")}
+    given = torch.randn(8, 3, generator=generator)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return (x * parameters["first"] + parameters["second"].square() - 1).square().mean()
+
+    plan = Plan(3, 4, 0.1, accumulate, check_every=1, checkpoint_every=1)
+    Distillation(
+        plan,
+        parameters,
+        loss,
+        lambda: float(loss(given).detach()),
+        lambda chosen: (given[chosen],),
+        8,
+        Context(),
+        file=file,
+    ).run()
+    return parameters
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_parts_give_each_parameter_its_own_gradient_where_one_has_none(accumulate: int, tmp_path: Path) -> None:
+    whole, parts = _tuned(1, tmp_path / "whole"), _tuned(accumulate, tmp_path / "parts")
+    for name, parameter in whole.items():
+        torch.testing.assert_close(parts[name], parameter, rtol=1e-5, atol=1e-6)
+    again = _tuned(accumulate, tmp_path / "parts")
+    assert all(torch.equal(again[name], parameter) for name, parameter in parts.items())
+
+
+def test_ranks_keep_the_float_model_s_states_together_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = trainable(_program(), {}, CPU)[0]
+    tokens = torch.randint(3, 128, (4, 8))
+    of = teacher.Teacher(Staged(module), Context())
+    assert of.samples(tokens, 2, often=True).states is not None
+    monkeypatch.setattr(teacher.ranks, "collected", lambda room: [room, 0])
+    assert of.samples(tokens, 2, often=True).states is None

@@ -19,6 +19,8 @@ from mxfx.graph.node import info, path_of, set_info
 from mxfx.graph.program import Program
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
+from mxfx.ops.attention import attention_bias
+from mxfx.ops.catalogue import spec
 from mxfx.passes import (
     Annotate,
     Distill,
@@ -32,7 +34,7 @@ from mxfx.passes import (
 )
 from mxfx.passes.distill import free_weights
 from mxfx.pipeline.manager import PassManager
-from mxfx.rewrite import ALL, Context, Selector, apply
+from mxfx.rewrite import ALL, Context, Rewriter, Selector, apply
 from mxfx.rewrite.size import bits_per_weight
 from mxfx.runtime.causal_lm import emit
 
@@ -124,8 +126,25 @@ def test_a_program_without_its_float_model_is_refused(programs) -> None:
         apply(Distill(), programs[1], Context(tokens=lambda: TOKENS))
 
 
+@pytest.mark.parametrize("scope", ["model", "layer"])
+def test_no_state_is_taken_in_which_a_matrix_has_no_inverse(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = trace(tiny("llama-tiny"))
+    rule = Rule(Selector(r".*_proj"), weight=FORMAT, input=FORMAT)
+    passes = [Annotate(rule=(rule,)), TransformInputs(kind="wush", block=32), InsertFakeQuant()]
+    ctx = Context(tokens=lambda: TOKENS, reference=start)
+    program = PassManager().run(start, Pipeline(passes).completed(), ctx).program
+    monkeypatch.setattr(torch.linalg, "cond", lambda matrix: torch.full(matrix.shape[:-2], 2e4))
+    done = apply(
+        Distill(scope=scope, steps=16, batch_size=8, learning_rate=1e-2, checks=1, tune=("transforms",)), program, ctx
+    )
+    assert any("tuned" in warning for warning in done.record.warnings)
+    matrices = free_weights(program, ("transforms",), ALL)
+    assert matrices and all(torch.equal(done.program.weights[name], program.weights[name]) for name in matrices)
+
+
 @pytest.mark.parametrize(
-    ("option", "value"), [("steps", 0), ("learning_rate", 0.0), ("held_out", 1.0), ("batch_size", 0), ("average", -1)]
+    ("option", "value"),
+    [("steps", 0), ("learning_rate", 0.0), ("held_out", 1.0), ("batch_size", 0), ("average", -1), ("accumulate", 5)],
 )
 def test_options_out_of_range_are_named(option: str, value: float) -> None:
     with pytest.raises(ValueError, match=option):
@@ -189,24 +208,30 @@ def test_layer_by_layer_the_logits_come_nearer_too(unrounded) -> None:
     assert kl[0] < kl[1]
 
 
+def _errors(program: Program, start: Program) -> list[float]:
+    """Of each layer's output, on quantized states, against the float layers', on the last 12 samples."""
+    student, teacher = _cut(program), _cut(start)
+    given, of_float = student.start(TOKENS[-12:]), teacher.start(TOKENS[-12:])
+    found = []
+    for index in range(len(student.layers)):
+        student.share(index, given)
+        teacher.share(index, of_float)
+        with torch.no_grad():
+            given, of_float = student.run(index, given), teacher.run(index, of_float)
+        found.append(float(((given - of_float).square().sum(-1) / of_float.square().sum(-1)).mean()))
+    return found
+
+
 def test_a_layer_that_reads_quantized_states_is_held_against_the_float_layer_on_float_ones(unrounded) -> None:
     start, quantized = unrounded
     options = {"scope": "layer", "steps": 1, "batch_size": 8, "held_out": 0.25, "learning_rate": 1e-12}
     errors = _distill(unrounded, **options).record.details["held_out_error_by_layer"]
-    rounded = apply(RoundWeights(), quantized).program
-    device = torch.device("cpu")
-    student, teacher = (LayeredModel(trainable(p, {}, device)[0], device) for p in (rounded, start))
-    kept = TOKENS[-12:]
-    given, of_float = student.start(kept), teacher.start(kept)
-    for index, error in enumerate(errors):
-        for model in (student, teacher):
-            model.share(index, given, given)
-        with torch.no_grad():
-            on_given = teacher.run(index, given)
-            given, of_float = student.run(index, given), teacher.run(index, of_float)
-        found = ((given - of_float).square().sum(-1) / of_float.square().sum(-1)).mean()
-        assert error["before"] == pytest.approx(float(found), rel=1e-5)
-    assert (on_given - of_float).square().mean() > 1e-6
+    found = _errors(apply(RoundWeights(), quantized).program, start)
+    assert [error["before"] for error in errors] == pytest.approx(found, rel=1e-5)
+
+
+def _cut(program: Program) -> LayeredModel:
+    return LayeredModel(trainable(program, {}, torch.device("cpu"))[0], torch.device("cpu"))
 
 
 def test_layers_that_share_keys_are_refused_where_they_are_cut(unrounded) -> None:
@@ -216,10 +241,62 @@ def test_layers_that_share_keys_are_refused_where_they_are_cut(unrounded) -> Non
     for place in (1, 2):
         second.update_arg(place, first.args[place])
     shared.graph.eliminate_dead_code()
-    model = LayeredModel(trainable(shared, {}, torch.device("cpu"))[0], torch.device("cpu"))
-    states = [model.start(TOKENS[at : at + 4]) for at in (0, 4)]
-    with pytest.raises(ValueError, match=r"layer 0 also gives .*, made of tokens"):
-        model.share(0, *states)
+    with pytest.raises(ValueError, match=r"layer 1 also reads .*, which is made of tokens"):
+        _cut(shared)
+
+
+def test_a_layer_that_reads_the_tokens_themselves_is_refused(unrounded) -> None:
+    """What stands before the layers was kept of the first batch, whatever tokens the others have."""
+    program = unrounded[0].copy()
+    ids = next(n for n in program.graph.nodes if n.target == "input_ids")
+    norm = next(n for n in program.nodes("linear") if path_of(n) == "model.layers.1.mlp.up_proj").args[0]
+    total = norm.args[0]
+    with program.graph.inserting_before(norm):
+        even = program.graph.call_function(torch.ops.aten.remainder.Scalar, (ids, 2))
+        column = program.graph.call_function(torch.ops.aten.unsqueeze.default, (even, -1))
+        added = program.graph.call_function(torch.ops.aten.add.Tensor, (total, column))
+    even.meta = {"val": ids.meta["val"]}
+    column.meta = {"val": ids.meta["val"].unsqueeze(-1)}
+    added.meta = {"val": total.meta["val"]}
+    set_info(added, info(norm))
+    norm.update_arg(0, added)
+    with pytest.raises(ValueError, match=r"layer 1 also reads unsqueeze.*, which is made of tokens"):
+        _cut(program)
+
+
+def test_the_mask_that_layers_share_is_made_by_part_of_the_first_and_is_of_no_tokens() -> None:
+    program = PassManager().run(trace(tiny("mistral-tiny")), Pipeline([]).completed()).program
+    model, other = _cut(program), _cut(program)
+    (mask,) = model.layers[0].shared.outputs
+    assert mask.target is attention_bias and len(model.layers[0].shared.nodes) < len(model.layers[0].stage.nodes) / 2
+    states = [one.start(TOKENS[at : at + 4]) for one, at in ((other, 0), (model, 4))]
+    other.start(TOKENS[4:8])
+    for index in range(2):
+        for one, given in zip((other, model), states, strict=True):
+            one.share(index, given)
+        found, expected = (one.run(index, states[1]) for one in (other, model))
+        assert torch.equal(found, expected)
+        states = [other.run(index, states[0]), expected]
+
+
+@pytest.mark.parametrize("named_twice", [False, True])
+def test_a_weight_of_two_layers_is_in_both_what_it_is_in_the_end(unrounded, named_twice: bool) -> None:
+    """The second layer read it as it was before the first was tuned, or tuned it again for itself."""
+    start, quantized = (program.copy() for program in unrounded)
+    for program in (start, quantized):
+        first, second = (
+            next(n for n in program.nodes("linear") if path_of(n) == f"model.layers.{i}.mlp.up_proj") for i in (0, 1)
+        )
+        weight = spec(first).node_of("weight")
+        if named_twice:
+            weight = Rewriter(program, "test").weight(str(weight.target), second)
+        second.update_arg(1, weight)
+        program.graph.eliminate_dead_code()
+    options = {"scope": "layer", "steps": 24, "batch_size": 8, "held_out": 0.25, "learning_rate": 1e-2}
+    done = _distill((start, quantized), **options)
+    errors = done.record.details["held_out_error_by_layer"]
+    assert all(error["best_step"] for error in errors)
+    assert [error["after"] for error in errors] == pytest.approx(_errors(done.program, start), rel=1e-5)
 
 
 def test_layer_by_layer_with_a_rotation_whose_matrix_lowering_makes(unrounded) -> None:
@@ -312,10 +389,21 @@ def test_only_repeatable_kernels_where_that_is_asked_for(unrounded, monkeypatch:
         patch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
 
 
-@pytest.mark.parametrize("other", [{"deterministic": True}, {"scope": "layer"}])
-def test_what_does_not_go_with_compile_is_named(other: dict) -> None:
-    with pytest.raises(ValueError, match="compile"):
-        Distill(compile=True, **other)
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"compile": True}, {"deterministic": True}),
+        ({"compile": True}, {"scope": "layer"}),
+        ({"recompute": True}, {"scope": "layer"}),
+        ({"tune": ("head",)}, {"scope": "layer"}),
+        ({"tune": ("gains", "embedding")}, {"scope": "layer"}),
+    ],
+)
+def test_what_does_not_go_together_is_named(first: dict, second: dict) -> None:
+    (name,) = first
+    Distill(**first)
+    with pytest.raises(ValueError, match=name):
+        Distill(**first, **second)
 
 
 @pytest.mark.cuda
@@ -351,6 +439,33 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(unrounded) -> None:
     for name, tensor in whole.program.weights.items():
         close = (parts.program.weights[name] - tensor).abs() < 1e-6
         assert close.float().mean() > 0.99  # a rounding may fall to the other side
+
+
+def test_parts_of_a_batch_have_one_size_when_states_are_compared_too(
+    unrounded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: set[int] = set()
+    of = distill.divergence
+    monkeypatch.setattr(distill, "divergence", lambda a, e: sizes.add(len(a)) or of(a, e))
+    _distill(unrounded, steps=2, batch_size=8, accumulate=3, checks=1, held_out=0.25)
+    assert sizes == {2}
+
+
+def test_a_checkpoint_is_of_its_formats_its_held_out_samples_and_its_float_model(unrounded, tmp_path: Path) -> None:
+    start, quantized = unrounded
+    pass_ = Distill(steps=1, checks=1, checkpoint_every=1)
+
+    def run(program: Program = quantized, tokens: torch.Tensor = TOKENS, reference: Program = start) -> int:
+        apply(pass_, program, Context(tokens=lambda: tokens, reference=reference, cache=tmp_path))
+        return len({file.stem.split("-")[1] for file in tmp_path.glob("distill-*.safetensors")})
+
+    rule = Rule(Selector(r".*_proj"), weight=parse("mxfp4_e2m1@32"), input=FORMAT)
+    other = PassManager().run(start, Pipeline([Annotate(rule=(rule,)), InsertFakeQuant()]).completed()).program
+    assert _bytes(other) == _bytes(quantized)
+    changed = TOKENS.clone()
+    changed[-1, -1] += 1
+    moved = trace(tiny("llama-tiny", seed=1))
+    assert [run(), run(), run(other), run(tokens=changed), run(reference=moved)] == [1, 1, 2, 3, 4]
 
 
 def test_the_state_that_is_kept_is_the_best_of_those_looked_at(unrounded) -> None:
