@@ -43,10 +43,12 @@ class Plan:
     average: int = 0
 
     def part(self, count: int) -> int:
-        """Samples of a part, where a process has ``count`` of a batch. All have one size, as a recorded step needs; so
-        there may be more than ``accumulate``.
+        """How many of ``count`` samples this process runs together in a step. All parts have one size, as a recorded
+        step needs; so there may be more than ``accumulate``.
         """
-        return next(count // parts for parts in range(min(self.accumulate, count), count + 1) if not count % parts)
+        batch = range(min(self.batch_size, count))
+        mine = len(batch[ranks.share(len(batch))])
+        return next(mine // parts for parts in range(min(self.accumulate, mine), mine + 1) if not mine % parts)
 
 
 @dataclass
@@ -185,7 +187,7 @@ class Distillation:
     def _gradients(self, batch: Tensor) -> None:
         """Gradients of a batch, of this rank's samples: where the update expects them."""
         mine = batch[ranks.share(len(batch))]
-        parts = mine.split(self._plan.part(len(mine)))
+        parts = mine.split(self._plan.part(self._count))
         reached: list[nn.Parameter] = []
         sums: list[Tensor] = []
         for part in parts:

@@ -297,8 +297,7 @@ def _sizes(of: int, plan: Plan, kept: int) -> list[int]:
     """Each size of batch that a layer will see of so many samples."""
     size = plan.batch_size
     sizes = {size, of % size, kept % size, min(size, of - kept), min(size, kept)}
-    batch = range(min(size, of - kept))
-    sizes.add(plan.part(len(batch[ranks.share(len(batch))])))
+    sizes.add(plan.part(of - kept))
     mine = torch.arange(of)[ranks.share(of)]
     sizes |= {len(part) for part in mine.split(size)}
     return sorted(sizes - {0})

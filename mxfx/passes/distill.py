@@ -79,8 +79,7 @@ class Distill(Pass):
     held_out: share of the samples that states are compared on, between 0 and 1.
     tune: what is tuned beside the weights on grids: gains (of norms), biases, transforms (their matrices stay
         invertible), embedding, head; without a format these stay in the model's own precision.
-    accumulate: parts that a batch is cut into at least, all of one size, where the device cannot hold it whole; their
-        gradients are summed.
+    accumulate: parts of one size, as many at least, that a batch is cut into where the device cannot hold it whole.
     recompute: keep only what crosses from layer to layer, and run each layer again for its gradient.
     compile: on a GPU, run decoder layers through ``torch.compile`` while tuning, not while states are compared: faster
         after half a minute, with other last bits; where it fails the run is warned and goes on without.
@@ -169,8 +168,7 @@ class Distill(Pass):
         teacher = Teacher(Staged(trainable(ctx.reference, {}, ctx.device)[0]), ctx)
         plan = self._plan()
         tokens, last = _split(ctx.tokens(), self.held_out)
-        batch = range(min(self.batch_size, len(tokens)))
-        part = plan.part(len(batch[ranks.share(len(batch))]))
+        part = plan.part(len(tokens))
         often = self.steps * self.batch_size > len(tokens)
         train = teacher.samples(tokens, part, often=often)
         kept = teacher.samples(last, part, often=self.checks > 1)
@@ -295,18 +293,17 @@ class Distill(Pass):
         if ctx.cache is None or not self.checkpoint_every:
             return None
         assert ctx.reference is not None
-        teacher, student = (
+        models = [
             Keys().key([n for n in one.graph.nodes if n.op == "output"], one.weights.hash, {"dtype": str(one.dtype)})
             for one in (ctx.reference, program)
-        )
+        ]
         key = digest(
             {
-                "models": [teacher, student],
+                "models": models,
                 "formats": {weight: str(fmt) for weight, fmt in grids.items()},
                 # Those that are held out too: they choose the state.
                 "tokens": token_key(ctx.tokens()),
-                "pass": repr(self),
-                "seed": ctx.seed,
+                "pass": [repr(self), ctx.seed],
                 "environment": environment(ctx.device),
             }
         )
