@@ -17,7 +17,7 @@ from mxfx.graph.regions import siblings
 from mxfx.ops.catalogue import arguments_of, spec, weights_of
 from mxfx.ops.kernels import packed
 from mxfx.ops.kernels.limits import has_triton
-from mxfx.ops.kernels.ways import Product, Way, no_fp8, said, summed, ways_on_cpu, ways_on_cuda
+from mxfx.ops.kernels.ways import Product, Way, no_fp8, said, summed, ways_on_cpu, ways_on_cuda, why_not_fp8
 from mxfx.passes import Lower, MultiplyInFp8, PackWeights, UnpackWeights
 from mxfx.pipeline.manager import StepResult
 from mxfx.rewrite.operands import rounded_format
@@ -103,10 +103,8 @@ def _linear(path: str, product: Product, target: str, why: str) -> Linear:
     ways = ways_on_cuda(product, exact) if target == "cuda" else ways_on_cpu(product)
     if product.weight is None:
         why = why or "its weight has no format"
-    elif target == "cuda" and product.sums == "wide":
-        why = f"FP8 does not sum {product.weight} by {product.input} exactly"
-    elif target == "cuda" and product.sums == "exact" and not exact:
-        why = 'this GPU does not sum FP8 products exactly; [emit] sums = "fast" takes its sums'
+    elif target == "cuda":
+        why = why_not_fp8(product, exact) or why
     weight = str(product.weight or str(product.dtype).removeprefix("torch."))
     return Linear(path, weight, str(product.input or ""), tuple(ways), why)
 

@@ -400,8 +400,7 @@ else:
     # 3 and 9 rows meet codes as integers and as floats, 33 as E4M3.
     @pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 3), (torch.float16, 9), (torch.float16, 33)])
     def test_a_sum_its_norm_and_its_linears_are_one_op(dtype, rows):
-        ragged = (None, None, "mxint4@64", 1e-5)  # which no kernel takes
-        for x, branch, given in [*_norms(dtype, rows), (*_norms(dtype, rows)[0][:2], ragged)]:
+        for x, branch, given in _norms(dtype, rows):
             text, x = f"mxint4@{parse(given[2]).block}", x[1:]  # without the row that is no number
             weights = [_packed(text, n, 160)[:2] for n in (7, 4)]
             codes, scales = [w[0] for w in weights], [w[1] for w in weights]
@@ -411,6 +410,12 @@ else:
             assert found[1].shape == wanted[1].shape and found[1].dtype == wanted[1].dtype
             # A last place of a norm may move an entry by one code.
             assert (found[1] - wanted[1]).norm() <= 0.05 * wanted[1].norm(), given[1:]
+
+    def test_blocks_that_do_not_divide_a_row_are_left_to_the_definition():
+        codes, scales = ([part] for part in _packed("mxint4@64", 4, 160)[:2])
+        x, branch = torch.randn(2, 160), torch.randn(2, 160)
+        given = (codes, scales, [], branch, "mxint4@64", x, None, None, "mxint4@64", 1e-5)
+        assert packed_cuda.add_norm_quantize_linear(*given) is NotImplemented
 
     def test_summands_that_differ_in_shape_or_dtype_are_left_to_the_definition():
         codes, scales = ([part] for part in _packed("mxint4@32", 4, 64)[:2])

@@ -10,6 +10,7 @@ import torch
 from mxfx.formats import parse
 from mxfx.formats.stored import store
 from mxfx.ops.kernels import ways
+from mxfx.ops.kernels.paths import Path, plan
 from mxfx.ops.kernels.ways import Product, said, ways_on_cpu, ways_on_cuda
 
 _BF16 = torch.bfloat16
@@ -77,6 +78,73 @@ def test_a_fused_product_goes_the_way_that_is_said(
         mx_linear(given, codes, scales, None, weight)
         assert [_at(fused, rows), _at(alone, rows)] == called, rows
         called.clear()
+
+
+@pytest.mark.triton
+def test_weights_that_do_not_lie_as_kernels_read_them_are_left_to_the_definition(called: list[str]) -> None:
+    """Kernels would read beyond them, or other codes."""
+    from mxfx.ops.kernels.packed_cuda import fake_quantize_linear, mx_linear
+
+    text = "mxint4@32"
+    codes, scales = store(parse(text).fake_quantize(torch.randn(128, 64)), parse(text))  # type: ignore[misc]
+    strided = torch.stack((codes, codes), -1)[..., 0]
+    for rows in (1, 40):
+        wide, x = torch.randn(rows, 128).to(_BF16), torch.randn(rows, 64).to(_BF16)
+        for given, laid in ((wide, codes), (x, strided)):
+            assert mx_linear(given, laid, scales, None, text) is NotImplemented
+            assert fake_quantize_linear([laid], [scales], [], None, text, given, text, -1) is NotImplemented
+    assert not called
+
+
+@pytest.mark.triton
+def test_a_residual_of_another_shape_or_dtype_is_added_after(called: list[str]) -> None:
+    from mxfx.ops.kernels.packed_cuda import fake_quantize_linear
+
+    text = "mxint4@32"
+    codes, scales = store(parse(text).fake_quantize(torch.randn(128, 64)), parse(text))  # type: ignore[misc]
+    given = ([codes], [scales], [])
+    x, row = torch.randn(40, 64).to(_BF16), torch.randn(128).to(_BF16)
+    assert torch.equal(fake_quantize_linear(*given, row, text, x, text, -1), row.expand(40, 128))
+    found = fake_quantize_linear(*given, row.expand(40, 128).double(), text, x, text, -1)
+    assert found.dtype == torch.float64 and torch.equal(found, row.expand(40, 128).double())
+
+
+def _path(rows: int, **other: Any) -> tuple[Path, str]:
+    four = parse("mxint4@32")
+    given = {"weight": four, "x": four, "fused": True, "rows": rows, "width": 64, "channels": 96, "dtype": _BF16}
+    found = plan(**(given | {"sums": "exact", "exact_sums": True} | other))
+    return found.path, found.reason
+
+
+def test_a_path_follows_from_facts() -> None:
+    assert [_path(rows)[0] for rows in (1, 8, 9, 16, 17)] == [
+        *[Path.INTEGERS] * 2, *[Path.INTEGER_TILES] * 2, Path.EXACT
+    ]  # fmt: skip
+    assert [_path(rows, fused=False)[0] for rows in (2, 3, 17)] == [Path.CODES, Path.TENSOR_CORES, Path.EXACT]
+    assert [_path(9, channels=channels)[0] for channels in (64, 65, 128, 129)] == [
+        Path.TENSOR_CORES, Path.INTEGER_TILES, Path.INTEGER_TILES, Path.TENSOR_CORES
+    ]  # fmt: skip
+    assert _path(9, x=parse("mxint4@16"), weight=parse("mxint4@16"))[0] is Path.TENSOR_CORES
+    assert _path(3, fused=False, dtype=torch.float32)[0] is Path.EXACT
+
+
+@pytest.mark.parametrize(
+    ("path", "reason", "other"),
+    [
+        (Path.DEFINITION, "kernels compute in up to float32, not torch.float64", {"dtype": torch.float64}),
+        (Path.DEFINITION, "there is nothing to multiply", {"rows": 0}),
+        (Path.DEFINITION, "no kernel decodes rows of 72 in mxint4@32", {"width": 72}),
+        (Path.DEFINITION, "its weight is mxint8@32, of which E4M3", {"weight": parse("mxint8@32")}),
+        (Path.DECODED, "its rows are not E4M3", {"sums": None}),
+        (Path.DECODED, "FP8 does not sum mxint4@32 by mxint4@32 exactly", {"sums": "wide"}),
+        (Path.DECODED, "this GPU does not sum FP8 products exactly", {"exact_sums": False}),
+        (Path.DECODED, "this GPU has no FP8", {"sums": "fast", "has_e4m3": False}),
+        (Path.FAST, "cuBLAS's sums", {"sums": "fast"}),
+    ],
+)
+def test_a_path_of_many_rows_says_why(path: Path, reason: str, other: dict[str, Any]) -> None:
+    found = _path(**({"rows": 40} | other))
+    assert found[0] is path and found[1].startswith(reason)
 
 
 def test_where_sums_are_not_exact_the_weight_is_decoded() -> None:

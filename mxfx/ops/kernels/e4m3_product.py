@@ -14,6 +14,7 @@ from torch import Tensor
 from mxfx.formats import Format
 from mxfx.ops.fp8 import E4M3, from_rows
 from mxfx.ops.kernels.packed_triton import expand, expand_to_e4m3
+from mxfx.ops.kernels.paths import Path
 
 try:
     from mxfx.ops.kernels.e4m3_gluon import multiply_rows_of_e4m3
@@ -50,18 +51,17 @@ def multiply_e4m3(
     residual: Tensor | None,
     fmt: Format,
     dtype: torch.dtype,
-    sums: str,
+    path: Path,
 ) -> Tensor:
     """`residual + linear(rows · factors, weights, biases)`, (m, Σ n), rounded to `dtype` before and after the residual.
 
     rows, bytes (m, k), and factors, float32 (m, 1), are `mxfx.ops.fp8.to_rows`'s; residual (m, Σ n), contiguous.
-    Weights are expanded one below the other. Exact sums are float32's; where a device has no such kernel, and for wide
-    ones, the product is one in `dtype`. Fast sums are cuBLAS's, of which tensor cores keep some 14 bits.
+    Weights are expanded one below the other. `path` is EXACT, whose sums are float32's, FAST, whose sums are cuBLAS's,
+    of which tensor cores keep some 14 bits, or DECODED: the product is one in `dtype`.
     """
     width, channels = rows.shape[-1], [c.shape[0] for c in codes]
     bias = torch.cat(biases) if biases else None
-    exact = sums == "exact" and sums_in_float32(rows.device)
-    if not exact and (sums != "fast" or not has_e4m3(rows.device)):
+    if path is Path.DECODED:
         wide = torch.empty((sum(channels), width), dtype=dtype, device=rows.device)
         for c, s, part in zip(codes, scales, wide.split(channels), strict=True):
             expand(c, s, fmt, part)
@@ -71,7 +71,7 @@ def multiply_e4m3(
     of_channels = torch.empty(sum(channels), dtype=torch.float32, device=rows.device)
     for c, s, part, factor in zip(codes, scales, weight.split(channels), of_channels.split(channels), strict=True):
         expand_to_e4m3(c, s, fmt, part, factor)
-    if exact:
+    if path is Path.EXACT:
         out = torch.empty((rows.shape[0], sum(channels)), dtype=dtype, device=rows.device)
         joined = None if residual is None or residual.dtype != dtype else residual
         multiply_rows_of_e4m3(rows.view(E4M3), factors.view(-1), weight.view(E4M3), of_channels, bias, joined, out)

@@ -23,7 +23,7 @@ MAX_ROW = 16384
 FEW_ROWS = 2
 SOME_ROWS = 16
 #: Rows of codes that meet packed codes in integer arithmetic, four products at an instruction; and on tensor cores,
-#: where blocks are long enough and results somewhat more than inputs (`packed_cuda`).
+#: where blocks are long enough and results somewhat more than inputs (`paths`).
 FEW_INTEGERS = 8
 INTEGER_ROWS = 16
 #: As many entries of a block as tensor cores multiply at least.
@@ -119,7 +119,6 @@ def takes_some_rows(fmt: Format, rows: int, dtype: torch.dtype) -> bool:
     return fmt.bits in (4, 8) and rows <= SOME_ROWS and dtype != torch.float32
 
 
-@lru_cache(maxsize=256)
 def takes_integers(weight: Format, x: Format, rows: int, width: int) -> bool:
     """Whether few rows of codes meet 4-bit integers as they lie: int8 holds all that a block of `x` may have."""
     if weight.block != x.block or not takes_packed(weight, width) or x.block is None:

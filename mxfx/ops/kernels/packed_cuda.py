@@ -13,54 +13,54 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mxfx.formats import Format
+from mxfx.formats.stored import codes_length, scales_length
 from mxfx.ops.experts import expert_linear
-from mxfx.ops.fp8 import not_carried
-from mxfx.ops.kernels import limits, takes
+from mxfx.ops.kernels import takes
 from mxfx.ops.kernels.cuda import if_it_fits, norm_quantize
-from mxfx.ops.kernels.e4m3_product import has_e4m3, multiply_e4m3
+from mxfx.ops.kernels.e4m3_product import has_e4m3, multiply_e4m3, sums_in_float32
 from mxfx.ops.kernels.fp8_triton import align_rows, rows_to_e4m3
 from mxfx.ops.kernels.integer_mma_triton import multiply_integer_tiles
 from mxfx.ops.kernels.integer_triton import multiply_integers
-from mxfx.ops.kernels.limits import (
-    DTYPES,
-    takes_e4m3_rows,
-    takes_few_rows,
-    takes_integers,
-    takes_packed,
-    takes_some_rows,
-)
+from mxfx.ops.kernels.limits import DTYPES, takes_e4m3_rows, takes_packed
 from mxfx.ops.kernels.norm_triton import norm_triton
 from mxfx.ops.kernels.norm_triton import row_scales as row_scales_of_norm
 from mxfx.ops.kernels.packed import ROUNDING, inexact_rows
 from mxfx.ops.kernels.packed_triton import expand, multiply_rows
+from mxfx.ops.kernels.paths import Path, plan
 from mxfx.ops.kernels.skinny_triton import multiply_some_rows
 from mxfx.ops.kernels.transform_triton import transform_triton
 from mxfx.ops.quantize import _format
 
 #: Entries of rows of which each program of a norm finds all factors itself; more get them from a kernel before.
 FACTORS_INSIDE = 8192
+#: A few rows, which meet packed codes, one weight at a time.
+_FEW = (Path.CODES, Path.TENSOR_CORES)
 
 
 def mx_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str) -> Tensor:
     fmt, width, channels = _format(format), x.shape[-1], codes.shape[0]
-    if x.dtype not in DTYPES or not takes_packed(fmt, width) or x.numel() == 0:
+    path = plan(fmt, None, False, x.shape[:-1].numel(), width, channels, x.dtype).path
+    if path is Path.DEFINITION or not _lie_packed([codes], [scales], fmt, width):
         return NotImplemented
-    multiply = _multiplier(fmt, x.numel() // width, x.dtype)
-    if multiply is not None:
-        out = torch.empty((*x.shape[:-1], channels), dtype=x.dtype, device=x.device)
-        rows = x.reshape(-1, width).contiguous()
-        multiply(rows, codes, scales, bias, fmt, out.view(-1, channels))
-        return out
-    weight = torch.empty((channels, width), dtype=x.dtype, device=x.device)
-    expand(codes, scales, fmt, weight)
-    return F.linear(x, weight, bias)
+    if path is Path.DECODED:
+        weight = torch.empty((channels, width), dtype=x.dtype, device=x.device)
+        expand(codes, scales, fmt, weight)
+        return F.linear(x, weight, bias)
+    biases = [] if bias is None else [bias]
+    out = _side_by_side(path, x.reshape(-1, width).contiguous(), [codes], [scales], biases, fmt, x.dtype)
+    return out.view(*x.shape[:-1], channels)
 
 
-def _multiplier(fmt: Format, rows: int, dtype: torch.dtype) -> Callable[..., None] | None:
-    """What multiplies so many rows with packed codes; None where the weight is better expanded."""
-    if takes_few_rows(fmt, rows):
-        return multiply_rows
-    return multiply_some_rows if takes_some_rows(fmt, rows, dtype) else None
+def _lie_packed(codes: list[Tensor], scales: list[Tensor], fmt: Format, width: int) -> bool:
+    """Whether weights are rows of `width` as kernels read them, one behind the other; the definition refuses others,
+    or takes them by their strides.
+    """
+    assert fmt.block is not None
+    each = (codes_length(width, fmt), scales_length(width, fmt))
+    return all(
+        c.shape[:-1] == s.shape[:-1] and (c.shape[-1], s.shape[-1]) == each and c.is_contiguous() and s.is_contiguous()
+        for c, s in zip(codes, scales, strict=True)
+    )
 
 
 def mx_expert_linear(
@@ -68,7 +68,8 @@ def mx_expert_linear(
 ) -> Tensor:
     """Of few tokens the experts that they chose are decoded, one for each choice; else all experts of the layer."""
     fmt, width, (count, channels) = _format(format), x.shape[-1], codes.shape[:2]
-    if x.dtype not in DTYPES or not takes_packed(fmt, width) or x.numel() == 0:
+    taken = x.dtype in DTYPES and takes_packed(fmt, width) and x.numel() > 0
+    if not taken or not _lie_packed([codes], [scales], fmt, width):
         return NotImplemented
     chosen = experts.reshape(-1)
     if len(chosen) >= count:
@@ -212,21 +213,23 @@ def _linear_e4m3(
     sums: str,
 ) -> Tensor:
     """`residual + mx_linear_e4m3`."""
-    (payload, row_scales), fmt = e4m3, _format(format)
-    width = payload.shape[-1]
-    if dtype not in DTYPES or not takes_packed(fmt, width) or payload.numel() == 0:
+    (payload, row_scales), fmt, width = e4m3, _format(format), e4m3[0].shape[-1]
+    count, channels = payload.shape[:-1].numel(), sum(c.shape[0] for c in codes)
+    path = plan(fmt, None, False, count, width, channels, dtype, sums, *_sums_of(payload.device)).path
+    if path is Path.DEFINITION or not _lie_packed(codes, scales, fmt, width):
         return NotImplemented
-    channels = [c.shape[0] for c in codes]
     rows, factors = payload.reshape(-1, width).contiguous(), row_scales.reshape(-1, 1).contiguous()
-    out_shape = (*payload.shape[:-1], sum(channels))
-    multiply = _multiplier(fmt, rows.shape[0], dtype)
-    if multiply is not None:
-        out = _side_by_side(multiply, rows, codes, scales, biases, fmt, dtype, factors).view(out_shape)
+    out_shape = (*payload.shape[:-1], channels)
+    if path in _FEW:
+        out = _side_by_side(path, rows, codes, scales, biases, fmt, dtype, factors).view(out_shape)
         return out if residual is None else residual + out
-    if not_carried(fmt) is not None:
-        return NotImplemented
-    rest = None if residual is None else residual.reshape(rows.shape[0], -1).contiguous()
-    return multiply_e4m3(rows, factors, codes, scales, biases, rest, fmt, dtype, sums).view(out_shape)
+    rest = None if residual is None else residual.reshape(count, -1).contiguous()
+    return multiply_e4m3(rows, factors, codes, scales, biases, rest, fmt, dtype, path).view(out_shape)
+
+
+def _sums_of(device: torch.device) -> tuple[bool, bool]:
+    """What `plan` asks of a device."""
+    return sums_in_float32(device), has_e4m3(device)
 
 
 def _multiplying(name: str) -> Callable[..., Tensor]:
@@ -243,49 +246,44 @@ def _multiplying(name: str) -> Callable[..., Tensor]:
         sums: str = "exact",
     ) -> Tensor:
         given = dict(zip(_OPERANDS[name], operands, strict=False))
-        x, fmt = operands[0], _format(weights)
-        if x.numel() == 0 or x.dtype not in DTYPES:
+        x, fmt, rounds = operands[0], _format(weights), _format(given["format"])
+        rows, width, channels = x.shape[:-1].numel(), x.shape[-1], sum(c.shape[0] for c in codes)
+        if residual is not None and (residual.shape != (*x.shape[:-1], channels) or residual.dtype != x.dtype):
+            alone = run(codes, scales, biases, None, weights, *operands, added=added, sums=sums)
+            return alone if alone is NotImplemented else residual + alone
+        rest = (rows, width, channels, x.dtype, sums, *_sums_of(x.device))
+        path = plan(fmt, rounds, True, *rest).path
+        if path is Path.DEFINITION or not _lie_packed(codes, scales, fmt, width):
             return NotImplemented
-        width = x.shape[-1]
-        rows = x.numel() // width
-        few = rows <= limits.FEW_INTEGERS or (fmt.block or 0) < limits.INTEGER_BLOCK
-        # 9 to 16 rows, on tensor cores: instead of codes that are decoded as they arrive, one weight after the other.
-        # On an H200 at 16 rows (commit cd81b09, not measured since) integers took .87 and .71 of that time at q·k·v of
-        # a 1B and an 8B shape, 1.0 to 1.35 of it at o, gate·up and down.
-        pays = few or width < sum(c.shape[0] for c in codes) <= 2 * width
-        if pays and takes_integers(fmt, _format(given["format"]), rows, width):
+        if path in (Path.INTEGERS, Path.INTEGER_TILES):
             found = integers(name, *operands, added=added)
             if found is not NotImplemented:
-                out = torch.empty((*x.shape[:-1], sum(c.shape[0] for c in codes)), dtype=x.dtype, device=x.device)
-                flat, rest = out.view(rows, -1), None if residual is None else residual.reshape(rows, -1).contiguous()
-                multiply = multiply_integers if few else multiply_integer_tiles
-                multiply(found[0], found[1], codes, scales, biases, rest, fmt, flat)
+                out = torch.empty((*x.shape[:-1], channels), dtype=x.dtype, device=x.device)
+                joined = None if residual is None else residual.reshape(rows, -1).contiguous()
+                multiply = multiply_integers if path is Path.INTEGERS else multiply_integer_tiles
+                multiply(found[0], found[1], codes, scales, biases, joined, fmt, out.view(rows, -1))
                 return out
-        multiply = _multiplier(fmt, rows, x.dtype) if takes_packed(fmt, width) else None
-        if multiply is not None:
+            path = plan(fmt, rounds, False, *rest).path
+        if path in _FEW:
             # Rounded as they are, rows want no kernel that brings their blocks to one power of two.
             op = getattr(torch.ops.mxfx_kernels, name)
             y = op(*operands) if added is None else norm_quantize(*operands, added=added)
             if y is NotImplemented:
                 return y
-            out = _side_by_side(multiply, y.reshape(rows, width).contiguous(), codes, scales, biases, fmt, y.dtype)
+            out = _side_by_side(path, y.reshape(rows, width).contiguous(), codes, scales, biases, fmt, y.dtype)
             out = out.view(*x.shape[:-1], -1)
-        else:
-            op = getattr(torch.ops.mxfx_kernels, f"{name}_e4m3")
-            e4m3 = op(*operands) if added is None else norm_quantize_e4m3(*operands, added=added)
-            if e4m3 is NotImplemented:
-                return e4m3
-            out = _linear_e4m3(e4m3, codes, scales, biases, residual, weights, x.dtype, sums)
-            if out is not NotImplemented:
-                return out
-            out = torch.ops.mxfx_kernels.mx_linear_e4m3(*e4m3, codes, scales, biases, weights, x.dtype, sums=sums)
-        return out if residual is None else residual + out
+            return out if residual is None else residual + out
+        op = getattr(torch.ops.mxfx_kernels, f"{name}_e4m3")
+        e4m3 = op(*operands) if added is None else norm_quantize_e4m3(*operands, added=added)
+        if e4m3 is NotImplemented:
+            return e4m3
+        return _linear_e4m3(e4m3, codes, scales, biases, residual, weights, x.dtype, sums)
 
     return run
 
 
 def _side_by_side(
-    multiply: Callable[..., None],
+    path: Path,
     rows: Tensor,
     codes: list[Tensor],
     scales: list[Tensor],
@@ -298,6 +296,7 @@ def _side_by_side(
     channels = [c.shape[0] for c in codes]
     out = torch.empty((rows.shape[0], sum(channels)), dtype=dtype, device=rows.device)
     given: list[Tensor | None] = [*biases] or [None] * len(codes)
+    multiply = multiply_rows if path is Path.CODES else multiply_some_rows
     for c, s, bias, part in zip(codes, scales, given, out.split(channels, -1), strict=True):
         multiply(rows, c, s, bias, fmt, part, factors)
     return out

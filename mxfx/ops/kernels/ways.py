@@ -1,6 +1,7 @@
 """Which way a product with a stored weight goes, by how many rows there are, in words, and why no other.
 
-What is said here is what `packed_cuda` and `cpu` choose from the same limits; a test asks them. Needs no device.
+What is said here of CUDA is what `paths` plans and `packed_cuda` does; of a CPU, what `cpu` chooses from the same
+limits. Needs no device.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from mxfx.formats import Format
 from mxfx.ops import fp8
 from mxfx.ops.kernels import limits
 from mxfx.ops.kernels.library import load_cpu
-from mxfx.ops.kernels.limits import takes_e4m3_rows, takes_few_rows, takes_integers, takes_packed, takes_some_rows
+from mxfx.ops.kernels.limits import takes_e4m3_rows, takes_packed
+from mxfx.ops.kernels.paths import Path, Plan, plan
 from mxfx.ops.kernels.structs import fits_byte, units_of
 
 #: What a row-wise FP8 GEMM asks of the sizes of its operands.
@@ -109,29 +111,36 @@ def _merged(way: Callable[[int], str], thresholds: list[int]) -> list[Way]:
     return found
 
 
+_SAID = {
+    Path.INTEGERS: INTEGERS,
+    Path.INTEGER_TILES: INTEGERS,
+    Path.CODES: CODES,
+    Path.TENSOR_CORES: TENSOR_CORES,
+    Path.EXACT: EXACT,
+    Path.FAST: FAST,
+}
+
+
 def _on_cuda(product: Product, rows: int, exact_sums: bool) -> str:
-    weight, dtype = product.weight, product.dtype
-    if weight is None or not takes_packed(weight, product.width):
+    weight = product.weight
+    if weight is None or (product.experts and not takes_packed(weight, product.width)):
         return _wide(product)
     if product.experts:
         return CHOSEN
-    x = product.input if product.fused and _pays(product, rows) else None
-    if x is not None and takes_integers(weight, x, rows, product.width):
-        return INTEGERS
-    if takes_few_rows(weight, rows):
-        return CODES
-    if takes_some_rows(weight, rows, dtype):
-        return TENSOR_CORES
-    if product.sums == "fast":
-        return FAST
-    return EXACT if product.sums == "exact" and exact_sums else _wide(product)
+    return _SAID.get(_planned(product, weight, rows, exact_sums).path, _wide(product))
 
 
-def _pays(product: Product, rows: int) -> bool:
-    """As `packed_cuda._multiplying` finds it."""
-    assert product.weight is not None
-    few = rows <= limits.FEW_INTEGERS or (product.weight.block or 0) < limits.INTEGER_BLOCK
-    return few or product.width < product.channels <= 2 * product.width
+def _planned(product: Product, weight: Format, rows: int, exact_sums: bool) -> Plan:
+    sizes = (rows, product.width, product.channels)
+    return plan(weight, product.input, product.fused, *sizes, product.dtype, product.sums, exact_sums)
+
+
+def why_not_fp8(product: Product, exact_sums: bool) -> str:
+    """Why many rows of a product that `multiply-in-fp8` took do not run on FP8 tensor cores; empty where they do."""
+    if product.weight is None or product.sums is None or product.experts:
+        return ""
+    found = _planned(product, product.weight, _thresholds()[-1] + 1, exact_sums)
+    return "" if found.path in (Path.EXACT, Path.FAST) else found.reason
 
 
 def _wide(product: Product) -> str:
