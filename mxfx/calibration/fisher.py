@@ -11,34 +11,46 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from mxfx.calibration.moments import BATCH_TOKENS, BlockMoment, fits
+from mxfx.calibration.moments import BlockMoment, batches_of, fits, means
+from mxfx.calibration.spread import Part, concatenated
 from mxfx.calibration.stages import input_of
 from mxfx.calibration.training import trainable
 from mxfx.graph.node import kind, path_of
 from mxfx.graph.program import Program
+from mxfx.ground import ranks
 from mxfx.rewrite import Context, Rewriter
 
 #: Sees the gradient at a tensor, batch by batch.
 Sink = Callable[[Tensor], None]
 
 
-def differentiate(logits: Tensor, generator: torch.Generator) -> None:
-    """Gradients of Σ log p(y) over rows of ``logits``, ``(…, vocabulary)``, y drawn anew; to the hooks that are set."""
+def differentiate(logits: Tensor, part: Part, generator: torch.Generator) -> None:
+    """Gradients of Σ log p(y) over rows of ``logits``, ``(…, vocabulary)``, to the hooks that are set; y drawn anew,
+    the same however many ranks share the batch that ``part`` is of. Raises ``ValueError`` for logits that are NaN.
+    """
     log_p = logits.flatten(0, -2).float().log_softmax(-1)
-    drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+    if bool(log_p.isnan().any()):
+        raise ValueError("the model's logits on calibration tokens are not finite: they have no gradients to go by")
+
+    def times(rows: int) -> Tensor:
+        return log_p.new_empty(rows, log_p.shape[-1]).exponential_(generator=generator)
+
+    # The least of exponential times, each over its chance: ``torch.multinomial`` draws so too, but not for a part.
+    drawn = log_p.detach().exp().div_(part.rows(times, len(log_p))).argmax(-1, keepdim=True)
     log_p.gather(-1, drawn).sum().backward()
 
 
 def watch_gradients(program: Program, sinks: Mapping[fx.Node, Sink], ctx: Context, tokens: Tensor) -> None:
     """Run ``tokens``, int64 ``(samples, length)``, through ``program`` and back; hand the gradient at each watched
-    node, of its shape and dtype, to its sink, batch after batch in the order of the samples.
+    node, of its shape and dtype, to its sink, batch after batch in the order of the samples. Of several ranks each runs
+    its share, in ``batches_of``.
 
     The whole model lies on ``ctx.device``, with what one batch leaves for the way back. Raises ``ValueError`` where the
     device has no room for its weights.
     """
     if not sinks:
         return
-    if not fits(program, ctx.device):
+    if not all(ranks.collected(fits(program, ctx.device))):
         raise ValueError(
             f"gradients of the loss take a pass back through the whole model, and {ctx.device} has no room for its "
             'weights; go without them: guided = false for gptq, against = "weights" for transforms'
@@ -60,12 +72,12 @@ def watch_gradients(program: Program, sinks: Mapping[fx.Node, Sink], ctx: Contex
             node.target = _hook(marks[node.name])
     module.recompile()
     generator = torch.Generator(ctx.device).manual_seed(int(ctx.generator("fisher").initial_seed()) % 2**63)
-    batches = tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))
-    for ids in ctx.progress(batches, "gradients", len(batches)):
-        logits = module(ids.to(ctx.device), None, None)
+    batches = batches_of(tokens)
+    for part in ctx.progress(batches, "gradients", len(batches)):
+        logits = module(part.ids.to(ctx.device), None, None)
         # Without: none of the watched reaches them.
         if logits.requires_grad:
-            differentiate(logits, generator)
+            differentiate(logits, part, generator)
 
 
 def gradient_moments(
@@ -74,9 +86,9 @@ def gradient_moments(
     """Second moments of the gradients at nodes, shaped as those of their values by ``moments.block_moments``; of nodes
     that the loss does not depend on, none.
     """
-    sums = {node: BlockMoment(block, by_head=by_head) for node, block in blocks.items()}
+    sums = {node: BlockMoment(block, ctx.device, by_head=by_head) for node, block in blocks.items()}
     watch_gradients(program, sums, ctx, tokens)
-    return {node: moment.value() for node, moment in sums.items() if moment.rows}
+    return means(sums)
 
 
 def warn_of_unreached(rw: Rewriter, nodes: Iterable[fx.Node], reached: Container[fx.Node], instead: str) -> None:
@@ -100,7 +112,8 @@ def token_importance(program: Program, linears: Sequence[fx.Node], ctx: Context,
     watch_gradients(program, {node: _squares(parts) for node, parts in seen.items()}, ctx, tokens)
     result: dict[str, Tensor] = {}
     for nodes in groups.values():
-        found = [torch.cat(seen[node]) for node in nodes if seen[node]]
+        of_ranks = (torch.cat(seen[node]) if seen[node] else None for node in nodes)
+        found = [whole for own in of_ranks if (whole := concatenated(own, 0, ctx.device)) is not None]
         mean = sum(part.mean() for part in found)
         if found and mean > 0:
             total = torch.stack(found).sum(0).div_(mean).unflatten(0, (len(tokens), -1))

@@ -14,10 +14,12 @@ from torch import Tensor, fx
 
 import mxfx.ops  # noqa: F401  (registers the dialect)
 from mxfx.calibration.estimate import SHARE, free_bytes
+from mxfx.calibration.spread import Part, concatenated, parts, total
 from mxfx.graph.execute import execute, runtime_weight
 from mxfx.graph.feed import Feed
 from mxfx.graph.program import Program
 from mxfx.graph.weights import WeightStore
+from mxfx.ground import ranks
 from mxfx.rewrite import Context
 
 #: Tokens that go through a program at once.
@@ -34,8 +36,8 @@ def watch(program: Program, sinks: Mapping[fx.Node, Sink], ctx: Context, tokens:
     """Run calibration tokens through ``program`` and hand every value of a watched node to its sink.
 
     The program runs in its own dtype on ``ctx.device``, up to the last watched node; in pieces where it does not fit
-    there. ``tokens`` are int64
-    ``(samples, length)``; None takes the run's. Raises ``MissingCalibration`` if there are none.
+    there. ``tokens`` are int64 ``(samples, length)``; None takes the run's. Of several ranks each runs its share, in
+    ``batches_of``. Raises ``MissingCalibration`` if there are none.
     """
     if not sinks:
         return
@@ -52,16 +54,21 @@ def watch(program: Program, sinks: Mapping[fx.Node, Sink], ctx: Context, tokens:
             raise _LastSeen
         return value
 
-    batches = tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))
+    batches = batches_of(tokens)
     feed = None if whole else Feed(program, ctx.device)
     with nullcontext() if feed is None else closing(feed):
-        for ids in ctx.progress(batches, "calibration", len(batches)):
+        for part in ctx.progress(batches, "calibration", len(batches)):
             if feed is not None:
                 feed.start()
             try:
-                execute(there, ids.to(ctx.device), observe=observe, feed=feed)
+                execute(there, part.ids.to(ctx.device), observe=observe, feed=feed)
             except _LastSeen:
                 continue
+
+
+def batches_of(tokens: Tensor) -> list[Part]:
+    """This rank's samples of ``tokens``, int64 ``(samples, length)``, as they go through a program at once."""
+    return parts(tokens, max(1, BATCH_TOKENS // tokens.shape[1]))
 
 
 def block_moments(
@@ -81,13 +88,17 @@ def block_moments(
     any rank count alike, as those of a linear's input do.
 
     The sums lie on the device (``moment_bytes``); where they take more of it than weights leave free, the tokens run
-    through the program once for each part of the nodes.
+    through the program once for each part of the nodes. Of several ranks each sums over its samples, and they add up.
     """
     found: dict[fx.Node, Tensor] = {}
-    for part in _parts(blocks, (1 - SHARE) * free_bytes(ctx.device), by_head):
-        sums = {node: BlockMoment(blocks[node], unit_rows, by_head) for node in part}
+    # One division of the nodes for all ranks, whose devices may have more or less room.
+    most = min(ranks.collected((1 - SHARE) * free_bytes(ctx.device)))
+    for part in _parts(blocks, most, by_head):
+        sums = {node: BlockMoment(blocks[node], ctx.device, unit_rows, by_head) for node in part}
         watch(program, sums, ctx, tokens)
-        found |= {node: moment.value() for node, moment in sums.items()}
+        found |= means(sums)
+        if unseen := [node for node in part if node not in found]:
+            raise ValueError(f"no value of {unseen[0].name} was seen")
     return found
 
 
@@ -117,26 +128,35 @@ def _parts(blocks: Mapping[fx.Node, int], most: float, by_head: bool) -> list[li
 
 
 class BlockMoment:
-    def __init__(self, block: int, unit_rows: bool = False, by_head: bool = True) -> None:
+    """Σ x_Bᵀ x_B of the rows that this rank sees, which lie on ``device``; see ``block_moments``."""
+
+    def __init__(self, block: int, device: torch.device, unit_rows: bool = False, by_head: bool = True) -> None:
         self._block = block
+        self._device = device
         self._by_head = by_head
         self._unit_rows = unit_rows
         self._sum: Tensor | None = None
-        self.rows = 0
+        self._seen = 0
 
     def __call__(self, x: Tensor) -> None:
         wide = (_rows(x) if self._by_head else x.flatten(0, -2)).to(torch.promote_types(x.dtype, torch.float32))
         if self._unit_rows:
             wide = wide * wide.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
-        self.rows += wide.shape[-2]
+        self._seen += wide.shape[-2]
         columns = wide.unflatten(-1, (-1, self._block)).transpose(-3, -2)  # (…, blocks, tokens, b)
         moment = columns.mT @ columns
         self._sum = moment if self._sum is None else self._sum.add_(moment)
 
-    def value(self) -> Tensor:
-        if self._sum is None:
-            raise ValueError("no value of the node was seen")
-        return self._sum.double().cpu() / self.rows
+    def mean(self) -> Tensor | None:
+        """The mean over the rows of all ranks, float64 on CPU, None where none saw any; to be called once, on all."""
+        whole, rows = total(self._sum, self._device), sum(ranks.collected(self._seen))
+        return None if whole is None else whole.double().cpu() / rows
+
+
+def means(sums: Mapping[fx.Node, BlockMoment]) -> dict[fx.Node, Tensor]:
+    """The mean of each moment over the rows of all ranks; of what no rank saw, none."""
+    found = {node: moment.mean() for node, moment in sums.items()}
+    return {node: mean for node, mean in found.items() if mean is not None}
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -157,16 +177,22 @@ def samples(
 
     def sink(node: fx.Node) -> Sink:
         generator = ctx.generator(purpose)
+        batches = iter(batches_of(tokens))
 
         def take(x: Tensor) -> None:
             values = _rows(x)
-            keep = torch.rand(values.shape[-2], generator=generator) < share
-            picked[node].append(nodes[node](values[..., keep.to(x.device), :]))
+            drawn = next(batches).rows(lambda count: torch.rand(count, generator=generator), values.shape[-2])
+            picked[node].append(nodes[node](values[..., (drawn < share).to(x.device), :]))
 
         return take
 
     watch(program, {node: sink(node) for node in nodes}, ctx, tokens)
-    return {node: torch.cat(parts, dim=-2) for node, parts in picked.items()}
+    found = {}
+    for node, seen in picked.items():
+        whole = concatenated(torch.cat(seen, dim=-2) if seen else None, -2, ctx.device)
+        assert whole is not None
+        found[node] = whole
+    return found
 
 
 def fits(program: Program, device: torch.device) -> bool:

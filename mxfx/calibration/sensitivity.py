@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, fx
 
 from mxfx.calibration.fisher import differentiate
+from mxfx.calibration.spread import parts
 from mxfx.calibration.training import trainable
 from mxfx.formats import Format
 from mxfx.graph.program import Program
+from mxfx.ground import ranks
 from mxfx.rewrite import Context
 
 
@@ -38,28 +40,27 @@ def kl_of_rounding(
     ``tokens`` are int64 ``(samples, length)``, one sample at a time; ``linears`` are nodes of ``program``.
     """
     module, _ = trainable(program, {}, ctx.device)
-    watched = {node.name for node in linears}
-    sums = {name: torch.zeros(2, len(formats), dtype=torch.float64) for name in watched}
+    # In an order that all ranks have: they add these up one by one.
+    sums = {node.name: torch.zeros(2, len(formats), dtype=torch.float64) for node in linears}
     generator = torch.Generator(ctx.device).manual_seed(int(ctx.generator("sensitivity").initial_seed()) % 2**63)
-    for ids in ctx.progress(tokens.split(1), "sensitivities", len(tokens)):
-        differentiate(_Watched(module, watched, formats, sums).run(ids.to(ctx.device), None, None), generator)
-    return {name: (0.5 * total / tokens.numel()).amax(0).tolist() for name, total in sums.items()}
+    samples = parts(tokens, 1)
+    for part in ctx.progress(samples, "sensitivities", len(samples)):
+        logits = _Watched(module, formats, sums).run(part.ids.to(ctx.device), None, None)
+        differentiate(logits, part, generator)
+    return {name: (0.5 * ranks.summed(own) / tokens.numel()).amax(0).tolist() for name, own in sums.items()}
 
 
 class _Watched(fx.Interpreter):
     """Runs a module; at each watched linear, its output's gradient meets what rounding would change there."""
 
-    def __init__(
-        self, module: fx.GraphModule, names: set[str], formats: Sequence[Operands], sums: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, module: fx.GraphModule, formats: Sequence[Operands], sums: Mapping[str, Tensor]) -> None:
         super().__init__(module)
-        self._names = names
         self._formats = formats
         self._sums = sums
 
     def run_node(self, n: fx.Node) -> object:
         result = super().run_node(n)
-        if n.name not in self._names:
+        if n.name not in self._sums:
             return result
         (x, weight, *others), named = self.fetch_args_kwargs_from_env(n)
         x, weight, exact = x.detach(), weight.detach(), result.detach()

@@ -181,8 +181,8 @@ def scattered(flat: Tensor) -> Tensor:
     return total
 
 
-def joined(part: Tensor, dim: int, count: int) -> Tensor:
-    """The parts of all ranks along ``dim``, of ``count`` together as ``share`` divides it."""
+def joined(part: Tensor, dim: int, count: int | None = None) -> Tensor:
+    """The parts of all ranks along ``dim``, of ``count`` together as ``share`` divides it; without it, of any sizes."""
     if _now.world == 1:
         return part
     import torch
@@ -191,14 +191,16 @@ def joined(part: Tensor, dim: int, count: int) -> Tensor:
     if part.dtype == torch.bool:
         return joined(part.view(torch.uint8), dim, count).view(torch.bool)
     leading = part.movedim(dim, 0)
-    largest = -(-count // _now.world)
+    if count is None:
+        sizes = collected(len(leading))
+    else:
+        sizes = [len(range(count)[_share(count, rank)]) for rank in range(_now.world)]
     # All ranks give as much; what is too much is cut off again.
-    padded = leading.new_zeros(largest, *leading.shape[1:])
+    padded = leading.new_zeros(max(sizes), *leading.shape[1:])
     padded[: len(leading)] = leading
     parts = [torch.empty_like(padded) for _ in range(_now.world)]
     with _together():
         dist.all_gather(parts, padded)
-    sizes = [count // _now.world + (r < count % _now.world) for r in range(_now.world)]
     return torch.cat([found[:size] for found, size in zip(parts, sizes, strict=True)]).movedim(0, dim).contiguous()
 
 

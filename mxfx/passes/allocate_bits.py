@@ -12,6 +12,7 @@ from torch import fx
 
 from mxfx.algorithms.allocation import Choice, allocate
 from mxfx.calibration.sensitivity import Operands, kl_of_rounding
+from mxfx.calibration.spread import concatenated, parts
 from mxfx.calibration.training import divergence, trainable
 from mxfx.formats import Format, parse
 from mxfx.graph.node import Annotation, info, layer_of, path_of
@@ -125,8 +126,11 @@ class AllocateBits(Pass):
                     spec(node).set(rw, operand, new)
         other = trainable(rounded, {}, ctx.device)[0]
         with torch.no_grad():
-            ids = ctx.tokens()[: self.samples].to(ctx.device)
-            return float(torch.stack([divergence(other(one), whole(one)) for one in ids.split(1)]).mean())
+            batches = [part.ids.to(ctx.device) for part in parts(ctx.tokens()[: self.samples], 1)]
+            found = [divergence(other(ids), whole(ids)) for ids in batches]
+        of_all = concatenated(torch.stack(found) if found else None, 0, ctx.device)
+        assert of_all is not None
+        return float(of_all.mean())
 
     def _sites(self, rw: Rewriter) -> list[list[fx.Node]]:
         """Linears that read one tensor and carry formats, together."""

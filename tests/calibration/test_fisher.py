@@ -99,6 +99,14 @@ def test_where_the_weights_have_no_room_it_says_what_to_do_without(monkeypatch: 
         gradient_moments(program, {_linears(program, "lm_head")[0]: 8}, Context(), _TOKENS)
 
 
+def test_logits_that_are_not_finite_are_said() -> None:
+    program = _raised().copy()
+    name = program.weight_of(_linears(program, "lm_head")[0])
+    program.weights.set(name, torch.full_like(program.weights[name], torch.nan), "test")
+    with pytest.raises(ValueError, match="not finite"):
+        _seen(program, _linears(program, "layers.1.mlp.down_proj"))
+
+
 def test_what_the_loss_does_not_depend_on_has_none() -> None:
     program = _raised().copy()
     rw = Rewriter(program, "test")
