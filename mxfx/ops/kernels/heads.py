@@ -67,11 +67,4 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tenso
     return heads_together(q), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-READY = _define(
-    "ready_heads",
-    "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor?[] matrices, str? q_format, str? k_format, "
-    "str v_format, bool q_hadamard, bool k_hadamard, bool v_hadamard) -> (Tensor, Tensor, Tensor)",
-    ready_heads,
-    _fake,
-    "heads_triton",
-)
+READY = _define("ready_heads", ready_heads, _fake, "heads_triton")

@@ -7,6 +7,7 @@ costs no synchronization, is made once in a CUDA graph, and `torch.compile` sees
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mxfx.ops import fp8, packed
+from mxfx.ops.dialect import find_op
 from mxfx.ops.kernels.kept import Kept
 from mxfx.ops.kernels.library import _LIBRARY, NAMESPACE
 from mxfx.ops.kernels.limits import has_triton
@@ -34,6 +36,7 @@ def mx_linear_e4m3(
     biases: list[Tensor],
     format: str,
     dtype: torch.dtype,
+    *,
     sums: str = "exact",
 ) -> Tensor:
     """Linears that read one input, given as `e4m3_rows` gives it, their results side by side, `(..., Σ out)`.
@@ -45,10 +48,6 @@ def mx_linear_e4m3(
     given: list[Tensor | None] = [*biases] or [None] * len(codes)
     parts = [packed.mx_linear(x, c, s, b, format) for c, s, b in zip(codes, scales, given, strict=True)]
     return torch.cat(parts, -1)
-
-
-#: The last argument of every op that multiplies.
-SUMS = ', *, str sums="exact")'
 
 
 @Kept
@@ -63,9 +62,20 @@ def inexact_count() -> int:
 
 
 def _define(
-    name: str, schema: str, definition: Callable, fake: Callable, module: str = "packed_cuda"
+    name: str,
+    definition: Callable,
+    fake: Callable,
+    module: str = "packed_cuda",
+    signature: inspect.Signature | None = None,
 ) -> torch._ops.OpOverload:
-    """`mxfx_kernels::<name>`: of a module on a CUDA device, else, or where that takes it not, the definition."""
+    """`mxfx_kernels::<name>`: of a module on a CUDA device, else, or where that takes it not, the definition.
+
+    Its schema is that of the definition, or of `signature` for one that has no operands of its own.
+    """
+
+    def typed(*args, **how): ...
+
+    typed.__signature__ = signature or inspect.signature(definition, eval_str=True)
 
     def anywhere(*args, **how):
         return definition(*args, **how)
@@ -74,6 +84,7 @@ def _define(
         out = _on_cuda(name, module)(*args, **how) if has_triton() else NotImplemented
         return definition(*args, **how) if out is NotImplemented else out
 
+    schema = torch.library.infer_schema(typed, mutates_args=())
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, on_cuda, "CUDA")
@@ -108,32 +119,18 @@ def _fake_products(
     return payload.new_empty((*payload.shape[:-1], sum(c.shape[0] for c in codes)), dtype=dtype)
 
 
-LINEAR = _define(
-    "mx_linear",
-    "(Tensor x, Tensor codes, Tensor scales, Tensor? bias, str format) -> Tensor",
-    packed.mx_linear,
-    packed._projected,
-)
-EXPERT_LINEAR = _define(
-    "mx_expert_linear",
-    "(Tensor x, Tensor codes, Tensor scales, Tensor experts, Tensor? bias, str format) -> Tensor",
-    packed.mx_expert_linear,
-    packed._through_experts,
-)
-EMBEDDING = _define(
-    "mx_embedding",
-    "(Tensor codes, Tensor scales, Tensor ids, str format, SymInt width) -> Tensor",
-    packed.mx_embedding,
-    packed._gathered,
-)
-E4M3_ROWS = _define("e4m3_rows", "(Tensor x) -> (Tensor, Tensor)", e4m3_rows, _fake_rows)
-LINEAR_E4M3 = _define(
-    "mx_linear_e4m3",
-    "(Tensor payload, Tensor row_scales, Tensor[] codes, Tensor[] scales, Tensor[] biases, str format, "
-    f"ScalarType dtype{SUMS} -> Tensor",
-    mx_linear_e4m3,
-    _fake_products,
-)
+LINEAR = _define("mx_linear", packed.mx_linear, packed._projected)
+EXPERT_LINEAR = _define("mx_expert_linear", packed.mx_expert_linear, packed._through_experts)
+EMBEDDING = _define("mx_embedding", packed.mx_embedding, packed._gathered)
+E4M3_ROWS = _define("e4m3_rows", e4m3_rows, _fake_rows)
+LINEAR_E4M3 = _define("mx_linear_e4m3", mx_linear_e4m3, _fake_products)
+
+
+def _signature(name: str) -> inspect.Signature:
+    """Of the dialect op of that name, as its record has it."""
+    record = find_op(getattr(torch.ops.mxfx, name).default)
+    assert record is not None and record.definition is not None
+    return inspect.signature(record.definition, eval_str=True)
 
 
 def _rounding(name: str) -> torch._ops.OpOverload:
@@ -146,8 +143,8 @@ def _rounding(name: str) -> torch._ops.OpOverload:
     def fake(x: Tensor, *rest):
         return _fake_rows(x)
 
-    arguments = str(quantizer._schema).partition("(")[2].rpartition(" -> ")[0]
-    return _define(f"{name}_e4m3", f"({arguments} -> (Tensor, Tensor)", definition, fake)
+    signature = _signature(name).replace(return_annotation=tuple[Tensor, Tensor])
+    return _define(f"{name}_e4m3", definition, fake, signature=signature)
 
 
 #: Quantizer → the op that gives its result as rows of E4M3.
@@ -181,10 +178,18 @@ def _multiplying(name: str) -> torch._ops.OpOverload:
     ) -> Tensor:
         return x.new_empty((*x.shape[:-1], sum(c.shape[0] for c in codes)))
 
-    arguments = str(quantizer._schema).partition("(")[2].rpartition(" -> ")[0]
-    own = "Tensor[] codes, Tensor[] scales, Tensor[] biases, Tensor? residual, str weights"
-    arguments = arguments.removesuffix(")") + SUMS
-    return _define(f"{name}_linear", f"({own}, {arguments} -> Tensor", definition, fake)
+    return _define(f"{name}_linear", definition, fake, signature=_between(definition, name))
+
+
+def _between(multiplies: Callable, quantizer: str) -> inspect.Signature:
+    """That of a function of weights, `*operands` and how to multiply, with a quantizer's own for those."""
+    signature, operands = inspect.signature(multiplies, eval_str=True), _signature(quantizer).parameters.values()
+    own = signature.parameters.values()
+    before, after = (
+        [p for p in own if p.kind is kind]
+        for kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    )
+    return signature.replace(parameters=[*before, *operands, *after])
 
 
 #: The op that gives a quantizer's result as rows of E4M3 → the op that multiplies it too.
@@ -198,13 +203,13 @@ def _add_norm_quantize_linear(
     biases: list[Tensor],
     branch: Tensor,
     weights: str,
-    x: Tensor,
     *operands,
     sums: str = "exact",
 ) -> tuple[Tensor, Tensor]:
-    """`x + branch`, and what `norm_quantize_linear` gives of that without a residual of its own."""
+    """`x + branch`, `x` the first operand, and what `norm_quantize_linear` gives of that without a residual."""
+    x, *rest = operands
     total = x + branch
-    return total, NORM_LINEAR(codes, scales, biases, None, weights, total, *operands, sums=sums)
+    return total, NORM_LINEAR(codes, scales, biases, None, weights, total, *rest, sums=sums)
 
 
 def _fake_sum_and_products(
@@ -215,12 +220,9 @@ def _fake_sum_and_products(
 
 ADD_NORM_LINEAR = _define(
     "add_norm_quantize_linear",
-    str(NORM_LINEAR._schema)
-    .partition("linear")[2]
-    .replace("Tensor? residual", "Tensor branch")
-    .replace("-> Tensor", "-> (Tensor, Tensor)"),
     _add_norm_quantize_linear,
     _fake_sum_and_products,
+    signature=_between(_add_norm_quantize_linear, "norm_quantize"),
 )
 
 for _device in ("cpu", "cuda"):
