@@ -67,3 +67,10 @@ else:
         turns = [torch.randn(24, 24) if tokens > 1 else None, None, None]
         given = (q, k, v, *angles, turns, None, format, format, False, False, False)
         assert heads_triton.ready_heads(*given) is NotImplemented
+
+    def test_matrices_that_do_not_fit_the_heads_are_left_to_the_definition():
+        """Which says so; the kernel would read beyond them."""
+        of = {}
+        for matrix in ((2, 1, 32, 32), (3, 1, 32, 32), (2, 2, 32, 32)):
+            of[matrix] = heads_triton._head_of((1, 4, 1, 32), torch.float32, matrix, None, False, True)
+        assert [head is None for head in of.values()] == [False, True, True]

@@ -166,6 +166,14 @@ else:
                 torch.testing.assert_close(wide[:, 2 : channels + 2].double(), expected, rtol=tolerance, atol=tolerance)
         assert not wide[:, :2].any() and not wide[:, channels + 2 :].any()
 
+    def test_a_row_that_begins_within_a_word_meets_the_codes():
+        codes, scales, _ = _packed("mxint4@32", 3, 64)
+        x = parse("mxint4@32").fake_quantize(torch.randn(1, 64)).bfloat16()
+        within = torch.cat((torch.zeros(1, 1, dtype=torch.bfloat16), x), 1)[:, 1:]
+        assert within.is_contiguous()
+        given = (codes, scales, None, "mxint4@32")
+        assert torch.equal(packed_cuda.mx_linear(within, *given), packed_cuda.mx_linear(x, *given))
+
     # The interpreter multiplies tiles of bfloat16 as integers: `tools/bench/packed_gemm.py` has them on a device.
     @pytest.mark.parametrize(
         ("text", "rows", "width", "channels"),

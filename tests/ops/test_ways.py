@@ -88,9 +88,10 @@ def test_weights_that_do_not_lie_as_kernels_read_them_are_left_to_the_definition
     text = "mxint4@32"
     codes, scales = store(parse(text).fake_quantize(torch.randn(128, 64)), parse(text))  # type: ignore[misc]
     strided = torch.stack((codes, codes), -1)[..., 0]
+    between = torch.empty(codes.numel() + 1, dtype=torch.uint8)[1:].view(codes.shape).copy_(codes)
     for rows in (1, 40):
         wide, x = torch.randn(rows, 128).to(_BF16), torch.randn(rows, 64).to(_BF16)
-        for given, laid in ((wide, codes), (x, strided)):
+        for given, laid in ((wide, codes), (x, strided), (x, between)):
             assert mx_linear(given, laid, scales, None, text) is NotImplemented
             assert fake_quantize_linear([laid], [scales], [], None, text, given, text, -1) is NotImplemented
     assert not called
@@ -139,6 +140,9 @@ def test_a_path_follows_from_facts() -> None:
         (Path.DECODED, "FP8 does not sum mxint4@32 by mxint4@32 exactly", {"sums": "wide"}),
         (Path.DECODED, "this GPU does not sum FP8 products exactly", {"exact_sums": False}),
         (Path.DECODED, "this GPU has no FP8", {"sums": "fast", "has_e4m3": False}),
+        (Path.DECODED, "an FP8 GEMM takes sizes", {"weight": parse("mxint4@8"), "width": 72}),
+        (Path.DECODED, "an FP8 GEMM takes sizes", {"sums": "fast", "channels": 24}),
+        (Path.EXACT, "this GPU adds", {"channels": 24}),
         (Path.FAST, "cuBLAS's sums", {"sums": "fast"}),
     ],
 )

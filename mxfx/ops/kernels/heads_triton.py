@@ -142,6 +142,8 @@ def _head_of(
     if fmt is not None and takes.fake_quantize(torch.empty(1, 1, dtype=dtype), str(format)):
         return None
     own = matrix is not None and len(matrix) == 4
+    if matrix is not None and own and (shape[1] % matrix[0] or matrix[1] * block != width):
+        return None
     group = shape[1] // matrix[0] if matrix is not None and own else 1
     return Head(width, rotated, block, matrix is not None, own, group, signs, wide, fmt and grid_of(fmt, dtype))
 

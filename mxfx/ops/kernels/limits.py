@@ -26,6 +26,8 @@ SOME_ROWS = 16
 #: where blocks are long enough and results somewhat more than inputs (`paths`).
 FEW_INTEGERS = 8
 INTEGER_ROWS = 16
+#: What a row-wise FP8 GEMM asks of the sizes of its operands.
+ALIGNED = 16
 #: As many entries of a block as tensor cores multiply at least.
 INTEGER_BLOCK = 32
 

@@ -52,7 +52,10 @@ def mx_linear_e4m3(
 
 @Kept
 def inexact_rows(device: torch.device) -> Tensor:
-    """int64 (1,) on the device: rows that had to be rounded to E4M3 or int8 there, since the process began."""
+    """int64 (1,) on the device: rows that had to be rounded to E4M3 or int8 there, since the process began.
+
+    Of rows whose blocks several programs bring to int8, each counts what it sees: one may count more than once.
+    """
     return torch.zeros(1, dtype=torch.int64, device=device)
 
 

@@ -25,7 +25,7 @@ from mxfx.ops.kernels.limits import DTYPES, takes_e4m3_rows, takes_packed
 from mxfx.ops.kernels.norm_triton import norm_triton
 from mxfx.ops.kernels.norm_triton import row_scales as row_scales_of_norm
 from mxfx.ops.kernels.packed import ROUNDING, inexact_rows
-from mxfx.ops.kernels.packed_triton import expand, multiply_rows
+from mxfx.ops.kernels.packed_triton import WORD, expand, multiply_rows
 from mxfx.ops.kernels.paths import Path, plan
 from mxfx.ops.kernels.skinny_triton import multiply_some_rows
 from mxfx.ops.kernels.transform_triton import transform_triton
@@ -52,13 +52,17 @@ def mx_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, for
 
 
 def _lie_packed(codes: list[Tensor], scales: list[Tensor], fmt: Format, width: int) -> bool:
-    """Whether weights are rows of `width` as kernels read them, one behind the other; the definition refuses others,
-    or takes them by their strides.
+    """Whether weights are rows of `width` as kernels read them, one behind the other and from a word on; the definition
+    refuses others, or takes them by their strides.
     """
     assert fmt.block is not None
     each = (codes_length(width, fmt), scales_length(width, fmt))
     return all(
-        c.shape[:-1] == s.shape[:-1] and (c.shape[-1], s.shape[-1]) == each and c.is_contiguous() and s.is_contiguous()
+        c.shape[:-1] == s.shape[:-1]
+        and (c.shape[-1], s.shape[-1]) == each
+        and c.is_contiguous()
+        and s.is_contiguous()
+        and c.data_ptr() % WORD == 0
         for c, s in zip(codes, scales, strict=True)
     )
 

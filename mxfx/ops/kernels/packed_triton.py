@@ -24,6 +24,8 @@ from mxfx.ops.fp8 import headroom
 _NAN = tl.constexpr(0x7FC0_0000)
 _SIGN = tl.constexpr(-(2**31))
 _HIGH_HALF = tl.constexpr(-(2**16))
+#: Bytes of what is read at once of codes and rows.
+WORD = 4
 #: Entries that a program expands at a time.
 EXPANDED = 4096
 #: By how many output channels there are at least: how many one multiplies at a time, and words of codes. Of an H200.
@@ -208,7 +210,8 @@ def multiply_rows(
     rows, width = x.shape
     launch = _launch_rows(rows, width, codes.shape[0], out.stride(0), x.dtype, x.device, bias is not None, fmt)
     if x.dtype in (torch.bfloat16, torch.uint8):
-        x = x.view(torch.int32)
+        # One row of a wider tensor may begin within a word.
+        x = (x.clone() if x.data_ptr() % WORD else x).view(torch.int32)
     launch(
         x,
         x if row_scales is None else row_scales,
@@ -241,7 +244,7 @@ def _launch_rows(
             "CHANNELS": together,
             "BLOCKS": min(triton.next_power_of_2(per_row), max(at_a_time // words, 1)),
             "WORDS": words,
-            "PER_WORD": 32 // fmt.bits,
+            "PERWORD": 32 // fmt.bits,
             "X": {torch.bfloat16: "bf16", torch.uint8: "e4m3"}.get(dtype, "plain"),
             "BIAS": bias,
             "CODES": codes_of(fmt),
@@ -266,7 +269,7 @@ def _few_rows_kernel(
     CHANNELS: tl.constexpr,
     BLOCKS: tl.constexpr,
     WORDS: tl.constexpr,
-    PER_WORD: tl.constexpr,
+    PERWORD: tl.constexpr,
     X: tl.constexpr,
     BIAS: tl.constexpr,
     CODES: tl.constexpr,
@@ -284,7 +287,7 @@ def _few_rows_kernel(
     block = tl.arange(0, BLOCKS) * one
     lane = tl.arange(0, WORDS) * one
     PER_LOAD: tl.constexpr = 4 if X == "e4m3" else 2 if X == "bf16" else 1
-    x_ptr += row * (per_row * WORDS * (PER_WORD // PER_LOAD))
+    x_ptr += row * (per_row * WORDS * (PERWORD // PER_LOAD))
     total = tl.zeros((BLOCKS, WORDS, CHANNELS), tl.float32)
     for start in range(0, per_row, BLOCKS):
         inside = (start + block) < per_row
@@ -292,9 +295,9 @@ def _few_rows_kernel(
         there = (start + block)[:, None] + line[None, :]
         scale = power(tl.load(scales_ptr + there, mask=mask, other=0).to(tl.int32))
         word = tl.load(codes_ptr + there[:, None, :] * WORDS + lane[None, :, None], mask=mask[:, None, :], other=0)
-        x_at = x_ptr + ((start + block)[:, None] * WORDS + lane[None, :]) * (PER_WORD // PER_LOAD)
+        x_at = x_ptr + ((start + block)[:, None] * WORDS + lane[None, :]) * (PERWORD // PER_LOAD)
         part = tl.zeros((BLOCKS, WORDS, CHANNELS), tl.float32)
-        for turn in tl.static_range(PER_WORD // PER_LOAD):
+        for turn in tl.static_range(PERWORD // PER_LOAD):
             loaded = tl.load(x_at + turn, mask=inside[:, None], other=0)
             for i in tl.static_range(PER_LOAD):
                 part += code_at(word, turn * PER_LOAD + i, CODES) * entry(loaded, i, X)[:, :, None]

@@ -91,6 +91,9 @@ def plan(
         return Plan(Path.DECODED, "its rows are not E4M3")
     if (why := not_carried(weight)) is not None:
         return Plan(Path.DEFINITION, f"its weight is {weight}, {why}")
+    # The kernel that sums exactly asks it of inputs alone, whose rows it describes to the device.
+    if width % limits.ALIGNED or (sums == "fast" and channels % limits.ALIGNED):
+        return Plan(Path.DECODED, f"an FP8 GEMM takes sizes that are multiples of {limits.ALIGNED}")
     if sums == "exact" and exact_sums:
         return Plan(Path.EXACT, "this GPU adds FP8 products in float32")
     if sums == "fast" and has_e4m3:

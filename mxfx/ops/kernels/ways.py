@@ -15,12 +15,9 @@ from mxfx.formats import Format
 from mxfx.ops import fp8
 from mxfx.ops.kernels import limits
 from mxfx.ops.kernels.library import load_cpu
-from mxfx.ops.kernels.limits import takes_e4m3_rows, takes_packed
+from mxfx.ops.kernels.limits import ALIGNED, takes_e4m3_rows, takes_packed
 from mxfx.ops.kernels.paths import Path, Plan, plan
 from mxfx.ops.kernels.structs import fits_byte, units_of
-
-#: What a row-wise FP8 GEMM asks of the sizes of its operands.
-ALIGNED = 16
 
 INTEGERS = "codes meet codes in integers"
 CODES = "codes as they lie, in float32"
