@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,8 @@ from mxfx.graph.program import Program
 from mxfx.graph.prove import Proof, prove_if_possible
 from mxfx.graph.trace import bind, trace
 from mxfx.ground import ranks
+from mxfx.ground.errors import reason_of
+from mxfx.ground.files import cache_home
 from mxfx.ground.progress import track
 from mxfx.pipeline.instruments import Dump, Ledger, Numbers, Reproduce, Timing, Verify
 from mxfx.pipeline.manager import Instrument, PassManager, PipelineResult
@@ -67,7 +70,7 @@ class Job:
         job = cls(meta, torch.device(device), load_tokenizer(name, **of_hub))
         if pipeline.calibration.dataset is not None and SELF not in pipeline.calibration.sources:
             job.tokens(pipeline.calibration)
-        check_fits(name, meta.weights.values())
+        check_fits(name, meta.weights.values(), revision=settings.revision)
         loaded = load_checked(name, settings.dtype, **of_hub)
         fitted = fits_rewritten(meta, job.device)
         away = not fitted.whole and job.device.type != "cpu"
@@ -159,8 +162,17 @@ class Job:
         """Run a pipeline over the model. Raises what ``PassManager.run`` raises."""
         ctx = self.context(pipeline, cache=cache, strict=strict)
         size = sum(tensor.nbytes for tensor in self.program.weights.values())
-        if cache is not None and REWRITTEN * size > _SHARE_OF_HOST * host_bytes():
-            self.program.weights.keep_in_files(cache / "weights")
+        if REWRITTEN * size > _SHARE_OF_HOST * host_bytes():
+            # Without a run's folder in the user's: where systems keep what is temporary may be memory.
+            folder = (cache or cache_home()) / "weights"
+            try:
+                self.program.weights.keep_in_files(folder)
+            except OSError as error:
+                warnings.warn(
+                    f"{folder} cannot be written to ({reason_of(error)}): weights that passes rewrite are held in "
+                    "memory; set MXFX_CACHE to a folder that can",
+                    stacklevel=2,
+                )
         return PassManager(instruments).run(self.program, pipeline, ctx, probe=probe or self.probe(pipeline))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,14 +99,84 @@ def load_meta_model(
         return model.eval()
 
 
-def check_fits(name: object, weights: Iterable[torch.Tensor]) -> None:
-    """Raise ``ModelError`` for weights that are larger than the machine's memory; of meta tensors none is taken."""
-    needed, there = sum(t.nbytes for t in weights), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
+def check_fits(name: str | Path, weights: Iterable[torch.Tensor], *, revision: str | None = None) -> None:
+    """Raise ``ModelError`` for a model of which more is held than the machine has memory; of ``weights``, meta tensors
+    in the precision that they are loaded in, none is taken.
+
+    A tensor that lies in the checkpoint's safetensors as it is used, in shape and dtype, is mapped: the system reads
+    its pages when they are asked for, and drops them when it needs room. Held is what has to be made in memory: tensors
+    of another precision, stacks of experts that lie one by one, what the checkpoint lacks. Of a hub model that was not
+    downloaded yet, those are taken for held whose precision is not that of its configuration.
+    """
+    weights = list(weights)
+    stored = _stored(name, revision)
+    if stored is None:
+        stored = Counter(_like(t) for t in weights if t.dtype == _stated_dtype(name, revision))
+    held = 0
+    for tensor in weights:
+        if stored[_like(tensor)]:
+            stored[_like(tensor)] -= 1
+        else:
+            held += tensor.nbytes
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if held > there:
+        needed = sum(t.nbytes for t in weights)
         raise ModelError(
-            f"the model {str(name)!r} has {needed / 1e9:,.0f} GB of weights by its configuration, and this machine "
-            f"{there / 1e9:,.0f} GB of memory; `mxfx check` needs none of them"
+            f"the model {str(name)!r} has {needed / 1e9:,.0f} GB of weights by its configuration, {held / 1e9:,.0f} GB "
+            f"of which its safetensors do not hold in the precision asked for, and this machine "
+            f"{there / 1e9:,.0f} GB of memory: expected model.dtype as the checkpoint has it; `mxfx check` needs no "
+            "weights"
         )
+
+
+_Like = tuple[torch.dtype, tuple[int, ...]]
+
+
+def _like(tensor: torch.Tensor) -> _Like:
+    return tensor.dtype, tuple(tensor.shape)
+
+
+def _stored(name: str | Path, revision: str | None) -> Counter[_Like] | None:
+    """How many tensors of each kind a checkpoint's safetensors hold; None for one of the hub that is not here yet.
+
+    Names are no matter: transformers maps tensors of older names too. What cannot be read holds nothing; to say so is
+    for the reader.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    found: Counter[_Like] = Counter()
+    files = _safetensors(name, revision)
+    for file in files or ():
+        with contextlib.suppress(OSError, SafetensorError), safe_open(file, framework="pt") as opened:
+            names = opened.keys()
+            found.update(_like(opened.get_tensor(name)) for name in names)
+    return None if files is None else found
+
+
+def _safetensors(name: str | Path, revision: str | None) -> list[Path] | None:
+    """The files that a checkpoint's weights are read from, in the order in which transformers looks for them."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(name)
+    whole, index = (
+        folder / file if folder.is_dir() else try_to_load_from_cache(str(name), file, revision=revision)
+        for file in ("model.safetensors", "model.safetensors.index.json")
+    )
+    if isinstance(whole, str | Path) and Path(whole).is_file():
+        return [Path(whole)]
+    if isinstance(index, str | Path) and Path(index).is_file():
+        _check_inside(Path(index).parent)
+        named = read_json(Path(index))
+        files = [Path(index).parent / file for file in dict.fromkeys(named["weight_map"].values())]
+        return files if folder.is_dir() or all(file.is_file() for file in files) else None
+    return [] if folder.is_dir() else None
+
+
+def _stated_dtype(name: str | Path, revision: str | None) -> torch.dtype | None:
+    from transformers import AutoConfig
+
+    with _reading("model", name):
+        return AutoConfig.from_pretrained(str(name), revision=revision).dtype
 
 
 def _check_inside(folder: Path) -> None:

@@ -385,10 +385,10 @@ class WeightStore(Mapping[str, Tensor]):
 
     def cast(self, dtype: torch.dtype) -> WeightStore:
         """The same weights with every floating tensor in ``dtype``, which also becomes the working precision."""
-        self._settle()
-        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in self._tensors.items()}
-        twin = WeightStore(tensors, self._aliases, dtype, self.constants)
-        twin.ledger = list(self.ledger)
+        twin = self.copy()
+        twin.working = dtype
+        # In files where new weights lie there: in float64 they are four times what a model in 16 bits is.
+        twin._tensors = {n: twin._kept(t) if t.dtype != dtype else t for n, t in self._tensors.items()}
         return twin
 
 

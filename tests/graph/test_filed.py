@@ -60,6 +60,8 @@ def test_the_process_holds_no_more_than_a_few_of_them(tmp_path: Path) -> None:
     start = _anonymous()
     for index, name in enumerate(names):
         store.set(name, torch.full((3072, 3072), 1 / 3 + index), "a")
+    wide = store.cast(torch.float64)
     # Larger than what malloc keeps for itself.
-    assert _anonymous() - start < 64 << 20, "8 weights of 38 MB"
+    assert _anonymous() - start < 64 << 20, "8 weights of 38 MB, and their copies of 75 MB"
+    assert wide["w0"].dtype == torch.float64 and float(wide["w7"][5, 5]) == float(store["w7"][5, 5])
     assert all(float(store[name][5, 5]) == pytest.approx(1 / 3 + i) for i, name in enumerate(names))
