@@ -18,7 +18,7 @@ from mxfx.graph.tensor_file import read_tensors, write_tensors
 from mxfx.ground import ranks
 from mxfx.rewrite import Context
 
-#: Of each parameter, what a checkpoint has; that of a run that averages also "average".
+#: Of each parameter, what a checkpoint has; that of a run that averages also "average", that of one that ended "best".
 _STATE = ("now", "first", "second", "best")
 
 
@@ -225,9 +225,11 @@ class Distillation:
         if self._file is None:
             return
         tensors = {f"best/{name}": tensor for name, tensor in self._best.items()}
-        for (name, parameter), first, second in moments:
+        # Behind the last step nothing else is asked for: what stays takes a quarter.
+        going_on = step < self._plan.steps
+        for (name, parameter), first, second in moments if going_on else ():
             tensors |= {f"now/{name}": parameter.detach(), f"first/{name}": first, f"second/{name}": second}
-        if self._average is not None:
+        if self._average is not None and going_on:
             means = zip(self._parameters, self._average.means, strict=True)
             tensors |= {f"average/{name}": mean for name, mean in means}
         write_tensors(self._file, tensors, {"step": step, "history": asdict(self.history)})
@@ -238,10 +240,12 @@ class Distillation:
         if found is None:
             return 0
         step, self.history, tensors = found
+        self._best = {name: tensors[f"best/{name}"] for name in self._parameters}
+        if step == self._plan.steps:
+            return step
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(tensors[f"now/{name}"])
-                self._best[name] = tensors[f"best/{name}"]
             moments = ([tensors[f"{part}/{name}"] for name in self._parameters] for part in ("first", "second"))
             self._update.resume(step, *moments)
             if self._average is not None:
@@ -260,6 +264,7 @@ class Distillation:
             held_out, averaged = ({int(at): loss for at, loss in past[of].items()} for of in ("held_out", "averaged"))
             shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
             parts = _STATE if self._average is None else (*_STATE, "average")
+            parts = parts if step < self._plan.steps else ("best",)
             if any(tensors[f"{part}/{name}"].shape != shapes[name] for name in shapes for part in parts):
                 raise ValueError("a tensor of another shape")
             history = History(held_out, averaged, int(past["best_step"]), bool(past["best_is_average"]))

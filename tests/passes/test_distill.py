@@ -17,6 +17,7 @@ from mxfx.config import Pipeline
 from mxfx.formats import parse
 from mxfx.graph.node import info, path_of, set_info
 from mxfx.graph.program import Program
+from mxfx.graph.tensor_file import read_tensors
 from mxfx.graph.tiny import tiny
 from mxfx.graph.trace import trace
 from mxfx.ops.attention import attention_bias
@@ -548,6 +549,31 @@ def test_a_killed_run_resumed_ends_with_the_same_bytes(unrounded, tmp_path: Path
     assert resumed.record.details == whole.record.details
     assert whole.record.details["best_is_average"] == bool(average)
     assert _bytes(resumed.program) == _bytes(whole.program)
+
+
+def test_what_stays_of_a_run_that_ended_is_its_result_alone_and_spares_the_next_one(unrounded, tmp_path: Path) -> None:
+    start, quantized = unrounded
+    pass_ = Distill(steps=2, batch_size=8, checkpoint_every=1, average=2)
+    steps: list[int] = []
+
+    def noted(items, what, *_):
+        for item in items:
+            steps.extend([item] if what == "distill" else [])
+            yield item
+
+    def run() -> Program:
+        ctx = Context(
+            tokens=lambda: TOKENS,
+            reference=start,
+            cache=tmp_path,
+            progress=noted,
+        )
+        return apply(pass_, quantized, ctx).program
+
+    first = run()
+    (file,) = tmp_path.glob("distill-*.safetensors")
+    assert {name.partition("/")[0] for name in read_tensors(file)[0]} == {"best"}
+    assert steps == [0, 1] and _bytes(run()) == _bytes(first) and steps == [0, 1]
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: data[:-9] + b"\x00" + data[-8:]])
