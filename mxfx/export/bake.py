@@ -16,6 +16,8 @@ from mxfx.graph.node import NodeInfo, info, kind, operands, path_of, set_info
 from mxfx.graph.program import Program
 
 _TRANSFORMS = ("hadamard", "block_transform")
+_ATTENTION = ("attention", "cached_attention")
+_ROUNDS = ("fake_quantize", "keep_first_quantize")
 
 
 def baked(program: Program) -> Program:
@@ -28,9 +30,9 @@ def baked(program: Program) -> Program:
     """
     result = program.copy()
     for node in list(result.graph.nodes):
-        if kind(node) == "fake_quantize":
+        if kind(node) in _ROUNDS:
             _skip(node)
-    for attention in list(result.nodes("attention")):
+    for attention in list(result.nodes(*_ATTENTION)):
         _cancel(result, attention)
         set_info(attention, _without_formats(attention))
     for node in list(result.nodes(*_TRANSFORMS)):
@@ -55,7 +57,7 @@ def left_out(program: Program) -> Iterator[str]:
         operand
         for node in program.graph.nodes
         for operand in info(node).formats
-        if operand != "weight" and kind(node) != "fake_quantize"
+        if operand != "weight" and kind(node) not in _ROUNDS
     ]
     if kept:
         yield f"activations and cache are in full precision, {len(kept)} formats of them left out: --bake rounds none"

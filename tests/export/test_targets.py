@@ -11,11 +11,13 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from mxfx.config import loads
 from mxfx.export import target as module
 from mxfx.export.errors import ExportError
 from mxfx.export.nvfp4 import find_nvfp4
+from mxfx.export.plain import plain
 from mxfx.export.target import Written, export, targets
 from mxfx.formats import parse
 from mxfx.graph.program import Program
@@ -227,8 +229,13 @@ def test_gguf_holds_the_codes_in_its_own_types(weight: str, kind: str, tmp_path:
     assert np.array_equal(dequantize(down.data, down.tensor_type), expected)
 
 
-def test_baking_moves_transforms_into_the_weights_of_a_plain_model(tmp_path: Path) -> None:
-    program = _program("mxint4@32/mse", before=_KEYS + _HADAMARD)
+#: What a program that a run saves has gone through behind the user's passes.
+_SAVED = "".join(f'[[pass]]\nname = "{name}"\n' for name in ("quantize-kv-cache", "insert-kv-cache", "pack-weights"))
+
+
+@pytest.mark.parametrize(("more", "after"), [("", ""), (_CACHE, _SAVED)], ids=["compiled", "saved, with a cache"])
+def test_baking_moves_transforms_into_the_weights_of_a_plain_model(more: str, after: str, tmp_path: Path) -> None:
+    program = _program("mxint4@32/mse", before=_KEYS + _HADAMARD, more=more, after=after)
     with pytest.raises(ExportError, match=r"a transform at run time.*--bake"):
         export(program, tmp_path / "plain", "hf")
     assert not (tmp_path / "plain").exists()
@@ -237,6 +244,11 @@ def test_baking_moves_transforms_into_the_weights_of_a_plain_model(tmp_path: Pat
     config = json.loads((tmp_path / "baked/config.json").read_text())
     assert "baked" in config["mxfx_note"]
     assert not any("no transform" in note for note in written.notes)
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path / "baked", dtype=torch.float32)(ids).logits
+    told = plain(program).simulated(ids)
+    assert (logits - told).norm() < 0.01 * told.norm()
 
 
 @pytest.mark.parametrize(
