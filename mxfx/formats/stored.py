@@ -6,8 +6,6 @@ scales would move. Here nothing rounds: `store` finds scales under which every e
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,6 +22,7 @@ from mxfx.formats.e8m0 import (
 from mxfx.formats.element import IntElement
 from mxfx.formats.format import Format
 from mxfx.formats.packing import packed_length
+from mxfx.ground.kept import Kept
 
 #: Dtypes of which one element has the width of several of another: a byte's codes are looked up all at once.
 
@@ -134,7 +133,7 @@ def _look_up(codes: Tensor, fmt: Format, dtype: torch.dtype, length: int) -> Ten
     return found.view(dtype).view(*codes.shape[:-1], -1)[..., :length]
 
 
-@lru_cache(maxsize=64)
+@Kept
 def _table(fmt: Format, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The elements that each byte stands for, (256, codes a byte)."""
     per_byte = 8 // fmt.bits

@@ -19,7 +19,7 @@ from torch import Tensor
 from mxfx.algorithms.hadamard import kronecker_orders, kronecker_signs
 from mxfx.algorithms.launch import KEPT_SHAPES, Launch
 from mxfx.formats import Format
-from mxfx.ops.kernels.kept import Kept
+from mxfx.ground.kept import Kept
 from mxfx.ops.kernels.matrix_triton import quantize_blocks
 from mxfx.ops.kernels.rounding_triton import as_stored, grid_of, narrowed
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from mxfx.algorithms.hadamard import DENSE_ORDER, hadamard_matrix, kronecker_signs, kronecker_transform
+from mxfx.ground.kept import Kept
 from mxfx.ops import fused, norm, quantize, transform
 from mxfx.ops.dialect import _differentiate, _save_inputs, find_op
 from mxfx.ops.kernels.build import library
-from mxfx.ops.kernels.kept import Kept
 from mxfx.ops.kernels.limits import has_fast_hadamard, has_triton
 from mxfx.ops.providers import Provider, Takes, on_demand, provide, takes_all
 from mxfx.ops.rope import rope as rotate

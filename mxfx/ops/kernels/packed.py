@@ -15,9 +15,9 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from mxfx.ground.kept import Kept
 from mxfx.ops import fp8, packed
 from mxfx.ops.dialect import find_op
-from mxfx.ops.kernels.kept import Kept
 from mxfx.ops.kernels.library import _LIBRARY, NAMESPACE
 from mxfx.ops.kernels.limits import has_triton
 from mxfx.ops.providers import Provider, provide

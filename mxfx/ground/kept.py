@@ -1,4 +1,4 @@
-"""Tensors that kernels keep on a device for all calls: made once, for good, and by a call that really runs."""
+"""Tensors that are kept on a device for all calls: made once, for good, and by a call that really runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Value = TypeVar("Value")
 
 
 class RecordingError(MxfxError, RuntimeError):
-    """What a kernel keeps would first be made while a CUDA graph is recorded."""
+    """What is kept would first be made while a CUDA graph is recorded."""
 
 
 class Kept(Generic[Value]):

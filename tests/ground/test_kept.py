@@ -1,7 +1,8 @@
-"""What kernels keep on a device is made once, by a call that runs: not traced, not recorded."""
+"""What is kept on a device is made once, by a call that runs: not traced, not recorded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 import mxfx.ops  # noqa: F401
-from mxfx.ops.kernels.kept import Kept, RecordingError
+from mxfx.formats import parse
+from mxfx.formats.stored import store
+from mxfx.ground.kept import Kept, RecordingError
 
 CPU = torch.device("cpu")
 
@@ -43,14 +46,26 @@ def test_a_recording_may_read_what_is_kept_and_not_make_it(ones: Kept[Tensor], m
     assert len(list(ones)) == 1
 
 
-def test_a_gradient_that_is_compiled_leaves_those_that_are_not_theirs() -> None:
-    """The derivative of a transform reads the signs of its matrix, and is traced with fake tensors."""
-    op, x = torch.ops.mxfx_kernels.hadamard, torch.randn(3, 48, requires_grad=True)
+FOUR = parse("mxint4@32")
+CODES, SCALES = store(FOUR.fake_quantize(torch.randn(24, 64)), FOUR)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        # The derivatives read the signs of a matrix, and the numbers that codes stand for; they are traced.
+        lambda x: torch.ops.mxfx_kernels.hadamard(x, 32),
+        lambda x: torch.ops.mxfx.mx_linear(x, CODES, SCALES, None, "mxint4@32"),
+    ],
+    ids=["transform", "packed weight"],
+)
+def test_a_gradient_that_is_compiled_leaves_those_that_are_not_theirs(op: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(3, 64, requires_grad=True)
     torch._dynamo.reset()
     for turn in (1.0, 2.0):
-        compiled = torch.compile(lambda x, turn=turn: op(x * turn, 24), backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(lambda x, turn=turn: op(x * turn), backend="aot_eager", fullgraph=True)
         compiled(x).square().sum().backward()
         found, x.grad = x.grad, None
-        op(x * turn, 24).square().sum().backward()
+        op(x * turn).square().sum().backward()
         torch.testing.assert_close(found, x.grad)
         x.grad = None
