@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -66,7 +67,7 @@ class InsertKvCache(Pass):
         plain = kept_as_numbers(rw.program, ctx.peer, ctx.handoff)
         if plain:
             rw.record.details["numbers"] = f"{len(plain)} caches keep what both phases write, in formats that differ"
-        inputs, counters = _Inputs(rw, plain), _counters(rw)
+        inputs, counters = _Inputs(rw, plain, found), _counters(rw)
         for node in found:
             if rw.match(node):
                 _insert(rw, node, inputs, masks)
@@ -136,11 +137,12 @@ def _own(attention: fx.Node) -> list[fx.Node]:
 
 
 class _Inputs:
-    """The inputs that hold caches: one pair for each pair of keys and values."""
+    """The inputs that hold caches: one pair for each pair of keys and values of ``attentions``."""
 
-    def __init__(self, rw: Rewriter, plain: frozenset[int]) -> None:
+    def __init__(self, rw: Rewriter, plain: frozenset[int], attentions: list[fx.Node]) -> None:
         self._rw = rw
         self._plain = plain
+        self._readers = Counter((given["k"], given["v"]) for given in map(operands, attentions))
         first = next(n for n in rw.graph.nodes if n.op == "placeholder")
         self._batch, length = first.meta["val"].shape
         self.slots = rw.input("slots", (length,), torch.int64)
@@ -151,6 +153,8 @@ class _Inputs:
         """Keys, values, their scales and their formats for one attention; and whether it is the first to see them."""
         first = (k, v) not in self._known
         if first:
+            # The second reader comes when the first has written: what a ring pushed out would be missing.
+            window = window if self._readers[k, v] == 1 else None
             name = f"cache_{len(self._known)}"
             index = 2 * len(self._known)
             key = self._cache(f"{name}_key", k, window, index in self._plain)

@@ -191,6 +191,9 @@ def _lower_cached_attention(rw: Rewriter, node: fx.Node, biases: dict[tuple, fx.
         kernel = Provider("attend_token", "cached_attention", device.type, cached_attend)
         _account(rw, node, "a step of cached_attention", Choice(kernel) if reason is None else Choice(None, (reason,)))
     key = tuple(given[name] for name in ("mask", "slots", "causal", "window", "chunk"))
+    if given["keys"] is not None:
+        # Of layers under one window some have a ring, and those that share a cache have none.
+        key = (*key, str(_value(given["keys"]).shape[2]))
     if key not in biases:
         operand = [given[name] for name in ("mask", "q", "k", "slots", "keys", "causal", "window", "chunk")]
         biases[key] = rw.call(cache_bias, *operand, like=node)

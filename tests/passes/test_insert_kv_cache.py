@@ -8,11 +8,15 @@ import torch
 from mxfx.graph.mutation import written
 from mxfx.graph.program import Program
 from mxfx.graph.text import parse, to_text
+from mxfx.graph.tiny import tiny
+from mxfx.graph.trace import trace
 from mxfx.graph.verify import VerifyError, verify
 from mxfx.passes import FoldConstants, InsertKvCache, Lower
 from mxfx.pipeline.probe import Probe
 from mxfx.rewrite import apply
-from tests.programs import config_a, passed, raised
+from mxfx.runtime.causal_lm import as_causal_lm
+from tests.programs import RAISE, config_a, padded_batch, passed, raised, relative
+from tests.runtime.feeding import steps
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +79,20 @@ def test_attention_with_the_same_keys_and_values_shares_a_cache() -> None:
     writes = [node.args[18] for node in result.nodes("cached_attention")]
     inputs = [node.target for node in result.graph.nodes if node.op == "placeholder"]
     assert writes == [True, False] and "cache_1_keys" not in inputs
+
+
+@pytest.mark.parametrize("lengths", [[12, 1], [4, 9], [1] * 13])
+def test_a_shared_cache_is_no_ring_beside_one_under_the_same_window(lengths: list[int]) -> None:
+    """As in Gemma 3n and 4: of three layers under one window the last two read the same keys and values."""
+    program = passed(trace(tiny("mistral-tiny", layers=3)), RAISE)
+    _, second, third = program.nodes("attention")
+    for position in (1, 2):
+        third.update_arg(position, second.args[position])
+    lm = as_causal_lm(program)
+    assert [spec.window for spec in lm.specs] == [5, 5, None, None]
+    ids, mask, _ = padded_batch()
+    whole = lm(ids, attention_mask=mask).logits
+    assert relative(steps(lm, ids, mask, lengths)[mask.bool()], whole[mask.bool()]) < 1e-5
 
 
 def test_a_model_that_mixes_tokens_elsewhere_gets_no_cache_and_is_told_why() -> None:
