@@ -38,6 +38,9 @@ def normalize(program: Program) -> None:
         elif node.target is aten.copy.default and _alike(*node.args[:2]):
             node.replace_all_uses_with(node.args[1])
             graph.erase_node(node)
+        elif node.target is aten.numpy_T.default:
+            node.target, axes = aten.permute.default, range(node.meta["val"].dim())
+            node.args = (node.args[0], list(reversed(axes)))
         elif node.target in _VIEWS:
             node.target = aten.reshape.default
     _check_functional(graph)

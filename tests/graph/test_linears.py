@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as T
 
 from mxfx.graph.execute import execute
 from mxfx.graph.trace import bind, trace
@@ -13,13 +14,18 @@ from tests.architectures import build
 from tests.programs import relative
 from tests.sweep import unseen
 
-CONV1D, TURNED = "gpt2", "falcon"
+#: Falcon multiplies by ``W.T``: a permutation where the trace is made twice, as it is where it is made once (biased).
+CONV1D, TURNED, TURNED_ONCE = "gpt2", "falcon", "falcon with linear biases"
 
 
-@pytest.mark.parametrize(("name", "linears"), [(CONV1D, 9), (TURNED, 9)])
+def falcon() -> torch.nn.Module:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 131}
+    return T.AutoModelForCausalLM.from_config(T.FalconConfig(**sizes, alibi=True, bias=True)).eval()
+
+
+@pytest.mark.parametrize(("name", "linears"), [(CONV1D, 9), (TURNED, 9), (TURNED_ONCE, 9)])
 def test_every_stored_matrix_that_is_multiplied_is_the_weight_of_a_linear(name: str, linears: int) -> None:
-    model = build(name)
-    program = trace(model)
+    program = trace(falcon() if name == TURNED_ONCE else build(name))
     verify(program)
     found = [n for n in program.graph.nodes if spec(n).product is not None]
     assert len(found) == linears and {spec(n).concept for n in found} == {"linear"}
