@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-import mxfx.ops  # noqa: F401  (registers the dialect)
+from mxfx.ops import find_op
 from mxfx.ops.catalogue import record_of
 
 #: Functions of sizes beside those of ``operator``.
@@ -65,6 +65,15 @@ class FakeRunner:
         # Composite ops (linear) meet symbolic sizes only through the Python dispatcher before torch 2.13.
         with self.mode, enable_python_dispatcher(), torch.no_grad():
             return (rule or node.target)(*args, **kwargs)
+
+
+def has_dtype_of_its_own(node: fx.Node) -> bool:
+    """Whether ATen makes numbers of integers, in float32 whatever the model's dtype."""
+    val = node.meta["val"]
+    if node.op != "call_function" or find_op(node.target) is not None or not isinstance(val, Tensor):
+        return False
+    read = [given for source in node.all_input_nodes if isinstance(given := source.meta["val"], Tensor)]
+    return val.is_floating_point() and not any(x.is_floating_point() or x.is_complex() for x in read)
 
 
 def reads_a_number(node: fx.Node) -> bool:

@@ -14,6 +14,7 @@ from torch import fx
 from torch.utils._pytree import tree_map_only
 
 from mxfx.algorithms.hadamard import DENSE_ORDER, hadamard_matrix, kronecker_signs, kronecker_transform
+from mxfx.graph.fake import FakeRunner, has_dtype_of_its_own
 from mxfx.graph.node import kind, op_name, operands, path_of
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, compute_dtype
 from mxfx.ops import (
@@ -58,7 +59,7 @@ _STRUCTURE = frozenset({"cast", "attention", "expert_linear", "cached_attention"
 
 def lower_calls(rw: Rewriter, device: torch.device) -> None:
     """Replace every dialect op of ``rw.program``: by a provider's kernel where one serves, else by its definition."""
-    _concretize(rw.program)
+    _concretize(rw)
     _split_unserved(rw, device)
     inliner = Inliner(rw)
     biases: dict[tuple, fx.Node] = {}
@@ -115,13 +116,28 @@ def lowered_copy(program: Program, device: torch.device) -> Program:
     return rw.program
 
 
-def _concretize(program: Program) -> None:
+def _concretize(rw: Rewriter) -> None:
     """Give every fake value the dtype that it will have: roles end here."""
-    compute = compute_dtype(program.dtype)
-    real = {NOMINAL_MODEL: program.dtype, NOMINAL_COMPUTE: compute}
-    for node in program.graph.nodes:
-        if "val" in node.meta:
-            node.meta["val"] = tree_map_only(torch.Tensor, lambda val: _cast(val, real), node.meta["val"])
+    compute = compute_dtype(rw.program.dtype)
+    real = {NOMINAL_MODEL: rw.program.dtype, NOMINAL_COMPUTE: compute}
+    if compute != NOMINAL_COMPUTE:
+        real[torch.complex64] = torch.complex128
+    for node in rw.graph.nodes:
+        if "val" not in node.meta:
+            continue
+        node.meta["val"] = tree_map_only(torch.Tensor, lambda val: _cast(val, real), node.meta["val"])
+        if compute != NOMINAL_COMPUTE and has_dtype_of_its_own(node):
+            _settle_dtype(rw, node, compute)
+
+
+def _settle_dtype(rw: Rewriter, node: fx.Node, compute: torch.dtype) -> None:
+    found, stated = FakeRunner(rw.fake_mode).run(node), node.meta["val"]
+    if not isinstance(found, torch.Tensor) or found.dtype == stated.dtype:
+        return
+    with stated.fake_mode:
+        node.meta["val"] = stated.to(found.dtype)
+    if found.dtype == NOMINAL_COMPUTE:
+        rw.replace(node, rw.call(aten.to.dtype, node, compute, like=node, after=node, val=stated))
 
 
 def _cast(val: torch.Tensor, real: Mapping[torch.dtype, torch.dtype]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from operator import getitem
 
 import pytest
@@ -18,7 +19,7 @@ from mxfx.graph.verify import verify
 from mxfx.ops import RUNTIME_FUNCTIONS, find_op
 from mxfx.ops.providers import _PROVIDERS, Provider, provide
 from mxfx.passes import Lower, RotateQk, TransformInputs
-from mxfx.rewrite import FactError, apply, find_fact
+from mxfx.rewrite import FactError, Rewriter, apply, find_fact
 from tests.filecheck import check_printed
 from tests.programs import RAISE, config_a, padded_batch, passed, raised, traced
 
@@ -101,7 +102,10 @@ def test_a_float32_program_has_no_cast_that_changes_nothing() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_fake_values_have_the_dtypes_of_the_run(dtype: torch.dtype) -> None:
-    program = lowered(raised("llama-tiny").twin(dtype))
+    check_dtypes(lowered(raised("llama-tiny").twin(dtype)))
+
+
+def check_dtypes(program: Program) -> None:
     ids, mask, _ = padded_batch()
 
     def observe(node: fx.Node, value: object) -> object:
@@ -111,6 +115,22 @@ def test_fake_values_have_the_dtypes_of_the_run(dtype: torch.dtype) -> None:
         return value
 
     execute(program, ids, None, mask, observe=observe)
+
+
+def test_in_float64_numbers_made_of_integers_and_of_two_parts_are_stated_as_they_are() -> None:
+    """A length times a factor is float32 in ATen (RoPE "dynamic"); a pair of float64 is complex128 (Llama 4)."""
+    program = raised("llama-tiny").twin(torch.float64)
+    rw, (output,) = Rewriter(program, "test"), program.graph.find_nodes(op="output")
+    call = partial(rw.call, like=output)
+    (logits,), (ids, *_) = output.args, program.graph.find_nodes(op="placeholder")
+    scaled = call(aten.mul.Tensor, ids, 0.5)
+    cosine = call(aten.cos.default, call(torch.ops.mxfx.cast.default, scaled, "compute"))
+    # Outside of a trace the fake result of polar has the sizes of the example.
+    pair = call(aten.polar.default, cosine, scaled, val=cosine.meta["val"] + 0j)
+    rw.replace(logits, call(aten.add.Tensor, logits, call(aten.unsqueeze.default, call(aten.real.default, pair), -1)))
+    after = lowered(program)
+    verify(after)
+    check_dtypes(after)
 
 
 def test_no_device_is_named() -> None:
