@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -63,3 +65,21 @@ def test_on_a_device_the_kernels_are_found() -> None:
     found = _kernels(x, x, x, parse("mxint4@32"), None)  # type: ignore[arg-type]
     assert found is not None and [one.__name__ for one in found] == ["write_tokens", "attend_token"]
     assert _kernels(x, x, x, parse("mxint3@32"), None) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.triton
+def test_the_tokens_of_a_long_text_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its axes the first is as long as that; the others end at 65535."""
+    from mxfx.ops.kernels import cache_rows_triton
+
+    grids: list[tuple[int, ...]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *args, **constants: None
+
+    monkeypatch.setattr(cache_rows_triton, "_write_kernel", Recorder())
+    x = torch.empty(1, 2, 1, 8).expand(1, 2, 70_000, 8)
+    cache_rows_triton.write_tokens((x, x, None, None), x, x, torch.arange(1).expand(70_000), None, None)
+    assert grids == [(70_000, 2, 2)]

@@ -95,7 +95,8 @@ def write_tokens(
     ks, vs = (keys if key_scales is None else key_scales), (values if value_scales is None else value_scales)
     early = starts_early(k.device, batch * seq)
     with on_device_of(k):
-        _write_kernel[(batch * heads, seq, 2)](
+        # Of the three axes of a launch the first alone has room for all tokens of a long text.
+        _write_kernel[(seq, batch * heads, 2)](
             k, v, keys, values, ks, vs, slots, heads, keys.shape[2],
             *k.stride()[:3], *v.stride()[:3],
             *keys.stride()[:2], *values.stride()[:2], *ks.stride()[:2], *vs.stride()[:2],
@@ -182,11 +183,11 @@ def _write_kernel(
     VALUE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program a text and head, a token, and keys or values."""
+    """One program a token, a text and head, and keys or values."""
     wait(EARLY)
-    batch = (tl.program_id(0) // heads).to(tl.int64)
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    token = tl.program_id(1).to(tl.int64)
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
     place = tl.load(slots_ptr + token) % room
     if tl.program_id(2) == 0:
         _write_row(
