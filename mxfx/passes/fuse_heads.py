@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from mxfx.ops import cached_attend
-from mxfx.ops.catalogue import arguments_of
+from mxfx.ops.catalogue import arguments_of, spec
 from mxfx.ops.kernels import heads
 from mxfx.ops.kernels.library import NAMESPACE
 from mxfx.rewrite import ALL, Context, Local, Numerics, Pass, Rewriter, Selector, register
@@ -58,7 +58,7 @@ class FuseHeads(Pass):
         for node in rw.program.nodes():
             if node.target is not cached_attend or not self.select(node):
                 continue
-            given = [operand for operand in node.args[:3] if isinstance(operand, fx.Node)]
+            given = [operand for name in ("q", "k", "v") if (operand := spec(node).node_of(name)) is not None]
             found = tuple(_behind(operand) for operand in given)
             # Not by places counted before: what an attention shares with an earlier one is new by now.
             last = max(given)
@@ -76,17 +76,18 @@ def _behind(node: Any) -> _Head:
     kernels = getattr(torch.ops, NAMESPACE)
     names = list(arguments_of(node.target)) if node.op == "call_function" else []
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    angles = (given.get("cos"), given.get("sin"))
     rest = (given.get("matrix"), given.get("format"), given.get("hadamard", False))
     if node.target is kernels.rope.default:
-        return _Head(node.args[0], node.args[1:3])
+        return _Head(given["x"], angles)
     if node.target is kernels.rope_quantize.default:
-        return _Head(node.args[0], node.args[1:3], *rest)
+        return _Head(given["x"], angles, *rest)
     if node.target is kernels.transform_quantize.default:
-        return _Head(node.args[0], None, *rest)
+        return _Head(given["x"], None, *rest)
     if node.target is kernels.fake_quantize.default and given.get("axis", -1) in (-1, node.meta["val"].dim() - 1):
-        return _Head(node.args[0], None, *rest)
+        return _Head(given["x"], None, *rest)
     if node.target is kernels.block_transform.default:
-        source = node.args[0]
+        source = given["x"]
         before = _behind(source) if len(source.users) == 1 else _Head(source)
         turned = before.matrix is None and before.format is None
         return _Head(before.source, before.angles, given["matrix"]) if turned else _Head(source, None, given["matrix"])

@@ -163,7 +163,7 @@ def _add_bias(rw: Rewriter, linear: fx.Node, vector: Tensor) -> None:
     added = rw.add_weight(free_name(rw, f"{path_of(linear) or linear.name}.bias"), vector, linear)
     weight = spec(linear).node_of("weight")
     if weight is not None and kind(weight) == "cast":
-        added = rw.call(weight.target, added, *weight.args[1:], like=linear)
+        added = rw.call(weight.target, added, spec(weight).get("role"), like=linear)
     spec(linear).set(rw, "bias", added)
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import fx
 from torch.ops import aten
 
+from mxfx.ops.catalogue import spec
 from mxfx.ops.kernels import packed
 from mxfx.rewrite import ALL, Context, Local, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.facts import LOWERED, Fact
@@ -46,14 +47,14 @@ class FuseQuantLinear(Pass):
             found = _rows_of(node)
             if isinstance(found, str):
                 rw.skip(node, found)
-            elif rw.match(node, note=str(node.args[5])):
+            elif rw.match(node, note=str(spec(node).get("format"))):
                 _fuse(rw, node, found)
 
 
 def _rows_of(node: fx.Node) -> fx.Node | str:
     """The quantizer that rounds a product's input for it alone; else, as text, why there is none."""
-    parts = node.args[:2]
-    rows = parts[0].args[0]
+    parts = [spec(node).node_of(name) for name in ("payload", "row_scales")]
+    (rows,) = parts[0].all_input_nodes
     if rows.target not in packed.MULTIPLYING:
         return "its input is not rounded for it alone"
     others = [u for u in rows.users if u not in parts and u.users] + [
@@ -78,12 +79,12 @@ def _residual(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def _fuse(rw: Rewriter, node: fx.Node, rows: fx.Node) -> None:
-    _, _, codes, scales, biases, text, _ = node.args
+    codes, scales, biases, text = (spec(node).get(name) for name in ("codes", "scales", "biases", "format"))
     residual = _residual(node)
     last, added = (node, None) if residual is None else residual
     new = rw.call(
         packed.MULTIPLYING[rows.target],
-        *(list(codes), list(scales), list(biases), added, text, *rows.args),
+        *(codes, scales, biases, added, text, *rows.args),
         like=node,
         before=last,
         val=node.meta["val"],

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import fx
 from torch.ops import aten
 
+from mxfx.ops.catalogue import arguments_of, spec
 from mxfx.ops.kernels import packed
 from mxfx.rewrite import ALL, Context, Exact, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.facts import LOWERED, Fact
@@ -44,12 +45,13 @@ class FuseResidualNorm(Pass):
         for node in rw.program.nodes():
             if node.target is not packed.NORM_LINEAR or not self.select(node):
                 continue
-            total = node.args[5]
+            total = spec(node).node_of("x")
+            assert total is not None
             summands = _summands(total)
             earlier = [user for user in total.users if user < node]
             if isinstance(summands, str):
                 rw.skip(node, summands)
-            elif node.args[3] is not None:
+            elif spec(node).get("residual") is not None:
                 rw.skip(node, "its linears add a residual of their own")
             elif earlier:
                 rw.skip(node, f"{earlier[0].name} reads the sum before it")
@@ -59,24 +61,29 @@ class FuseResidualNorm(Pass):
 
 def _summands(total: fx.Node) -> tuple[fx.Node, fx.Node | None] | str:
     """What is added to what, None for what `total` itself gives without its residual; else, as text, why nothing is."""
-    if total.target in packed.MULTIPLYING.values() and isinstance(total.args[3], fx.Node):
-        return total.args[3], None
-    if total.target is not aten.add.Tensor or total.kwargs or not all(isinstance(a, fx.Node) for a in total.args):
+    added = spec(total).node_of("residual") if total.target in packed.MULTIPLYING.values() else None
+    if added is not None:
+        return added, None
+    first, second = (spec(total).node_of(n) for n in ("self", "other")) if _is_plain_sum(total) else (None, None)
+    if first is None or second is None:
         return "its input is no sum of two tensors"
-    vals = [part.meta["val"] for part in (total, *total.args)]
+    vals = [part.meta["val"] for part in (total, first, second)]
     if any(val.shape != vals[0].shape or val.dtype != vals[0].dtype for val in vals):
         return "its input is a sum of unlike tensors"
-    return total.args
+    return first, second
+
+
+def _is_plain_sum(node: fx.Node) -> bool:
+    return node.target is aten.add.Tensor and spec(node).get("alpha") == 1
 
 
 def _fuse(rw: Rewriter, node: fx.Node, total: fx.Node, x: fx.Node, branch: fx.Node | None) -> None:
     val = total.meta["val"]
     if branch is None:
-        given = (*total.args[:3], None, *total.args[4:])
-        branch = rw.call(total.target, *given, like=total, before=total, val=val, **total.kwargs)
-    codes, scales, biases, _, weights, _, *rest = node.args
+        branch = rw.call(total.target, *total.args, like=total, before=total, val=val, **total.kwargs)
+        spec(branch).set(rw, "residual", None)
     vals = (val, node.meta["val"])
-    given = (codes, scales, biases, branch, weights, x, *rest)
-    new = rw.call(packed.ADD_NORM_LINEAR, *given, like=node, before=node, val=vals, **node.kwargs)
+    given = dict(zip(arguments_of(node.target), node.args, strict=False)) | {"residual": branch, "x": x}
+    new = rw.call(packed.ADD_NORM_LINEAR, *given.values(), like=node, before=node, val=vals, **node.kwargs)
     for at, (old, val) in enumerate(zip((total, node), vals, strict=True)):
         rw.replace(old, rw.call(operator.getitem, new, at, like=old, before=node, val=val))

@@ -180,7 +180,7 @@ class _Inputs:
         )
         if not behind:
             return codes, scales, str(fmt), None
-        first = self._rw.input(f"{name}s_first", (self._batch, heads, source.args[3], width), NOMINAL_MODEL)
+        first = self._rw.input(f"{name}s_first", (self._batch, heads, spec(source).get("first"), width), NOMINAL_MODEL)
         return codes, scales, str(fmt), first
 
     def _room(self, window: int | None) -> torch.SymInt:

@@ -15,6 +15,7 @@ from mxfx.graph.node import kind
 from mxfx.graph.program import NOMINAL_MODEL, Program
 from mxfx.graph.regions.ops import Refusal
 from mxfx.graph.regions.spelled import Spelled, Term, spelled
+from mxfx.ops.catalogue import spec
 from mxfx.rewrite import Close, Context, Numerics, Pass, Rewriter, register
 from mxfx.rewrite.facts import ATTENTION_RAISED, NORMS_RAISED, RAISED, ROPES_RAISED, Fact, Selected
 
@@ -100,7 +101,7 @@ def _put_together(rw: Rewriter, end: fx.Node, found: Spelled) -> None:
 def _of_dtype(rw: Rewriter, x: fx.Node, role: str, end: fx.Node) -> fx.Node:
     """``x`` in the dtype of values, without the cast that a model puts before its product to compute it wider."""
     wanted = torch.ops.mxfx.cast.default
-    source = x.args[0] if x.target is wanted and isinstance(x.args[0], fx.Node) else x
+    source = (spec(x).node_of("input") if x.target is wanted else None) or x
     dtypes = {"model": NOMINAL_MODEL, "compute": torch.float32}
     for one in (x, source):
         if one.meta["val"].dtype == dtypes[role]:

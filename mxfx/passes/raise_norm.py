@@ -13,6 +13,7 @@ from torch.ops import aten
 
 from mxfx.graph.node import op_name, operands
 from mxfx.graph.program import Program
+from mxfx.ops.catalogue import spec
 from mxfx.rewrite import Context, Exact, Numerics, Pass, Rewriter, register
 from mxfx.rewrite.facts import NORMS_RAISED, Fact, Selected
 from mxfx.rewrite.pattern import Failed, Found, Op, Var, is_node, is_number, is_weight, match
@@ -103,7 +104,7 @@ def _times(a: Op | Var, b: Op) -> Op:
 
 
 def _is_rsqrt(node: fx.Node) -> bool:
-    power = node.args[1] if node.target is aten.pow.Tensor_Scalar else None
+    power = spec(node).get("exponent") if node.target is aten.pow.Tensor_Scalar else None
     return node.target is aten.rsqrt.default or power == -0.5
 
 

@@ -13,6 +13,7 @@ from torch.ops import aten
 from mxfx.graph.program import Program
 from mxfx.graph.regions import Refusal
 from mxfx.graph.regions.rotation import Rotation, is_rotary, rotation, text_nodes
+from mxfx.ops.catalogue import spec
 from mxfx.rewrite import Context, Exact, Numerics, Pass, Rewriter, register
 from mxfx.rewrite.facts import ROPES_RAISED, Fact, Selected
 
@@ -128,7 +129,7 @@ def _signature(node: fx.Node) -> object:
 
 def _unread(program: Program) -> list[fx.Node]:
     """Cosines that no raised embedding depends on."""
-    pending = [node.args[1] for node in program.nodes("rope")]
+    pending = [spec(node).get("cos") for node in program.nodes("rope")]
     reached: set[fx.Node] = set()
     while pending:
         node = pending.pop()

@@ -76,4 +76,4 @@ def qk_rotated(program: Program, selected: Selected) -> str | None:
 
 
 def _rotation(node: object) -> object:
-    return node.args[1:] if isinstance(node, fx.Node) and op_name(node) == "mxfx.hadamard.default" else None
+    return spec(node).get("block") if isinstance(node, fx.Node) and op_name(node) == "mxfx.hadamard.default" else None

@@ -279,5 +279,5 @@ def _reaches(node: object, name: str) -> bool:
             return True
         if kind(node) not in ("fake_quantize", "block_transform", "hadamard") and op_name(node) != "mxfx.cast.default":
             return False
-        node = node.args[0]
+        node = spec(node).get("input")
     return False

@@ -16,6 +16,7 @@ from mxfx.calibration.moments import block_moments
 from mxfx.graph.node import info, kind, operands, path_of
 from mxfx.graph.program import Program
 from mxfx.graph.regions import Refusal, ValueRegion, value_region
+from mxfx.ops.catalogue import spec
 from mxfx.passes.rotate_value import rotate_values, turned_alone
 from mxfx.rewrite import ALL, Close, Context, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.basis import free_name, why_shared
@@ -139,9 +140,9 @@ class TransformKv(Pass):
             (block,) = self._orders(width)
             if not rw.match(attention, note=self._words(attention, "k", block)):
                 return
-            for position in (0, 1):
-                new = rw.call(torch.ops.mxfx.hadamard.default, attention.args[position], block, like=attention)
-                rw.set_operand(attention, position, new)
+            for side, source in (("q", q), ("k", k)):
+                new = rw.call(torch.ops.mxfx.hadamard.default, source, block, like=attention)
+                spec(attention).set(rw, side, new)
             return
         against = gradients[k] if k in gradients else moments[q].unflatten(0, (heads, -1)).mean(1)
         solved = self._solve(rw, attention, "k", moments[k], against)
@@ -151,14 +152,13 @@ class TransformKv(Pass):
         block = found.matrix.shape[-1]
         shape = (heads, width // block, block, block)
         matrices = (found.inverse.mT.reshape(shape), found.matrix.reshape(shape))
-        for position, (side, matrix) in enumerate(zip("qk", matrices, strict=True)):
+        for side, source, matrix in zip("qk", (q, k), matrices, strict=True):
             # Only one of two inverse matrices fits the model's dtype: that of the keys, which are quantized.
             weight = rw.add_weight(
                 free_name(rw, f"transforms.{path_of(attention)}.{side}"), matrix, attention, constant=side == "q"
             )
-            source = attention.args[position]
             new = rw.call(torch.ops.mxfx.block_transform.default, source, weight, like=attention)
-            rw.set_operand(attention, position, new)
+            spec(attention).set(rw, side, new)
 
     def _values(
         self, rw: Rewriter, attention: fx.Node, moments: dict[fx.Node, Tensor], gradients: dict[fx.Node, Tensor]
