@@ -1,9 +1,11 @@
-"""``allocate-bits``: more bits where rounding costs most, fewer where it costs least, within a budget."""
+"""``allocate-bits``: more bits where rounding costs most, fewer where it costs least, within budgets."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,6 +13,7 @@ import torch
 from torch import fx
 
 from mxfx.algorithms.allocation import Choice, allocate
+from mxfx.calibration.expert_statistics import choice_of
 from mxfx.calibration.sensitivity import Operands, kl_of_rounding
 from mxfx.calibration.spread import concatenated, parts
 from mxfx.calibration.training import divergence, trainable
@@ -44,12 +47,24 @@ class AllocateBits(Pass):
     What each format costs at each linear is its share of KL to the float model, from one pass over calibration tokens
     with gradients (``mxfx.calibration.sensitivity``); the choice is a knapsack. Linears that read one tensor take one
     format, for their input is rounded once. Weight and input of a linear get the same format, where ``annotate`` gave
-    them one. The report has the choice, what it was predicted to cost and what it costs, and the curve of the best
-    choices over budgets; ``freeze`` writes the choice as the rules of an ``annotate`` that needs no data.
+    them one: the budget is of weights, and inputs follow.
+
+    With ``input_bits`` weights and inputs are chosen apart, each within a budget of its own. Costs are then those of
+    rounding one operand alone, measured in the same pass, and are taken to add up; every linear's weight has a format
+    of its own, and a tensor that several linears read has one as their input. An input's bits count as often as it is
+    multiplied: a tensor of 64 channels that 1000 rows read weighs as much as one of 640 that 100 rows read. Either
+    choice loses no more, against the best within its budget, than the first exchange that the budget did not hold
+    would save.
+
+    The report has the choice, what it was predicted to cost and what it costs, and the curves of the best choices over
+    budgets; ``freeze`` writes the choice as the rules of an ``annotate`` that needs no data.
 
     bits: budget, mean bits of the chosen weights with their shared scales; linears that are not selected are outside.
     size: the budget as bytes of the same instead, of all of them together; not given: ``bits`` is it.
     formats: what may be chosen.
+    input_bits: budget of inputs, mean bits of an input over the multiplications of the chosen linears, with shared
+        scales; not given: an input has the format of its linear's weight.
+    input_formats: what may be chosen for inputs, with ``input_bits``; not given: ``formats``.
     samples: calibration samples that costs are measured on.
     freeze: file that the choice is written to, as TOML.
     """
@@ -61,6 +76,8 @@ class AllocateBits(Pass):
     bits: float = 4.5
     size: int | None = None
     formats: tuple[Format, ...] = _FORMATS
+    input_bits: float | None = None
+    input_formats: tuple[Format, ...] | None = None
     samples: int = 16
     freeze: Path | None = None
     select: Selector = ALL
@@ -73,53 +90,93 @@ class AllocateBits(Pass):
             raise ValueError(f"'bits' is {self.bits}, and no format takes less than {least:g}")
         if self.samples < 1:
             raise ValueError(f"'samples' is {self.samples}, must be at least 1")
+        if self.input_bits is None:
+            if self.input_formats is not None:
+                raise ValueError("'input_formats' are chosen among under 'input_bits': give that budget too")
+            return
+        if not self._input_formats:
+            raise ValueError("'input_formats' is empty, expected two or more")
+        least = min(fmt.bits_per_element for fmt in self._input_formats)
+        if self.input_bits < least:
+            raise ValueError(f"'input_bits' is {self.input_bits}, and no format of inputs takes less than {least:g}")
+
+    @property
+    def _input_formats(self) -> tuple[Format, ...]:
+        return self.formats if self.input_formats is None else self.input_formats
 
     def run(self, rw: Rewriter, ctx: Context) -> None:
         sites = [site for site in self._sites(rw) if rw.match(site[0], note=f"{len(site)} linears")]
         if not sites:
             rw.warn("nothing to choose: no selected linear has a weight format")
             return
-        linears = [linear for site in sites for linear in site]
+        sides = self._together(rw, ctx, sites) if self.input_bits is None else self._apart(rw, ctx, sites)
+        chosen = {operand: fmt for side in sides for operand, fmt in side.choose().items()}
+        measured = self._measured(rw.program, chosen, ctx)
+        for name, operand in chosen:
+            linear = next(n for site in sites for n in site if n.name == name)
+            annotation = Annotation(chosen[name, operand], self.name)
+            rw.set_info(linear, info(linear).with_format(operand, annotation))
+        self._account(rw, sites, sides, chosen, measured)
+
+    def _together(self, rw: Rewriter, ctx: Context, sites: list[list[fx.Node]]) -> list[_Side]:
+        """One choice for weights and inputs."""
         costs: dict[str, list[float]] = {}
-        for rounds, alike in _by_input(linears):
+        for rounds, alike in _by_input([linear for site in sites for linear in site]):
             operands = [Operands(fmt, fmt if rounds else None) for fmt in self.formats]
             costs |= kl_of_rounding(rw.program, alike, operands, ctx.tokens()[: self.samples], ctx)
-        sizes = [sum(rw.weights[rw.program.weight_of(n)].numel() for n in site) for site in sites]
-        items = [
-            [
-                Choice(size * fmt.bits_per_element, sum(costs[n.name][index] for n in site))
-                for index, fmt in enumerate(self.formats)
-            ]
-            for site, size in zip(sites, sizes, strict=True)
+        units = [
+            _Unit(
+                tuple(site),
+                tuple((n.name, operand) for n in site for operand in ("weight", "input") if operand in info(n).formats),
+                sum(_weights(rw, n) for n in site),
+                [sum(costs[n.name][index] for n in site) for index in range(len(self.formats))],
+            )
+            for site in sites
         ]
-        chosen = allocate(items, self._budget(items, sum(sizes)))
-        measured = self._measured(rw.program, sites, chosen, ctx)
-        for site, index in zip(sites, chosen, strict=True):
-            for linear in site:
-                _set(rw, linear, self.formats[index])
-        self._account(rw, sites, items, chosen, sizes, measured)
+        return [_Side(self.formats, units, self._budget(units))]
 
-    def _budget(self, items: list[list[Choice]], weights: int) -> float:
+    def _apart(self, rw: Rewriter, ctx: Context, sites: list[list[fx.Node]]) -> list[_Side]:
+        """A choice for weights, and one for inputs where there are any."""
+        linears = [linear for site in sites for linear in site]
+        operands = [Operands(fmt, None) for fmt in self.formats]
+        operands += [Operands(None, fmt) for fmt in self._input_formats]
+        costs = kl_of_rounding(rw.program, linears, operands, ctx.tokens()[: self.samples], ctx)
+        count = len(self.formats)
+        units = [_Unit((n,), ((n.name, "weight"),), _weights(rw, n), costs[n.name][:count]) for n in linears]
+        sides = [_Side(self.formats, units, self._budget(units))]
+        inputs = []
+        for site in sites:
+            if readers := [n for n in site if "input" in info(n).formats]:
+                losses = [sum(of) for of in zip(*(costs[n.name][count:] for n in readers), strict=True)]
+                names = tuple((n.name, "input") for n in readers)
+                inputs.append(_Unit(tuple(readers), names, sum(_products(rw, n) for n in readers), losses))
+        if not inputs:
+            rw.warn("'input_bits' has nothing to choose: no selected linear has an input format")
+            return sides
+        assert self.input_bits is not None
+        budget = self.input_bits * sum(unit.size for unit in inputs)
+        return [*sides, _Side(self._input_formats, inputs, budget)]
+
+    def _budget(self, units: list[_Unit]) -> float:
         """Bits of all chosen weights together."""
+        weights = sum(unit.size for unit in units)
         if self.size is None:
             return self.bits * weights
-        least = sum(min(choice.cost for choice in choices) for choices in items)
+        least = weights * min(fmt.bits_per_element for fmt in self.formats)
         if 8 * self.size < least:
             raise ValueError(
                 f"'size' is {self.size:,} bytes, and these weights take {int(-(-least // 8)):,} at the least"
             )
         return 8.0 * self.size
 
-    def _measured(self, program: Program, sites: list[list[fx.Node]], chosen: list[int], ctx: Context) -> float:
-        """KL in nats a token to the program as it is, on the same samples, where all sites are rounded as chosen."""
-        formats = {n.name: self.formats[i] for site, i in zip(sites, chosen, strict=True) for n in site}
+    def _measured(self, program: Program, chosen: Mapping[tuple[str, str], Format], ctx: Context) -> float:
+        """KL in nats a token to the program as it is, on the same samples, where all is rounded as chosen."""
         whole = trainable(program, {}, ctx.device)[0]
         rounded = program.copy()
         rw = Rewriter(rounded, self.name)
-        for node in rounded.products():
-            if node.name in formats:
-                fmt = formats[node.name]
-                for operand in {"weight", "input"} & set(info(node).formats):
+        for node in list(rounded.products()):
+            for operand in ("weight", "input"):
+                if (fmt := chosen.get((node.name, operand))) is not None:
                     source = spec(node).node_of(operand)
                     assert source is not None
                     new = rw.call(torch.ops.mxfx.fake_quantize.default, source, str(fmt), -1, like=node)
@@ -145,42 +202,133 @@ class AllocateBits(Pass):
         self,
         rw: Rewriter,
         sites: list[list[fx.Node]],
-        items: list[list[Choice]],
-        chosen: list[int],
-        sizes: list[int],
+        sides: list[_Side],
+        chosen: Mapping[tuple[str, str], Format],
         measured: float,
     ) -> None:
-        rows = [
-            {
-                "linears": [path_of(n) for n in site],
-                "layer": layer_of(site[0]),
-                "format": str(self.formats[index]),
-                "predicted_kl": {str(f): c.loss for f, c in zip(self.formats, choices, strict=True)},
+        weights, *others = sides
+        predicted = sum(side.loss for side in sides)
+        here = {"bits": weights.bits} | ({"input_bits": others[0].bits} if others else {}) | {"predicted_kl": predicted}
+        shared = [fmt for fmt in self.formats if all(fmt in side.formats for side in others)]
+        uniform = {
+            str(fmt): {"bits": fmt.bits_per_element, "predicted_kl": sum(side.uniform(fmt) for side in sides)}
+            for fmt in shared
+        }
+        toml = _rules(sites, chosen)
+        rw.record.details |= {**here, "measured_kl": measured, "uniform": uniform}
+        for side in sides:
+            # Beside the best choices of one operand stands what the other was chosen to cost.
+            rest = predicted - side.loss
+            points = {
+                "chosen": {"bits": side.bits, "predicted_kl": predicted},
+                "chosen, measured": {"bits": side.bits, "kl": measured},
             }
-            for site, choices, index in zip(sites, items, chosen, strict=True)
-        ]
-        total = sum(sizes)
-        costs = [choices[i].cost for choices, i in zip(items, chosen, strict=True)]
-        here = {"bits": sum(costs) / total}
-        here["predicted_kl"] = sum(choices[i].loss for choices, i in zip(items, chosen, strict=True))
-        uniform: dict[str, dict[str, float]] = {
-            str(fmt): {"bits": fmt.bits_per_element, "predicted_kl": sum(choices[i].loss for choices in items)}
-            for i, fmt in enumerate(self.formats)
-        }
-        toml = _rules(sites, [self.formats[index] for index in chosen])
-        points = {"chosen": here, "chosen, measured": {"bits": here["bits"], "kl": measured}} | uniform
-        rw.record.details |= {
-            **here,
-            "measured_kl": measured,
-            "uniform": uniform,
-            "kl_over_bits": {"curve": _frontier(items, total), "points": points},
-            "bits_over_layers": {"bars": _by_layer(rows, costs, sizes)},
-            "sites": rows,
-            "sites_by_format": dict(Counter(row["format"] for row in rows)),
-            "toml": toml,
-        }
+            bits, sites_of = ("bits", "sites") if side is weights else ("input_bits", "inputs")
+            rows = side.rows()
+            rw.record.details |= {
+                f"kl_over_{bits}": {"curve": side.frontier(rest), "points": points | uniform},
+                f"{bits}_over_layers": {"bars": side.by_layer()},
+                sites_of: rows,
+                f"{sites_of}_by_format": dict(Counter(str(row["format"]) for row in rows)),
+            }
+        rw.record.details["toml"] = toml
         if self.freeze is not None:
             write_file(self.freeze, toml.encode())
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What takes one format: ``operands``, by name of a linear and of its operand; ``size`` elements count for it, and
+    ``losses`` has the KL of each format.
+    """
+
+    linears: tuple[fx.Node, ...]
+    operands: tuple[tuple[str, str], ...]
+    size: int
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Units that are chosen for under one ``budget``, in bits of all their elements."""
+
+    formats: tuple[Format, ...]
+    units: list[_Unit]
+    budget: float
+
+    @cached_property
+    def items(self) -> list[list[Choice]]:
+        return [
+            [
+                Choice(unit.size * fmt.bits_per_element, loss)
+                for fmt, loss in zip(self.formats, unit.losses, strict=True)
+            ]
+            for unit in self.units
+        ]
+
+    @cached_property
+    def taken(self) -> list[int]:
+        """Index of the format of each unit."""
+        return allocate(self.items, self.budget)
+
+    def choose(self) -> dict[tuple[str, str], Format]:
+        found = zip(self.units, self.taken, strict=True)
+        return {operand: self.formats[index] for unit, index in found for operand in unit.operands}
+
+    @property
+    def size(self) -> int:
+        return sum(unit.size for unit in self.units)
+
+    @property
+    def bits(self) -> float:
+        """Mean bits of an element as chosen."""
+        return sum(choices[i].cost for choices, i in zip(self.items, self.taken, strict=True)) / self.size
+
+    @property
+    def loss(self) -> float:
+        """KL as chosen, by prediction."""
+        return sum(choices[i].loss for choices, i in zip(self.items, self.taken, strict=True))
+
+    def uniform(self, fmt: Format) -> float:
+        """KL of one format everywhere, by prediction."""
+        return sum(unit.losses[self.formats.index(fmt)] for unit in self.units)
+
+    def frontier(self, rest: float) -> list[list[float]]:
+        """Bits and predicted KL of the best choices, ``rest`` added to it."""
+        return [[bits, loss + rest] for bits, loss in _frontier(self.items, self.size)]
+
+    def rows(self) -> list[dict[str, object]]:
+        return [
+            {
+                "linears": [path_of(n) for n in unit.linears],
+                "layer": layer_of(unit.linears[0]),
+                "format": str(self.formats[index]),
+                "predicted_kl": {str(f): loss for f, loss in zip(self.formats, unit.losses, strict=True)},
+            }
+            for unit, index in zip(self.units, self.taken, strict=True)
+        ]
+
+    def by_layer(self) -> dict[str, float]:
+        """Mean bits of an element in each layer, and of those outside them."""
+        spent: dict[str, float] = defaultdict(float)
+        elements: dict[str, int] = defaultdict(int)
+        for unit, choices, index in zip(self.units, self.items, self.taken, strict=True):
+            number = layer_of(unit.linears[0])
+            layer = "no layer" if number is None else f"layer {number}"
+            spent[layer] += choices[index].cost
+            elements[layer] += unit.size
+        return {layer: spent[layer] / elements[layer] for layer in spent}
+
+
+def _weights(rw: Rewriter, linear: fx.Node) -> int:
+    return rw.weights[rw.program.weight_of(linear)].numel()
+
+
+def _products(rw: Rewriter, linear: fx.Node) -> int:
+    """Multiplications of a token: of a stack, by the experts that it chooses."""
+    rows, columns = rw.weights[rw.program.weight_of(linear)].shape[-2:]
+    choice = choice_of(linear)
+    return rows * columns * (1 if choice is None else int(choice.meta["val"].shape[-1]))
 
 
 def _frontier(items: list[list[Choice]], total: int) -> list[list[float]]:
@@ -196,25 +344,6 @@ def _frontier(items: list[list[Choice]], total: int) -> list[list[float]]:
     return found
 
 
-def _by_layer(rows: list[dict[str, object]], costs: list[float], sizes: list[int]) -> dict[str, float]:
-    """Mean bits of a weight in each layer, and of those outside them."""
-    spent: dict[str, float] = defaultdict(float)
-    weights: dict[str, int] = defaultdict(int)
-    for row, cost, size in zip(rows, costs, sizes, strict=True):
-        layer = "no layer" if row["layer"] is None else f"layer {row['layer']}"
-        spent[layer] += cost
-        weights[layer] += size
-    return {layer: spent[layer] / weights[layer] for layer in spent}
-
-
-def _set(rw: Rewriter, linear: fx.Node, fmt: Format) -> None:
-    record = info(linear)
-    for operand in ("weight", "input"):
-        if operand in record.formats:
-            record = record.with_format(operand, Annotation(fmt, "allocate-bits"))
-    rw.set_info(linear, record)
-
-
 def _by_input(linears: list[fx.Node]) -> list[tuple[bool, list[fx.Node]]]:
     """The linears whose input has a format, and those whose weight alone has one; neither group is empty."""
     groups: dict[bool, list[fx.Node]] = {}
@@ -223,12 +352,17 @@ def _by_input(linears: list[fx.Node]) -> list[tuple[bool, list[fx.Node]]]:
     return list(groups.items())
 
 
-def _rules(sites: list[list[fx.Node]], formats: list[Format]) -> str:
-    """The choice as an ``annotate`` that needs no data: one rule for each site, two where inputs differ."""
+def _rules(sites: list[list[fx.Node]], chosen: Mapping[tuple[str, str], Format]) -> str:
+    """The choice as an ``annotate`` that needs no data: one rule for linears of a site that have the same formats."""
     lines = ["[[pass]]", 'name = "annotate"']
-    for site, fmt in zip(sites, formats, strict=True):
-        for rounds, linears in _by_input(site):
+    for site in sites:
+        alike: dict[tuple[Format, Format | None], list[fx.Node]] = {}
+        for linear in site:
+            formats = (chosen[linear.name, "weight"], chosen.get((linear.name, "input")))
+            alike.setdefault(formats, []).append(linear)
+        for (of_weight, of_input), linears in alike.items():
             paths = "|".join(path_of(linear).replace(".", r"\.") for linear in linears)
-            lines += ["  [[pass.rule]]", f"  match = '{paths}'", f'  weight = "{fmt}"']
-            lines += [f'  input = "{fmt}"'] * rounds + [f'  expect = "{len(linears)}"']
+            lines += ["  [[pass.rule]]", f"  match = '{paths}'", f'  weight = "{of_weight}"']
+            lines += [] if of_input is None else [f'  input = "{of_input}"']
+            lines += [f'  expect = "{len(linears)}"']
     return "\n".join(lines) + "\n"

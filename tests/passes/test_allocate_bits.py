@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -128,6 +131,99 @@ def test_inputs_without_a_format_are_neither_charged_nor_frozen() -> None:
         expected = sum(cost[index] for cost in costs.values())
         assert details["uniform"][str(fmt)]["predicted_kl"] == pytest.approx(expected, rel=1e-6)
     assert "weight =" in details["toml"] and "input =" not in details["toml"]
+
+
+def _cost(row: dict, fmt) -> float:
+    return row["predicted_kl"][str(fmt)]
+
+
+def test_weights_and_inputs_apart_lose_no_more_than_together_under_the_same_budgets(program: Program) -> None:
+    choose = partial(AllocateBits, bits=4.6, formats=FORMATS, samples=4)
+    together = apply(choose(), program, CTX).record.details
+    apart = apply(choose(input_bits=4.6), program, CTX).record.details
+    assert apart["bits"] <= 4.6 and apart["input_bits"] <= 4.6
+    # By the same prediction: that of one operand alone.
+    joint = 0.0
+    for row in together["sites"]:
+        alone = [one for one in [*apart["sites"], *apart["inputs"]] if set(one["linears"]) <= set(row["linears"])]
+        joint += sum(_cost(one, row["format"]) for one in alone)
+    assert apart["predicted_kl"] <= joint
+    assert 0.3 < apart["measured_kl"] / apart["predicted_kl"] < 3
+
+
+def test_costs_apart_are_those_of_one_operand_alone(program: Program) -> None:
+    details = apply(AllocateBits(formats=FORMATS, input_bits=5.0, samples=2), program, CTX).record.details
+    linears = [n for n in program.nodes("linear") if info(n).formats]
+    names = {path_of(n): n.name for n in linears}
+    for operand, kind in (("weight", "sites"), ("input", "inputs")):
+        alone = [Operands(**({"weight": None, "input": None} | {operand: fmt})) for fmt in FORMATS]
+        costs = kl_of_rounding(program, linears, alone, TOKENS[:2], CTX)
+        assert sorted(path for row in details[kind] for path in row["linears"]) == sorted(names)
+        for row in details[kind]:
+            for index, fmt in enumerate(FORMATS):
+                expected = sum(costs[names[path]][index] for path in row["linears"])
+                assert _cost(row, fmt) == pytest.approx(expected, rel=1e-6)
+
+
+def test_either_choice_is_the_best_but_for_one_exchange(program: Program) -> None:
+    """Against every choice for four linears of one layer and their inputs, which rows of weights weigh."""
+    two = (FORMATS[0], FORMATS[3])
+    select = Selector(r"model\.layers\.1\..*(q|k|v|down)_proj")
+    done = apply(AllocateBits(bits=5.5, input_bits=5.5, formats=two, samples=2, select=select), program, CTX)
+    details = done.record.details
+    shapes = {path_of(n): program.weights[program.weight_of(n)].numel() for n in program.nodes("linear")}
+    for kind, bits in (("sites", "bits"), ("inputs", "input_bits")):
+        rows = details[kind]
+        sizes = [sum(shapes[path] for path in row["linears"]) for row in rows]
+        best = math.inf
+        for formats in itertools.product(two, repeat=len(rows)):
+            spent = sum(size * fmt.bits_per_element for size, fmt in zip(sizes, formats, strict=True))
+            if spent <= 5.5 * sum(sizes):
+                best = min(best, sum(_cost(row, fmt) for row, fmt in zip(rows, formats, strict=True)))
+        found = sum(_cost(row, row["format"]) for row in rows)
+        spent = sum(s * parse(row["format"]).bits_per_element for s, row in zip(sizes, rows, strict=True))
+        assert details[bits] == pytest.approx(spent / sum(sizes)) and details[bits] <= 5.5
+        saves = max(
+            (_cost(row, two[0]) - _cost(row, two[1]) for row in rows if row["format"] == str(two[0])), default=0
+        )
+        assert best <= found <= best + saves
+
+
+def test_a_choice_apart_is_frozen_and_shown_by_operand(program: Program, tmp_path: Path) -> None:
+    file = tmp_path / "choice.toml"
+    inputs = tuple(map(parse, ("mxfp6_e2m3@32", "mxint8@32")))
+    chooser = AllocateBits(bits=4.6, formats=FORMATS, input_bits=7.0, input_formats=inputs, samples=2, freeze=file)
+    done = apply(chooser, program, CTX)
+    again = PassManager().run(trace(tiny("llama-tiny")), loads(file.read_text())).program
+    mine, theirs = (
+        {path_of(n): {o: str(a.format) for o, a in info(n).formats.items()} for n in p.nodes("linear")}
+        for p in (done.program, again)
+    )
+    assert mine == theirs
+    quantized = [formats for formats in mine.values() if formats]
+    assert {formats["input"] for formats in quantized} == set(map(str, inputs))
+    assert {formats["weight"] for formats in quantized} <= set(map(str, FORMATS))
+    details = done.record.details
+    assert details["kl_over_input_bits"]["points"]["chosen"]["bits"] == details["input_bits"] <= 7.0
+    assert list(details["input_bits_over_layers"]["bars"]) == ["layer 0", "layer 1"]
+    assert sum(details["inputs_by_format"].values()) == len(details["inputs"]) == 8
+
+
+def test_a_budget_for_inputs_that_have_no_format_is_said() -> None:
+    rule = Rule(Selector(r".*_proj"), weight=FORMATS[1])
+    only = PassManager().run(trace(tiny("llama-tiny")), Pipeline([Annotate(rule=(rule,))]).completed()).program
+    record = apply(AllocateBits(bits=4.6, input_bits=8.25, formats=FORMATS, samples=1), only, CTX).record
+    assert any("no selected linear has an input format" in warning for warning in record.warnings)
+    assert "inputs" not in record.details
+
+
+def test_budgets_of_inputs_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="give that budget too"):
+        AllocateBits(input_formats=FORMATS)
+    with pytest.raises(ValueError, match=r"'input_bits' is 3\.0, and no format of inputs takes less than 3\.25"):
+        AllocateBits(formats=FORMATS, input_bits=3.0)
+    with pytest.raises(ValueError, match="'input_formats' is empty"):
+        AllocateBits(input_bits=5.0, input_formats=())
 
 
 def test_a_budget_in_bytes_is_that_in_bits(program: Program) -> None:
