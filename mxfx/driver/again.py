@@ -18,7 +18,7 @@ from mxfx.driver.measure import FloatModel, FloatModels, Measured, Summary, meas
 from mxfx.driver.options import RunOptions
 from mxfx.driver.pretrained import ModelError, load_tokenizer
 from mxfx.driver.rescored import record
-from mxfx.driver.run_directory import PipelineFolder, RunDirectory, RunError, find_model
+from mxfx.driver.run_directory import PipelineFolder, RunDirectory, RunError, find_model, is_reserved
 from mxfx.evaluation.results import EvaluationError
 from mxfx.evaluation.suite import Suite
 from mxfx.evaluation.wanted import Wanted
@@ -53,7 +53,7 @@ class Saved:
         home = PipelineFolder(folder.resolve().parent)
         if folder.resolve() == home.model and home.pipeline.is_file():
             return cls(folder, home.path.name, home)
-        return cls(folder, str(given), None)
+        return cls(folder, str(folder.resolve()) if is_reserved(str(given)) else str(given), None)
 
 
 class _Planned(NamedTuple):

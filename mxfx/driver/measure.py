@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,9 +101,15 @@ class FloatModels:
             job = Job.load(pipeline, checked.program, options.device, trust_remote_code=trust)
             found = self._known[key] = _loaded(job, checked.program, options)
         if options.float_row:
-            # A run over several models or precisions has a float row for each.
-            found.baseline = "float" if len(self._known) == 1 else f"float {Path(name).name} {dtype}"
+            found.baseline = baseline_name(key, [one.baseline for one in self._known.values()])
         return found
+
+
+def baseline_name(model: _Key, taken: Collection[str]) -> str:
+    """Of the row of a float model: a command over several models or precisions has one for each, under its own name."""
+    name, dtype, revision = model
+    whole = f"float {name} {dtype}" if revision is None else f"float {name}@{revision} {dtype}"
+    return next(called for called in ("float", f"float {Path(name).name} {dtype}", whole) if called not in taken)
 
 
 def float_pipeline(job: Job) -> Pipeline:

@@ -109,12 +109,21 @@ class RunDirectory:
         write_report(self.root)
 
 
+def is_reserved(name: str) -> bool:
+    """Whether a row or file of something else than a pipeline has that name."""
+    return name in RESERVED or name.startswith("float ")
+
+
 def check_names(names: Iterable[str]) -> str | None:
     """Why pipelines cannot be run under these names in one directory; None if they can."""
     seen: set[str] = set()
+    names = list(names)
     for name in names:
-        if name in RESERVED or name.startswith("float "):
+        if is_reserved(name):
             return f"a pipeline cannot be called {name!r}: the run writes something else under that name"
+        of_steps = f"{name} decode"
+        if of_steps in names:
+            return f"a pipeline cannot be called {of_steps!r} beside {name!r}, whose single steps have that row"
         # Some file systems do not tell cases apart.
         if name.casefold() in seen:
             return f"two pipelines are called {name!r}"

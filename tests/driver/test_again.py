@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mxfx.api import RunOptions, run
 from mxfx.calibration.sampling import sample
+from mxfx.driver.again import Saved
 from mxfx.evaluation.compare import read_scores
 from mxfx.evaluation.scoring import FloatLogits
 from tests.commands import Run
@@ -295,6 +296,14 @@ def test_rows_that_were_rounded_inexactly_are_told(mxfx: Run, ran: Path, monkeyp
     assert "warning: a: 7 rows of activations span more octaves" in " ".join(said.err.split())
     assert any(warning.startswith("7 rows") for warning in configs(ran)["a"]["warnings"])
     assert configs(ran)["a"]["figures"]["warnings"] == len(configs(ran)["a"]["warnings"])
+
+
+def test_a_folder_that_is_called_as_the_float_model_s_row_has_another(ran: Path, home: Path) -> None:
+    shutil.copytree(ran / "a" / "model", home / "emitted" / "float")
+    assert Saved.at("emitted/float").name == "emitted/float"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home / "emitted")
+        assert Saved.at("float").name == str(home / "emitted" / "float")
 
 
 def test_one_model_named_twice_is_refused(mxfx: Run, ran: Path) -> None:

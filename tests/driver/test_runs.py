@@ -19,6 +19,7 @@ from mxfx.config.emit import EmitConfig
 from mxfx.config.pipeline import CalibrationConfig, loads
 from mxfx.driver import check, fitting
 from mxfx.driver.job import Job
+from mxfx.driver.measure import baseline_name
 from mxfx.driver.pretrained import ModelError, load_checked, refuse_offloaded
 from mxfx.driver.proof import ProofError, check_saved, inexact_told, logits_of
 from mxfx.driver.run_directory import RunDirectory, RunError
@@ -124,6 +125,33 @@ def test_a_pipeline_cannot_take_the_name_of_something_else_in_the_directory(
     taken = pipeline.rename(tmp_path / f"{name}.toml")
     said = mxfx("run", taken, "--out", tmp_path / "out")
     assert (said.code, "cannot be called" in said.err) == (2, True)
+
+
+def test_a_pipeline_is_not_called_as_the_single_steps_of_another(mxfx: Run, pipeline: Path, tmp_path: Path) -> None:
+    """``mxfx eval --phase decode`` would enter the figures of the one into the row of the other."""
+    (tmp_path / "p decode.toml").write_bytes(pipeline.read_bytes())
+    said = mxfx("run", tmp_path / "p decode.toml", pipeline)
+    assert (said.code, "cannot be called 'p decode' beside 'p'" in said.err) == (2, True), said.err
+
+
+def test_every_float_model_of_a_run_has_a_row_of_its_own() -> None:
+    """Folders of one name: the second model was compared with the first one's float model."""
+    taken: list[str] = []
+    for model in (
+        ("a/llama", "float32", None),
+        ("b/llama", "float32", None),
+        ("c/llama", "float32", None),
+        ("c/llama", "float32", "old"),
+        ("c/llama", "float16", None),
+    ):
+        taken.append(baseline_name(model, taken))
+    assert taken == [
+        "float",
+        "float llama float32",
+        "float c/llama float32",
+        "float c/llama@old float32",
+        "float llama float16",
+    ]
 
 
 def test_two_pipelines_of_one_name_are_refused(mxfx: Run, pipeline: Path, tmp_path: Path) -> None:
