@@ -130,6 +130,7 @@ def test_check_needs_no_weights(mxfx: Run, pipeline: Path, model: Path, tmp_path
     assert said.code == 0, said.err
     assert "in order: raise-norm, raise-rope, raise-attention, split-fused, annotate, round-weights" in said.out
     assert "lower, fold-constants" in " ".join(said.out.split())
+    assert said.err.splitlines() == [f"tracing {bare}"]
     assert "LlamaForCausalLM" in said.out and "2 layers" in said.out
     assert "15 linear, 2 attention, 5 rms_norm, 4 rope, 1 embedding" in said.out
     assert said.out.endswith("ok\n")

@@ -56,6 +56,8 @@ def test_a_page_names_what_there_is(name: str) -> None:
     text = _PAGES[name]
     assert re.match(r"# .+\n\n", text)
     assert max(map(len, text.splitlines())) <= 130
+    for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
+        assert len({row.count("|") for row in table.splitlines()}) == 1, table
     for call in calls(text):
         check_call(call)
     for block in blocks(text, "toml"):

@@ -197,6 +197,10 @@ def _convert_model(out: Path) -> None:
     """GGUF to a Hugging Face folder. Float32 holds every dequantized value exactly; bfloat16 would not."""
     import gguf as reader
     import torch
+
+    from mxfx.cli.start import quiet
+
+    quiet()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # transformers asks for both anew: for the configuration, the tokenizer and the weights, and for every module.

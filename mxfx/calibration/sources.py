@@ -70,14 +70,19 @@ def _written(writer: Writer | None, samples: int, length: int, seed: int, openin
 
 def _gone_on(writer: Writer | None, text: str, tokenizer: Any, samples: int, length: int, seed: int) -> TokenSet:
     """Texts that the float model goes on with from openings of another source."""
+    check_openings(length)
+    openings = load_tokens(text, tokenizer, samples=samples, length=OPENING, seed=seed, repeat=True)
+    notes = tuple(f"openings for self, {note}" for note in openings.notes)
+    return replace(_written(writer, samples, length, seed, openings.ids), notes=notes)
+
+
+def check_openings(length: int) -> None:
+    """Raise ``DatasetError`` where an opening leaves nothing to write in a sample of ``length`` tokens."""
     if length <= OPENING:
         raise DatasetError(
             f"calibration.continued: samples of {length} tokens leave nothing to write behind openings of {OPENING}: "
             "raise calibration.length"
         )
-    openings = load_tokens(text, tokenizer, samples=samples, length=OPENING, seed=seed, repeat=True)
-    notes = tuple(f"openings for self, {note}" for note in openings.notes)
-    return replace(_written(writer, samples, length, seed, openings.ids), notes=notes)
 
 
 def _shuffled(ids: Tensor, seed: int) -> Tensor:

@@ -158,6 +158,7 @@ def check(
     from mxfx import api
 
     ((name, pipeline),) = api.prepare([file], api.RunOptions(model=model, device=device, overrides=tuple(set_)))
+    say(f"tracing {pipeline.model_source()}")
     checked = api.check(pipeline, trust_remote_code=trust_remote_code, numbers=numbers)
     out.print(f"{name}: {len(pipeline.specs)} passes, in order: {', '.join(s.name for s in pipeline.specs)}")
     for line in checked.lines():

@@ -50,6 +50,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "generate": (
         "mxfx generate OUT/NAME --prompt 'Once upon' --max-new-tokens 64",
         "mxfx generate OUT/NAME --chat --prompt 'Why is the sky blue?' --greedy",
+        "cat letter.txt | mxfx generate OUT/NAME --chat --prompt -",
     ),
     "export": (
         "mxfx export OUT/best_w4a4kv4 --to hf --bake --out baked",

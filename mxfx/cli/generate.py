@@ -13,7 +13,7 @@ def generate(
     model: Annotated[
         str, typer.Argument(metavar="DIR", help="Run directory or the model folder in it; or a Hugging Face model.")
     ],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue; - reads it from standard input.")],
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn of the chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     sample: Annotated[
@@ -40,6 +40,8 @@ def generate(
         sys.stdout.write(piece)
         sys.stdout.flush()
 
+    if prompt == "-":
+        prompt = sys.stdin.read().removesuffix("\n")
     written = write(found, tokenizer, prompt, chat=chat, max_new_tokens=max_new_tokens, sample=sample, say=say)
     sys.stdout.write("\n")
     typer.echo(str(written), err=True)

@@ -23,6 +23,11 @@ LATE = LateImports(
 
 def prepare_imports() -> None:
     LATE.install()
+    quiet()
+
+
+def quiet() -> None:
+    """What libraries say at import and of what mxfx asks them is not for the user."""
     # transformers imports torchao where it is installed, and torchao reports kernels that nobody asked for.
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)

@@ -13,7 +13,7 @@ import torch
 
 from mxfx.calibration.datasets import check_source, collected_ids
 from mxfx.calibration.estimate import footprint
-from mxfx.calibration.sources import SELF, split_by_share
+from mxfx.calibration.sources import SELF, check_openings, split_by_share
 from mxfx.config import Pipeline, check_order
 from mxfx.config.phases import of_phase
 from mxfx.driver.matched import attention_lines, matched_lines, site_lines
@@ -260,13 +260,15 @@ def check(
 
 def check_data(pipeline: Pipeline) -> None:
     """Raise ``DatasetError`` for a data set that no run could read: an unknown name, a file that is not there, and one
-    of token ids that holds fewer than are asked for. Texts are not read.
+    of token ids that holds fewer than are asked for; for openings as long as samples. Texts are not read.
     """
     calibration = pipeline.calibration
     if calibration.dataset is not None:
         counts = split_by_share(calibration.samples, calibration.shares or [1.0] * len(calibration.sources))
         for source, count in zip(calibration.sources, counts, strict=True):
             _check_source(source, count, calibration.length)
+            if source == SELF and len(calibration.sources) > 1 and round(calibration.continued * count):
+                check_openings(calibration.length)
     for pass_ in pipeline.passes:
         if isinstance(pass_, RotationSearch) and pass_.dataset is not None:
             _check_source(pass_.dataset, *pass_.asked)

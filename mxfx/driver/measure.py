@@ -92,6 +92,8 @@ class FloatModels:
         options, trust = self._options, self._options.trust_remote_code
         name, dtype, _ = key = (str(pipeline.model_source()), pipeline.model.dtype, pipeline.model.revision)
         known = self._known.get(key)
+        if known is None:
+            options.say(f"tracing {name}")
         with part("check and trace"):
             checked = check(pipeline, trust_remote_code=trust, traced=None if known is None else known.meta)
         if known is not None:

@@ -11,6 +11,7 @@ from mxfx.config.spec import NOWHERE, PassSpec
 from mxfx.driver.check import check
 from mxfx.driver.job import Job, default_instruments
 from mxfx.driver.options import RunOptions
+from mxfx.ground.progress import announced
 from mxfx.passes import RotationSearch
 from mxfx.pipeline.manager import PipelineResult
 
@@ -100,7 +101,7 @@ def search(pipeline: Pipeline, options: RunOptions, given: dict[str, Any]) -> Fo
     job = Job.load(pipeline, checked.program, options.device, trust_remote_code=options.trust_remote_code)
 
     def progress(items: Iterable[_T], description: str, total: int | None = None) -> Iterator[_T]:
-        options.say(description if total is None else f"{description} ({total} steps)")
+        options.say(announced(description, total))
         return iter(items)
 
     job.progress = progress

@@ -8,6 +8,11 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+def announced(description: str, total: int | None) -> str:
+    """The line that stands for a bar: what begins, and of how many steps."""
+    return description if total is None else f"{description} ({total} step{'' if total == 1 else 's'})"
+
+
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Yield ``items`` under a bar with the time that is left; the bar disappears when it is done.
 
@@ -19,7 +24,7 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
     # A description names files: nothing in it is markup.
     console = Console(stderr=True, markup=False, emoji=False)
     if not console.is_terminal:
-        console.print(description if total is None else f"{description} ({total} steps)", soft_wrap=True)
+        console.print(announced(description, total), soft_wrap=True)
         yield from items
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -197,6 +197,16 @@ def test_too_few_tokens_are_said_before_weights_are_read(
     assert (said.code, "lower calibration.samples or calibration.length" in said.err) == (2, True)
 
 
+def test_openings_as_long_as_samples_are_said_before_a_model_is_read(
+    mxfx: Run, pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mxfx.driver.check.load_meta_model", lambda *a, **k: pytest.fail("a model was read"))
+    calibration = "[calibration]\ndataset = ['wikitext2', 'self']\ncontinued = 0.5\nlength = 32\n"
+    pipeline.write_text(calibration + pipeline.read_text())
+    said = mxfx("run", pipeline)
+    assert (said.code, "leave nothing to write behind openings of 64" in said.err) == (2, True), said.err
+
+
 def test_how_often_a_short_text_was_read_is_said(mxfx: Run, pipeline: Path, tmp_path: Path) -> None:
     more = ("--set", "calibration.length=100", "--set", "calibration.repeat=true", "--out", tmp_path / "out")
     said = mxfx("run", pipeline, "--data", save_texts(tmp_path / "texts"), *more)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -76,6 +77,9 @@ def test_a_saved_run_and_a_float_model_write_text_and_say_how_fast(folder, mxfx,
         assert re.fullmatch(r"(w\d+ ?)+\n", said), said
         assert re.search(r"\d+ tokens, the first after [\d.]+ s, then [\d.]+ tokens/s", speed), speed
     assert said.split() == _greedy(folder)
+    monkeypatch.setattr("sys.stdin", io.StringIO("w3 w5 w8\n"))
+    code, read, _ = mxfx("generate", folder, "--prompt", "-", "--max-new-tokens", 9, "--greedy")
+    assert (code, read) == (0, said)
 
 
 def _greedy(folder: Path) -> list[str]:
