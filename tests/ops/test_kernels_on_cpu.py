@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -331,3 +332,16 @@ def test_who_asks_while_the_kernels_are_built_waits_for_them(monkeypatch: pytest
     finally:
         for cached in (build.library, build._library):
             cached.cache_clear()
+
+
+def test_calls_of_other_threads_are_not_written_down() -> None:
+    """A step that was recorded makes its calls again: those of another model's would write where its results were."""
+    from mxfx.ops.kernels import cpu
+
+    x = random(4, 64)
+    with cpu.recorded() as calls:
+        cpu.fake_quantize(x, "mxint4@32")
+        other = threading.Thread(target=cpu.fake_quantize, args=(x, "mxint8@32"))
+        other.start()
+        other.join()
+    assert len(calls) == 1

@@ -6,6 +6,7 @@ taken only of steps of decoding, one token a text: a library too sums those in a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from ctypes import byref
@@ -58,23 +59,23 @@ class Call:
             raise MemoryError(f"{self.function.__name__} found no memory, or numbers on no grid ({failed})")
 
 
-#: Where calls are written down, while somebody does; see ``recorded``.
-_LOG: list[list[Call]] = []
+#: Of each thread, where its calls are written down while it does; see ``recorded``.
+_LOG = threading.local()
 
 
 @contextmanager
 def recorded() -> Iterator[list[Call]]:
-    """The calls of C kernels made meanwhile."""
-    _LOG.append([])
+    """The calls of C kernels that this thread makes meanwhile."""
+    before, _LOG.calls = getattr(_LOG, "calls", None), []
     try:
-        yield _LOG[-1]
+        yield _LOG.calls
     finally:
-        _LOG.pop()
+        _LOG.calls = before
 
 
 def _called(function: Callable[..., int], arguments: tuple, reads: tuple, result: Tensor) -> int:
-    if _LOG:
-        _LOG[-1].append(Call(function, arguments, tuple(t for t in reads if t is not None), result))
+    if (calls := getattr(_LOG, "calls", None)) is not None:
+        calls.append(Call(function, arguments, tuple(t for t in reads if t is not None), result))
     return function(*arguments)
 
 
