@@ -93,6 +93,7 @@ else:
         seen = torch.arange(room) < count
         bias = seen.expand(2, 1, 1, room).clone()
         bias[1, ..., :20] = False
+        bias = torch.stack((bias, ~bias), -1)[..., 0]
         caches = (keys, values, key_scales, value_scales)
         got = attend_token(q, caches, bias if masked else None, slots, 0.3, v_width, *fmts)
         read = [
@@ -120,7 +121,7 @@ else:
     def test_soft_caps_and_sinks_are_those_of_attention(monkeypatch):
         monkeypatch.setattr(cache_triton, "TOGETHER", {True: 12, False: 12})
         keys, values = (_filled(None, 49, 32, 49, seed)[0] for seed in (2, 3))
-        q, sinks = torch.randn(2, 6, 1, 32), torch.randn(6)
+        q, sinks = torch.randn(2, 6, 1, 32), torch.randn(6, 2)[:, 0]
         got = attend_token(q, (keys, values, None, None), None, torch.tensor([48]), 0.3, 32, None, None, 5.0, sinks)
         wanted = attend(q, keys, values, None, 0.3, False, 5.0, sinks)
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)

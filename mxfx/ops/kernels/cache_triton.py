@@ -84,7 +84,8 @@ def attend_token(
     keys, ks = (keys, keys) if key_scales is None else (keys.view(torch.int16), key_scales)
     values, vs = (values, values) if value_scales is None else (values.view(torch.int16), value_scales)
     given = q if bias is None else bias.expand(batch, 1, 1, room)
-    sunk = q if sinks is None else sinks
+    given = given if given.stride(3) == 1 else given.contiguous()
+    sunk = q if sinks is None else sinks.contiguous()
     early = starts_early(q.device, batch)
     with on_device_of(q):
         _attend_kernel[(batch * kv_heads, stretches)](
