@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,46 @@ class Said:
 
 
 Run = Callable[..., Said]
+
+
+PIPELINE = """
+[model]
+name = "MODEL"
+dtype = "float32"
+
+[[pass]]
+name = "annotate"
+partial = true
+  [[pass.rule]]
+  role   = "down_proj"
+  weight = "mxint4@32"
+  input  = "mxint4@32"
+
+[[pass]]
+name = "round-weights"
+
+[[pass]]
+name = "insert-fake-quant"
+"""
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a user has after a run, to be copied by who changes it: a model in ``hf``, ``texts``, the pipeline
+    ``p.toml``, and the directory ``out`` of a run that evaluated it on them.
+    """
+    from tests.local_model import save_model, save_texts
+
+    root = tmp_path_factory.mktemp("finished")
+    model, texts = save_model(root / "hf"), save_texts(root / "texts")
+    (root / "p.toml").write_text(PIPELINE.replace("MODEL", str(model)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["mxfx", "run", str(root / "p.toml"), "--eval", "wikitext", "--eval-data",
+                                    str(texts), "--out", str(root / "out")])  # fmt: skip
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert ended.value.code == 0
+    return root
 
 
 @pytest.fixture

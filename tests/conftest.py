@@ -19,6 +19,7 @@ os.environ.setdefault("MXFX_CPU_ROWS", "16")
 
 import torch
 
+from tests.commands import finished as finished  # a fixture
 from tests.commands import mxfx as mxfx  # a fixture
 
 _DESELECTED = pytest.StashKey[dict[str, int]]()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -100,24 +101,20 @@ def test_the_card_of_a_model_that_was_not_evaluated_has_no_table(mxfx: Run, pipe
 
 
 def test_a_run_is_evaluated_again_from_its_files_alone(
-    mxfx: Run, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mxfx: Run, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    save_texts(Path("texts"))
-    assert mxfx("run", pipeline, "--eval", "wikitext", "--eval-data", "texts", "--out", "out").code == 0
+    monkeypatch.chdir(shutil.copytree(finished, tmp_path / "again"))
     figures = json.loads(Path("out/results.json").read_text())["configs"][1]["figures"]
     said = mxfx("eval", "out", "--eval-data", "texts")
     assert said.code == 0, said.err
-    assert f"{figures['word_perplexity']:.2f}" in said.out
+    assert f"{figures['word_perplexity']:.4f}" in said.out
 
 
 def test_another_model_is_no_float_model_of_what_is_evaluated(
-    mxfx: Run, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mxfx: Run, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    save_texts(Path("texts"))
+    monkeypatch.chdir(shutil.copytree(finished, tmp_path / "again"))
     save_model(Path("other"), "qwen2-tiny")
-    assert mxfx("run", pipeline, "--out", "out").code == 0
     said = mxfx("eval", "out", "--eval-data", "texts", "--float", "./other")
     assert said.code == 2 and "expected the float model that it was made of" in said.err
 

@@ -9,7 +9,7 @@ import random
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,29 +25,10 @@ from mxfx.export.artefact import MANIFEST, PROGRAM, WEIGHTS
 from mxfx.export.folder import is_folder
 from mxfx.graph.text import to_text
 from mxfx.pipeline.case import Case
+from tests.commands import PIPELINE
 from tests.damage import damaged, damaged_json
-from tests.local_model import save_model, save_texts
 from tests.programs import raised
 
-_PIPELINE = """
-[model]
-name = "MODEL"
-dtype = "float32"
-
-[[pass]]
-name = "annotate"
-partial = true
-  [[pass.rule]]
-  role   = "down_proj"
-  weight = "mxint4@32"
-  input  = "mxint4@32"
-
-[[pass]]
-name = "round-weights"
-
-[[pass]]
-name = "insert-fake-quant"
-"""
 Mutation = Callable[[bytes, random.Random], bytes]
 
 
@@ -80,23 +61,17 @@ def _damaged_line(data: bytes, draw: random.Random) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def real(tmp_path_factory: pytest.TempPathFactory, finished: Path) -> Path:
     """What a user may have: a model, texts, a pipeline, the directory of a run over them, a reproducer, a graph."""
-    root = tmp_path_factory.mktemp("real")
-    model, texts = save_model(root / "hf"), save_texts(root / "texts")
-    (root / "p.toml").write_text(_PIPELINE.replace("MODEL", str(model)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["mxfx", "run", str(root / "p.toml"), "--eval", "wikitext", "--eval-data",
-                                    str(texts), "--out", str(root / "out")])  # fmt: skip
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    assert ended.value.code == 0
+    root = tmp_path_factory.mktemp("real") / "all"
+    shutil.copytree(finished, root)
+    (root / "p.toml").write_text(PIPELINE.replace("MODEL", str(root / "hf")))
     shutil.copytree(root / "out" / "p", root / "other")
     program = raised("llama-tiny")
     (root / "graph.mxir").write_text(to_text(program))
     case = Case(program, from_text("rotate-value{block=7}"), 0, None, None, None, None)
     case.save(root / "repro", ValueError("rotate-value: block = 7 does not divide the head dimension 16"))
-    yield root
+    return root
 
 
 _MADE_AGAIN = "out/p/model/emitted-cpu.mxir"
