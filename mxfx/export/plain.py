@@ -27,6 +27,7 @@ from mxfx.graph.weights import WeightStore
 from mxfx.rewrite.basis import bias_of
 from mxfx.rewrite.operands import is_rounded
 from mxfx.rewrite.parts import parts, whole
+from mxfx.runtime.causal_lm import with_floats
 
 _TRANSFORMS = ("hadamard", "block_transform", "transform_quantize", "hadamard_quantize", "norm_quantize")
 _PROBE = (2, 12)
@@ -135,7 +136,7 @@ def source_config(program: Program) -> Any:
     values = dict(program.source.config)
     for key in ("transformers_version", "_attn_implementation", "_name_or_path", "loss_type"):
         values.pop(key, None)
-    return AutoConfig.for_model(str(values.pop("model_type")), **values)
+    return AutoConfig.for_model(str(values.pop("model_type")), **with_floats(values))
 
 
 def _skeleton(config: Any) -> nn.Module:

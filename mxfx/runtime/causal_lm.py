@@ -351,7 +351,7 @@ def configs_of(program: Program) -> tuple[PreTrainedConfig, GenerationConfig]:
     dropped = ("transformers_version", "_attn_implementation", "loss_type", GENERATION)
     values = {key: value for key, value in program.source.config.items() if key not in dropped}
     model_type = str(values.pop("model_type"))
-    config = AutoConfig.for_model(model_type, **values)
+    config = AutoConfig.for_model(model_type, **with_floats(values))
     config.tie_word_embeddings = False
     stored = program.source.config.get(GENERATION)
     generation = (
@@ -360,3 +360,12 @@ def configs_of(program: Program) -> tuple[PreTrainedConfig, GenerationConfig]:
         else GenerationConfig.from_model_config(config)
     )
     return config, generation
+
+
+def with_floats(value: Any) -> Any:
+    """A configuration's JSON with the numbers that JSON lacks: transformers writes ``{"__float__": "Infinity"}``."""
+    if isinstance(value, dict):
+        return (
+            float(value["__float__"]) if set(value) == {"__float__"} else {k: with_floats(v) for k, v in value.items()}
+        )
+    return [with_floats(one) for one in value] if isinstance(value, list) else value

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import Mamba2Config, PreTrainedModel
 
 from mxfx.calibration.estimate import LiveBytes
 from mxfx.export.artefact import load, save
+from mxfx.export.plain import source_config
 from mxfx.graph.module import build
 from mxfx.graph.program import Program
 from mxfx.ops.kernels import limits
@@ -17,7 +20,7 @@ from mxfx.passes import FuseActivationQuant, FuseHadamardQuant, FuseNormQuant, F
 from mxfx.pipeline.emit import emitted as lower
 from mxfx.rewrite import Context, apply
 from mxfx.runtime.cache import CacheError
-from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm, emit
+from mxfx.runtime.causal_lm import EmittedCausalLM, as_causal_lm, configs_of, emit
 from tests.passes.fusing import quantized
 from tests.programs import config_a, model, padded_batch, passed, raised
 
@@ -192,3 +195,12 @@ def test_a_mask_of_another_shape_is_refused(emitted: EmittedCausalLM) -> None:
         ValueError, match=r"attention_mask is .* = \(3, 13\), 1 for each real token, not \(3, 1, 13, 13\)"
     ):
         emitted(ids, attention_mask=torch.ones(3, 1, 13, 13, dtype=torch.int64))
+
+
+def test_a_configuration_that_holds_infinity_is_read_back() -> None:
+    """As Mamba 2's ``time_step_limit``; JSON has no infinity."""
+    program = raised("llama-tiny").copy()
+    values = json.loads(Mamba2Config(num_heads=8, head_dim=16, hidden_size=64).to_json_string(use_diff=False))
+    program.source = replace(program.source, config=values)
+    for config in (configs_of(program)[0], source_config(program)):
+        assert tuple(config.time_step_limit) == (0.0, float("inf"))
