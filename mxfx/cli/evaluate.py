@@ -97,10 +97,12 @@ def compare(
     floor: Annotated[float, typer.Option(min=0.0, help="Relative spread from seed to seed.")] = 0.01,
 ) -> None:
     """Two evaluated models on the same tokens: differences with their errors, and which are inside the noise."""
-    from mxfx.evaluation.compare import compare_runs
+    from mxfx.evaluation.compare import compare_runs, unshared
     from mxfx.report.table import differences_table
 
     out.print(differences_table(compare_runs(a, b, floor=floor), floor))
+    for line in unshared(a, b):
+        say(f"not compared: {line}")
 
 
 COMMANDS = {"eval": again, "compare": compare}

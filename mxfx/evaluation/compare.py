@@ -94,15 +94,28 @@ def read_scores(folder: Path | str) -> tuple[dict[str, Scores], dict[str, dict[s
     """What `write_scores` wrote, and what each domain's text was. Raises `EvaluationError`."""
     path = Path(folder)
     path = path / FILE if path.is_dir() else path
+    if not path.exists():
+        raise EvaluationError(f"{folder}: no scores to compare{_why_none(Path(folder))}")
     try:
         tensors, about = read_tensors(path)
         scores = {name: Scores(**{c: tensors.get(f"{name}/{c}") for c in _COLUMNS}) for name in about}
     except (DamagedFile, TypeError) as error:
         raise EvaluationError(
-            f"{folder}: no scores to compare ({error}); "
-            f"give the folder of one pipeline that `mxfx run --eval … --out DIR` wrote (DIR/NAME)"
+            f"{path}: no scores to compare, it is damaged ({error}); `mxfx eval` on its model writes them again"
         ) from error
     return scores, about
+
+
+def _why_none(folder: Path) -> str:
+    """Why a folder has no scores, and what to do."""
+    if not folder.is_dir():
+        return (
+            ", there is no such folder; expected one of a pipeline that `mxfx run --eval … --out DIR` wrote: DIR/NAME"
+        )
+    near = [str(path.parent) for path in (folder.parent / FILE, *sorted(folder.glob(f"*/{FILE}"))) if path.exists()]
+    if near:
+        return f" in it, but in {', '.join(near)}; give one of them"
+    return ": what is in it was not evaluated; `mxfx eval` on its model, or `mxfx run --eval …`, writes them"
 
 
 def compare(a: Path | str, b: Path | str, *, floor: float = FLOOR) -> list[Difference]:
@@ -117,10 +130,14 @@ def compare(a: Path | str, b: Path | str, *, floor: float = FLOOR) -> list[Diffe
         raise EvaluationError(f"{a} measured {', '.join(of_a)}; {b} measured {', '.join(of_b)}: no domain in common")
     found: list[Difference] = []
     for name, other in shared.items():
-        same = _text(about_a[name]) == _text(about_b[other])
-        if not same or not torch.equal(of_a[name].targets, of_b[other].targets):
+        if _text(about_a[name]) != _text(about_b[other]):
             raise EvaluationError(
                 f"{name}: {a} and {b} were measured on different text or windows; run both with the same --eval options"
+            )
+        if not torch.equal(of_a[name].targets, of_b[other].targets):
+            raise EvaluationError(
+                f"{name}: {a} and {b} read the same text as other tokens, for their tokenizers differ: of two models, "
+                "token by token there is nothing to compare; their word perplexities are in results.json"
             )
         found += compare_scores(name, of_a[name], of_b[other], floor)
     return found
@@ -198,14 +215,42 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 def compare_runs(a: Path | str, b: Path | str, *, floor: float = FLOOR) -> list[Difference]:
-    """Everything that both runs measured: `compare`, if either has a text, and `compare_samples`.
+    """Everything that both runs measured: `compare`, if they share a text, and `compare_samples`.
 
     Raises:
         EvaluationError: no such run, nothing in common, or not the same text or questions.
     """
+    (texts_a, tasks_a), (texts_b, tasks_b) = _held(a), _held(b)
     answers = compare_samples(a, b)
-    has_text = any((Path(folder) / FILE).exists() for folder in (a, b))
-    return [*([] if answers and not has_text else compare(a, b, floor=floor)), *answers]
+    if _shared(texts_a, texts_b):
+        return [*compare(a, b, floor=floor), *answers]
+    if answers:
+        return answers
+    of_a, of_b = (", ".join([*texts, *tasks]) for texts, tasks in ((texts_a, tasks_a), (texts_b, tasks_b)))
+    both = ": no question that both were asked, or no metric of right and wrong" if {*tasks_a} & {*tasks_b} else ""
+    raise EvaluationError(f"{a} measured {of_a}; {b} measured {of_b}: nothing in common{both}")
+
+
+def unshared(a: Path | str, b: Path | str) -> list[str]:
+    """What `compare_runs` leaves out of two runs in words: texts, tasks and questions of one alone."""
+    (texts_a, tasks_a), (texts_b, tasks_b) = _held(a), _held(b)
+    shared = _shared(texts_a, texts_b)
+    alone = [
+        *((name, a) for name in [*texts_a, *tasks_a] if name not in shared and name not in tasks_b),
+        *((name, b) for name in [*texts_b, *tasks_b] if name not in shared.values() and name not in tasks_a),
+    ]
+    asked = {task: [{*map(_asked, tasks[task])} for tasks in (tasks_a, tasks_b)] for task in tasks_a if task in tasks_b}
+    return [f"{name}, of {run} alone" for name, run in alone] + [
+        f"{len(mine ^ theirs)} answers of {task}, to questions of one alone"
+        for task, (mine, theirs) in asked.items()
+        if mine != theirs
+    ]
+
+
+def _held(folder: Path | str) -> tuple[dict[str, dict[str, object]], dict[str, list[dict[str, Any]]]]:
+    """A run's texts, by what they are known by, and its samples. Raises `EvaluationError` for a run without any."""
+    samples = samples_in(folder)
+    return ({} if samples and not (Path(folder) / FILE).exists() else read_scores(folder)[1]), samples
 
 
 def compare_samples(a: Path | str, b: Path | str) -> list[Difference]:
@@ -238,11 +283,23 @@ def _asked(sample: Mapping[str, Any]) -> tuple[Any, str]:
 
 
 def samples_in(folder: Path | str) -> dict[str, list[dict[str, Any]]]:
-    """Samples of lm-eval's tasks in a pipeline's folder, by task."""
+    """Samples of lm-eval's tasks in a pipeline's folder, by task. Raises `EvaluationError` for what is none."""
     found = {}
     for path in sorted(Path(folder).glob(f"{SAMPLES}*.jsonl")):
         lines = enumerate(read_text(path).splitlines(), start=1)
-        found[path.stem.removeprefix(SAMPLES)] = [parse_json(line, f"{path}:{number}") for number, line in lines]
+        found[path.stem.removeprefix(SAMPLES)] = [_sample(line, f"{path}:{number}") for number, line in lines]
+    return found
+
+
+def _sample(line: str, where: str) -> dict[str, Any]:
+    again = "`mxfx eval` with that task writes the file again"
+    try:
+        found = parse_json(line, where)
+    except DamagedFile as error:
+        raise EvaluationError(f"{error}: it was cut short or changed; {again}") from error
+    wrong = not isinstance(found, dict) or not isinstance(found.get("doc_id"), int | str)
+    if wrong or not isinstance(found.get("metrics"), list):
+        raise EvaluationError(f"{where}: no sample of lm-eval, which has a doc_id and a list of metrics; {again}")
     return found
 
 

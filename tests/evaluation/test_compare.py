@@ -12,7 +12,15 @@ import torch
 from typer.testing import CliRunner
 
 from mxfx import cli
-from mxfx.evaluation.compare import compare, compare_runs, compare_samples, compare_scores, mcnemar, write_scores
+from mxfx.evaluation.compare import (
+    compare,
+    compare_runs,
+    compare_samples,
+    compare_scores,
+    mcnemar,
+    unshared,
+    write_scores,
+)
 from mxfx.evaluation.evaluate import evaluate
 from mxfx.evaluation.results import EvaluationError, Scores
 from mxfx.evaluation.scoring import FloatLogits
@@ -185,5 +193,62 @@ def test_other_text_cannot_be_compared(tmp_path: Path) -> None:
         write_scores(tmp_path / name, {"text": result})
     with pytest.raises(EvaluationError, match="measured on different text"):
         compare(tmp_path / "a", tmp_path / "b")
-    with pytest.raises(EvaluationError, match="no scores to compare"):
-        compare(tmp_path / "a", tmp_path / "absent")
+
+
+def test_a_folder_without_scores_says_why_and_where_there_are_some(tmp_path: Path) -> None:
+    scores = tmp_path / "out" / "a" / "scores.safetensors"
+    (tmp_path / "out" / "a" / "model").mkdir(parents=True)
+
+    def said(folder: Path) -> str:
+        with pytest.raises(EvaluationError, match="no scores to compare") as caught:
+            compare_runs(folder, folder)
+        return str(caught.value)
+
+    assert "there is no such folder" in said(tmp_path / "absent")
+    assert "was not evaluated" in said(scores.parent)
+    scores.write_bytes(b"cut short")
+    assert f"in it, but in {scores.parent}; give" in said(tmp_path / "out")
+    assert f"in it, but in {scores.parent}; give" in said(scores.parent / "model")
+    assert "is damaged" in said(scores.parent)
+
+
+def test_the_same_text_as_other_tokens_is_said_of_the_tokenizers(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some text of no meaning " * 8)
+    found = evaluate(byte_model(), byte_tokenizer(), eval_data=tmp_path / "text.txt", max_length=32)
+    assert found.scores is not None
+    other = dataclasses.replace(found.scores, targets=found.scores.targets + 1)
+    write_scores(tmp_path / "a", {"text": found})
+    write_scores(tmp_path / "b", {"text": dataclasses.replace(found, scores=other)})
+    with pytest.raises(EvaluationError, match="their tokenizers differ"):
+        compare(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"doc_id": 0, "metr', "cut short or changed"),
+        ('{"metrics": ["acc"], "acc": 1}', "no sample of lm-eval"),
+        ('{"doc_id": [1], "metrics": ["acc"]}', "no sample of lm-eval"),
+        ('{"doc_id": 1, "metrics": 3}', "no sample of lm-eval"),
+        ("3", "no sample of lm-eval"),
+    ],
+)
+def test_samples_that_are_none_are_named_by_their_line(line: str, said: str, tmp_path: Path) -> None:
+    folder = _keep(tmp_path / "a", [{"doc_id": 0, "acc": 1, "metrics": ["acc"]}])
+    file = folder / "samples-gsm8k.jsonl"
+    file.write_text(f"{file.read_text()}\n{line}")
+    with pytest.raises(EvaluationError, match=rf"samples-gsm8k\.jsonl:2: .*{said}.*mxfx eval"):
+        compare_runs(folder, folder)
+
+
+def test_what_one_run_alone_has_is_said_and_nothing_in_common_is_an_error(tmp_path: Path) -> None:
+    def answers(*documents: int) -> list[dict]:
+        return [{"doc_id": i, "acc": i % 2, "metrics": ["acc"]} for i in documents]
+
+    a, b, c = (_keep(tmp_path / name, answers(*of)) for name, of in (("a", (1, 2)), ("b", (2, 3, 4)), ("c", (5,))))
+    (a / "samples-quiz.jsonl").write_text("")
+    assert [one.domain for one in compare_runs(a, b)] == ["gsm8k"]
+    assert unshared(a, b) == [f"quiz, of {a} alone", "3 answers of gsm8k, to questions of one alone"]
+    assert unshared(a, a) == []
+    with pytest.raises(EvaluationError, match="nothing in common: no question that both were asked"):
+        compare_runs(b, c)
