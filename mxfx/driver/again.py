@@ -17,11 +17,11 @@ from mxfx.driver.fitting import fit
 from mxfx.driver.measure import FloatModel, FloatModels, Measured, Summary, measured
 from mxfx.driver.options import RunOptions
 from mxfx.driver.pretrained import ModelError, load_tokenizer
-from mxfx.driver.rescored import record
+from mxfx.driver.rescored import record, results_of
 from mxfx.driver.run_directory import PipelineFolder, RunDirectory, RunError, find_model, is_reserved
 from mxfx.evaluation.results import EvaluationError
 from mxfx.evaluation.suite import Suite
-from mxfx.evaluation.wanted import Wanted
+from mxfx.evaluation.wanted import CHAT, Wanted, kind
 from mxfx.export.artefact import Opened
 from mxfx.graph.phases import entries
 from mxfx.graph.program import Program
@@ -35,7 +35,8 @@ from mxfx.runtime.stepwise import Stepwise
 
 #: What ``--float`` says for no float model.
 NONE = "none"
-_REMEDY = f"give it with --float MODEL, or --float {NONE} to measure without one"
+_MODEL = "give it with --float MODEL"
+_REMEDY = f"{_MODEL}, or --float {NONE} to measure without one"
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,16 @@ def evaluate_saved(
     models = _named([Saved.at(folder) for folder in folders], folders)
     for saved in models:
         Opened.of(saved.folder)
+        if CHAT in map(kind, wanted.names) and (float_model == NONE or (float_model is None and saved.run is None)):
+            raise EvaluationError(f"--eval chat reads the float model's answers, and {saved.folder} has none: {_MODEL}")
     floats = FloatModels(options)
     found: dict[str, Measured] = {}
     with ExitStack() as stack:
-        directories = {}
+        directories: dict[Path, RunDirectory] = {}
         if write and ranks.is_first():
             directories = {root: stack.enter_context(RunDirectory(root)) for root in _roots(models)}
+        for directory in directories.values():
+            results_of(directory)
         plans = [_planned(saved, floats, options, float_model) for saved in models]
         for plan in plans:
             saved, floating = plan.saved, plan.floating
@@ -153,12 +158,14 @@ def _planned(saved: Saved, floats: FloatModels, options: RunOptions, named: str 
     except (ConfigError, ModelError) as error:
         if named is not None:
             raise
-        told = f"its float model {settings.name!r} is not there ({error}): {_REMEDY}"
+        why = error.problem if isinstance(error, ConfigError) else error
+        told = f"its float model {settings.name!r} is not there ({why}): {_REMEDY}"
         return _Planned(saved, None, False, (told,))
     mine, theirs = (tokens.get_vocab() for tokens in (_tokenizer(saved, options), floating.job.tokenizer))
     if mine != theirs:
         raise EvaluationError(
-            f"{saved.folder} and the float model {str(settings.name)!r} have different tokenizers; {_REMEDY}"
+            f"{saved.folder} and {str(settings.name)!r} have different tokenizers, so it is not the float model that "
+            f"the other was made of; {_REMEDY}"
         )
     if (other := _other_weight(saved, floating.job.program)) is None:
         return _Planned(saved, floating, True, ())

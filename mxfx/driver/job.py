@@ -65,22 +65,36 @@ class Job:
 
         Raises ``ModelError``, ``DatasetError``.
         """
+        job = cls.without_weights(pipeline, meta, device, trust_remote_code=trust_remote_code)
+        job.read_weights(pipeline, trust_remote_code=trust_remote_code)
+        return job
+
+    @classmethod
+    def without_weights(
+        cls, pipeline: Pipeline, meta: Program, device: torch.device | str, *, trust_remote_code: bool = False
+    ) -> Job:
+        """As ``load``, up to the weights: ``program`` is ``meta``, and there are no texts."""
         name, settings = pipeline.model_source(), pipeline.model
-        of_hub = {"revision": settings.revision, "trust_remote_code": trust_remote_code}
-        job = cls(meta, torch.device(device), load_tokenizer(name, **of_hub))
+        tokenizer = load_tokenizer(name, revision=settings.revision, trust_remote_code=trust_remote_code)
+        job = cls(meta, torch.device(device), tokenizer)
         if pipeline.calibration.dataset is not None and SELF not in pipeline.calibration.sources:
             job.tokens(pipeline.calibration)
+        return job
+
+    def read_weights(self, pipeline: Pipeline, *, trust_remote_code: bool = False) -> None:
+        """The rest of ``load``. Raises ``ModelError``."""
+        name, settings, meta = pipeline.model_source(), pipeline.model, self.program
         check_fits(name, meta.weights.values(), revision=settings.revision)
+        of_hub = {"revision": settings.revision, "trust_remote_code": trust_remote_code}
         loaded = load_checked(name, settings.dtype, **of_hub)
-        fitted = fits_rewritten(meta, job.device)
-        away = not fitted.whole and job.device.type != "cpu"
-        job.program, proof = _bound(meta, loaded.model if away else loaded.model.to(job.device), str(name))
+        fitted = fits_rewritten(meta, self.device)
+        away = not fitted.whole and self.device.type != "cpu"
+        self.program, proof = _bound(meta, loaded.model if away else loaded.model.to(self.device), str(name))
         notes = () if proof is None else proof.notes
         if away:
-            notes += (f"weights stay on the host: to rewrite them on {job.device}, {fitted}",)
-        job.warnings = (*loaded.warnings, *notes)
-        job.texts = FloatTexts(loaded.model, job.tokenizer, job.device, program=lambda: job.program)
-        return job
+            notes += (f"weights stay on the host: to rewrite them on {self.device}, {fitted}",)
+        self.warnings = (*loaded.warnings, *notes)
+        self.texts = FloatTexts(loaded.model, self.tokenizer, self.device, program=lambda: self.program)
 
     @classmethod
     def of_model(cls, model: nn.Module, device: torch.device, given: Callable[[], Tensor] | None = None) -> Job:

@@ -14,6 +14,7 @@ from mxfx.driver.fitting import fitting_lm
 from mxfx.driver.job import Job
 from mxfx.driver.options import RunOptions
 from mxfx.driver.proof import inexact_told
+from mxfx.evaluation.evaluate import Domain
 from mxfx.evaluation.results import EvalResult, ratio_with_stderr
 from mxfx.evaluation.scoring import FloatLogits
 from mxfx.evaluation.suite import Evaluation, Suite
@@ -98,10 +99,15 @@ class FloatModels:
             checked = check(pipeline, trust_remote_code=trust, traced=None if known is None else known.meta)
         if known is not None:
             return known
-        options.say(f"loading {name} in {dtype}")
         with part("load and prove"):
-            job = Job.load(pipeline, checked.program, options.device, trust_remote_code=trust)
-            found = self._known[key] = _loaded(job, checked.program, options)
+            job = Job.without_weights(pipeline, checked.program, options.device, trust_remote_code=trust)
+            found = _model(job, checked.program, options)
+            options.say(f"loading {name} in {dtype}")
+            job.read_weights(pipeline, trust_remote_code=trust)
+            if found.suite is not None:
+                # Answers are written now: the model that writes them is not held for the passes.
+                _ = found.suite.domains
+            self._known[key] = found
         if options.float_row:
             found.baseline = baseline_name(key, [one.baseline for one in self._known.values()])
         return found
@@ -119,12 +125,17 @@ def float_pipeline(job: Job) -> Pipeline:
     return Pipeline([]).completed().emitted(job.device.type)
 
 
-def _loaded(job: Job, meta: Program, options: RunOptions) -> FloatModel:
+def _model(job: Job, meta: Program, options: RunOptions) -> FloatModel:
+    """With what it is evaluated on: text that cannot be read is refused before weights are."""
     wanted = options.wanted()
     if wanted is None:
         return FloatModel(job, meta)
-    longest = job.program.source.config.get("max_position_embeddings")
-    suite = Suite(wanted, job.tokenizer, longest, None if job.texts is None else job.texts.chat)
+
+    def chat(*how: Any) -> Domain:
+        assert job.texts is not None
+        return job.texts.chat(*how)
+
+    suite = Suite(wanted, job.tokenizer, meta.source.config.get("max_position_embeddings"), chat)
 
     def float_model() -> object:
         # Each rank makes it when it first asks.

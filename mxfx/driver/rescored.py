@@ -13,7 +13,7 @@ from mxfx.driver.run_directory import RESULTS, NoRun, RunDirectory
 from mxfx.evaluation.results import EvalResult
 from mxfx.evaluation.suite import Evaluation
 from mxfx.graph.program import Program
-from mxfx.ground.files import read_json
+from mxfx.ground.files import DamagedFile, read_json
 from mxfx.ground.versions import version
 from mxfx.report.table import card_table
 
@@ -22,6 +22,19 @@ if TYPE_CHECKING:
 
 #: Figures of a row that come from the main text; the others stay as the run found them.
 _OF_TEXT = ("word_perplexity", "ratio", "ratio_stderr", "token_perplexity", "token_ratio")
+
+
+def results_of(directory: RunDirectory) -> dict[str, Any]:
+    """What a run found; of one without results an empty document. Raises ``NoRun`` for damaged results."""
+    path = directory.root / RESULTS
+    try:
+        document = read_json(path) if path.is_file() else {"configs": []}
+        if all(isinstance(config["name"], str) for config in document["configs"]):
+            return document
+        raise TypeError("a name is none")
+    except (DamagedFile, KeyError, TypeError) as error:
+        what = error if isinstance(error, DamagedFile) else f"{path} is damaged ({type(error).__name__}: {error})"
+        raise NoRun(f"{what}: run the pipelines again, or give --no-write to measure without writing") from error
 
 
 def record(
@@ -42,12 +55,11 @@ def record(
     """
     home = saved.folder if saved.run is None else saved.run.path
     scores = home / "decode" if phase == "decode" else home
-    path = None if directory is None else directory.root / RESULTS
-    document = read_json(path) if path is not None and path.is_file() else {"configs": []}
+    document = {"configs": []} if directory is None else results_of(directory)
+    if directory is None or all(config["name"] != home.name for config in document["configs"]):
+        _kept(found.evaluation).write(scores, keep=True)
+        return [f"scores are in {scores}"]
     try:
-        if directory is None or all(config["name"] != home.name for config in document["configs"]):
-            _kept(found.evaluation).write(scores, keep=True)
-            return [f"scores are in {scores}"]
         config = _config(document["configs"], home.name, phase)
         of_float = _float_config(document["configs"], config, beside.name)
         names = _names(document["configs"], config, of_float, _kept(beside.evaluation))
@@ -58,7 +70,9 @@ def record(
         if phase == "prefill" and of_float is not None:
             _write_card(saved.folder, program, document["configs"], config, of_float)
     except (KeyError, TypeError, AttributeError) as error:
-        raise NoRun(f"{path} is damaged ({type(error).__name__}: {error}): run the pipelines again") from error
+        raise NoRun(
+            f"{directory.root / RESULTS} is damaged ({type(error).__name__}: {error}): run the pipelines again"
+        ) from error
     others = [(name, new) for name, new in names.items() if name != new]
     told = [f"the run has read another text as {name}: this one is called {new!r} there" for name, new in others]
     return [*told, f"written to {directory.root}"]

@@ -83,6 +83,12 @@ PROMPTS = (
 )
 
 
+def check_template(tokenizer: Any) -> None:
+    """Raises `EvaluationError` for a tokenizer without chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise EvaluationError("--eval chat: the tokenizer has no chat template; leave chat out for a base model")
+
+
 def chat_domain(
     make_model: Callable[[], Any],
     tokenizer: Any,
@@ -103,9 +109,8 @@ def chat_domain(
     Raises:
         EvaluationError: the tokenizer has no chat template.
     """
+    check_template(tokenizer)
     prompts = [rendered(tokenizer, [{"role": "user", "content": prompt}], answer=True) for prompt in PROMPTS]
-    if prompts[0] is None:
-        raise EvaluationError("--eval chat: the tokenizer has no chat template; leave chat out for a base model")
     wanted = limit_tokens or TOKENS
     # Of a small budget, several answers are read.
     longest = min(ANSWER, max(64, wanted // 8), max_length - max(len(prompt) for prompt in prompts if prompt))

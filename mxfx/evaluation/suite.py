@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from mxfx.evaluation.chat import check_template
 from mxfx.evaluation.compare import SAMPLES, write_scores
 from mxfx.evaluation.evaluate import Domain, measure, text_domain, window_length
 from mxfx.evaluation.results import EvalResult, EvaluationError
@@ -56,9 +57,12 @@ class Evaluation:
 
 
 class Suite:
-    """What is wanted, ready for one model after the other: text is read and cut once.
+    """What is wanted, ready for one model after the other: text is read and cut once, before any model is there.
 
-    `longest` is what the model can read at once; `chat_text` makes the domain `chat`, whose text is the float model's.
+    `longest` is what the model can read at once; `chat_text` makes the domain `chat`, whose text is the float model's:
+    it is asked when `domains` are first looked at.
+
+    Raises `EvaluationError` for text that cannot be read, and for `chat` without `chat_text` or chat template.
     """
 
     def __init__(self, wanted: Wanted, tokenizer: Any, longest: int | None, chat_text: Chat | None = None) -> None:
@@ -66,10 +70,17 @@ class Suite:
         self._tokenizer = tokenizer
         self._length = window_length(longest, wanted.max_length)
         self._chat = chat_text
-        self._domains: list[Domain] = []
-        for name in wanted.names:
-            if kind(name) != "task":
-                self._domains.append(self._domain(name, first=not self._domains))
+        self._names = [name for name in wanted.names if kind(name) != "task"]
+        if any(kind(name) == CHAT for name in self._names):
+            if chat_text is None:
+                raise EvaluationError("--eval chat needs the float model, whose answers it reads: give --float MODEL")
+            check_template(tokenizer)
+        self._texts = {name: self._text(name) for name in self._names if kind(name) != CHAT}
+
+    @cached_property
+    def domains(self) -> list[Domain]:
+        """What is read, in the order that was asked for."""
+        return [self._texts.get(name) or self._answers(name) for name in self._names]
 
     @property
     def batch_size(self) -> int:
@@ -80,7 +91,7 @@ class Suite:
         """Measure everything; `reference` asks for the divergence from the float model."""
         wanted = self._wanted
         domains = {}
-        for domain in self._domains:
+        for domain in self.domains:
             with part(f"evaluation of {domain.name}"):
                 domains[domain.name] = measure(
                     model, domain, self._tokenizer, batch_size=wanted.batch_size, reference=reference
@@ -99,12 +110,15 @@ class Suite:
         }
         return Evaluation(domains, tasks)
 
-    def _domain(self, name: str, *, first: bool) -> Domain:
+    def _limit(self, name: str) -> int | None:
         wanted = self._wanted
-        limit = wanted.limit_tokens if first or wanted.domain_tokens is None else wanted.domain_tokens
-        if kind(name) == CHAT:
-            if self._chat is None:
-                raise EvaluationError("--eval chat needs the float model, whose answers it reads: give --float MODEL")
-            return ranks.from_first(partial(self._chat, limit, self._length, sampling(name)))
-        path = wanted.eval_data if name == WIKITEXT else name
+        first = name == self._names[0] or wanted.domain_tokens is None
+        return wanted.limit_tokens if first else wanted.domain_tokens
+
+    def _text(self, name: str) -> Domain:
+        path, limit = self._wanted.eval_data if name == WIKITEXT else name, self._limit(name)
         return text_domain(title(name), self._tokenizer, path=path, limit_tokens=limit, max_length=self._length)
+
+    def _answers(self, name: str) -> Domain:
+        assert self._chat is not None
+        return ranks.from_first(partial(self._chat, self._limit(name), self._length, sampling(name)))

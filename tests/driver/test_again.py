@@ -93,8 +93,12 @@ def without_seconds(value: Any) -> Any:
 
 def tables(text: str) -> list[list[str]]:
     """The cells of every line of the tables, but for columns of seconds."""
-    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
-    return [line[:-2] if len(line) == 9 else line for line in lines]
+    results, _, domains = text.partition("Domains")
+    found = [
+        [[cell.strip() for cell in line.split("│")[1:-1]] for line in part.splitlines() if line.startswith("│")]
+        for part in (results, domains)
+    ]
+    return [*(line[:7] for line in found[0]), *found[1]]
 
 
 def again(mxfx: Run, *args: object) -> Any:
@@ -228,7 +232,7 @@ def test_without_its_float_model_perplexity_alone_is_measured_and_said_so(mxfx: 
     told = " ".join(said.err.split())
     assert "warning: a: its float model './float' is not there" in told and "give it with --float MODEL" in told
     assert "a: nothing is written" in told and (ran / "results.json").read_bytes() == before
-    assert [line[0] for line in tables(said.out)] == ["a", "wikitext"]
+    assert [line[0] for line in tables(said.out)] == ["a", "wikitext: 300", "a"]
     refused = again(mxfx, "out/a", "--tasks", "chat")
     assert refused.code == 2 and "--float MODEL" in refused.err
     given = again(mxfx, "out/a", "--float", "./elsewhere", "--tasks", EVAL)
@@ -304,6 +308,16 @@ def test_a_folder_that_is_called_as_the_float_model_s_row_has_another(ran: Path,
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home / "emitted")
         assert Saved.at("float").name == str(home / "emitted" / "float")
+
+
+def test_damaged_results_are_refused_before_anything_is_measured(
+    mxfx: Run, ran: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mxfx.driver.job.load_checked", lambda *a, **k: pytest.fail("weights were read"))
+    for text, problem in (("{", "is not JSON"), ('{"configs": 3}', "is damaged")):
+        (ran / "results.json").write_text(text)
+        said = again(mxfx, "out/a")
+        assert said.code == 2 and problem in said.err and "--no-write" in said.err
 
 
 def test_one_model_named_twice_is_refused(mxfx: Run, ran: Path) -> None:

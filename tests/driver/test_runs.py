@@ -246,6 +246,16 @@ def test_a_run_that_cannot_begin_leaves_the_results_of_the_one_before(
     assert ((out / "results.json").read_bytes(), (out / "report.html").read_bytes()) == before
 
 
+def test_what_cannot_be_evaluated_is_refused_before_weights_are_read(
+    mxfx: Run, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mxfx.driver.job.load_checked", lambda *a, **k: pytest.fail("weights were read"))
+    (tmp_path / "empty.txt").write_text("")
+    for text, problem in (("chat", "no chat template"), (tmp_path / "empty.txt", "holds no text")):
+        said = mxfx("run", pipeline, "--eval", text)
+        assert said.code == 2 and problem in said.err
+
+
 def test_scores_of_an_earlier_run_are_not_those_of_this_one(mxfx: Run, pipeline: Path, tmp_path: Path) -> None:
     """``compare`` would set another model's tokens beside it."""
     out, texts = tmp_path / "out", save_texts(tmp_path / "texts")

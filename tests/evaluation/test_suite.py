@@ -141,8 +141,9 @@ def test_chat_is_drawn_as_its_name_says() -> None:
         asked.append(how)
         return SimpleNamespace(name="")
 
-    Suite(Wanted.parse("chat,chat:top_p=0.9+temperature=0.7"), byte_tokenizer(), 512, chat)
-    assert asked == [{}, {"temperature": 0.7, "top_p": 0.9}]
+    suite = Suite(Wanted.parse("chat,chat:top_p=0.9+temperature=0.7"), byte_tokenizer(), 512, chat)
+    assert asked == []
+    assert len(suite.domains) == 2 and asked == [{}, {"temperature": 0.7, "top_p": 0.9}]
 
 
 def test_chat_needs_the_float_model() -> None:
