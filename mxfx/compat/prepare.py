@@ -66,6 +66,7 @@ def _with_data(pipeline: Pipeline, data: str) -> Pipeline:
     given = [f"calibration.dataset={json.dumps(data)}"]
     was = pipeline.calibration
     alone = ["calibration.shares=[]"] * bool(was.shares) + ["calibration.continued=0"] * bool(was.continued)
+    alone += ["calibration.repeat=false"] * (was.repeat and data == SELF)
     return apply_overrides(pipeline, [*alone, *given])
 
 

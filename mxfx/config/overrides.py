@@ -92,7 +92,11 @@ def _set_setting(pipeline: Pipeline, table: str, key: str, raw: object, at: Curs
         new = dataclasses.replace(old, **{key: value})
     except ValueError as error:
         sources = set(pipeline.calibration.sources)
-        homeless = {"shares": len(pipeline.calibration.sources) == 1, "continued": not {"self"} < sources}
+        homeless = {
+            "shares": len(pipeline.calibration.sources) == 1,
+            "continued": not {"self"} < sources,
+            "repeat": sources == {"self"},
+        }
         kind = NoPlaceHere if homeless.get(key) else ConfigError
         found = at.error(str(error))
         raise kind(found.place, found.problem, found.expected, found.hint) from error

@@ -68,6 +68,12 @@ class CalibrationConfig:
             raise ValueError(f"'seed' is {self.seed}, must be a number from 0 to 2^63 - 1")
         if self.dataset == ():
             raise ValueError("'dataset' is empty, expected a source or several")
+        if len(set(self.sources)) < len(self.sources):
+            raise ValueError(f"'dataset' is {list(self.sources)}, expected each source once; shares say how much of it")
+        if self.repeat and self.sources == ("self",):
+            raise ValueError(
+                "'repeat' reads texts again, and dataset is self alone, which writes as many as are wanted"
+            )
         if self.shares and (len(self.shares) != len(self.sources) or not min(self.shares) > 0):
             raise ValueError(f"'shares' are {list(self.shares)}, expected a positive number for each source of dataset")
         if not 0 <= self.continued <= 1:

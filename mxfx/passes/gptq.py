@@ -114,7 +114,7 @@ class Gptq(Pass):
     phase: Literal["prefill", "decode"] | None = None
 
     def __post_init__(self) -> None:
-        _require(self.damp >= 0, "damp", self.damp, "0 or more")
+        _require(0 <= self.damp < float("inf"), "damp", self.damp, "a number from 0 on")
         _require(self.refine >= 0, "refine", self.refine, "0 or more")
         _require(0 <= self.asymmetric <= 1, "asymmetric", self.asymmetric, "between 0 and 1")
         for name in ("samples", "length", "batch_size", "max_layers", "min_expert_tokens"):

@@ -18,6 +18,7 @@ def test_data_stands_for_the_files_data_set_and_leaves_what_the_model_writes(tmp
     texts = save_texts(tmp_path / "texts")
     ((_, mixed),) = prepare([file], RunOptions(model="a/b", data=str(texts)))
     assert (mixed.calibration.sources, mixed.calibration.shares) == ((str(texts), "self"), (1.0, 3.0))
+    file.write_text(f"{file.read_text()}repeat = true\n")
     ((_, alone),) = prepare([file], RunOptions(model="a/b", data="self"))
     assert (alone.calibration.sources, alone.calibration.shares) == (("self",), ())
     assert (mixed.calibration.continued, alone.calibration.continued) == (0.5, 0.0)

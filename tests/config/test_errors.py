@@ -76,6 +76,20 @@ def test_a_file_without_passes_does_not_stand_for_the_float_model(text: str) -> 
     assert loads("pass = []\n" + text) == Pipeline(model="org/model" if text[:1] == "[" else None).completed()
 
 
+@pytest.mark.parametrize(
+    ("settings", "place", "said"),
+    [
+        ('dataset = ["self", "self"]', "2:11", "expected each source once"),
+        ('dataset = "self"\nrepeat = true', "3:10", "'repeat' reads texts again, and dataset is self alone"),
+        ('dataset = ["c4", "self"]\nshares = [1]', "3:10", "expected a positive number for each source"),
+        ('dataset = "c4"\ncontinued = 0.5', "3:13", "needs both self and a source of openings"),
+    ],
+)
+def test_calibration_that_means_nothing_is_refused(settings: str, place: str, said: str) -> None:
+    error = error_of(f"[calibration]\n{settings}\n[[pass]]\nname = 'stub-solve'\n")
+    assert str(error).startswith(f"p.toml:{place}: ") and said in str(error)
+
+
 def test_a_table_that_is_none_is_told_what_it_may_be() -> None:
     assert error_of('[[passes]]\nname = "stub-solve"\n').hint == "did you mean [[pass]]?"
     assert 'by = "regex_name"' in error_of("[gptqq]\n").hint

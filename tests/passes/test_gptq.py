@@ -254,7 +254,15 @@ def test_fewer_samples_are_taken_from_the_front() -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("damp", -1.0), ("asymmetric", 1.5), ("batch_size", 0), ("samples", 0), ("max_layers", 0), ("refine", -1)],
+    [
+        ("damp", -1.0),
+        ("damp", float("inf")),
+        ("asymmetric", 1.5),
+        ("batch_size", 0),
+        ("samples", 0),
+        ("max_layers", 0),
+        ("refine", -1),
+    ],
 )
 def test_options_out_of_range_are_named(option: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"^{option} must be"):
