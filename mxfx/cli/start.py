@@ -9,7 +9,7 @@ from mxfx.ground.late import LateImports
 
 #: Rooms whose classes declare formats, options and contracts, and what only the bodies in them need.
 LATE = LateImports(
-    rooms=("mxfx.formats", "mxfx.rewrite", "mxfx.passes"),
+    rooms=("mxfx.ground", "mxfx.formats", "mxfx.rewrite", "mxfx.passes"),
     heavy=(
         "torch",
         "mxfx.algorithms",
