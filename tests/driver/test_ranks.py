@@ -183,7 +183,9 @@ def test_a_task_that_is_spread_gives_what_one_process_gives(both: Path) -> None:
     assert len(files[0]) == len(files[1]) > 0
     for first, second in zip(*files, strict=True):
         rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in (first, second)]
-        assert rows[1] == _nearly(rows[0]) and len(rows[0]) == 7
+        # Transforms are made of moments that are summed in another order.
+        apart = 1e-5 if first.parent.name == "transform" else 1e-9
+        assert rows[1] == _nearly(rows[0], apart) and len(rows[0]) == 7
 
 
 def test_decisions_that_only_the_first_process_finds_hold_for_all(both: Path, tmp_path: Path) -> None:

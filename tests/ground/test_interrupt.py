@@ -21,6 +21,9 @@ import transformers
 from mxfx import cli
 from mxfx.ground import files
 
+# Who runs tests in a shell's background ignores SIGINT, and so would this.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def told():
     print(time.time(), flush=True)
     threading.Timer(0.2, os.kill, (os.getpid(), signal.{signal})).start()
@@ -93,6 +96,11 @@ def test_a_signal_ends_what_loads_a_model(where: str, number: signal.Signals, tm
     assert list(out.iterdir()) == []
 
 
+def _heard() -> None:
+    """What a shell's background ignores is heard."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.parametrize("number", _ENDED)
 def test_a_signal_ends_a_run_whose_folder_the_next_run_takes(number: signal.Signals, tmp_path: Path) -> None:
     source, texts, out = save_model(tmp_path / "source"), save_texts(tmp_path / "texts"), tmp_path / "out"
@@ -103,7 +111,7 @@ def test_a_signal_ends_a_run_whose_folder_the_next_run_takes(number: signal.Sign
         "[[pass]]\nname = 'insert-fake-quant'\n[[pass]]\nname = 'distill'\nsteps = 100000\ncheckpoint_every = 1000\n"
     )
     command = [sys.executable, "-m", "mxfx", "run", file, "--model", source, "--data", texts, "--out", out]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=_heard)
     assert run.stderr is not None
     said = ""
     while "100000 steps" not in said:
