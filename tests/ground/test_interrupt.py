@@ -121,7 +121,10 @@ def test_a_signal_ends_a_run_whose_folder_the_next_run_takes(number: signal.Sign
     time.sleep(1)
     sent = time.monotonic()
     run.send_signal(number)
-    _, rest = run.communicate()
+    try:
+        _, rest = run.communicate(timeout=60)
+    finally:
+        run.kill()
     assert time.monotonic() - sent < 6
     assert (run.returncode, rest.strip().splitlines()[-1]) == _ENDED[number]
     assert "Traceback" not in rest
