@@ -55,13 +55,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("finished")
     model, texts = save_model(root / "hf"), save_texts(root / "texts")
     (root / "p.toml").write_text(PIPELINE.replace("MODEL", str(model)))
+    evaluated = ("--eval", "wikitext", "--eval-data", texts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["mxfx", "run", str(root / "p.toml"), "--eval", "wikitext", "--eval-data",
-                                    str(texts), "--out", str(root / "out")])  # fmt: skip
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    assert ended.value.code == 0
+        assert _ended(patch, "run", root / "p.toml", *evaluated, "--out", root / "out") == 0
     return root
+
+
+def _ended(patch: pytest.MonkeyPatch, *args: object) -> int:
+    """The code that ``mxfx …`` ends with."""
+    patch.setattr(sys, "argv", ["mxfx", *map(str, args)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    return int(exit_.value.code or 0)
 
 
 @pytest.fixture
@@ -69,11 +74,9 @@ def mxfx(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     """Run ``mxfx …``."""
 
     def run(*args: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["mxfx", *map(str, args)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
+        code = _ended(monkeypatch, *args)
         captured = capsys.readouterr()
         assert "Traceback" not in captured.err
-        return Said(int(exit_.value.code or 0), captured.out, captured.err)
+        return Said(code, captured.out, captured.err)
 
     return run

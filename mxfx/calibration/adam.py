@@ -42,7 +42,11 @@ class Update:
 
     def moments(self) -> list[list[Tensor]]:
         """First and second moments of every parameter; zero where it never had a gradient."""
-        return [[self.state[p].get(name, torch.zeros_like(p)) for p in self._parameters] for name in MOMENTS]
+
+        def moment(p: Tensor, name: str) -> Tensor:
+            return self.state[p][name] if name in self.state[p] else torch.zeros_like(p)
+
+        return [[moment(p, name) for p in self._parameters] for name in MOMENTS]
 
     def resume(self, step: int, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
         """Go on behind ``step`` steps from moments of every parameter."""

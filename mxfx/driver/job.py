@@ -84,8 +84,8 @@ class Job:
     def read_weights(self, pipeline: Pipeline, *, trust_remote_code: bool = False) -> None:
         """The rest of ``load``. Raises ``ModelError``."""
         name, settings, meta = pipeline.model_source(), pipeline.model, self.program
-        check_fits(name, meta.weights.values(), revision=settings.revision)
         of_hub = {"revision": settings.revision, "trust_remote_code": trust_remote_code}
+        check_fits(name, meta.weights.values(), **of_hub)
         loaded = load_checked(name, settings.dtype, **of_hub)
         fitted = fits_rewritten(meta, self.device)
         away = not fitted.whole and self.device.type != "cpu"

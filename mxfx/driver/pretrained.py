@@ -99,7 +99,9 @@ def load_meta_model(
         return model.eval()
 
 
-def check_fits(name: str | Path, weights: Iterable[torch.Tensor], *, revision: str | None = None) -> None:
+def check_fits(
+    name: str | Path, weights: Iterable[torch.Tensor], *, revision: str | None = None, trust_remote_code: bool = False
+) -> None:
     """Raise ``ModelError`` for a model of which more is held than the machine has memory; of ``weights``, meta tensors
     in the precision that they are loaded in, none is taken.
 
@@ -111,7 +113,8 @@ def check_fits(name: str | Path, weights: Iterable[torch.Tensor], *, revision: s
     weights = list(weights)
     stored = _stored(name, revision)
     if stored is None:
-        stored = Counter(_like(t) for t in weights if t.dtype == _stated_dtype(name, revision))
+        stated = _stated_dtype(name, revision, trust_remote_code)
+        stored = Counter(_like(t) for t in weights if t.dtype == stated)
     held = 0
     for tensor in weights:
         if stored[_like(tensor)]:
@@ -172,11 +175,11 @@ def _safetensors(name: str | Path, revision: str | None) -> list[Path] | None:
     return [] if folder.is_dir() else None
 
 
-def _stated_dtype(name: str | Path, revision: str | None) -> torch.dtype | None:
+def _stated_dtype(name: str | Path, revision: str | None, trust_remote_code: bool) -> torch.dtype | None:
     from transformers import AutoConfig
 
     with _reading("model", name):
-        return AutoConfig.from_pretrained(str(name), revision=revision).dtype
+        return AutoConfig.from_pretrained(str(name), revision=revision, trust_remote_code=trust_remote_code).dtype
 
 
 def _check_inside(folder: Path) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mxfx.ops import find_op
@@ -70,7 +71,7 @@ class FakeRunner:
 def has_dtype_of_its_own(node: fx.Node) -> bool:
     """Whether ATen makes numbers of integers, in float32 whatever the model's dtype."""
     val = node.meta["val"]
-    if node.op != "call_function" or find_op(node.target) is not None or not isinstance(val, Tensor):
+    if not isinstance(node.target, OpOverload) or find_op(node.target) is not None or not isinstance(val, Tensor):
         return False
     read = [given for source in node.all_input_nodes if isinstance(given := source.meta["val"], Tensor)]
     return val.is_floating_point() and not any(x.is_floating_point() or x.is_complex() for x in read)

@@ -112,10 +112,10 @@ class AllocateBits(Pass):
         sides = self._together(rw, ctx, sites) if self.input_bits is None else self._apart(rw, ctx, sites)
         chosen = {operand: fmt for side in sides for operand, fmt in side.choose().items()}
         measured = self._measured(rw.program, chosen, ctx)
-        for name, operand in chosen:
-            linear = next(n for site in sites for n in site if n.name == name)
-            annotation = Annotation(chosen[name, operand], self.name)
-            rw.set_info(linear, info(linear).with_format(operand, annotation))
+        linears = {linear.name: linear for site in sites for linear in site}
+        for (name, operand), fmt in chosen.items():
+            linear = linears[name]
+            rw.set_info(linear, info(linear).with_format(operand, Annotation(fmt, self.name)))
         self._account(rw, sites, sides, chosen, measured)
 
     def _together(self, rw: Rewriter, ctx: Context, sites: list[list[fx.Node]]) -> list[_Side]:

@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 from torch.utils._pytree import tree_map_only
 
 from mxfx.algorithms.hadamard import DENSE_ORDER, hadamard_matrix, kronecker_signs, kronecker_transform
@@ -127,7 +126,7 @@ def _concretize(rw: Rewriter) -> None:
         if "val" not in node.meta:
             continue
         node.meta["val"] = tree_map_only(torch.Tensor, lambda val: _cast(val, real), node.meta["val"])
-        if compute != NOMINAL_COMPUTE and isinstance(node.target, OpOverload) and has_dtype_of_its_own(node):
+        if compute != NOMINAL_COMPUTE and has_dtype_of_its_own(node):
             _settle_dtype(rw, node, compute)
 
 

@@ -52,10 +52,18 @@ def test_what_the_checkpoint_lacks_is_held(tmp_path: Path, small: None) -> None:
 def test_a_model_that_has_to_be_fetched_is_taken_for_what_its_configuration_says(
     monkeypatch: pytest.MonkeyPatch, small: None
 ) -> None:
-    monkeypatch.setattr(pretrained, "_stated_dtype", lambda *_: torch.bfloat16)
+    asked = []
+
+    def stated(*given: object) -> torch.dtype:
+        asked.append(given)
+        return torch.bfloat16
+
+    monkeypatch.setattr(pretrained, "_stated_dtype", stated)
     check_fits("nobody/nothing", [torch.empty(1 << 40, device="meta", dtype=torch.bfloat16)])
     with pytest.raises(ModelError, match="4,398 GB of which"):
-        check_fits("nobody/nothing", [torch.empty(1 << 40, device="meta")])
+        check_fits("nobody/nothing", [torch.empty(1 << 40, device="meta")], revision="r", trust_remote_code=True)
+    # Once each, not for each weight; as whoever fetches it may.
+    assert asked == [("nobody/nothing", None, False), ("nobody/nothing", "r", True)]
 
 
 def test_without_a_folder_for_the_run_rewritten_weights_lie_in_the_users(

@@ -32,29 +32,9 @@ from mxfx.ops.kernels.packed import inexact_rows
 from mxfx.pipeline.emit import emitted
 from mxfx.rewrite import Context, Local, Lossy, Numerics, Pass, Rewriter
 from mxfx.rewrite.pass_ import _REGISTRY, register
-from tests.commands import Run
+from tests.commands import PIPELINE, Run
 from tests.local_model import save_model, save_texts
 from tests.programs import raised
-
-PIPELINE = r"""
-[model]
-name = "MODEL"
-dtype = "float32"
-
-[[pass]]
-name = "annotate"
-partial = true
-  [[pass.rule]]
-  match  = 'model\.layers\.\d+\.mlp\.down_proj'
-  weight = "mxint4@32"
-  input  = "mxint4@32"
-
-[[pass]]
-name = "round-weights"
-
-[[pass]]
-name = "insert-fake-quant"
-"""
 
 
 @dataclass(frozen=True)
