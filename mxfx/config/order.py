@@ -1,14 +1,14 @@
 """Is the order of the passes possible? Facts checked over a whole pipeline before anything runs.
 
 Each pass requires, provides and forbids facts (``mxfx.rewrite.facts``). Walking the pipeline with a
-set of fact names finds the first pass that could not start. The error cites its line and draws the
-constraints that the passes of this pipeline put on each other, with an order that satisfies them if there is
-one.
+set of fact names finds the first pass that could not start. The error cites its line and gives an order that
+is possible, or the passes that wait for each other.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from mxfx.config.errors import ConfigError
@@ -71,7 +71,7 @@ def constraints(passes: tuple[Pass, ...]) -> MultiDiGraph:
             if here == there:
                 continue
             for name in sorted(pass_.requires & other.provided()):
-                graph.add_edge(there, here, why=f"provides {name!r}")
+                graph.add_edge(there, here, why=f"provides {name!r}, which {pass_.name} requires")
             for name in sorted(pass_.forbids & other.provided()):
                 graph.add_edge(here, there, why=f"must come before {name!r} holds")
     return graph
@@ -88,23 +88,6 @@ def possible_order(passes: tuple[Pass, ...], facts: frozenset[str] = frozenset()
     return order if first_problem(tuple(passes[i] for i in order), facts) is None else None
 
 
-def picture(pipeline: Pipeline, passes: tuple[Pass, ...]) -> str:
-    """Which passes must precede which, as text: one line for each constraint, the violated ones marked."""
-    graph = constraints(passes)
-    lines = []
-    for before, after, why in sorted(graph.edges(data="why")):
-        mark = "  " if before < after else "✗ "
-        edge = f"{_label(pipeline, before)} → {_label(pipeline, after)}"
-        lines.append(f"{mark}{edge}   {_reason(passes, before, after, why)}")
-    return "\n".join(lines)
-
-
-def _reason(passes: tuple[Pass, ...], before: int, after: int, why: str) -> str:
-    return (
-        f"({passes[before].name} {why})" if why.startswith("must") else f"({why}, which {passes[after].name} requires)"
-    )
-
-
 def _order_error(
     pipeline: Pipeline, passes: tuple[Pass, ...], problem: OrderProblem, facts: frozenset[str]
 ) -> ConfigError:
@@ -118,6 +101,9 @@ def _order_error(
         provider = _provider(passes, problem)
         cause = f"{_label(pipeline, provider)} makes it true" if provider is not None else "it holds from the start"
         said = f"pass {name!r} must come before {problem.fact!r}{meaning} holds; {cause}"
+        if provider is not None and passes[provider].forbids & passes[problem.index].provided():
+            both = f"{_label(pipeline, provider)} or {_label(pipeline, problem.index)}, not both"
+            return pipeline.error(problem.index, ("name",), said, both)
         expected = (
             f"{name} before {passes[provider].name}" if provider is not None else f"a program without {problem.fact!r}"
         )
@@ -138,24 +124,21 @@ def _who_provides(fact: str, passes: tuple[Pass, ...], pipeline: Pipeline) -> st
 
 
 def _advice(pipeline: Pipeline, passes: tuple[Pass, ...], facts: frozenset[str]) -> str:
-    drawn = picture(pipeline, passes)
-    lines = ["which passes must precede which:", *("  " + line for line in drawn.splitlines())] if drawn else []
-    order = possible_order(passes, facts)
-    if order is not None:
-        lines.append("an order that is possible: " + ", ".join(passes[i].name for i in order))
-    else:
-        lines += _conflict(pipeline, passes)
-    return "\n  ".join(lines)
-
-
-def _conflict(pipeline: Pipeline, passes: tuple[Pass, ...]) -> list[str]:
+    """An order that is possible, of the passes that the file lists; where there is none, who waits for whom."""
     import networkx as nx
 
-    cycles = sorted(nx.simple_cycles(nx.DiGraph(constraints(passes))), key=len)
+    order = possible_order(passes, facts)
+    if order is not None:
+        written = [i for i in order if pipeline.location(i).line] or order
+        return "an order that is possible: " + ", ".join(passes[i].name for i in written)
+    graph = constraints(passes)
+    cycles = sorted(nx.simple_cycles(nx.DiGraph(graph)), key=len)
     if not cycles:
-        return ["this pipeline needs another pass, or one less"]
+        return ""
     ring = [*cycles[0], cycles[0][0]]
-    return ["these go round in a circle: " + " → ".join(_label(pipeline, i) for i in ring)]
+    asked = [f"{_label(pipeline, a)} {next(iter(graph[a][b].values()))['why']}" for a, b in pairwise(ring)]
+    called = " → ".join(_label(pipeline, i) for i in ring)
+    return "\n  ".join([f"these go round in a circle: {called}", *asked])
 
 
 def _label(pipeline: Pipeline, index: int) -> str:

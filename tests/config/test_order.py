@@ -54,8 +54,9 @@ def test_a_pass_after_what_it_forbids_cites_its_line_and_an_order_that_works() -
     message = str(caught.value)
     assert message.startswith("p.toml:7:8: pass 'stub-mark' must come before 'stub-rounded'")
     assert "[5] stub-solve (line 4) makes it true" in message
-    assert "✗ [6] stub-mark (line 6) → [5] stub-solve (line 4)" in message
-    assert "possible: raise-norm, raise-rope, raise-attention, split-fused, stub-mark, stub-mark, stub-solve" in message
+    assert "expected: stub-mark before stub-solve" in message
+    assert message.endswith("an order that is possible: stub-mark, stub-mark, stub-solve")
+    assert len(message.splitlines()) == 5  # what is broken, its line, what is expected, what to do: nothing that holds
 
 
 def test_a_missing_fact_names_the_pass_that_provides_it() -> None:
@@ -64,8 +65,11 @@ def test_a_missing_fact_names_the_pass_that_provides_it() -> None:
 
 
 def test_passes_that_wait_for_each_other_are_shown_as_a_circle() -> None:
-    with pytest.raises(ConfigError, match=r"go round in a circle: \[0\] stub-egg → \[1\] stub-hen → \[0\] stub-egg"):
-        check_order(Pipeline([Egg(), Hen()]))
+    with pytest.raises(
+        ConfigError, match=r"go round in a circle: \[0\] stub-egg → \[1\] stub-hen → \[0\] stub-egg"
+    ) as caught:
+        check_order(Pipeline([Egg(), Hen(), Other()]))
+    assert "\n  [0] stub-egg provides 'stub-egg', which stub-hen requires\n  [1] stub-hen provides" in str(caught.value)
 
 
 def test_the_proposed_order_changes_as_little_as_possible() -> None:
