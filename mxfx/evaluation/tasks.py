@@ -175,9 +175,10 @@ def _manager(name: str, include_path: Path | None) -> Any:
             return own
     known = _all_tasks()
     if name not in known.all_tasks:
+        near = did_you_mean(name, ["wikitext", "chat", *known.all_tasks])
         raise EvaluationError(
-            f"--eval {name}: neither a file or folder, nor wikitext, nor chat, nor a task of lm-eval "
-            f"{did_you_mean(name, [*known.all_tasks, 'wikitext', 'chat'])}; `lm-eval ls tasks` lists them"
+            f"--eval {name}: no file or folder, and no task of lm-eval (`lm-eval ls tasks` lists them); expected "
+            f"wikitext, chat, a path or a task{f'; {near}' if near else ''}"
         )
     return known
 

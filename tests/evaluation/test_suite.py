@@ -122,7 +122,8 @@ def test_few_shot_examples_and_the_chat_template_reach_the_task(model, quiz: Tas
         ("chat:top_p=1", "'top_p=1'"),
         ("chat:top_k=5+top_k=6", "'top_k=6'; expected each once"),
         ("chat:", "''; expected"),
-        ("wikitxt", r"neither a file or folder.*did you mean 'wikitext'"),
+        ("wikitxt", r"^--eval wikitxt: no file or folder, [^\n]* a path or a task; did you mean 'wikitext'\?$"),
+        ("nothing-like-it", r"^--eval nothing-like-it: no file or folder, [^\n]* a path or a task$"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_a_model_is_read(
