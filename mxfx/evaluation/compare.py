@@ -122,8 +122,9 @@ def compare(a: Path | str, b: Path | str, *, floor: float = FLOOR) -> list[Diffe
     """Every figure of the domains that both runs measured on the same tokens.
 
     Raises:
-        EvaluationError: no such run, or no domain in common.
+        EvaluationError: no such run, no domain in common, or a floor that is none.
     """
+    _check_floor(floor)
     (of_a, about_a), (of_b, about_b) = read_scores(a), read_scores(b)
     shared = _shared(about_a, about_b)
     if not shared:
@@ -141,6 +142,12 @@ def compare(a: Path | str, b: Path | str, *, floor: float = FLOOR) -> list[Diffe
             )
         found += compare_scores(name, of_a[name], of_b[other], floor)
     return found
+
+
+def _check_floor(floor: float) -> None:
+    """Raise `EvaluationError` for a spread under which everything or nothing is noise."""
+    if not 0 <= floor < math.inf:
+        raise EvaluationError(f"--floor {floor}: expected a relative spread from seed to seed, a number from 0 on")
 
 
 def _text(about: Mapping[str, object]) -> tuple[object, ...]:
@@ -218,8 +225,9 @@ def compare_runs(a: Path | str, b: Path | str, *, floor: float = FLOOR) -> list[
     """Everything that both runs measured: `compare`, if they share a text, and `compare_samples`.
 
     Raises:
-        EvaluationError: no such run, nothing in common, or not the same text or questions.
+        EvaluationError: no such run, nothing in common, not the same text or questions, or a floor that is none.
     """
+    _check_floor(floor)
     (texts_a, tasks_a), (texts_b, tasks_b) = _held(a), _held(b)
     answers = compare_samples(a, b)
     if _shared(texts_a, texts_b):

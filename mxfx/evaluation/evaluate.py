@@ -86,7 +86,7 @@ def text_domain(
     """Local documents at `path`, or lm-eval's `wikitext` from the hub without one; see `cut_documents` for the limit.
 
     Raises:
-        EvaluationError: hub unreachable, or no text within the limit.
+        EvaluationError: hub unreachable, no text within the limit, or one of a single token.
     """
     if limit_tokens is not None and limit_tokens < 2:
         raise EvaluationError(f"limit_tokens={limit_tokens}: expected at least 2")
@@ -98,6 +98,8 @@ def text_domain(
     windows = tuple(
         window for index, ids in enumerate(encoded) for window in rolling_windows(ids, prefix, max_length, index)
     )
+    if sum(window.scored for window in windows) < 2:
+        raise EvaluationError(f"evaluation data {path or name}: its text is one token, expected at least 2")
     sha = hashlib.blake2b("\0".join(d.text for d in documents).encode("utf-8"), digest_size=32).hexdigest()
     return Domain(name, "hub" if path is None else str(path), documents, windows, sha, max_length, limit_tokens)
 

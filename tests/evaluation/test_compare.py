@@ -65,6 +65,13 @@ def test_what_another_seed_moves_is_noise_however_long_the_text() -> None:
     assert compare_scores("text", a, b, floor=0.01)[1].verdict == "inside the noise"
 
 
+@pytest.mark.parametrize("floor", [math.inf, math.nan, -0.01])
+def test_a_floor_under_which_all_or_nothing_is_noise_is_refused(floor: float, tmp_path: Path) -> None:
+    for compared in (compare, compare_runs):
+        with pytest.raises(EvaluationError, match=rf"--floor {floor}: expected .* a number from 0 on"):
+            compared(tmp_path, tmp_path, floor=floor)
+
+
 def test_what_all_windows_share_is_no_noise() -> None:
     """Texts differ greatly; the second model is worse by the same in each."""
     found = compare_scores("text", _scores(_kl(spread=0)), _scores(_kl(spread=0) + 0.1), floor=0.0)[1]

@@ -268,6 +268,12 @@ def test_an_unknown_task_and_a_senseless_limit_are_refused(model, tokenizer, pag
         evaluate(model, tokenizer, eval_data=pages, limit_tokens=0)
 
 
+def test_a_text_of_one_token_is_refused(tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("a")
+    with pytest.raises(EvaluationError, match=r"one\.txt: its text is one token, expected at least 2"):
+        text_domain("one", tokenizer, path=tmp_path / "one.txt")
+
+
 def test_evaluation_data_that_is_missing_is_named(model, tokenizer, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"evaluation data .*absent: no such file or folder"):
         evaluate(model, tokenizer, eval_data=tmp_path / "absent")
