@@ -177,6 +177,19 @@ def invertible(matrices: Sequence[Tensor]) -> bool:
     return all(bool((torch.linalg.cond(m.detach().float()) < 1e4).all()) for m in matrices)
 
 
+def failure(loss: Callable[..., Tensor], given: tuple[Tensor, ...], parameters: Mapping[str, nn.Parameter]) -> str:
+    """Why the loss and its gradient cannot be computed; empty where they can."""
+    try:
+        loss(*given).backward()
+    except Exception as error:
+        # A compiler raises whatever it runs into.
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    finally:
+        for parameter in parameters.values():
+            parameter.grad = None
+    return ""
+
+
 class GradientStep:
     """Gradients of a loss of tensors ``(batch, …)``, anew at each call, in ``parameters``' ``grad``.
 

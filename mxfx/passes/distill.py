@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from mxfx.calibration.keys import Keys, digest, environment, token_key
 from mxfx.calibration.layerwise import LayeredModel, tune_layers
 from mxfx.calibration.staged import Staged
 from mxfx.calibration.teacher import Samples, Teacher
-from mxfx.calibration.training import deterministic, divergence, invertible, trainable
+from mxfx.calibration.training import deterministic, divergence, failure, invertible, trainable
 from mxfx.formats import Format
 from mxfx.graph.node import info, kind
 from mxfx.graph.program import Program
@@ -152,6 +152,9 @@ class Distill(Pass):
             rw.warn("nothing to tune: no selected linear or embedding has a weight format")
             return
         free = free_weights(rw.program, self.tune, self.select) - set(grids)
+        if still := [name for name in sorted({*grids, *free}) if not rw.weights[name].any()]:
+            more = f" and {len(still) - 1} more" if len(still) > 1 else ""
+            rw.warn(f"{still[0]}{more} stay as they are, all zeros: steps are in units of a weight's root mean square")
         tune = self._end_to_end if self.scope == "model" else self._by_layer
         with deterministic(ctx.device) if self.deterministic else nullcontext():
             tuned = tune(rw, ctx, grids, free)
@@ -186,7 +189,7 @@ class Distill(Pass):
             # A matrix that lost its inverse would be no change of basis any more.
             return found if invertible(matrices) else math.inf
 
-        if compiled and (reason := _fails(loss, train.take(slice(part)), parameters)):
+        if compiled and (reason := failure(loss, train.take(slice(part)), parameters)):
             rw.warn(f"torch.compile does not take the layers, which run as they are: {reason}")
             run = Staged(student, recompute=self.recompute)
         loop = Distillation(
@@ -385,16 +388,3 @@ def _mean_kl(student: nn.Module, teacher: Teacher, kept: Samples, at_once: int) 
             parts.append(divergence(student(given[0]), teacher.logits(*given)) * len(given[0]))
     total = float(torch.stack(parts).sum()) if parts else 0.0
     return sum(ranks.collected(total)) / len(kept)
-
-
-def _fails(loss: Callable[..., Tensor], given: tuple[Tensor, ...], parameters: Mapping[str, nn.Parameter]) -> str:
-    """Why the loss and its gradient cannot be computed; empty where they can."""
-    try:
-        loss(*given).backward()
-    except Exception as error:
-        # A compiler raises whatever it runs into.
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    finally:
-        for parameter in parameters.values():
-            parameter.grad = None
-    return ""

@@ -127,6 +127,18 @@ def test_a_program_without_its_float_model_is_refused(programs) -> None:
         apply(Distill(), programs[1], Context(tokens=lambda: TOKENS))
 
 
+def test_weights_of_zeros_are_not_tuned_and_told_of(unrounded) -> None:
+    start, program = unrounded[0], unrounded[1].copy()
+    names = sorted(program.weight_of(n) for n in program.nodes("linear") if "weight" in info(n).formats)[:2]
+    for name in names:
+        program.weights.set(name, torch.zeros_like(program.weights[name]), by="test")
+    done = _distill((start, program), steps=4, learning_rate=1e-2)
+    (told,) = (warning for warning in done.record.warnings if "zeros" in warning)
+    assert told.startswith(f"{names[0]} and 1 more stay as they are, all zeros: ")
+    assert not any(done.program.weights[name].any() for name in names)
+    assert not any("zeros" in warning for warning in _distill(unrounded, steps=1).record.warnings)
+
+
 @pytest.mark.parametrize("scope", ["model", "layer"])
 def test_no_state_is_taken_in_which_a_matrix_has_no_inverse(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
     start = trace(tiny("llama-tiny"))
