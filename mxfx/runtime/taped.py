@@ -16,8 +16,8 @@ from mxfx.ops.kernels import cpu, few_rows
 class Tape(fx.Interpreter):
     """What running a graph once on given tensors did, to be done again on what then lies in them.
 
-    Every value keeps its memory. A node is played as the one C kernel that it called, as nothing where its value is a
-    view or a number, and else as itself, its value copied to where it lay.
+    Every value keeps its memory. A node is played as the one C kernel that it called (as itself where that fails), as
+    nothing where its value is a view or a number, and else as itself, its value copied to where it lay.
     """
 
     def __init__(self, graph: fx.GraphModule) -> None:
@@ -27,6 +27,9 @@ class Tape(fx.Interpreter):
 
     def record(self, *args: Any) -> Any:
         """Run the graph; what it returns lies where ``play`` will put it."""
+        # A run that was interrupted left notes of memory that is gone.
+        self.played.clear()
+        self._known.clear()
         self._known.update(map(_memory, filter(_is_tensor, args)))
         return self.run(*args)
 
@@ -53,15 +56,26 @@ class Tape(fx.Interpreter):
         values = list(filter(_is_tensor, tree_leaves(result)))
         schema = getattr(n.target, "_schema", None)
         writes = schema.is_mutable if schema is not None else bool(getattr(n.target, "mutates", ()))
-        if len(calls) == 1 and calls[0].result is result and self._reads_known(calls[0]):
-            self.played.append(calls[0].run)
-        elif writes or any(_memory(value) not in self._known for value in values):
+        kernel = len(calls) == 1 and calls[0].result is result and self._reads_known(calls[0])
+        if kernel or writes or any(_memory(value) not in self._known for value in values):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            self.played.append(_again(n.target, args, kwargs, values))
+            again = _again(n.target, args, kwargs, values)
+            self.played.append(_kernel(calls[0], again) if kernel else again)
 
     def _reads_known(self, call: cpu.Call) -> bool:
         """Whether a kernel read values of the graph, not copies that were made of them on the way."""
         return all(_memory(tensor) in self._known for tensor in call.reads)
+
+
+def _kernel(call: cpu.Call, otherwise: Callable[[], object]) -> Callable[[], object]:
+    """A kernel's call; what it took once it may refuse of other numbers (a NaN lies on no grid)."""
+    function, arguments = call.function, call.arguments
+
+    def one() -> None:
+        if function(*arguments):
+            otherwise()
+
+    return one
 
 
 def _again(target: Any, args: tuple, kwargs: dict, values: list[Tensor]) -> Callable[[], object]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import fx
 
 from mxfx.ops.kernels.library import load_cpu
+from mxfx.passes import PackWeights
 from mxfx.runtime.causal_lm import as_causal_lm
+from mxfx.runtime.taped import Tape
 from tests.programs import config_a, passed, raised
 
 pytestmark = pytest.mark.skipif(load_cpu() is not None, reason=str(load_cpu()))
@@ -36,3 +39,38 @@ def test_played_steps_are_those_of_the_graph(family: str, monkeypatch: pytest.Mo
         found.append(torch.cat(steps, 1))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
     assert not torch.equal(found[0][:, 0], found[0][:, 1])
+
+
+def test_what_a_kernel_refuses_of_a_later_step_goes_the_graph_s_way() -> None:
+    """Packed codes meet a row of NaN: it lies on no grid."""
+    lm = as_causal_lm(passed(raised("llama-tiny"), (*config_a(), PackWeights())))
+    table = next(weight for weight in lm.parameters() if weight.shape[0] == 128)
+    with torch.no_grad():
+        cache = lm.new_cache()
+        for token in (5, 6):
+            lm(torch.tensor([[token], [token]]), past_key_values=cache, phase="decode")
+        table[7] = float("nan")
+        logits = lm(torch.tensor([[7], [8]]), past_key_values=cache).logits
+    assert cache.storage is not None and cache.storage.attached
+    # The head is the same table.
+    assert logits[0].isnan().all() and logits[1].isnan().nonzero().tolist() == [[0, 7]]
+
+
+def test_a_recording_that_was_interrupted_begins_anew() -> None:
+    graph = fx.symbolic_trace(lambda x: torch.ops.aten.exp.default(torch.ops.aten.neg.default(x)))
+    tape, x = Tape(graph), torch.zeros(2)
+    run_node, left = tape.run_node, iter([True, True, False])
+
+    def interrupted(n: fx.Node) -> object:
+        if not next(left, True):
+            raise KeyboardInterrupt
+        return run_node(n)
+
+    tape.run_node = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        tape.record(x)
+    found = tape.record(x)
+    assert len(tape.played) == 2
+    x.fill_(1)
+    tape.play()
+    assert torch.equal(found, torch.full((2,), -1.0).exp())

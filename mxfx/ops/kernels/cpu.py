@@ -46,17 +46,16 @@ if isinstance(_C, str):
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a C kernel: ``run()`` makes it again, on the same tensors; ``reads`` and ``result`` are those."""
+    """A call of a C kernel, to be made again on the same tensors: ``reads`` and ``result`` are those.
+
+    ``function`` gives 0, or another number where it has written nothing: it found no memory, or numbers that it does
+    not take.
+    """
 
     function: Callable[..., int]
     arguments: tuple
     reads: tuple[Tensor, ...]
     result: Tensor
-
-    def run(self) -> None:
-        failed = self.function(*self.arguments)
-        if failed:
-            raise MemoryError(f"{self.function.__name__} found no memory, or numbers on no grid ({failed})")
 
 
 #: Of each thread, where its calls are written down while it does; see ``recorded``.
