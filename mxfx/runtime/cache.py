@@ -108,10 +108,12 @@ class Storage:
     def make(specs: tuple[CacheSpec, ...], batch: int, room: int, ring: bool, device: torch.device) -> Storage:
         """Zeroed tensors (what lies behind the last token is multiplied by zero). Raises ``CacheOutOfMemory``."""
         try:
-            tensors = {
-                s.name: torch.zeros((batch, s.heads, s.places(room, ring), s.width), dtype=s.dtype, device=device)
-                for s in specs
-            }
+            # Made for inference, no call outside of it could write to them.
+            with torch.inference_mode(False):
+                tensors = {
+                    s.name: torch.zeros((batch, s.heads, s.places(room, ring), s.width), dtype=s.dtype, device=device)
+                    for s in specs
+                }
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
                 size = cache_bytes(specs, batch, room) / 1e9
@@ -299,7 +301,8 @@ class KVCache(Cache):
             return
         index = indices.to(self.device)
         held = self.storage
-        tensors = {name: tensor.index_select(0, index) for name, tensor in held.tensors.items()}
+        with torch.inference_mode(False):
+            tensors = {name: tensor.index_select(0, index) for name, tensor in held.tensors.items()}
         self.storage = Storage(self.specs, tensors, len(index), held.room, held.ring)
 
 

@@ -24,7 +24,9 @@ def replayed(
     """
     step = storage.attached.get(_RECORDED)
     if step is None:
-        step = storage.attached[_RECORDED] = RecordedStep(graph, storage)
+        # Made for inference, no call outside of it could write to its inputs.
+        with torch.inference_mode(False):
+            step = storage.attached[_RECORDED] = RecordedStep(graph, storage)
     assert isinstance(step, RecordedStep)
     return step(ids, positions, mask, past)
 

@@ -123,7 +123,8 @@ class TapedStep:
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits of what lies in ``inputs``: the same tensors in every call."""
-        with torch.no_grad():
+        # Made for inference, what is recorded could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
             if self._logits is None:
                 names = [n.target for n in self._tape.graph.nodes if n.op == "placeholder"]
                 self._logits = self._tape.record(*(inputs.get(str(name)) for name in names))

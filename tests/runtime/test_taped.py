@@ -74,3 +74,18 @@ def test_a_recording_that_was_interrupted_begins_anew() -> None:
     x.fill_(1)
     tape.play()
     assert torch.equal(found, torch.full((2,), -1.0).exp())
+
+
+def test_a_cache_that_was_filled_for_inference_is_read_on_outside_of_it() -> None:
+    lm = as_causal_lm(raised("llama-tiny"))
+    ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(1))
+    expected = lm(ids).logits
+    cache = lm.new_cache()
+    with torch.inference_mode():
+        lm(ids[:, :5], past_key_values=cache)
+        lm(ids[:, 5:6], past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([0, 1]))
+    with torch.no_grad():
+        step = lm(ids[:, 6:7], past_key_values=cache).logits
+        chunk = lm(ids[:, 7:], past_key_values=cache).logits
+    torch.testing.assert_close(torch.cat((step, chunk), 1), expected[:, 6:], rtol=1e-4, atol=1e-4)
