@@ -266,7 +266,7 @@ def _check_weights(program: Program) -> None:
 
 def _read_manifest(path: Path) -> tuple[bytes, Mapping[str, object]]:
     if not path.is_file():
-        raise ArtefactError(f"{path.parent} holds no {MANIFEST}: no artefact, or one whose writing was cut short")
+        raise ArtefactError(f"{path.parent} holds no {MANIFEST}: {_instead(path.parent)}")
     try:
         read = path.read_bytes()
         manifest = parse_json(read, path)
@@ -279,6 +279,15 @@ def _read_manifest(path: Path) -> tuple[bytes, Mapping[str, object]]:
             f"{path}: schema {manifest['schema']!r}, written by mxfx {manifest.get('mxfx')}; this mxfx reads {SCHEMA}"
         )
     return read, manifest
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without manifest is."""
+    from mxfx.export.folder import is_folder
+
+    if not (folder / "config.json").is_file() or is_folder(folder):
+        return "no artefact, or one whose writing was cut short"
+    return f"it is a model that no run emitted; `mxfx run FILE --model {folder} --eval …` evaluates it too"
 
 
 def _check_files(folder: Path, manifest: Mapping[str, object]) -> tuple[list[str], dict[str, str]]:

@@ -323,6 +323,17 @@ def test_a_full_disk_leaves_no_artefact(saved: Path, monkeypatch: pytest.MonkeyP
         load(saved)
 
 
+def test_a_model_that_no_run_emitted_is_called_one_with_the_command_that_takes_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(
+        ArtefactError, match=r"a model that no run emitted; `mxfx run FILE --model .* --eval …` evaluates it"
+    ):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mxfx"}')
+    with pytest.raises(ArtefactError, match="cut short"):
+        load(tmp_path)
+
+
 def test_a_file_that_may_not_be_read_is_called_so(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """safetensors says that there is no such file."""
 
