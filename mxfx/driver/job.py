@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +23,7 @@ from mxfx.graph.prove import Proof, prove_if_possible
 from mxfx.graph.trace import bind, trace
 from mxfx.ground import ranks
 from mxfx.ground.errors import reason_of
-from mxfx.ground.files import cache_home
+from mxfx.ground.files import cache_home, say_not_kept
 from mxfx.ground.progress import track
 from mxfx.pipeline.instruments import Dump, Ledger, Numbers, Reproduce, Timing, Verify
 from mxfx.pipeline.manager import Instrument, PassManager, PipelineResult
@@ -182,11 +181,7 @@ class Job:
             try:
                 self.program.weights.keep_in_files(folder)
             except OSError as error:
-                warnings.warn(
-                    f"{folder} cannot be written to ({reason_of(error)}): weights that passes rewrite are held in "
-                    "memory; set MXFX_CACHE to a folder that can",
-                    stacklevel=2,
-                )
+                say_not_kept(folder, reason_of(error), "weights that passes rewrite are held in memory")
         return PassManager(instruments).run(self.program, pipeline, ctx, probe=probe or self.probe(pipeline))
 
 

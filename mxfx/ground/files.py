@@ -156,21 +156,23 @@ def keep(path: Path, data: bytes, *, private: bool = False) -> bool:
     return True
 
 
-def say_not_kept(folder: Path, why: str) -> None:
-    """Warn that nothing can be kept in a folder: once a process, of a folder of the cache for all of it."""
+def say_not_kept(
+    folder: Path, why: str, instead: str = "what is kept there is measured and made again by every process"
+) -> None:
+    """Warn that nothing can be kept in a folder, and what is done ``instead``: once a process, of a folder of the cache
+    for all of it.
+    """
     home = cache_home()
-    place = home if folder.is_relative_to(home) else folder
-    if place not in _said:
-        _said.add(place)
-        warnings.warn(
-            f"{place} cannot be written to ({why}): what is kept there is measured and made again by every process; "
-            "set MXFX_CACHE to a folder that can",
-            stacklevel=4,
-        )
+    shared = folder.is_relative_to(home)
+    place = home if shared else folder
+    if (place, instead) not in _said:
+        _said.add((place, instead))
+        remedy = "set MXFX_CACHE to a folder that can" if shared else "make room there, or let it be written to"
+        warnings.warn(f"{place} cannot be written to ({why}): {instead}; {remedy}", stacklevel=4)
 
 
-#: Places of which ``say_not_kept`` has warned.
-_said: set[Path] = set()
+#: Places of which ``say_not_kept`` has warned, and what was done instead.
+_said: set[tuple[Path, str]] = set()
 
 
 def write_text(path: Path, text: str, *, flush: bool = True) -> None:

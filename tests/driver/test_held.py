@@ -75,9 +75,18 @@ def test_without_a_folder_for_the_run_rewritten_weights_lie_in_the_users(
     job = Job.of_model(tiny("llama-tiny"), torch.device("cpu"))
     job.run(pipeline)
     assert [file.name for file in tmp_path.iterdir()] == ["weights"] and not list((tmp_path / "weights").iterdir())
-    monkeypatch.setenv("MXFX_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv("MXFX_CACHE", str(tmp_path / "home"))
+    (tmp_path / "home").touch()
     (tmp_path / "file").touch()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         job.run(pipeline)
     assert any("weights that passes rewrite are held in memory; set MXFX_CACHE" in str(w.message) for w in told)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        job.run(pipeline, cache=tmp_path / "file" / "cache")
+        job.run(pipeline, cache=tmp_path / "file" / "cache")
+    # MXFX_CACHE has no part in it; nor is it news the second time.
+    (said,) = (str(w.message) for w in told if "cannot be written to" in str(w.message))
+    assert said.startswith(f"{tmp_path / 'file' / 'cache' / 'weights'} ") and "held in memory" in said
+    assert "MXFX_CACHE" not in said
