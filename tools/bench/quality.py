@@ -57,6 +57,7 @@ from mxfx.evaluation.scoring import FloatLogits
 from mxfx.evaluation.wanted import CHAT, sampling
 from mxfx.export.folder import save_folder
 from mxfx.graph.program import Program
+from mxfx.ground.progress import track
 from mxfx.pipeline.manager import Instrument, PassManager, Run, Step
 from mxfx.rewrite import Context
 from mxfx.rewrite.size import bits_per_weight
@@ -285,7 +286,7 @@ class Bench:
         ids = tokens.ids
         sampling = time.perf_counter() - began
         ctx = Context(
-            seed=seed, device=torch.device(args.device), tokens=lambda: ids, progress=api.track if args.bars else _plain
+            seed=seed, device=torch.device(args.device), tokens=lambda: ids, progress=track if args.bars else _plain
         )
         on_gpu = args.device.startswith("cuda")
         if on_gpu:
