@@ -14,7 +14,7 @@ from mxfx.graph.node import info, kind, path_of
 from mxfx.graph.program import Program
 from mxfx.ops.catalogue import spec
 from mxfx.passes import Annotate, RaiseAttention
-from mxfx.rewrite import Pass, PassRecord, Rewriter
+from mxfx.rewrite import ALL, Pass, PassRecord, Rewriter, Selector
 from mxfx.rewrite.roles import role_of
 from mxfx.rewrite.size import inner, multiplied, share_in_format
 
@@ -66,6 +66,11 @@ def site_lines(program: Program, passes: Sequence[Pass], records: Sequence[PassR
         record = ran.get(pass_.name)
         if record is None and pass_.name in EMIT_PASSES:
             # What they fuse and pack is made by the passes before them.
+            continue
+        select = getattr(pass_, "select", ALL)
+        # The passes before it may make nodes of other types and roles, but of no other modules.
+        if misses := Selector(select.pattern, excluded=select.excluded).misses(program.graph.nodes):
+            yield f"warning: {pass_.name}: {misses}"
             continue
         if record is not None:
             sites: int | None = len(record.matches)

@@ -11,7 +11,6 @@ from torch import fx
 from mxfx.formats import Format
 from mxfx.graph.node import Annotation, info, kind, path_of
 from mxfx.graph.program import Program
-from mxfx.ground.nearest import nearest
 from mxfx.ops.catalogue import spec
 from mxfx.rewrite import ALL, Context, Exact, ExpectationError, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.expect import check, evaluate
@@ -189,24 +188,14 @@ def _check_count(rw: Rewriter, rule: Rule, index: int, count: int, unmatched: st
             rule=index,
         )
     if count == 0 and not rw.record.limited:
+        hint = rule.where.hint(n for n in rw.program.nodes() if _operands(rule, n))
         problem = (
             f"annotate rule {index}: match {str(rule.where)!r} fits no node that has {' or '.join(rule.formats())}; "
-            + _nearest(rw, rule)
+            + (hint or "none: the model has no such operand")
         )
         if unmatched == "error":
             raise ExpectationError(problem, rule=index)
         rw.warn(problem)
-
-
-def _nearest(rw: Rewriter, rule: Rule) -> str:
-    """What the rule could have spoken of: the path nearest in spelling, and the roles that there are."""
-    candidates = [n for n in rw.program.nodes() if _operands(rule, n)]
-    near = nearest(rule.match.pattern.replace("\\", ""), [path_of(n) for n in candidates], cutoff=0.0)
-    if near is None:
-        return "none: the model has no such operand"
-    roles = ", ".join(sorted({role for n in candidates if (role := role_of(n))}))
-    told = f"; of these nodes the roles are {roles}" if rule.where.role and roles else ""
-    return f"it is matched against whole module paths such as {near!r}{told}"
 
 
 @ANNOTATED.means

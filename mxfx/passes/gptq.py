@@ -161,9 +161,8 @@ class Gptq(Pass):
         # What is skipped before other passes ran may be fit behind them.
         if not found and (final or not rw.record.skips) and not any_weight(peer, self.select):
             first = f"; {rw.record.skips[0].path}: {rw.record.skips[0].reason}" if rw.record.skips else ""
-            raise ExpectationError(
-                f"gptq takes nothing: no linear that select = {str(self.select)!r} matches has a weight format{first}"
-            )
+            unfit = f"no linear that select = {str(self.select)!r} matches has a weight format{first}"
+            raise ExpectationError(f"gptq takes nothing: {self.select.misses(rw.program.products()) or unfit}")
         return found
 
     def _beyond(self, node: fx.Node) -> str | None:

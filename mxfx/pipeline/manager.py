@@ -13,16 +13,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
-from mxfx.config.emit import EMIT_PASSES, PORTABLE, emit_start
+from mxfx.config.emit import PORTABLE, emit_start
 from mxfx.config.order import check_order
 from mxfx.config.phases import unrolled
-from mxfx.config.pipeline import RAISE_PASSES, Pipeline
+from mxfx.config.pipeline import Pipeline
 from mxfx.graph.phases import entries
 from mxfx.graph.program import Program
 from mxfx.ground.clock import Clock, Spent, part
 from mxfx.ground.errors import MxfxError
 from mxfx.pipeline.agree import agree
 from mxfx.pipeline.branches import Branch, Branches
+from mxfx.pipeline.idle import DID_NOTHING, idle_warning, is_idle
 from mxfx.pipeline.probe import Probe
 from mxfx.rewrite import Context, FactError, Pass, PassRecord, apply, check_facts_before, facts_after
 
@@ -274,9 +275,9 @@ def _idle_in_both(steps: list[StepResult]) -> tuple[StepResult, ...]:
     """The steps without warnings of passes that are idle in one phase and work in the other."""
     for step, other in pairwise(steps):
         if step.phase and other.phase and step.pass_.name == other.pass_.name and step.phase != other.phase:
-            idle = [one.record for one in (step, other) if _is_idle(one.pass_, one.record)]
+            idle = [one.record for one in (step, other) if is_idle(one.pass_, one.record)]
             if len(idle) == 1:
-                idle[0].warnings = [text for text in idle[0].warnings if text != _idle(idle[0])]
+                idle[0].warnings = [text for text in idle[0].warnings if not text.startswith(DID_NOTHING)]
     return tuple(steps)
 
 
@@ -321,24 +322,8 @@ def _apply(step: Step) -> None:
         place = _place_of_error(step, error)
         raise PassError.of(step.index, step.pass_, error, place) from error
     step.after, step.record = applied.program, applied.record
-    if _is_idle(step.pass_, applied.record):
-        applied.record.warnings.append(_idle(applied.record))
-
-
-def _is_idle(pass_: Pass, record: PassRecord) -> bool:
-    """Whether a pass that somebody asked for did nothing, and there was something to do.
-
-    Every pipeline begins and ends with passes that may be idle; so may one whose work a pass before it did.
-    """
-    asked_for = pass_.name not in RAISE_PASSES and pass_.name not in EMIT_PASSES
-    done_before = any(skip.done for skip in record.skips)
-    return asked_for and not record.matches and not record.changed and not record.limited and not done_before
-
-
-def _idle(record: PassRecord) -> str:
-    skip = max(record.skips, key=lambda one: one.depth, default=None)
-    why = "nothing in this graph is of its kind" if skip is None else f"at {skip.path or skip.node}: {skip.reason}"
-    return f"did nothing: 0 matched, {len(record.skips)} skipped ({why})"
+    if is_idle(step.pass_, applied.record):
+        applied.record.warnings.append(idle_warning(step.pass_, applied.record, step.before))
 
 
 def _place_of_error(step: Step, error: Exception) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from weakref import WeakKeyDictionary
@@ -10,7 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import fx
 
 from mxfx.graph.node import kind, layer_of, paths_of
-from mxfx.ground.nearest import did_you_mean
+from mxfx.ground.nearest import did_you_mean, nearest
 from mxfx.rewrite.roles import role_of
 
 #: Role → the roles that it stands for.
@@ -117,6 +118,24 @@ class Selector:
         if not any(map(self._pattern.fullmatch, paths)):
             return False
         return not self.excluded or not any(map(self._excluded.fullmatch, paths))
+
+    def misses(self, nodes: Iterable[fx.Node]) -> str:
+        """In words, for a pass whose ``select`` this is, that it speaks of none of ``nodes``; empty where of one."""
+        nodes = list(nodes)
+        return "" if any(map(self, nodes)) else f"select = {str(self)!r} fits no node; {self.hint(nodes)}"
+
+    def hint(self, nodes: Iterable[fx.Node]) -> str:
+        """What it could have spoken of instead of none of ``nodes``: the path nearest in spelling, and the roles that
+        there are where it names some. Empty where there is no path.
+        """
+        nodes = list(nodes)
+        paths = dict.fromkeys(path for node in nodes for path in paths_of(node) if path)
+        near = nearest(self.pattern.replace("\\", ""), paths, cutoff=0.0)
+        if near is None:
+            return ""
+        roles = ", ".join(sorted({role for node in nodes if (role := role_of(node))}))
+        told = f"; of these nodes the roles are {roles}" if self.role and roles else ""
+        return f"it is matched against whole module paths such as {near!r}{told}"
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:

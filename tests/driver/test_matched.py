@@ -14,11 +14,12 @@ from mxfx.passes import (
     OnlineRotation,
     RaiseAttention,
     RotationSearch,
+    RoundWeights,
     Rule,
     TransformInputs,
     TransformKv,
 )
-from mxfx.rewrite import PassRecord, apply
+from mxfx.rewrite import PassRecord, Selector, apply
 from mxfx.rewrite.record import Skip
 from tests.architectures import build
 from tests.mixtures import raised_mixture
@@ -62,6 +63,13 @@ def test_passes_say_where_they_work_and_why_not() -> None:
         "2 down_proj not: no Hadamard matrix of order 20 fits its 96 input channels"
     )
     assert gptq == "gptq: 6 sites"
+
+
+def test_a_select_that_fits_no_module_is_a_warning_and_one_of_nodes_that_a_pass_will_make_is_none() -> None:
+    program = raised("llama-tiny")
+    passes = (RoundWeights(select=Selector(".*up_porj")), RoundWeights(select=Selector(type="made_later")))
+    (said,) = site_lines(program, passes, [])
+    assert said.startswith("warning: round-weights: select = '.*up_porj' fits no node; ") and ".up_proj'" in said
 
 
 def test_the_block_that_each_axis_gets_is_told_before_a_run() -> None:

@@ -206,8 +206,10 @@ def test_annotations_decide_formats_linear_by_linear() -> None:
 
 
 def test_nothing_to_take_is_an_error() -> None:
-    with pytest.raises(ExpectationError, match=r"takes nothing.*'nothing'"):
-        _run(select=Selector("nothing"))
+    with pytest.raises(ExpectationError, match=r"takes nothing: select = '.*q_prj' fits no node; .*\.q_proj'$"):
+        _run(select=Selector(".*q_prj"))
+    with pytest.raises(ExpectationError, match=r"takes nothing: no linear that select = 'lm_head' matches has a"):
+        _run(select=Selector("lm_head"))
 
 
 def test_quantized_inputs_decides_what_is_measured() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -139,6 +141,13 @@ def test_a_pass_that_found_nothing_to_work_on_is_a_warning(program):
     unfit = "annotate{rule=[{match='.*_proj',weight=mxint4@32}]},quantize-kv-cache"
     record = PassManager().run(program("llama-tiny", "raised"), from_text(unfit)).records[-1]
     assert [warning.partition(" (")[0] for warning in record.warnings] == ["did nothing: 0 matched, 4 skipped"]
+
+
+def test_a_select_that_fits_nothing_is_told_with_the_nearest_name(program):
+    passes = "annotate{rule=[{match='.*_proj',weight=mxint4@32}]},round-weights{select='.*.mlp.up_porj'}"
+    record = PassManager().run(program("llama-tiny", "raised"), from_text(passes)).records[-1]
+    said = r"did nothing: select = '.*.mlp.up_porj' fits no node; .* such as 'model\.layers\.\d\.mlp\.up_proj'"
+    assert len(record.warnings) == 1 and re.fullmatch(said, record.warnings[0])
 
 
 def test_no_pass_that_reads_raised_ops_comes_behind_lower():
