@@ -15,7 +15,7 @@ from mxfx.formats import Format
 from mxfx.graph.module import build
 from mxfx.graph.node import operands
 from mxfx.graph.program import Program, compute_dtype
-from mxfx.ground import ranks
+from mxfx.ground.recording import record
 from mxfx.ops.kernels.divergence import logit_rows
 from mxfx.ops.kernels.limits import has_triton
 from mxfx.rewrite import Rewriter
@@ -221,18 +221,15 @@ class GradientStep:
             parameter.grad = None
 
     def _record(self, given: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-        """The graph, and where it reads what it is given. Warms up on a stream of its own, as recording demands."""
-        current, aside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
-        aside.wait_stream(current)
-        with torch.cuda.stream(aside):
-            for _ in range(2):
-                self._clear()
-                self._loss(*given).backward()
-        current.wait_stream(aside)
-        # Gradients must be born inside the graph, where each replay writes them again.
-        self._clear()
-        torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode=ranks.recording()):
+        """The graph, and where it reads what it is given."""
+
+        def run() -> None:
+            self._clear()
             self._loss(*given).backward()
-        return graph, given
+
+        def ready() -> None:
+            # Gradients must be born inside the graph, where each replay writes them again.
+            self._clear()
+            torch.cuda.empty_cache()
+
+        return record(run, self._device, ready)[0], given

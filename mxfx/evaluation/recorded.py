@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from mxfx.graph.node import op_name
-from mxfx.ground import ranks
+from mxfx.ground.recording import record
 
 #: Batches of one shape that a recording pays from: it takes three forward passes.
 _OFTEN = 12
@@ -62,23 +62,15 @@ def _recordable(model: Any) -> bool:
 
 
 def _record(model: Any, ids: Tensor) -> _Recorded | None:
-    """Warms up on a stream of its own, as recording demands; None where the device has no room for it."""
+    """None where the device has no room for it."""
     place = ids.to(model.device, copy=True)
-    with torch.cuda.device(place.device), torch.no_grad():
-        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(current)
-        with torch.cuda.stream(aside):
-            for _ in range(2):
-                _logits(model, place)
-        current.wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, capture_error_mode=ranks.recording()):
-                logits = _logits(model, place)
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            warnings.warn(f"evaluation launches kernels one by one, a graph of them failed: {reason}", stacklevel=2)
-            return None
+    try:
+        with torch.no_grad():
+            graph, logits = record(lambda: _logits(model, place), place.device)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        warnings.warn(f"evaluation launches kernels one by one, a graph of them failed: {reason}", stacklevel=2)
+        return None
     return _Recorded(graph, place, logits)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from mxfx.ground import ranks
+from mxfx.ground.recording import record
 from mxfx.ops.kernels.library import load_cpu
 from mxfx.runtime.cache import Storage
 
@@ -82,21 +82,6 @@ class RecordedStep:
         return logits
 
     def _record(self) -> None:
-        """Twice for real (kernels compile, libraries make their workspaces), then recorded.
-
-        The same token is written to the same slot each time.
-        """
-        side = torch.cuda.Stream(self._ids.device)
-        side.wait_stream(torch.cuda.current_stream(self._ids.device))
-        with torch.cuda.device(self._ids.device), torch.cuda.stream(side), torch.no_grad():
-            for _ in range(2):
-                self._step()
-        torch.cuda.current_stream(self._ids.device).wait_stream(side)
-        recording = torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.device(self._ids.device),
-            torch.no_grad(),
-            torch.cuda.graph(recording, capture_error_mode=ranks.recording()),
-        ):
-            self._logits = self._step()
-        self.recording = recording
+        """Each time the same token is written to the same slot."""
+        with torch.no_grad():
+            self.recording, self._logits = record(self._step, self._ids.device)
