@@ -36,6 +36,8 @@ def refuse(given: Plain) -> str | None:
     if None in kinds:
         odd = next(f"{name} in {fmt}" for name, fmt in _linear(given).items() if scheme_of(fmt) is None)
         return f"{odd}: it knows MXFP4 and MXFP8 (e4m3) in blocks of 32, NVFP4, and integers of 4 and 8 bits"
+    if (ragged := _ragged(given)) is not None:
+        return f"{ragged}: its readers take rows of whole blocks"
     if len(kinds) > 1:
         return f"weights in {len(kinds)} formats ({', '.join(sorted(map(str, kinds)))}); its reader takes one a file"
     if _NVFP4 in kinds and given.inputs:
@@ -45,6 +47,13 @@ def refuse(given: Plain) -> str | None:
         )
     strange = {f for path, f in given.inputs.items() if _stem(f) != _stem(given.formats.get(f"{path}.weight"))}
     return f"inputs in {next(iter(strange))}, which differ from their weights' format" if strange else None
+
+
+def _ragged(given: Plain) -> str | None:
+    """A weight whose rows are no whole number of blocks."""
+    linear = ((name, fmt, given.state[name].shape[-1]) for name, fmt in _linear(given).items())
+    odd = ((n, f, width) for n, f, width in linear if f.block is not None and width % f.block)
+    return next((f"{name} in {fmt} has rows of {width}" for name, fmt, width in odd), None)
 
 
 def scheme_of(fmt: Format) -> str | None:
@@ -85,7 +94,10 @@ def write(given: Plain, folder: Path, tokenizer: Any) -> tuple[str, ...]:
         tokenizer.save_pretrained(folder)
     notes = [f"{len(linear)} weights packed as {scheme}"]
     if given.inputs:
-        notes.append("its readers round activations in the same format, by the library's own rule for scales")
+        notes.append(
+            f"its readers round the inputs of {len(given.inputs)} linears in the same format, by the library's own rule "
+            "for scales"
+        )
     if scheme == _NVFP4:
         notes.append("each tensor has a scale of its own; a reader that fuses q, k, v or gate, up takes one for all")
     kept = [name for name in given.formats if name not in linear]
@@ -182,14 +194,18 @@ def _config(given: Plain, linear: Mapping[str, Format], scheme: str) -> dict[str
         dtype = torch.float8_e4m3fn if scheme == _NVFP4 else torch.uint8
         common |= {"scale_dtype": dtype, "zp_dtype": dtype}
     paths = [name.removesuffix(".weight") for name in linear]
-    args: dict[str, Any] = {"targets": paths, "weights": QuantizationArgs(**common), "format": scheme}
-    if any(path in given.inputs for path in paths):
-        args["input_activations"] = QuantizationArgs(**common, dynamic=True)
+    groups: dict[str, Any] = {}
+    for rounds in (True, False):
+        if targets := [path for path in paths if (path in given.inputs) is rounds]:
+            inputs = QuantizationArgs(**common, dynamic=True) if rounds else None
+            groups[f"group_{len(groups)}"] = QuantizationScheme(
+                targets=targets, weights=QuantizationArgs(**common), input_activations=inputs, format=scheme
+            )
     config = QuantizationConfig(
-        config_groups={"group_0": QuantizationScheme(**args)},
+        config_groups=groups,
         format=scheme,
         quantization_status="compressed",
-        ignore=[],
+        ignore=[path for path in given.linears() if path not in paths],
     )
     return config.to_dict()
 

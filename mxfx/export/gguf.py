@@ -40,7 +40,10 @@ def refuse(given: Plain) -> str | None:
     if given.mixed:
         return f"the parts of {given.mixed[0]} are in several formats: it stores one for the whole"
     odd = next(((n, f) for n, f in given.formats.items() if _type_of(f, given.state[n]) is None), None)
-    return None if odd is None else f"{odd[0]} in {odd[1]}: it knows MXFP4, MXINT4 and MXINT8 in blocks of 32"
+    if odd is None:
+        return None
+    width = given.state[odd[0]].shape[-1]
+    return f"{odd[0]} in {odd[1]} has rows of {width}: it knows MXFP4, MXINT4 and MXINT8 in whole blocks of 32"
 
 
 def _type_of(fmt: Format | None, weight: Tensor) -> Any:

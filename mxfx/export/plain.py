@@ -76,6 +76,10 @@ class Plain:
         named = skeleton.named_parameters(remove_duplicate=False)
         return frozenset(name for name, parameter in named if table is not None and parameter is table.weight)
 
+    def linears(self) -> tuple[str, ...]:
+        """Paths of the source model's linears."""
+        return tuple(path for path, module in _skeleton(self.config).named_modules() if isinstance(module, nn.Linear))
+
     def tied_copies(self) -> frozenset[str]:
         """Names under which the source model lists a tensor again: files hold it once, under its first name."""
         skeleton = _skeleton(self.config)

@@ -143,6 +143,20 @@ def test_compressed_tensors_reads_the_codes(weight: str, scheme: str, bits: floa
     assert payload * 8 / elements == bits
 
 
+def test_only_linears_whose_inputs_are_rounded_are_said_to_round_them(tmp_path: Path) -> None:
+    """Attention rounds weights alone, the head nothing."""
+    rules = "match = '.*mlp.*_proj'\nweight = 'mxint8@32'\ninput = 'mxint8@32'\n[[pass.rule]]\nmatch = '.*_proj'\n"
+    text = _ROUNDED.format(weight="mxint8@32", more="").replace("match  = '.*_proj'\n", rules) + _QUANTIZED
+    program = PassManager().run(trace(_model("qwen2-tiny")), loads(text).completed()).program
+    export(program, tmp_path / "out", "compressed-tensors")
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    rounds = {
+        path: group["input_activations"] for group in config["config_groups"].values() for path in group["targets"]
+    }
+    assert len(rounds) == 14 and config["ignore"] == ["lm_head"]
+    assert [path for path, how in rounds.items() if how is not None] == [path for path in rounds if ".mlp." in path]
+
+
 def test_nvfp4_weights_are_stored_with_codes_that_the_library_reads(tmp_path: Path) -> None:
     """Scales and elements are those of the format; its reader's own arithmetic gives the bits of the weights."""
     program = _program("nvfp4")
@@ -258,8 +272,13 @@ def test_baking_moves_transforms_into_the_weights_of_a_plain_model(more: str, af
         ("compressed-tensors", {"weight": "mxfp4_e2m1@16"}, "in mxfp4_e2m1@16: it knows"),
         ("compressed-tensors", {"weight": "mxfp4_e2m1@32", "more": 'input = "mxint8@32"'}, "inputs in mxint8@32"),
         ("compressed-tensors", {"weight": "nvfp4", "more": 'input = "nvfp4"'}, "inputs in nvfp4: its readers"),
-        ("gguf", {"weight": "nvfp4"}, "in nvfp4: it knows"),
-        ("gguf", {"weight": "mxint4@16"}, "in mxint4@16: it knows"),
+        (
+            "compressed-tensors",
+            {"weight": "mxint4@128"},
+            "q_proj.weight in mxint4@128 has rows of 64: its readers take",
+        ),
+        ("gguf", {"weight": "nvfp4"}, "in nvfp4 has rows of 64: it knows"),
+        ("gguf", {"weight": "mxint4@16"}, "in mxint4@16 has rows of 64: it knows"),
         ("gguf", {"weight": "mxint4@32", "more": 'input = "mxint4@32"'}, "a GGUF reader rounds activations"),
         ("gguf", {"weight": "mxint4@32", "family": "gemma3-tiny"}, "could not be proved"),
         (
