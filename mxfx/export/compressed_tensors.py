@@ -89,14 +89,15 @@ def write(given: Plain, folder: Path, tokenizer: Any) -> tuple[str, ...]:
     config.architectures = [given.program.source.architecture]
     config.quantization_config = _config(given, linear, scheme)
     config.save_pretrained(folder)
+    given.write_generation(folder)
     save_torch_state_dict(state, folder, max_shard_size="4GB", metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     notes = [f"{len(linear)} weights packed as {scheme}"]
     if given.inputs:
         notes.append(
-            f"its readers round the inputs of {len(given.inputs)} linears in the same format, by the library's own rule "
-            "for scales"
+            f"its readers round the inputs of {len(given.inputs)} linears in the same format, by the library's own "
+            "rule for scales"
         )
     if scheme == _NVFP4:
         notes.append("each tensor has a scale of its own; a reader that fuses q, k, v or gate, up takes one for all")

@@ -20,6 +20,7 @@ def refuse(given: Plain) -> str | None:
 
 def write(given: Plain, folder: Path, tokenizer: Any) -> tuple[str, ...]:
     given.model().save_pretrained(folder)
+    given.write_generation(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     notes = []

@@ -11,6 +11,7 @@ import copy
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ from mxfx.formats import E8M0, Encoded, Format, ScaleRule
 from mxfx.graph.execute import execute
 from mxfx.graph.experts import TRANSPOSED
 from mxfx.graph.node import info, kind, op_name, path_of, paths_of
-from mxfx.graph.program import Program
+from mxfx.graph.program import GENERATION, Program
 from mxfx.graph.weights import WeightStore
+from mxfx.ground.files import write_json
 from mxfx.rewrite.basis import bias_of
 from mxfx.rewrite.operands import is_rounded
 from mxfx.rewrite.parts import parts, whole
-from mxfx.runtime.causal_lm import with_floats
+from mxfx.runtime.causal_lm import configs_of, with_floats
 
 _TRANSFORMS = ("hadamard", "block_transform", "transform_quantize", "hadamard_quantize", "norm_quantize")
 _PROBE = (2, 12)
@@ -68,6 +70,10 @@ class Plain:
         if bare:
             raise ExportError(f"the source model stores {bare[0]}, which the program does not hold")
         return model.eval()
+
+    def write_generation(self, folder: Path) -> None:
+        """How the source model generates (the ends of its texts, sampling), as transformers and servers read it."""
+        write_json(folder / "generation_config.json", configs_of(self.program)[1].to_diff_dict())
 
     def embeddings(self) -> frozenset[str]:
         """Names of the token embedding's table, those of a head that shares it included."""
@@ -138,7 +144,7 @@ def source_config(program: Program) -> Any:
     from transformers import AutoConfig
 
     values = dict(program.source.config)
-    for key in ("transformers_version", "_attn_implementation", "_name_or_path", "loss_type"):
+    for key in ("transformers_version", "_attn_implementation", "_name_or_path", "loss_type", GENERATION):
         values.pop(key, None)
     return AutoConfig.for_model(str(values.pop("model_type")), **with_floats(values))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from mxfx.config import loads
 from mxfx.export import target as module
@@ -99,6 +99,19 @@ def test_a_plain_model_opens_with_the_rounded_weights(weight: str, family: str, 
     assert written.checks["relative error of float32 logits"] <= 1e-5
     assert written.checks["of them quantized"] >= 8
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_how_the_source_generates_goes_along(tmp_path: Path) -> None:
+    """Texts of a chat model end with any of several tokens, which its configuration does not name."""
+    model = _in_bfloat16(tiny("llama-tiny"))
+    model.generation_config = GenerationConfig(eos_token_id=[2, 7], temperature=0.6, do_sample=True)
+    text = _ROUNDED.format(weight="mxint4@32", more="")
+    program = PassManager().run(trace(model), loads(text).completed()).program
+    for to in ("hf", "compressed-tensors"):
+        export(program, tmp_path / to, to)
+        found = GenerationConfig.from_pretrained(tmp_path / to)
+        assert (found.eos_token_id, found.temperature, found.do_sample) == ([2, 7], 0.6, True)
+        assert "generation_config" not in json.loads((tmp_path / to / "config.json").read_text())
 
 
 #: An architecture that stores weights as ``(in, out)`` → how many of them a rule by role takes: all, or the experts'.
