@@ -16,7 +16,7 @@ from torch import Tensor
 from mxfx.export.errors import ExportError
 from mxfx.export.nvfp4 import find_nvfp4
 from mxfx.export.plain import Plain, on_grid
-from mxfx.export.prove import same_logits, same_values
+from mxfx.export.prove import opened, same_logits, same_values
 from mxfx.export.target import Target, register
 from mxfx.formats import E4M3, E8M0, FloatElement, Format, IntElement
 
@@ -108,11 +108,9 @@ def write(given: Plain, folder: Path, tokenizer: Any) -> tuple[str, ...]:
 
 
 def prove(given: Plain, folder: Path) -> Mapping[str, object]:
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+    from transformers import CompressedTensorsConfig
 
-    read = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
-    ).eval()
+    read = opened(folder, quantization_config=CompressedTensorsConfig(dequantize=True))
     named = {n: p.detach() for n, p in read.named_parameters(remove_duplicate=False)}
     if set(named) != set(given.state):
         raise ExportError(f"transformers reads other parameters: {sorted(set(named) ^ set(given.state))[:3]}")

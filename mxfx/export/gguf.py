@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mxfx.export.errors import ExportError
 from mxfx.export.plain import Plain, on_grid
-from mxfx.export.prove import same_logits, same_values
+from mxfx.export.prove import opened, same_logits, same_values
 from mxfx.export.target import Target, register
 from mxfx.formats import E8M0, Format, IntElement
 
@@ -26,6 +26,7 @@ FILE = "model.gguf"
 
 
 def refuse(given: Plain) -> str | None:
+    from gguf import MODEL_ARCH_NAMES
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     if given.lost:
@@ -35,6 +36,8 @@ def refuse(given: Plain) -> str | None:
         return f"the input of {path} in {fmt}: a GGUF reader rounds activations by its own rules (leave `input` out)"
     if given.config.model_type not in GGUF_SUPPORTED_ARCHITECTURES:
         return f"transformers reads no GGUF of architecture {given.config.model_type!r}, so it could not be proved"
+    if given.config.model_type not in MODEL_ARCH_NAMES.values():
+        return f"GGUF has no architecture of the name {given.config.model_type!r}"
     if given.turned:
         return f"the source model keeps {next(iter(given.turned))} as (in, out): its blocks run along the first axis"
     if given.mixed:
@@ -87,9 +90,13 @@ def write(given: Plain, folder: Path, tokenizer: Any) -> tuple[str, ...]:
 
 
 def prove(given: Plain, folder: Path) -> Mapping[str, object]:
-    from transformers import AutoModelForCausalLM
-
-    read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32).eval()
+    read = opened(folder, gguf_file=FILE)
+    # No window shows in a few tokens.
+    windows = [getattr(config, "sliding_window", None) for config in (given.config, read.config)]
+    if windows[0] != windows[1]:
+        raise ExportError(
+            f"the model's sliding_window is {windows[0]}, which a reader of the file takes for {windows[1]}"
+        )
     named = {n: p.detach() for n, p in read.named_parameters(remove_duplicate=False)}
     size = (folder / FILE).stat().st_size
     return same_values(given, named) | same_logits(given, read) | {"bytes": size}
@@ -168,7 +175,9 @@ def _add_config(writer: Any, config: Any) -> None:
     from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
     kind = config.model_type
-    for key, attribute in GGUF_TO_TRANSFORMERS_MAPPING["config"][kind].items():
+    # llama.cpp takes heads to divide the hidden size where these are missing.
+    widths = {f"attention.{name}_length": "head_dim" for name in ("key", "value")}
+    for key, attribute in (widths | GGUF_TO_TRANSFORMERS_MAPPING["config"][kind]).items():
         value = _attribute(config, attribute) if attribute else None
         if value is None:
             continue

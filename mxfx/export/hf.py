@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mxfx.export.plain import Plain
-from mxfx.export.prove import same_logits, same_values
+from mxfx.export.prove import opened, same_logits, same_values
 from mxfx.export.target import Target, register
 
 
@@ -32,9 +30,7 @@ def write(given: Plain, folder: Path, tokenizer: Any) -> tuple[str, ...]:
 
 
 def prove(given: Plain, folder: Path) -> Mapping[str, object]:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = opened(folder)
     named = dict(model.named_parameters(remove_duplicate=False))
     return same_values(given, {name: tensor.detach() for name, tensor in named.items()}) | same_logits(given, model)
 

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mxfx.export.errors import ExportError
 from mxfx.export.plain import Plain
+from mxfx.ground.errors import reason_of
 
 #: Largest relative difference of float32 logits, read back against the simulation.
 TOLERANCE = 1e-5
+
+
+def opened(folder: Path, **options: Any) -> nn.Module:
+    """What transformers makes of a folder, in float32. Raises ``ExportError`` where it opens none."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    except OSError:
+        raise
+    except Exception as error:
+        # Its readers raise what they meet: a size that the file cannot say, a token that the vocabulary lacks.
+        raise ExportError(f"transformers does not open what was written: {reason_of(error)}") from error
+    return model.eval()
 
 
 def same_values(given: Plain, read: Mapping[str, Tensor]) -> dict[str, object]:

@@ -247,7 +247,9 @@ def test_gguf_holds_the_codes_in_its_own_types(weight: str, kind: str, tmp_path:
     program = _program(weight)
     written = export(program, tmp_path / "out", "gguf")
     assert written.checks["relative error of float32 logits"] <= 1e-5
-    tensors = {t.name: t for t in GGUFReader(tmp_path / "out/model.gguf").tensors}
+    reader = GGUFReader(tmp_path / "out/model.gguf")
+    assert [reader.fields[f"llama.attention.{name}_length"].contents() for name in ("key", "value")] == [16, 16]
+    tensors = {t.name: t for t in reader.tensors}
     linears = [t for name, t in tensors.items() if name.startswith("blk.") and "norm" not in name]
     assert len(linears) == 14 and {t.tensor_type.name for t in linears} == {kind}
     down = tensors["blk.1.ffn_down.weight"]
@@ -294,6 +296,8 @@ def test_baking_moves_transforms_into_the_weights_of_a_plain_model(more: str, af
         ("gguf", {"weight": "mxint4@16"}, "in mxint4@16 has rows of 64: it knows"),
         ("gguf", {"weight": "mxint4@32", "more": 'input = "mxint4@32"'}, "a GGUF reader rounds activations"),
         ("gguf", {"weight": "mxint4@32", "family": "gemma3-tiny"}, "could not be proved"),
+        ("gguf", {"weight": "mxint4@32", "family": "mistral-tiny"}, "GGUF has no architecture of the name 'mistral'"),
+        ("gguf", {"weight": "mxint4@32", "family": "qwen3-tiny"}, "transformers does not open what was written: "),
         (
             "hf",
             {"weight": "mxint4@32", "more": _CACHE, "after": "[[pass]]\nname = 'quantize-kv-cache'\n"},
@@ -307,6 +311,16 @@ def test_what_a_target_cannot_express_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(ExportError, match=reason):
         export(_program(**options), tmp_path / "out", to)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_window_that_a_gguf_reader_does_not_read_is_refused(tmp_path: Path) -> None:
+    """It is longer than the text of the proof."""
+    model = _in_bfloat16(tiny("qwen2-tiny", use_sliding_window=True, sliding_window=64, max_window_layers=0))
+    text = _ROUNDED.format(weight="mxint4@32", more="")
+    program = PassManager().run(trace(model), loads(text).completed()).program
+    with pytest.raises(ExportError, match="sliding_window is 64, which a reader of the file takes for None"):
+        export(program, tmp_path / "out", "gguf")
     assert list(tmp_path.iterdir()) == []
 
 
