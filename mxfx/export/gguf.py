@@ -164,8 +164,10 @@ def _undo(processor: Any, name: str, mapping: Mapping[str, str], tensor: Tensor)
         raise ExportError(f"the reader of {name} does more than move its elements, which cannot be undone")
 
     def unread(value: Tensor) -> Tensor:
+        # A gain near 1 has fewer digits than what it is more than 1, and these are bfloat16's.
+        value = value.float() - shift if shift else value
         source = torch.empty_like(value).flatten()
-        source[order] = (value - shift).flatten() if shift else value.flatten()
+        source[order] = value.flatten()
         return source.reshape(value.shape)
 
     return unread

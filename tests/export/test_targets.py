@@ -314,6 +314,13 @@ def test_what_a_target_cannot_express_is_refused_with_the_reason(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_gains_to_which_a_gguf_reader_adds_are_held_in_float32(tmp_path: Path) -> None:
+    """The norms of Nemotron: in bfloat16 most of the sums would be others."""
+    text = _ROUNDED.format(weight="mxint4@32", more="").replace('[[pass]]\nname = "fuse-norm"\n', "")
+    program = PassManager().run(trace(_in_bfloat16(build("nemotron"))), loads(text).completed()).program
+    assert export(program, tmp_path / "out", "gguf").checks["relative error of float32 logits"] <= 1e-5
+
+
 def test_a_window_that_a_gguf_reader_does_not_read_is_refused(tmp_path: Path) -> None:
     """It is longer than the text of the proof."""
     model = _in_bfloat16(tiny("qwen2-tiny", use_sliding_window=True, sliding_window=64, max_window_layers=0))
