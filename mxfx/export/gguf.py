@@ -205,26 +205,40 @@ def _add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
 
     from gguf import TokenType
 
-    data = json.loads(tokenizer.backend_tokenizer.to_str())
-    if data["model"]["type"] != "BPE":
-        raise ExportError(f"the tokenizer is a {data['model']['type']}, and only byte-level BPE is written")
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    data = {"model": {"type": type(tokenizer).__name__}} if backend is None else json.loads(backend.to_str())
+    if data["model"]["type"] != "BPE" or "ByteLevel" not in _kinds(data["pre_tokenizer"]):
+        raise ExportError(f"the tokenizer is a {data['model']['type']}, and only BPE over bytes is written, as GPT-2's")
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
-    special = set(tokenizer.all_special_ids)
+    added, special = tokenizer.added_tokens_decoder, set(tokenizer.all_special_ids)
     tokens = [by_id.get(i, f"[PAD{i}]") for i in range(size)]
-    types = [
-        TokenType.CONTROL if i in special else TokenType.NORMAL if i in by_id else TokenType.UNUSED for i in range(size)
-    ]
+
+    def kind(i: int) -> TokenType:
+        # Tokens of a chat's template are marked special where they are added, and need have no role.
+        if i in special or (i in added and added[i].special):
+            return TokenType.CONTROL
+        return TokenType.USER_DEFINED if i in added else TokenType.NORMAL if i in by_id else TokenType.UNUSED
+
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
-    writer.add_token_types(types)
+    writer.add_token_types([kind(i) for i in range(size)])
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]])
-    for add, token in ((writer.add_bos_token_id, "bos"), (writer.add_eos_token_id, "eos")):
+    said = tokenizer("a").input_ids
+    for token, begins_or_ends in (("bos", said[:1]), ("eos", said[-1:])):
         index = getattr(tokenizer, f"{token}_token_id")
         if index is not None:
-            add(index)
+            getattr(writer, f"add_{token}_token_id")(index)
+            getattr(writer, f"add_add_{token}_token")(begins_or_ends == [index])
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def _kinds(part: Any) -> set[str]:
+    """What a pre-tokenizer is made of."""
+    if part is None:
+        return set()
+    return {part["type"]}.union(*map(_kinds, part.get("pretokenizers", ())))
 
 
 register(Target("gguf", "one file for llama.cpp", refuse, write, prove, needs=("gguf",)))

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from mxfx.config import loads
 from mxfx.export import target as module
@@ -256,6 +257,39 @@ def test_gguf_holds_the_codes_in_its_own_types(weight: str, kind: str, tmp_path:
     assert down.tensor_type.name == kind
     expected = _weight(program, f"{_PROJ}.weight").float().numpy()
     assert np.array_equal(dequantize(down.data, down.tensor_type), expected)
+
+
+def _bpe(pre_tokenizer: pre_tokenizers.PreTokenizer) -> PreTrainedTokenizerFast:
+    """A token that opens every text, one of a chat's template, one that a user added; 128 words."""
+    words = {chr(0x21 + i): i for i in range(64)}
+    bpe = Tokenizer(models.BPE({**words, "AB": 64}, [("A", "B")]))
+    bpe.pre_tokenizer = pre_tokenizer
+    bpe.add_special_tokens([AddedToken(text, special=True) for text in ("<s>", "</s>", "<|turn|>")])
+    bpe.add_tokens([AddedToken("<tool>", special=False)])
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 65)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+def test_a_gguf_file_has_the_tokenizer_and_what_kind_each_token_is(tmp_path: Path) -> None:
+    from gguf import GGUFReader, TokenType
+
+    tokenizer = _bpe(pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel()]))
+    export(_program("mxint4@32/mse"), tmp_path / "out", "gguf", tokenizer=tokenizer)
+    fields = GGUFReader(tmp_path / "out/model.gguf").fields
+    held = {name.removeprefix("tokenizer.ggml."): field.contents() for name, field in fields.items()}
+    assert (held["model"], held["tokens"][64:69]) == ("gpt2", ["AB", "<s>", "</s>", "<|turn|>", "<tool>"])
+    assert held["token_type"][64:70] == [
+        TokenType.NORMAL, *[TokenType.CONTROL] * 3, TokenType.USER_DEFINED, TokenType.UNUSED,
+    ]  # fmt: skip
+    assert (held["merges"], held["bos_token_id"], held["eos_token_id"]) == (["A B"], 65, 66)
+    assert (held["add_bos_token"], held["add_eos_token"]) == (True, False)
+
+
+def test_a_tokenizer_of_another_kind_is_not_written_as_one_over_bytes(tmp_path: Path) -> None:
+    """SentencePiece's is a BPE too."""
+    with pytest.raises(ExportError, match="only BPE over bytes is written"):
+        export(_program("mxint4@32/mse"), tmp_path / "out", "gguf", tokenizer=_bpe(pre_tokenizers.Metaspace()))
+    assert list(tmp_path.iterdir()) == []
 
 
 #: What a program that a run saves has gone through behind the user's passes.
