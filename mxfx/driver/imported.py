@@ -20,7 +20,7 @@ from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
 from mxfx.graph.trace import trace
 from mxfx.ground.errors import reason_of
-from mxfx.ground.files import new_folder, read_json
+from mxfx.ground.files import new_folder, read_json, why_not_new
 from mxfx.ops.catalogue import spec
 from mxfx.passes import InsertFakeQuant, RoundWeights
 from mxfx.pipeline.manager import PassManager
@@ -42,8 +42,8 @@ def import_checkpoint(folder: Path, out: Path, dtype: str | None = None) -> Iter
     """
     if dtype is not None:
         check_dtype(dtype)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(f"{out} exists already and is not empty; give a new folder with --out")
+    if (why := why_not_new(out)) is not None:
+        raise ModelError(f"{out} {why}; give a new folder with --out")
     config = _config(folder)
     groups = _groups(folder, config)
     dtype, whose = (dtype, "as asked") if dtype is not None else _own_dtype(folder, config)

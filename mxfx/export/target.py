@@ -17,7 +17,7 @@ from mxfx.export.plain import plain
 from mxfx.export.unpack import unpacked
 from mxfx.graph.program import Program
 from mxfx.ground.errors import reason_of
-from mxfx.ground.files import new_folder
+from mxfx.ground.files import new_folder, why_not_new
 from mxfx.ground.nearest import did_you_mean
 
 
@@ -77,8 +77,8 @@ def export(program: Program, folder: Path | str, to: str, *, bake: bool = False,
     """
     target = _find(to)
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ExportError(f"{folder} exists already and is not empty; give a new folder")
+    if (why := why_not_new(folder)) is not None:
+        raise ExportError(f"{folder} {why}; give a new folder")
     if program.phases is not None:
         raise ExportError(
             f"{to} cannot hold this model: it has a program for prefill and one for decode; "

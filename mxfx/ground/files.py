@@ -103,11 +103,19 @@ def unfinished(path: Path) -> Iterator[Path]:
         _unfinished.discard(path)
 
 
+def why_not_new(folder: Path) -> str | None:
+    """Why ``new_folder`` would not make a folder; None if it would."""
+    if not folder.name:
+        return "is no name that a new folder could have"
+    there = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    return "exists already and is not empty" if there else None
+
+
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write in, which becomes ``folder`` once it is left: that one is there whole or not at all.
 
-    ``folder`` must not exist or be empty. Raises ``OSError``.
+    ``folder`` must not exist or be empty (``why_not_new``). Raises ``OSError``.
     """
     with unfinished(folder.with_name(f"{folder.name}.{os.getpid()}{_SUFFIX}")) as partial:
         partial.mkdir(parents=True)

@@ -419,6 +419,8 @@ def test_unknown_targets_and_full_folders_are_refused(tmp_path: Path) -> None:
         export(_program("mxint4@32"), tmp_path / "out", "ggfu")
     with pytest.raises(ExportError, match="is not empty; give a new folder"):
         export(_program("mxint4@32"), tmp_path / "full", "hf")
+    with pytest.raises(ExportError, match=r"^\. is no name that a new folder could have; give a new folder"):
+        export(_program("mxint4@32"), ".", "hf")
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
