@@ -34,9 +34,10 @@ from mxfx.graph.program import Program
 from mxfx.ground import ranks
 from mxfx.ground.clock import Clock, part
 from mxfx.ground.files import write_json
+from mxfx.ground.progress import on_terminal
 from mxfx.ground.versions import version
 from mxfx.ops.kernels.build import build_ahead
-from mxfx.pipeline.instruments import Numbers, Verify
+from mxfx.pipeline.instruments import Begun, Numbers, Verify
 from mxfx.pipeline.manager import PipelineResult
 from mxfx.report.linears import linears_of
 from mxfx.report.memory import memory
@@ -131,6 +132,8 @@ def _run_one(named: Named, model: FloatModel, directory: RunDirectory | None, op
         folder.begin(to_toml(pipeline))
     started = time.perf_counter()
     instruments = default_instruments(pipeline, *((folder.ir, folder.repro) if folder else ()))
+    if not on_terminal():
+        instruments.insert(0, Begun(options.say))
     cache = None if folder is None else folder.cache
     result = job.run(pipeline, instruments, cache=cache, strict=options.strict)
     seconds = time.perf_counter() - started

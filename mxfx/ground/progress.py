@@ -13,6 +13,13 @@ def announced(description: str, total: int | None) -> str:
     return description if total is None else f"{description} ({total} step{'' if total == 1 else 's'})"
 
 
+def on_terminal() -> bool:
+    """Whether standard error is a terminal, which shows bars; a log gets lines."""
+    from rich.console import Console
+
+    return Console(stderr=True).is_terminal
+
+
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Yield ``items`` under a bar with the time that is left; the bar disappears when it is done.
 

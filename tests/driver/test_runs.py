@@ -262,6 +262,8 @@ def test_a_model_that_several_pipelines_share_is_traced_once(
     said = mxfx("run", pipeline, tmp_path / "again.toml", "--out", tmp_path / "out")
     assert said.code == 0, said.err
     assert len(traced) == 1
+    # Standard error is no terminal: where a run is, a log tells.
+    assert [line for line in said.err.splitlines() if "round-weights" in line] == ["pass 6 of 17: round-weights"] * 2
     first, again = (to_text(load(tmp_path / "out" / name / "model")) for name in ("p", "again"))
     assert again.replace("again.toml", "p.toml") == first
 
