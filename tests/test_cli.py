@@ -114,7 +114,7 @@ def test_another_model_is_no_float_model_of_what_is_evaluated(
     mxfx: Run, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(shutil.copytree(finished, tmp_path / "again"))
-    save_model(Path("other"), "qwen2-tiny")
+    save_model(Path("other"), "qwen3-tiny")
     said = mxfx("eval", "out", "--eval-data", "texts", "--float", "./other")
     assert said.code == 2 and "expected the float model that it was made of" in said.err
 

@@ -98,8 +98,9 @@ def text_domain(
     windows = tuple(
         window for index, ids in enumerate(encoded) for window in rolling_windows(ids, prefix, max_length, index)
     )
-    if sum(window.scored for window in windows) < 2:
-        raise EvaluationError(f"evaluation data {path or name}: its text is one token, expected at least 2")
+    if (count := sum(window.scored for window in windows)) < 2:
+        where = f"evaluation data {path or name}"
+        raise EvaluationError(f"{where}: the tokenizer makes {count} of it, expected at least 2 tokens")
     sha = hashlib.blake2b("\0".join(d.text for d in documents).encode("utf-8"), digest_size=32).hexdigest()
     return Domain(name, "hub" if path is None else str(path), documents, windows, sha, max_length, limit_tokens)
 

@@ -270,7 +270,7 @@ def test_an_unknown_task_and_a_senseless_limit_are_refused(model, tokenizer, pag
 
 def test_a_text_of_one_token_is_refused(tokenizer, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("a")
-    with pytest.raises(EvaluationError, match=r"one\.txt: its text is one token, expected at least 2"):
+    with pytest.raises(EvaluationError, match=r"one\.txt: the tokenizer makes 1 of it, expected at least 2 tokens"):
         text_domain("one", tokenizer, path=tmp_path / "one.txt")
 
 
