@@ -121,14 +121,14 @@ def _is_measured(step: Mapping[str, Any]) -> bool:
 
 
 def _heat_map(ledger: Mapping[str, Any]) -> dict[str, Any]:
-    rows: dict[str, dict[int, float | None]] = {}
+    rows: dict[str, dict[int, float | str | None]] = {}
     for name, db in ledger["operands"].items():
         layer, _, operand = name.partition("/")
         rows.setdefault(operand, {})[int(layer)] = db
     for layer, db in ledger["layers"].items():
         rows.setdefault("residual", {})[int(layer)] = db
     layers = 1 + max(layer for row in rows.values() for layer in row)
-    known = [db for row in rows.values() for db in row.values() if db is not None]
+    known = [db for row in rows.values() for db in row.values() if isinstance(db, int | float)]
     low, high = min(known, default=0.0), max(known, default=1.0)
     cells = [(name, [_heat(rows[name], i, low, high) for i in range(layers)]) for name in sorted(rows, key=_row_order)]
     return {"layers": layers, "low": low, "high": high, "rows": cells}
@@ -138,13 +138,15 @@ def _row_order(operand: str) -> tuple[int, str]:
     return (_OPERANDS.index(operand) if operand in _OPERANDS else len(_OPERANDS), operand)
 
 
-def _heat(row: Mapping[int, float | None], layer: int, low: float, high: float) -> tuple[str, str, str, str]:
+def _heat(row: Mapping[int, float | str | None], layer: int, low: float, high: float) -> tuple[str, str, str, str]:
     """A cell: its class, its place between the lowest and the highest, what it says, what it shows."""
     if layer not in row:
         return "none", "", "not comparable (another basis or shape)", ""
     db = row[layer]
     if db is None:
         return "", "1", "equal", ""
+    if isinstance(db, str):
+        return "none", "", db, "!"
     return "", f"{(db - low) / max(high - low, 1e-9):.3f}", f"{db:.1f} dB", f"{db:.0f}"
 
 

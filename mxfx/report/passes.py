@@ -62,7 +62,7 @@ def lost(findings: Mapping[str, object]) -> tuple[str, str]:
     sqnr = ledger["sqnr"]
     # JSON has no NaN: a divergence that is none is null in a file.
     kl = math.nan if ledger["kl"] is None else ledger["kl"]
-    return f"{kl:.3g}", "∞" if sqnr is None else f"{sqnr:.1f}"
+    return f"{kl:.3g}", "∞" if sqnr is None else sqnr if isinstance(sqnr, str) else f"{sqnr:.1f}"
 
 
 def account_lines(result: PipelineResult) -> Iterator[str]:

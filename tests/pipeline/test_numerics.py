@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from mxfx.graph.verify import VerifyError
 from mxfx.pipeline.bisect import NothingFound, bisect
 from mxfx.pipeline.instruments import BudgetError, Ledger, Numbers, NumericsError, Verify
 from mxfx.pipeline.manager import PassManager
+from mxfx.report.passes import lost
 from mxfx.rewrite import Close, Exact, Local, Lossy, Pass
 from mxfx.rewrite.pass_ import _REGISTRY, register
 
@@ -219,6 +221,26 @@ def test_the_ledger_says_what_each_lossy_pass_costs(program):
     assert set(ledgers[-1]["layers"]) == {"0", "1"}
     assert {"0/q_proj", "1/down_proj", "1/attention"} <= set(ledgers[-1]["operands"])
     assert 0 < ledgers[-1]["sqnr"] < 40 and ledgers[-1]["ppl_ratio"] > 0
+
+
+def test_the_ledger_does_not_call_what_is_not_finite_equal(program):
+    @dataclass(frozen=True)
+    class Break(Pass):
+        """What layer 1 reads is NaN."""
+
+        name: ClassVar[str] = "break"
+        numerics: ClassVar = Lossy()
+
+        def run(self, rw, ctx):
+            rw.match(next(rw.program.nodes("linear")))
+            name = "model.layers.0.mlp.up_proj.weight"
+            rw.set_weight(name, rw.weights.master(name) * math.nan)
+
+    (step,) = PassManager([Ledger()]).run(program("llama-tiny", "raised"), [Break()]).steps
+    found = step.findings["ledger"]
+    assert found["operands"]["0/up_proj"] == found["layers"]["1"] == found["sqnr"] == "not finite"
+    assert found["operands"]["0/q_proj"] is None
+    assert lost(step.findings) == ("nan", "not finite")
 
 
 def test_a_budget_stops_the_run_at_the_pass_that_exceeds_it(program):

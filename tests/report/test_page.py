@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mxfx import cli
+from mxfx.report.html import _heat_map
 from mxfx.report.html import page as page_of
 from tests.local_model import save_model, save_texts
 
@@ -241,3 +242,9 @@ def has_contrast(picture: Path, dark: bool) -> bool:
     pixels = imread(picture)[..., :3]
     corner = pixels[0, 0].mean()
     return bool((corner < 0.3) == dark and abs(pixels - pixels[0, 0]).max() > 0.5)
+
+
+def test_a_cell_of_the_heat_map_that_is_not_finite_is_not_called_equal() -> None:
+    ledger = {"kl": None, "operands": {"0/q_proj": None, "0/up_proj": "not finite"}, "layers": {"0": 20.0}}
+    rows = dict(_heat_map(ledger)["rows"])
+    assert [cell[2:] for cell in (rows["q_proj"][0], rows["up_proj"][0])] == [("equal", ""), ("not finite", "!")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,11 @@ from mxfx.pipeline.manager import Instrument, Run, Step
 from mxfx.pipeline.probe import Probe, log_probabilities, mean_kl_of, precision_of_kl, sqnr
 from mxfx.rewrite import Close, Lossy
 
+#: Instead of the SQNR of a value that is not finite where the float model's is.
+NOT_FINITE = "not finite"
+#: The largest number of which Python takes the exponential.
+_LARGEST = math.log(sys.float_info.max)
+
 
 class BudgetError(CheckError, ValueError):
     """A pass lost more than the pipeline's budget allows."""
@@ -30,7 +36,8 @@ class Ledger(Instrument):
     ``kl``: mean KL divergence of the next-token distribution, nats. ``sqnr``: of the logits, dB. ``ppl_ratio``:
     perplexity
     of the probe ids over that of the float program. ``layers``: SQNR of the residual stream after each layer, dB.
-    ``operands``: SQNR by layer and operand (``q_proj``, ``attention`` …), the data of a heat map.
+    ``operands``: SQNR by layer and operand (``q_proj``, ``attention`` …), the data of a heat map. An SQNR is None where
+    nothing was lost, and ``NOT_FINITE`` where a value is not.
 
     ``budget`` stops the run with ``BudgetError``. Programs without data (meta) are not measured, and the finding
     says so.
@@ -81,14 +88,15 @@ class Ledger(Instrument):
         if self._log_p is None or self._log_p.dtype != wide:
             self._log_p = log_probabilities(self._logits, wide)
         log_q = log_probabilities(logits, wide)
-        ratio = math.exp(_cross_entropy(log_q, ids) - _cross_entropy(self._log_p, ids))
+        more = _cross_entropy(log_q, ids) - _cross_entropy(self._log_p, ids)
+        ratio = math.inf if more > _LARGEST else math.exp(more)
         common = {n: sqnr(v, self._reference[n]) for n, v in values.items() if _comparable(self._reference.get(n), v)}
         return {
             "kl": mean_kl_of(log_q, self._log_p),
-            "sqnr": _finite(sqnr(logits, self._logits)),
+            "sqnr": _figure(sqnr(logits, self._logits)),
             "ppl_ratio": ratio,
-            "layers": {n.split("/")[0]: _finite(db) for n, db in common.items() if n.endswith("/residual")},
-            "operands": {n: _finite(db) for n, db in common.items() if not n.endswith("/residual")},
+            "layers": {n.split("/")[0]: _figure(db) for n, db in common.items() if n.endswith("/residual")},
+            "operands": {n: _figure(db) for n, db in common.items() if not n.endswith("/residual")},
         }
 
     def _hold(self, step: Step, entry: dict[str, object]) -> None:
@@ -155,6 +163,6 @@ def _cross_entropy(log_probabilities: Tensor, ids: Tensor) -> float:
     return -float(log_probabilities[:, :-1].gather(-1, ids[:, 1:, None]).mean(dtype=torch.float64))
 
 
-def _finite(db: float) -> float | None:
-    """JSON has no infinity: equal tensors have no noise to speak of."""
-    return db if math.isfinite(db) else None
+def _figure(db: float) -> float | str | None:
+    """JSON has no infinity: None for equal tensors, which have no noise to speak of."""
+    return db if math.isfinite(db) else None if db > 0 else NOT_FINITE
