@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, fx
+from torch import fx
 
 from mxfx.formats import Format, parse
 from mxfx.graph.node import info, op_name, path_of
@@ -13,7 +13,7 @@ from mxfx.graph.program import Program
 from mxfx.ops.catalogue import Contraction, Spec, spec, weights_of
 from mxfx.rewrite import PassRecord
 from mxfx.rewrite.operands import is_quantized, is_rounded
-from mxfx.rewrite.size import Multiplied, multiplied
+from mxfx.rewrite.size import Multiplied, multiplied, weight_bits
 
 
 @dataclass(frozen=True)
@@ -214,32 +214,4 @@ def _quantized_above(node: fx.Node, steps: int = 3) -> bool:
     return False
 
 
-def weight_bits(program: Program) -> tuple[float, int]:
-    """Bits and elements of every floating tensor in the store; tied names count once, untied copies twice.
-
-    A tensor is in a format only if each reader has rounded it to that format; else it counts at the model's dtype.
-    """
-    formats = _stored_formats(program)
-    bits, count = 0.0, 0
-    for name, tensor in program.weights.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            continue
-        fmt = formats.get(name)
-        wide = 32 if name in program.weights.constants else program.dtype.itemsize * 8
-        bits += tensor.numel() * (wide if fmt is None else fmt.bits_per_element)
-        count += tensor.numel()
-    return bits, count
-
-
-def _stored_formats(program: Program) -> dict[str, Format]:
-    found: dict[str, set[Format | None]] = {}
-    for node in program.graph.nodes:
-        roles = {source: name for name, source in weights_of(node).items()}
-        for source in (n for n in node.all_input_nodes if n.op == "get_attr"):
-            role = roles.get(source, "")
-            fmt = info(node).formats[role].format if role in info(node).formats and is_rounded(node, role) else None
-            found.setdefault(program.weights.canonical(str(source.target)), set()).add(fmt)
-    return {name: fmt for name, seen in found.items() if len(seen) == 1 and (fmt := next(iter(seen))) is not None}
-
-
-__all__ = ["Coverage", "Gemm", "RoleShare", "Row", "coverage", "weight_bits"]
+__all__ = ["Coverage", "Gemm", "RoleShare", "Row", "coverage"]

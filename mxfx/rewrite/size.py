@@ -23,6 +23,12 @@ def bits_per_weight(program: Program, *, planned: bool = False) -> float:
     A tensor counts in its format once it lies on that grid (``planned``: once it is annotated), else in the program's
     dtype; constants such as rotary frequencies count in float32.
     """
+    bits, count = weight_bits(program, planned=planned)
+    return bits / max(count, 1)
+
+
+def weight_bits(program: Program, *, planned: bool = False) -> tuple[float, int]:
+    """Bits and elements of all weights, as ``bits_per_weight`` counts them."""
     bits = 0.0
     count = 0
     for name, tensor in program.weights.items():
@@ -33,7 +39,7 @@ def bits_per_weight(program: Program, *, planned: bool = False) -> float:
         else:
             count += round(tensor.nbytes * 8 / bits_a_code) if bits_a_code else 0
             bits += tensor.nbytes * 8
-    return bits / max(count, 1)
+    return bits, count
 
 
 def packed_bits(program: Program, name: str) -> int | None:

@@ -11,12 +11,13 @@ import pytest
 
 from mxfx.config import from_text
 from mxfx.graph.text import parse, to_text
+from mxfx.passes import PackWeights
 from mxfx.pipeline.instruments import Dump, Reproduce, Timing
 from mxfx.pipeline.manager import PassError, PassManager
 from mxfx.pipeline.opt import opt
 from mxfx.pipeline.reproduce import one_layer, reproduce
 from mxfx.report.coverage import coverage
-from mxfx.rewrite import Lossy, Pass
+from mxfx.rewrite import Lossy, Pass, apply
 from mxfx.rewrite.pass_ import _REGISTRY, register
 
 RAISE = "raise-norm,raise-rope,raise-attention"
@@ -114,6 +115,8 @@ def test_bits_per_weight_count_everything(program):
     rounded = sum(c for n, c in stored.items() if "_proj" in n)
     expected = (rounded * (4 + 8 / 32) + (sum(stored.values()) - rounded) * 32) / sum(stored.values())
     assert report.weight_bits == pytest.approx(expected)
+    packed = coverage(apply(PackWeights(), result.program).program)
+    assert (packed.weight_bits, packed.parameters) == (pytest.approx(expected), report.parameters)
 
 
 def test_opt_prints_what_opt_reads(tmp_path):
