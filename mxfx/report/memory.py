@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, fx
 
+from mxfx.formats.stored import codes_length, scales_length
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, compute_dtype
 from mxfx.ops.catalogue import spec
 from mxfx.ops.kernels import packed
@@ -92,8 +93,9 @@ def _parts(program: Program, name: str) -> Iterator[tuple[str, int]]:
         if fmt is None or fmt.block is None or tensor.dim() < 2:
             yield "weights", tensor.numel() * program.dtype.itemsize
         else:
-            yield "codes", tensor.numel() * fmt.bits // 8
-            yield "scales", tensor.numel() // fmt.block
+            width, rows = tensor.shape[-1], math.prod(tensor.shape[:-1])
+            yield "codes", rows * codes_length(width, fmt)
+            yield "scales", rows * scales_length(width, fmt)
 
 
 class _Sizes:

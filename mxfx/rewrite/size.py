@@ -67,10 +67,17 @@ def _bits(program: Program, name: str, planned: bool) -> float:
             planned or is_rounded(reader, operand) for operand in weights_of(reader) if operand in info(reader).formats
         )
         if fmt is not None and stored:
-            return fmt.bits_per_element
+            return _stored_bits(fmt, program.weights[name].shape[-1])
     if name in program.weights.constants:
         return 32
     return 8.0 * program.dtype.itemsize
+
+
+def _stored_bits(fmt: Format, width: int) -> float:
+    """Bits of an entry of rows of ``width``, whose last block may be short and has a scale too."""
+    if fmt.block is None or not width:
+        return fmt.bits_per_element
+    return fmt.bits + fmt.scale.bits * -(-width // fmt.block) / width
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,13 @@ import torch
 
 from mxfx.config import EmitConfig
 from mxfx.graph.module import build
+from mxfx.graph.tiny import tiny
+from mxfx.graph.trace import trace
 from mxfx.passes import Annotate, PackWeights
 from mxfx.pipeline.emit import emitted
 from mxfx.report.memory import memory
-from tests.programs import config_a, passed, raised
+from mxfx.rewrite.size import bits_per_weight
+from tests.programs import RAISE, config_a, passed, raised
 
 
 def test_stored_bytes_are_those_of_the_module_that_is_built() -> None:
@@ -35,6 +38,13 @@ def test_an_annotated_program_counts_as_it_will_be_packed() -> None:
     annotated = passed(raised("llama-tiny"), (p for p in config_a() if isinstance(p, Annotate))).twin(torch.bfloat16)
     packed = passed(rounded, (PackWeights(),))
     assert (memory(annotated).codes, memory(annotated).scales) == (memory(packed).codes, memory(packed).scales)
+
+
+def test_a_short_last_block_has_a_scale_as_it_will_have_packed() -> None:
+    ragged = passed(trace(tiny("llama-tiny", intermediate_size=84)), (*RAISE, *config_a())).twin(torch.bfloat16)
+    packed = passed(ragged, (PackWeights(),))
+    assert (memory(ragged).codes, memory(ragged).scales) == (memory(packed).codes, memory(packed).scales)
+    assert bits_per_weight(ragged) == bits_per_weight(packed)
 
 
 def test_activations_grow_with_rows_and_tokens() -> None:
