@@ -27,8 +27,7 @@ from mxfx.config import Pipeline, apply_overrides
 from mxfx.driver.pretrained import load_model
 from mxfx.graph.node import info
 from mxfx.graph.program import Program
-from mxfx.passes import Distill
-from mxfx.passes.distill import free_weights
+from mxfx.passes.distill import Distill, free_weights
 from mxfx.pipeline.manager import PassManager
 from mxfx.rewrite import ALL, Context, Rewriter
 from tools.bench.measuring import require_cuda, write
@@ -51,7 +50,7 @@ def main() -> int:
     device = torch.device("cuda")
     overrides = [f"model.name={json.dumps(args.model)}", *args.set]
     passes = list(apply_overrides(api.load_pipeline(args.config), overrides))
-    (distill,) = (pass_ for pass_ in passes if isinstance(pass_, Distill))
+    distill = next(pass_ for pass_ in passes if isinstance(pass_, Distill))
     start = api.trace(load_model(args.model, args.dtype).to(device), name=args.model)
     tokens = torch.randint(1000, (4 * args.batch, args.length), generator=torch.Generator().manual_seed(0))
     ctx = Context(device=device, tokens=lambda: tokens, reference=start)

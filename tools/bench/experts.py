@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from mxfx.formats import parse
 from mxfx.graph.program import Program
 from mxfx.graph.trace import trace
-from mxfx.passes import Annotate, Gptq, RaiseAttention, RaiseNorm, RaiseRope, Rule
+from mxfx.passes import Annotate, RaiseAttention, RaiseNorm, RaiseRope, Rule
+from mxfx.passes.gptq import Gptq
 from mxfx.rewrite import Context, PassRecord, Selector, apply
 from tools.bench.measuring import arguments_of, machine, table, write
 

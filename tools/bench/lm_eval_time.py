@@ -23,6 +23,7 @@ import transformers
 from torch import nn
 
 from mxfx import api
+from mxfx.calibration.sources import calibration_tokens
 from mxfx.config import Pipeline, apply_overrides
 from mxfx.driver.pretrained import load_model, load_tokenizer
 from mxfx.evaluation.evaluate import evaluate
@@ -57,7 +58,9 @@ def _passed(program, file, own, tokenizer, args):
     overrides = [f"model.name={json.dumps(args.model)}", f"calibration.dataset={json.dumps(args.data)}"]
     pipeline = apply_overrides(api.load_pipeline(file), [*overrides, *args.set, *own])
     wanted = pipeline.calibration
-    ids = api.load_tokens(args.data, tokenizer, samples=wanted.samples, length=wanted.length, seed=wanted.seed).ids
+    read = {"samples": wanted.samples, "length": wanted.length, "seed": wanted.seed, "repeat": True}
+    # Weights decide nothing of the time: documents alone, also where the pipeline wants the model's own texts.
+    ids = calibration_tokens([args.data], tokenizer, **read).ids
     ctx = Context(seed=wanted.seed, device=torch.device(args.device), tokens=lambda: ids)
     return PassManager().run(program, pipeline, ctx).program
 

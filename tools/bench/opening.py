@@ -89,14 +89,14 @@ def main() -> None:
                         found = _opened(folder, dtype, saved, device, args, given)
                     runs.setdefault((device, name), []).append(found)
                     print(f"{device}  {name}: {found[_BUSY]:.2f} s of the processor", file=sys.stderr, flush=True)
-    rows: list[dict[str, object]] = []
-    for (device, name), found in runs.items():
-        seconds = {key: statistics.median(run[key] for run in found) for key in found[0]}
+    rows: list[dict] = []
+    for (device, name), times in runs.items():
+        seconds = {key: statistics.median(run[key] for run in times) for key in times[0]}
         ready = seconds["open"] + seconds["first"]
         rows.append({"device": device, "model": name, **seconds, "open + first": ready})
         base = next(row for row in rows if (row["device"], row["model"]) == (device, _FLOAT))
         for key, over in (("open + first", "over float32"), (_BUSY, "cpu over float32")):
-            rows[-1][over] = rows[-1][key] / base[key]  # type: ignore[operator]
+            rows[-1][over] = rows[-1][key] / base[key]
         folder = args.float if name.startswith("float") else args.saved
         rows[-1]["MB"] = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6
     print(table(rows))

@@ -380,7 +380,7 @@ def tiles(device: str, counts: tuple[int, ...], only: str | None, once: bool) ->
                 start_early(not way.endswith("late"))
                 found = call(packed[0])
                 result = first[way] = out.clone() if found is None else found  # type: ignore[assignment]
-                unlike = f" !{int((result != (first['op late'] if way.startswith('op') else wanted)).sum())}"
+                unlike = f" !{int(torch.ne(result, first['op late'] if way.startswith('op') else wanted).sum())}"
                 ms = kernel_ms(lambda call=call, turn=turn: call(next(turn)))
                 row[way] = f"{ms * 1e3:.2f} {ms / base:.2f}{unlike.replace(' !0', ' =')}"
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
