@@ -97,3 +97,16 @@ def split_by_share(samples: int, shares: Sequence[float]) -> list[int]:
     for index in rest[: samples - sum(counts)]:
         counts[index] += 1
     return counts
+
+
+def first_of(ids: Tensor, samples: int | None, length: int | None, by: str) -> Tensor:
+    """The beginnings, of ``length`` tokens, of the first ``samples`` of calibration ids ``(samples, length)``, int64;
+    None for all. Raises ``ValueError``, which names the pass that asks, for more than there are.
+    """
+    samples, length = samples or ids.shape[0], length or ids.shape[1]
+    if samples > ids.shape[0] or length > ids.shape[1]:
+        raise ValueError(
+            f"{by}: samples = {samples}, length = {length} asks for more than the run's calibration data has, "
+            f"{ids.shape[0]} samples of {ids.shape[1]} tokens; raise calibration.samples or calibration.length"
+        )
+    return ids[:samples, :length].contiguous()

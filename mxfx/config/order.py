@@ -102,11 +102,12 @@ def _order_error(
         cause = f"{_label(pipeline, provider)} makes it true" if provider is not None else "it holds from the start"
         said = f"pass {name!r} must come before {problem.fact!r}{meaning} holds; {cause}"
         if provider is not None and passes[provider].forbids & passes[problem.index].provided():
-            both = f"{_label(pipeline, provider)} or {_label(pipeline, problem.index)}, not both"
-            return pipeline.error(problem.index, ("name",), said, both)
-        expected = (
-            f"{name} before {passes[provider].name}" if provider is not None else f"a program without {problem.fact!r}"
-        )
+            one = f"{_label(pipeline, provider)} or {_label(pipeline, problem.index)}, not both"
+            parted = ", or a select for each" if hasattr(passes[provider], "select") else ""
+            return pipeline.error(problem.index, ("name",), said, one + parted)
+        expected = f"a program without {problem.fact!r}"
+        if provider is not None:
+            expected = f"{_called(pipeline, problem.index)} before {_called(pipeline, provider)}"
     return pipeline.error(problem.index, ("name",), said, expected, _advice(pipeline, passes, facts))
 
 
@@ -130,7 +131,7 @@ def _advice(pipeline: Pipeline, passes: tuple[Pass, ...], facts: frozenset[str])
     order = possible_order(passes, facts)
     if order is not None:
         written = [i for i in order if pipeline.location(i).line] or order
-        return "an order that is possible: " + ", ".join(passes[i].name for i in written)
+        return "an order that is possible: " + ", ".join(_called(pipeline, i) for i in written)
     graph = constraints(passes)
     cycles = sorted(nx.simple_cycles(nx.DiGraph(graph)), key=len)
     if not cycles:
@@ -144,3 +145,9 @@ def _advice(pipeline: Pipeline, passes: tuple[Pass, ...], facts: frozenset[str])
 def _label(pipeline: Pipeline, index: int) -> str:
     place = pipeline.location(index)
     return f"[{index}] {pipeline.specs[index].name}" + (f" (line {place.line})" if place.line else "")
+
+
+def _called(pipeline: Pipeline, index: int) -> str:
+    """A pass's name alone, where no other has it."""
+    names = [spec.name for spec in pipeline.specs]
+    return names[index] if names.count(names[index]) == 1 else _label(pipeline, index)

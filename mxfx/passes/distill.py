@@ -26,7 +26,15 @@ from mxfx.ground import ranks
 from mxfx.ops.catalogue import spec, weights_of
 from mxfx.rewrite import ALL, Context, Lossy, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.basis import bias_of
-from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, ANNOTATED, LOWERED, QUANTIZERS_FUSED, WEIGHTS_ROUNDED, Fact
+from mxfx.rewrite.facts import (
+    ACTIVATIONS_QUANTIZED,
+    ANNOTATED,
+    CALIBRATED,
+    LOWERED,
+    QUANTIZERS_FUSED,
+    WEIGHTS_ROUNDED,
+    Fact,
+)
 from mxfx.rewrite.operands import is_rounded, mark_rounded, readers_of
 
 #: What may be tuned beside the weights on grids; none of it costs anything at inference.
@@ -94,7 +102,7 @@ class Distill(Pass):
 
     name: ClassVar[str] = "distill"
     requires: ClassVar[frozenset[Fact]] = frozenset({ANNOTATED, ACTIVATIONS_QUANTIZED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, CALIBRATED})
     forbids: ClassVar[frozenset[Fact]] = frozenset({LOWERED, QUANTIZERS_FUSED})
     numerics: ClassVar[Numerics] = Lossy()
     select: Selector = ALL
@@ -137,6 +145,10 @@ class Distill(Pass):
             raise ValueError(f"'learning_rate' is {self.learning_rate}, must be positive")
         if not 0 < self.held_out < 1:
             raise ValueError(f"'held_out' is {self.held_out}, must lie between 0 and 1")
+
+    def provided(self) -> frozenset[Fact]:
+        """A part of the weights leaves something to calibrate."""
+        return self.provides if self.select == ALL else self.provides - {CALIBRATED}
 
     def foresee(self, rw: Rewriter) -> int | None:
         return len(self._targets(rw))
@@ -260,9 +272,7 @@ class Distill(Pass):
             lambda index: None if file is None else file.with_stem(f"{file.stem}-layer-{index}"),
             matrices,
         )
-        errors = []
-        for history in layers:
-            errors.append({"before": history.held_out[0], "after": history.best, "best_step": history.best_step})
+        errors = [{"before": one.held_out[0], "after": one.best, "best_step": one.best_step} for one in layers]
         rw.record.details |= {"held_out_error_by_layer": errors, "held_out_samples": len(kept)}
         idle = sum(not error["best_step"] for error in errors)
         if idle:

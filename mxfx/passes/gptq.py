@@ -18,6 +18,7 @@ from mxfx.calibration.accounts import expert_account, fallback, linear_account
 from mxfx.calibration.checkpoints import LayerCheckpoints, open_checkpoints
 from mxfx.calibration.fisher import token_importance
 from mxfx.calibration.keys import Keys, digest, environment, token_key
+from mxfx.calibration.sources import first_of
 from mxfx.calibration.stream import (
     ExpertGroup,
     Group,
@@ -34,7 +35,15 @@ from mxfx.passes.insert_fake_quant import InsertFakeQuant
 from mxfx.passes.quantize_kv_cache import QuantizeKvCache
 from mxfx.rewrite import ALL, Context, ExpectationError, Lossy, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.context import StrictError
-from mxfx.rewrite.facts import ANNOTATED, LOWERED, QUANTIZERS_FUSED, ROUNDED_TO_NEAREST, WEIGHTS_ROUNDED, Fact
+from mxfx.rewrite.facts import (
+    ANNOTATED,
+    CALIBRATED,
+    LOWERED,
+    QUANTIZERS_FUSED,
+    ROUNDED_TO_NEAREST,
+    WEIGHTS_ROUNDED,
+    Fact,
+)
 from mxfx.rewrite.operands import is_rounded, mark_rounded, readers_of
 from mxfx.rewrite.phases import any_weight, take_over
 
@@ -91,8 +100,8 @@ class Gptq(Pass):
 
     name: ClassVar[str] = "gptq"
     requires: ClassVar[frozenset[Fact]] = frozenset({ANNOTATED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED})
-    forbids: ClassVar[frozenset[Fact]] = frozenset({LOWERED, ROUNDED_TO_NEAREST, QUANTIZERS_FUSED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, CALIBRATED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({CALIBRATED, LOWERED, ROUNDED_TO_NEAREST, QUANTIZERS_FUSED})
     numerics: ClassVar[Numerics] = Lossy()
     by_phase: ClassVar[bool] = True
     select: Selector = ALL
@@ -121,6 +130,10 @@ class Gptq(Pass):
             number = getattr(self, name)
             _require(number is None or number >= 1, name, number, "1 or more")
 
+    def provided(self) -> frozenset[Fact]:
+        """A part of the weights leaves something to calibrate."""
+        return self.provides if self.select == ALL and self.max_layers is None else self.provides - {CALIBRATED}
+
     def foresee(self, rw: Rewriter) -> int | None:
         return len(self._targets(rw, final=False))
 
@@ -129,10 +142,10 @@ class Gptq(Pass):
         targets = take_over(rw, ctx.peer, self._targets(rw, peer=ctx.peer))
         if not targets:
             return
-        tokens = self._tokens(ctx)
+        tokens = first_of(ctx.tokens(), self.samples, self.length, self.name)
         options = StreamOptions(
             self.batch_size,
-            self._dtype(rw.program),
+            {"auto": None, "model": rw.program.dtype, "float32": torch.float32}[self.precision],
             self.activations,
             reference=self.asymmetric > 0,
             fewest=self.min_expert_tokens,
@@ -170,20 +183,6 @@ class Gptq(Pass):
         if self.max_layers is None or (layer is not None and layer < self.max_layers):
             return None
         return f"max_layers = {self.max_layers} ends before it"
-
-    def _tokens(self, ctx: Context) -> Tensor:
-        """The calibration tokens that the options ask for, int64 ``(samples, length)``."""
-        ids = ctx.tokens()
-        samples, length = self.samples or ids.shape[0], self.length or ids.shape[1]
-        if samples > ids.shape[0] or length > ids.shape[1]:
-            raise ValueError(
-                f"gptq: samples = {samples}, length = {length} asks for more than the run's calibration data has, "
-                f"{ids.shape[0]} samples of {ids.shape[1]} tokens; raise calibration.samples or calibration.length"
-            )
-        return ids[:samples, :length].contiguous()
-
-    def _dtype(self, program: Program) -> torch.dtype | None:
-        return {"auto": None, "model": program.dtype, "float32": torch.float32}[self.precision]
 
     def _view(self) -> Callable[[Program], Program]:
         return {None: as_it_stands, True: with_quantizers, False: without_quantizers}[self.quantized_inputs]

@@ -98,6 +98,7 @@ ATTENTION_EXPANDED = Fact("attention-expanded", "attention whose inner operands 
 ACTIVATIONS_QUANTIZED = Fact("activations-quantized", "annotated activations are rounded")
 KV_QUANTIZED = Fact("kv-quantized", "annotated keys and values are rounded")
 WEIGHTS_ROUNDED = Fact("weights-rounded", "annotated weights lie on their grids")
+CALIBRATED = Fact("calibrated", "every annotated weight that can be solved for is on its grid")
 ROUNDED_TO_NEAREST = Fact(
     "rounded-to-nearest", "every annotated weight and bias is rounded: there is nothing left to calibrate"
 )

@@ -11,7 +11,7 @@ from mxfx.formats import Format, FormatError, parse
 from mxfx.graph.node import info, path_of
 from mxfx.graph.program import Program
 from mxfx.ops.catalogue import Rounded, arguments_of, spec, weights_of
-from mxfx.rewrite.facts import WEIGHTS_ROUNDED, Selected
+from mxfx.rewrite.facts import CALIBRATED, WEIGHTS_ROUNDED, Selected
 from mxfx.rewrite.rewriter import Rewriter
 
 _ROUNDED = "rounded"
@@ -72,6 +72,7 @@ def not_rounded(program: Program, selected: Selected, wanted: Callable[[str], bo
 
 
 @WEIGHTS_ROUNDED.means
+@CALIBRATED.means
 def weights_rounded(program: Program, selected: Selected) -> str | None:
     """A bias that carries a format may stay: passes that solve for weights leave it."""
     return not_rounded(program, selected, lambda operand: operand != "bias")

@@ -54,8 +54,8 @@ def test_a_pass_after_what_it_forbids_cites_its_line_and_an_order_that_works() -
     message = str(caught.value)
     assert message.startswith("p.toml:7:8: pass 'stub-mark' must come before 'stub-rounded'")
     assert "[5] stub-solve (line 4) makes it true" in message
-    assert "expected: stub-mark before stub-solve" in message
-    assert message.endswith("an order that is possible: stub-mark, stub-mark, stub-solve")
+    assert "expected: [6] stub-mark (line 6) before stub-solve" in message
+    assert message.endswith("possible: [4] stub-mark (line 2), [6] stub-mark (line 6), stub-solve")
     assert len(message.splitlines()) == 5  # what is broken, its line, what is expected, what to do: nothing that holds
 
 

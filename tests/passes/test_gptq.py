@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mxfx.calibration.checkpoints import CheckpointError
+from mxfx.config import ConfigError, Pipeline, check_order
 from mxfx.formats import parse
 from mxfx.graph.execute import execute
 from mxfx.graph.node import path_of
@@ -203,6 +204,22 @@ def test_annotations_decide_formats_linear_by_linear() -> None:
     for pass_ in (RaiseNorm(), RaiseRope(), RaiseAttention(), Annotate(rules)):
         program = apply(pass_, program).program
     assert [m.note for m in _run(program).record.matches] == 2 * ["mxint8@32", "mxint4@16", "mxint4@16"]
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [
+        (Gptq(), r"\[0\] gptq or \[1\] gptq, not both, or a select for each$"),
+        (Gptq(select=Selector(".*q_proj")), r"\[1\] gptq before \[0\] gptq\n  .* possible: \[1\] gptq, \[0\] gptq$"),
+    ],
+)
+def test_a_second_gptq_over_the_same_weights_is_refused_before_a_run(second: Gptq, expected: str) -> None:
+    """Each weight is on its grid by then, which it found hours later."""
+    facts = _annotated().facts
+    with pytest.raises(ConfigError, match=f"expected: {expected}"):
+        check_order(Pipeline([Gptq(), second]), facts)
+    for first in (Gptq(select=Selector(".*[kv]_proj")), Gptq(max_layers=1)):
+        check_order(Pipeline([first, second]), facts)
 
 
 def test_nothing_to_take_is_an_error() -> None:
