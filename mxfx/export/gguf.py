@@ -72,8 +72,9 @@ def write(given: Plain, folder: Path, tokenizer: Any) -> tuple[str, ...]:
     writer = GGUFWriter(folder / FILE, given.config.model_type)
     writer.add_name(Path(given.program.source.name).name)
     _add_config(writer, given.config)
+    told = "no tokenizer was given: llama.cpp needs one in the file"
     if tokenizer is not None:
-        _add_tokenizer(writer, tokenizer, given.config.vocab_size)
+        told = _add_tokenizer(writer, tokenizer, given.config.vocab_size)
     count = 0
     for name, hf_name, unread in _names(given):
         weight = unread(given.state[hf_name])
@@ -84,9 +85,7 @@ def write(given: Plain, folder: Path, tokenizer: Any) -> tuple[str, ...]:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    if tokenizer is None:
-        return (f"{count} weights packed", "no tokenizer was given: llama.cpp needs one in the file")
-    return (f"{count} weights packed", "the tokenizer's pre-tokenizer is named 'default'")
+    return (f"{count} weights packed", told)
 
 
 def prove(given: Plain, folder: Path) -> Mapping[str, object]:
@@ -199,8 +198,10 @@ def _attribute(config: Any, name: str) -> object:
     return getattr(config, name, None)
 
 
-def _add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
-    """Tokens, types and merges of a byte-level BPE. Raises ``ExportError`` for another kind of tokenizer."""
+def _add_tokenizer(writer: Any, tokenizer: Any, size: int) -> str:
+    """Tokens, types and merges of a byte-level BPE; what a user should know of it. Raises ``ExportError`` for another
+    kind of tokenizer.
+    """
     import json
 
     from gguf import TokenType
@@ -220,7 +221,8 @@ def _add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
         return TokenType.USER_DEFINED if i in added else TokenType.NORMAL if i in by_id else TokenType.UNUSED
 
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    cut = _cut(data["pre_tokenizer"])
+    writer.add_tokenizer_pre(cut or "default")
     writer.add_token_list(tokens)
     writer.add_token_types([kind(i) for i in range(size)])
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]])
@@ -232,6 +234,36 @@ def _add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
             getattr(writer, f"add_add_{token}_token")(begins_or_ends == [index])
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
+    if cut is None:
+        return (
+            "llama.cpp's name for how this tokenizer cuts a text into words is not known here: the file says "
+            "'default', so compare llama-tokenize with the tokenizer before you trust it"
+        )
+    return f"the tokenizer cuts a text into words as llama.cpp's {cut!r}"
+
+
+#: One pattern for words, as Llama 3 and Qwen 2 write it, up to how many digits make a word.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_BY_PATTERN = {_WORDS.replace("DIGITS", "{1,3}"): "llama-bpe", _WORDS.replace("DIGITS", ""): "qwen2"}
+
+
+def _cut(pre_tokenizer: Any) -> str | None:
+    """llama.cpp's name (``tokenizer.ggml.pre``) for the way in which a text is cut before pieces are merged."""
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    *before, last = parts
+    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
+        return None
+    if last["use_regex"]:
+        if not before:
+            return "gpt-2"
+        alone = len(before) == 1 and before[0]["type"] == "Digits" and before[0]["individual_digits"]
+        return "smollm" if alone else None
+    if len(before) != 1 or before[0]["type"] != "Split" or before[0]["behavior"] != "Isolated" or before[0]["invert"]:
+        return None
+    return _BY_PATTERN.get(before[0]["pattern"].get("Regex"))
 
 
 def _kinds(part: Any) -> set[str]:

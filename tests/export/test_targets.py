@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
@@ -259,6 +259,14 @@ def test_gguf_holds_the_codes_in_its_own_types(weight: str, kind: str, tmp_path:
     assert np.array_equal(dequantize(down.data, down.tensor_type), expected)
 
 
+#: How Llama 3 cuts a text into words.
+_LLAMA = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
 def _bpe(pre_tokenizer: pre_tokenizers.PreTokenizer) -> PreTrainedTokenizerFast:
     """A token that opens every text, one of a chat's template, one that a user added; 128 words."""
     words = {chr(0x21 + i): i for i in range(64)}
@@ -283,6 +291,28 @@ def test_a_gguf_file_has_the_tokenizer_and_what_kind_each_token_is(tmp_path: Pat
     ]  # fmt: skip
     assert (held["merges"], held["bos_token_id"], held["eos_token_id"]) == (["A B"], 65, 66)
     assert (held["add_bos_token"], held["add_eos_token"]) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("parts", "name"),
+    [
+        ([pre_tokenizers.ByteLevel(add_prefix_space=False)], "gpt-2"),
+        ([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)], "smollm"),
+        ([pre_tokenizers.Split(Regex(_LLAMA), "isolated"), _BYTES], "llama-bpe"),
+        ([pre_tokenizers.Split(Regex(_LLAMA.replace("{1,3}", "")), "isolated"), _BYTES], "qwen2"),
+        ([pre_tokenizers.Split(Regex(r"\s+"), "isolated"), _BYTES], None),
+        ([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)], None),
+    ],
+)
+def test_llama_cpp_cuts_texts_as_the_tokenizer_does_or_the_user_is_told(parts, name, tmp_path: Path) -> None:
+    """A digit merged with the next one is another token."""
+    from gguf import GGUFReader
+
+    tokenizer = _bpe(pre_tokenizers.Sequence(parts) if len(parts) > 1 else parts[0])
+    notes = export(_program("mxint4@32/mse"), tmp_path / "out", "gguf", tokenizer=tokenizer).notes
+    held = GGUFReader(tmp_path / "out/model.gguf").fields["tokenizer.ggml.pre"].contents()
+    assert held == (name or "default")
+    assert any("'default', so compare" in note for note in notes) == (name is None)
 
 
 def test_a_tokenizer_of_another_kind_is_not_written_as_one_over_bytes(tmp_path: Path) -> None:
