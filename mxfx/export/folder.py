@@ -100,14 +100,23 @@ class MxfxForCausalLM(EmittedCausalLM):
     def from_pretrained(cls, folder: str | Path, *args: Any, **options: Any) -> MxfxForCausalLM:
         """Open a folder that ``save_pretrained`` or ``mxfx run --out`` wrote, on ``device_map`` (the CPU if not given).
 
-        Raises ``ArtefactError`` for a folder that is none or is damaged, and ``TypeError`` for another ``dtype``.
+        ``use_cache=False`` is what ``generate`` then does by default. Raises ``ArtefactError`` for a folder that is
+        none or is damaged, and ``TypeError`` for another ``dtype`` and for an option that would be ignored.
         """
+        asked = sorted(name for name, value in options.items() if value and name not in _OPENING)
+        if asked:
+            raise TypeError(f"an emitted model is opened as it was saved; it cannot honour {', '.join(asked)}")
         with uncollected():
             opened, device = Opened.of(folder), torch.device(_device(options.get("device_map")))
             model = cls(opened, device)
         wanted = options.get("dtype", options.get("torch_dtype"))
         if wanted not in (None, "auto"):
-            model.to(getattr(torch, wanted) if isinstance(wanted, str) else wanted)
+            dtype = getattr(torch, wanted.removeprefix("torch."), None) if isinstance(wanted, str) else wanted
+            if not isinstance(dtype, torch.dtype):
+                raise TypeError(f"dtype is {wanted!r}, expected {str(model.dtype).removeprefix('torch.')!r} or 'auto'")
+            model.to(dtype)
+        if options.get("use_cache") is False:
+            model.config.use_cache = model.generation_config.use_cache = False
         model.name_or_path = str(folder)
         card = Path(folder) / _CARD_FILE
         model.card = card.read_bytes() if card.is_file() else None
@@ -160,6 +169,16 @@ def _ready(source: Program | Opened, device: torch.device) -> Program:
     return emission(source, device) if isinstance(source, Opened) else emitted(source, device)
 
 
+#: Options of transformers' ``from_pretrained`` that are honoured, that say where a folder is found, which was found, or
+#: how a model is read and run that is no graph.
+_OPENING = frozenset({
+    "device_map", "dtype", "torch_dtype", "output_loading_info", "use_cache",
+    "cache_dir", "force_download", "local_files_only", "token", "use_auth_token", "proxies", "revision",
+    "code_revision", "trust_remote_code", "config", "adapter_kwargs", "_from_auto", "_commit_hash",
+    "use_safetensors", "weights_only", "low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict",
+    "offload_buffers", "attn_implementation", "experts_implementation",
+})  # fmt: skip
+
 #: Options of transformers' ``save_pretrained`` that ask for what is done anyway.
 _PLAIN_OPTIONS: dict[str, tuple[Any, ...]] = {
     "safe_serialization": (None, True),
@@ -204,7 +223,10 @@ def save_folder(
 
 
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Its files, each whole or not at all."""
+    """Its files, each whole or not at all; a template of another that was there before would be taken for its own."""
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    for stale in (folder / "additional_chat_templates").glob("*.jinja"):
+        stale.unlink()
     with unfinished(folder / "tokenizer.part") as partial:
         tokenizer.save_pretrained(partial)
         for file in [path for path in partial.rglob("*") if path.is_file()]:

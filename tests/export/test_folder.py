@@ -125,6 +125,27 @@ def test_another_dtype_is_refused(folder: Path) -> None:
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
+def test_options_that_an_emitted_model_cannot_honour_are_refused(folder: Path) -> None:
+    for options, named in (
+        ({"quantization_config": {"load_in_4bit": True}}, "cannot honour quantization_config"),
+        ({"state_dict": {"x": 1}, "variant": "fp16"}, "cannot honour state_dict, variant"),
+        ({"dtype": "fp8"}, "dtype is 'fp8', expected 'bfloat16' or 'auto'"),
+    ):
+        with pytest.raises(TypeError, match=named):
+            MxfxForCausalLM.from_pretrained(folder, **options)
+    opened = AutoModelForCausalLM.from_pretrained(folder, use_cache=False, dtype="bfloat16", attn_implementation="sdpa")
+    assert not opened.generation_config.use_cache
+
+
+def test_a_chat_template_of_another_tokenizer_does_not_stay(folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    program = load(folder)
+    for template in ("{{ messages }}", None):
+        tokenizer.chat_template = template
+        save_folder(program, tmp_path / "out", tokenizer=tokenizer)
+        assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template
+
+
 def test_transformers_pipeline_writes_text(folder: Path) -> None:
     written = pipeline("text-generation", str(folder))("w1 w2", max_new_tokens=4, do_sample=False)
     assert written[0]["generated_text"].startswith("w1 w2")
