@@ -38,10 +38,12 @@ from mxfx.passes import (
     TransformInputs,
 )
 from mxfx.passes.insert_kv_cache import without_cache
+from mxfx.pipeline.idle import unmet
 from mxfx.pipeline.manager import PassError, PassManager
 from mxfx.report.linears import linear_lines, planned_linears
 from mxfx.report.memory import memory, multiplying
 from mxfx.rewrite import Context, Pass, PassRecord, Rewriter, apply
+from mxfx.rewrite.facts import WEIGHTS_ROUNDED
 from mxfx.rewrite.lowering import lowered_copy
 from mxfx.rewrite.own_masks import UNREAD
 from mxfx.rewrite.roles import roles_remembered
@@ -93,7 +95,8 @@ class Checked:
         yield from self._linears()
         if work := [f"{name} {flop / 1e12:,.1f} TFLOP ({tokens:,} tokens)" for name, tokens, flop in self._work()]:
             yield f"work, in products with weights: {', '.join(work)}"
-        bits = {phase: bits_per_weight(one, planned=True) for phase, one in entries(program).items()}
+        planned = any(WEIGHTS_ROUNDED in pass_.provided() for pass_ in self.pipeline.passes)
+        bits = {phase: bits_per_weight(one, planned=planned) for phase, one in entries(program).items()}
         told = (f"{phase} {of:.2f}" if phase else f"{of:.2f}" for phase, of in bits.items())
         yield f"bits per weight after rounding: {', '.join(told)}"
 
@@ -105,6 +108,9 @@ class Checked:
             passes = of_phase(self.pipeline, phase).passes
             with roles_remembered(program.graph):
                 found[phase] = [*matched_lines(program, records), *site_lines(program, passes, records)]
+            for index, pass_ in enumerate(passes, start=1):
+                left = unmet(pass_, program, passes[index:], ran=False)
+                found[phase] += [f"warning: {pass_.name}: {line}" for line in left]
         shared = [line for line in next(iter(found.values())) if all(line in lines for lines in found.values())]
         yield from shared
         for phase, lines in found.items():

@@ -14,7 +14,17 @@ from mxfx.graph.program import Program
 from mxfx.ops.catalogue import spec
 from mxfx.rewrite import ALL, Context, Exact, ExpectationError, Numerics, Pass, Rewriter, Selector, register
 from mxfx.rewrite.expect import check, evaluate
-from mxfx.rewrite.facts import ACTIVATIONS_QUANTIZED, ANNOTATED, LOWERED, RAISED, WEIGHTS_ROUNDED, Fact, Selected
+from mxfx.rewrite.facts import (
+    ACTIVATIONS_QUANTIZED,
+    ANNOTATED,
+    ATTENTION_EXPANDED,
+    KV_QUANTIZED,
+    LOWERED,
+    RAISED,
+    WEIGHTS_ROUNDED,
+    Fact,
+    Selected,
+)
 from mxfx.rewrite.roles import role_of, roles_remembered
 from mxfx.rewrite.size import left_out
 
@@ -103,6 +113,7 @@ class Annotate(Pass):
 
     A rule that matches another number of nodes than its ``expect`` is an error. One that matches nothing is an error,
     with ``unmatched = "warn"`` a warning.
+    A format that no pass behind it rounds to is a warning.
     A pipeline whose rules leave out a tenth of the weights that its layers multiply by is warned; ``partial`` says that
     this is meant.
 
@@ -115,6 +126,9 @@ class Annotate(Pass):
     requires: ClassVar[frozenset[Fact]] = frozenset({RAISED})
     provides: ClassVar[frozenset[Fact]] = frozenset({ANNOTATED})
     forbids: ClassVar[frozenset[Fact]] = frozenset({WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, LOWERED})
+    expects: ClassVar[frozenset[Fact]] = frozenset(
+        {WEIGHTS_ROUNDED, ACTIVATIONS_QUANTIZED, KV_QUANTIZED, ATTENTION_EXPANDED}
+    )
     numerics: ClassVar[Numerics] = Exact()
     by_phase: ClassVar[bool] = True
     rule: tuple[Rule, ...] = ()

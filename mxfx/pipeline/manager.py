@@ -23,7 +23,7 @@ from mxfx.ground.clock import Clock, Spent, part
 from mxfx.ground.errors import MxfxError
 from mxfx.pipeline.agree import agree
 from mxfx.pipeline.branches import Branch, Branches
-from mxfx.pipeline.idle import DID_NOTHING, idle_warning, is_idle
+from mxfx.pipeline.idle import DID_NOTHING, idle_warning, is_idle, unmet
 from mxfx.pipeline.probe import Probe
 from mxfx.rewrite import Context, FactError, Pass, PassRecord, apply, check_facts_before, facts_after
 
@@ -251,6 +251,8 @@ class PassManager:
             done.append(StepResult(index, pass_, step.place, step.record, step.findings, phase))
             run.steps[-1] = _without_programs(step)
         end = branches.end(phase, whole=stop is None)
+        if stop is None:
+            _warn_of_unmet(done, end.before_emit)
         return PipelineResult(end.program, end.before_emit, end.portable, _idle_in_both(done), run.clock.parts)
 
     def _step(self, step: Step) -> Program:
@@ -279,6 +281,14 @@ def _idle_in_both(steps: list[StepResult]) -> tuple[StepResult, ...]:
             if len(idle) == 1:
                 idle[0].warnings = [text for text in idle[0].warnings if not text.startswith(DID_NOTHING)]
     return tuple(steps)
+
+
+def _warn_of_unmet(steps: list[StepResult], program: Program) -> None:
+    """Into the record of each pass, what it expected of the program that the emit stage found."""
+    for phase, one in entries(program).items():
+        mine = [step for step in steps if step.phase in ("", phase)]
+        for index, step in enumerate(mine, start=1):
+            step.record.warnings += unmet(step.pass_, one, [later.pass_ for later in mine[index:]])
 
 
 def _tell(instrument: Instrument, step: Step, error: Exception) -> None:

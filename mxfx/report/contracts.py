@@ -27,7 +27,7 @@ def summary(passes: Mapping[str, type[Pass]]) -> Table:
 def describe(cls: type[Pass]) -> Group:
     """Contract, options and docstring of one pass."""
     contract = Table(show_header=False, box=None)
-    for label in ("requires", "provides", "forbids"):
+    for label in ("requires", "provides", "forbids", "expects"):
         contract.add_row(label, ", ".join(sorted(getattr(cls, label))) or "–")
     contract.add_row("numerics", Text(str(cls.numerics)))
     options = Table(title="options", title_justify="left")

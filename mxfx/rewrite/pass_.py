@@ -41,6 +41,7 @@ class Pass(ABC):
         name: kebab-case; the same in TOML, on the command line, in dumps and as the test's file name.
         requires: facts that must hold before. provides: facts that hold after.
         forbids: facts that must not hold before.
+        expects: facts that passes behind it are to bring about, or it was for nothing: a run without is warned.
         numerics: the promise, checked by the manager.
         required: the pass may not be skipped by ``bisect``: later passes could not run without it.
         by_phase: of a pipeline with phases it may run for each by itself: keys and values stay in one basis.
@@ -54,6 +55,7 @@ class Pass(ABC):
     requires: ClassVar[frozenset[Fact]] = frozenset()
     provides: ClassVar[frozenset[Fact]] = frozenset()
     forbids: ClassVar[frozenset[Fact]] = frozenset()
+    expects: ClassVar[frozenset[Fact]] = frozenset()
     numerics: ClassVar[Numerics] = Lossy()
     required: ClassVar[bool] = False
     by_phase: ClassVar[bool] = False
@@ -61,7 +63,7 @@ class Pass(ABC):
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Raises ``FactError`` for a fact that is no ``Fact``: a misspelt one cannot be imported."""
         super().__init_subclass__(**kwargs)
-        for fact in (*cls.requires, *cls.provides, *cls.forbids):
+        for fact in (*cls.requires, *cls.provides, *cls.forbids, *cls.expects):
             if not isinstance(fact, Fact):
                 raise FactError(
                     f"{cls.__qualname__}: the fact {fact!r} is text; import its object "

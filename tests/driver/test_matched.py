@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from mxfx.config import loads
+from mxfx.driver.check import check
 from mxfx.driver.matched import attention_lines, matched_lines, site_lines
 from mxfx.formats import parse
 from mxfx.graph.tiny import tiny
@@ -22,6 +26,7 @@ from mxfx.passes import (
 from mxfx.rewrite import PassRecord, Selector, apply
 from mxfx.rewrite.record import Skip
 from tests.architectures import build
+from tests.local_model import save_model
 from tests.mixtures import raised_mixture
 from tests.programs import RAISE, passed, raised
 
@@ -102,3 +107,17 @@ def test_an_attention_that_is_not_raised_is_warned_of() -> None:
 
 def test_what_the_emit_stage_fuses_is_not_asked_before_it_is_there() -> None:
     assert list(site_lines(raised("llama-tiny"), (FuseNormQuant(), FuseNorm()), [])) == ["fuse-norm: 5 sites"]
+
+
+def test_check_tells_of_formats_that_no_pass_rounds_to_and_counts_no_bits_of_them(tmp_path: Path) -> None:
+    model = f"[model]\nname = '{save_model(tmp_path / 'm')}'\ndtype = 'float32'\n"
+    text = model + "[[pass]]\nname = 'annotate'\npartial = true\nrule = [{ role = 'mlp', weight = 'mxint4@32' }]\n"
+    found = {}
+    for behind in ("", "round-weights", 'gptq"\nselect = ".*down_proj'):
+        whole = text + (f'[[pass]]\nname = "{behind}"\n' if behind else "")
+        lines = list(check(loads(whole)).lines())
+        found[behind] = ([line for line in lines if line.startswith("warning")], lines[-1])
+    (none, wide), (whole, narrow), (part, _) = found.values()
+    assert len(none) == 1 and none[0].endswith("no pass behind it does that; add distill or gptq or round-weights")
+    assert wide == "bits per weight after rounding: 32.00" and narrow != wide and whole == []
+    assert len(part) == 1 and "gate_proj" in part[0] and "gptq behind it leaves that out" in part[0]

@@ -150,6 +150,32 @@ def test_a_select_that_fits_nothing_is_told_with_the_nearest_name(program):
     assert len(record.warnings) == 1 and re.fullmatch(said, record.warnings[0])
 
 
+@pytest.mark.parametrize(
+    ("behind", "left"),
+    [
+        (
+            "",
+            ["input of linear .*: no pass behind it does that; add insert-fake-quant", "weight .* add distill or gptq"],
+        ),
+        (",insert-fake-quant", ["weight of linear .* is not rounded: no pass behind it"]),
+        (",insert-fake-quant,round-weights", []),
+        (
+            ",insert-fake-quant,round-weights{select='.*down_proj'}",
+            [r"weight of linear \(.*\.q_proj\) is .*: round-weights behind it leaves that out, by"],
+        ),
+    ],
+)
+def test_formats_that_nothing_is_rounded_to_are_warned_of_at_the_end(program, behind: str, left: list[str]):
+    passes = "annotate{rule=[{match='.*_proj',weight=mxint4@32,input=mxint4@32}]}" + behind
+    run = PassManager().run(program("llama-tiny", "raised"), from_text(passes))
+    assert len(run.records[0].warnings) == len(left)
+    assert all(re.match(f"the {said}", warning) for said, warning in zip(left, run.records[0].warnings, strict=True))
+    stopped = (
+        PassManager().run(program("llama-tiny", "raised"), from_text(passes), stop_after=StopPoint.parse("1")).records
+    )
+    assert stopped[0].warnings == []
+
+
 def test_no_pass_that_reads_raised_ops_comes_behind_lower():
     """None of them is left there: the pass would find nothing to do, and say so only in a warning."""
     register_passes()
