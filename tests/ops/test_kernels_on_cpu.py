@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ from mxfx.formats.stored import codes_length, restore, scales_length, store
 from mxfx.ops import cached_attend, mx_linear, rms_norm, rope
 from mxfx.ops.cache import cache_bias, write_cache
 from mxfx.ops.fused import norm_quantize, rope_quantize, silu_mul_quantize, transform_quantize
-from mxfx.ops.kernels import build
+from mxfx.ops.kernels import build, structs
 from mxfx.ops.kernels.build import library
 
 pytestmark = pytest.mark.skipif(isinstance(library(), str), reason=str(library()))
@@ -278,6 +279,27 @@ def test_a_cache_that_cannot_be_written_to_leaves_the_kernels_to_the_process_and
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert ran.stdout.startswith("<CDLL") and ran.stderr.count("cannot be written to") == 1
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_damaged_library_in_the_cache_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MXFX_CACHE", str(tmp_path))
+    source = "\n".join((Path(build.__file__).parent / name).read_text(encoding="utf-8") for name in build._SOURCES)
+    quick = "cc", ("-std=gnu11", "-O0", "-fPIC"), source
+    build._built(*quick)
+    (kept,) = tmp_path.glob("kernels/*.so")
+    kept.unlink()
+    kept.write_bytes(b"")
+    build._built(*quick)
+    assert kept.stat().st_size
+
+
+def test_formats_stay_where_c_was_told_they_are() -> None:
+    given = ("mxint4@32", torch.float32)
+    place = structs.rule_of(*given)
+    for block in range(1, 300):
+        structs.rule_of(f"mxint5@{block}", torch.float32)
+        assert structs.rule_of(*given) == place
+    assert ctypes.addressof(structs._rule(*given)) == place
 
 
 def _failing(folder: Path) -> str:

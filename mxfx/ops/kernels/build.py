@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -87,7 +88,9 @@ def _built(compiler: str, flags: tuple[str, ...], source: str) -> ctypes.CDLL:
     key = "\n".join((source, version, *flags, platform.machine(), processor()))
     target = cache_home() / "kernels" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
     if target.is_file():
-        return _opened(target)
+        # One that a machine which lost its power left is built again.
+        with contextlib.suppress(OSError, AttributeError):
+            return _opened(target)
     with _place(target.parent) as folder:
         text, unit, made = (Path(folder) / name for name in ("kernels.c", "kernels.o", "kernels.so"))
         text.write_text(source, encoding="utf-8")

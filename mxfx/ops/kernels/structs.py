@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -72,7 +72,8 @@ def why_not_cached(dtype: torch.dtype, own: torch.dtype, format: str | None) -> 
     return refused(format) or (None if bits in (4, 8) else f"reads codes of 4 or 8 bits, not the {bits} of {format}")
 
 
-@lru_cache(maxsize=256)
+#: Kept for good, as the tables below are: C, and steps that were recorded, hold their addresses.
+@cache
 def _rule(text: str, dtype: torch.dtype) -> Rule:
     fmt = parse(text)
     element, block = fmt.element, fmt.block
@@ -95,7 +96,7 @@ def _rule(text: str, dtype: torch.dtype) -> Rule:
     )
 
 
-@lru_cache(maxsize=256)
+@cache
 def rule_of(text: str, dtype: torch.dtype) -> int:
     """Address of a format for numbers of a dtype."""
     return ctypes.addressof(_rule(text, dtype))
@@ -138,7 +139,7 @@ def fits_byte(fmt: Format) -> bool:
     )
 
 
-@lru_cache(maxsize=64)
+@cache
 def table_of(text: str) -> tuple[Tensor, int, int, int]:
     """What a byte of codes stands for, float32, kept; its address, bits of a code, exponent bits (0: integers)."""
     fmt = parse(text)
