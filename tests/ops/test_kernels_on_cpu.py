@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxfx.formats import parse
+from mxfx.formats import FormatError, parse
 from mxfx.formats.stored import codes_length, restore, scales_length, store
 from mxfx.ops import cached_attend, mx_linear, rms_norm, rope
 from mxfx.ops.cache import cache_bias, write_cache
@@ -136,7 +136,34 @@ def test_operands_that_do_not_fit_are_refused_and_not_read_beyond() -> None:
             torch.ops.mxfx_kernels.mx_linear(x, *stored, None, "mxint4@32")
     with pytest.raises(RuntimeError, match="size"):
         torch.ops.mxfx_kernels.mx_linear(random(1, 1, 64), *stored, random(4), "mxint4@32")
+    codes, scales = stored
+    for short in (scales[:, :1], scales[:4]):
+        with pytest.raises(ValueError, match=r"rows of 64 in mxint4@32 are .* 2 scales each"):
+            torch.ops.mxfx_kernels.mx_linear(x[..., :64], codes, short.contiguous(), None, "mxint4@32")
+    with pytest.raises(FormatError, match="needs a tensor that has it"):
+        torch.ops.mxfx_kernels.fake_quantize(torch.tensor(1.0), "mxint4@32")
     assert few_rows.linear(random(1, 1, 128).bfloat16(), random(8, 64).bfloat16()) is NotImplemented
+
+
+def _token_over_eight(allowed: Tensor | None, keys: Tensor) -> Tensor:
+    q, k, v = random(1, 4, 1, 16), random(1, 2, 1, 16, seed=1), random(1, 2, 1, 16, seed=2)
+    rest = (random(1, 2, 8, 16, seed=3), None, None, 0.25, True, None, None, None, None, None, None, None, True)
+    return cached_attend(q, k, v, allowed, torch.tensor([7]), keys, *rest)
+
+
+def test_a_mask_of_other_numbers_or_of_fewer_places_is_not_read_as_bytes() -> None:
+    keys, shown = random(1, 2, 8, 16), torch.tensor([1.0, 0, 1, 1, 0, 0, 1, 1]).view(1, 1, 1, 8)
+    wanted = _token_over_eight(shown.bool(), keys.clone())
+    torch.testing.assert_close(_token_over_eight(shown.log(), keys.clone()), wanted)
+    with pytest.raises(RuntimeError, match="must match"):
+        _token_over_eight(shown[..., :6].bool(), keys.clone())
+
+
+def test_a_key_of_nan_is_not_passed_over() -> None:
+    keys = random(1, 2, 8, 16)
+    keys[0, 0, 2] = torch.nan
+    found = _token_over_eight(None, keys)
+    assert found[:, :2].isnan().all() and found[:, 2:].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

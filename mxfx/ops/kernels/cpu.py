@@ -130,6 +130,8 @@ def takes_rounding(x: Tensor, format: str, axis: int = -1) -> str | None:
     """Why a quantizer stays with its definition."""
     if x.dtype not in DTYPES:
         return f"numbers are {x.dtype}"
+    if x.dim() == 0:
+        return "a scalar has no blocks"
     return refused(format) if axis in (-1, x.dim() - 1) else f"blocks run along axis {axis}, not the last"
 
 
@@ -296,7 +298,9 @@ def mx_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, for
     """``mxfx::mx_linear``: few rows on a grid of integers, as many as pay (``crossing``), meet codes; float64 sums."""
     if not (codes.is_contiguous() and scales.is_contiguous() and codes.dim() == 2):
         return packed.mx_linear(x, codes, scales, bias, format)
-    fit = 2 * codes.shape[1] == x.shape[-1] and (bias is None or bias.shape == codes.shape[:1])
+    of_codes = (codes.shape[0], -(-x.shape[-1] // (_block(format) or 1)))
+    fit = 2 * codes.shape[1] == x.shape[-1] and scales.shape == of_codes
+    fit = fit and (bias is None or bias.shape == codes.shape[:1])
     takes = fit and units_of(format) is not None and x.dtype in DTYPES and _taken(x, bias)
     if takes and x.dim() > 1 and x.shape[-2] == 1 and x.shape[0] <= few_rows(format, x.dtype):
         y = _by_codes(x, codes, scales, bias, format)
@@ -356,7 +360,12 @@ def attend_token(
     keys, values, *scales = tensors
     plain = type(q) is Tensor and not torch.compiler.is_compiling() and not _get_current_dispatch_mode_stack()
     both = ((k, formats[0]), (v, formats[1]))
-    if not plain or any(structs.why_not_cached(q.dtype, x.dtype, format) is not None for x, format in both):
+    masked = allowed is None or structs.is_byte_mask(allowed, q.shape[0], keys.shape[2])
+    if (
+        not plain
+        or not masked
+        or any(structs.why_not_cached(q.dtype, x.dtype, format) is not None for x, format in both)
+    ):
         return NotImplemented
     caches = []
     for cache, own, x, format in zip((keys, values), scales, (k, v), formats, strict=True):

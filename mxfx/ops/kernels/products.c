@@ -256,7 +256,7 @@ int mxfx_attend(const void *q, const void *k, const void *v, void *y, const int6
       float sink = sinks == NULL ? 0 : bf16 ? from_bf16(((const uint16_t *)sinks)[head]) : ((const float *)sinks)[head];
       for (long t = 0; t < places; t++) most = s[t] > most ? s[t] : most;
       if (sinks != NULL && sink > most) most = sink;
-      for (long t = 0; t < places; t++) { s[t] = s[t] > most - 87.0f ? power_e(s[t] - most) : 0.0f; total += s[t]; }
+      for (long t = 0; t < places; t++) { s[t] = s[t] <= most - 87.0f ? 0.0f : power_e(s[t] - most); total += s[t]; }
       if (sinks != NULL) total += expf(sink - most);
       for (long t = 0; t < places; t++) s[t] /= total;
     }

@@ -72,6 +72,12 @@ def why_not_cached(dtype: torch.dtype, own: torch.dtype, format: str | None) -> 
     return refused(format) or (None if bits in (4, 8) else f"reads codes of 4 or 8 bits, not the {bits} of {format}")
 
 
+def is_byte_mask(allowed: Tensor, batch: int, places: int) -> bool:
+    """Whether a mask is one byte a place, for one text or for all: C asks for neither."""
+    rows = allowed.shape[0]
+    return allowed.dtype is torch.bool and rows in (1, batch) and allowed.numel() == rows * places
+
+
 #: Kept for good, as the tables below are: C, and steps that were recorded, hold their addresses.
 @cache
 def _rule(text: str, dtype: torch.dtype) -> Rule:
