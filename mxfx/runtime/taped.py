@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from mxfx.ops.kernels import cpu, few_rows
+from mxfx.ops.kernels import few_rows
+from mxfx.ops.kernels.calls import Call, recorded
 
 
 class Tape(fx.Interpreter):
@@ -38,7 +39,7 @@ class Tape(fx.Interpreter):
             one()
 
     def run_node(self, n: fx.Node) -> Any:
-        with cpu.recorded() as calls:
+        with recorded() as calls:
             result = super().run_node(n)
         if n.op == "call_function":
             self._note(n, result, calls)
@@ -52,7 +53,7 @@ class Tape(fx.Interpreter):
                 return found
         return super().call_function(target, args, kwargs)
 
-    def _note(self, n: fx.Node, result: Any, calls: list[cpu.Call]) -> None:
+    def _note(self, n: fx.Node, result: Any, calls: list[Call]) -> None:
         values = list(filter(_is_tensor, tree_leaves(result)))
         schema = getattr(n.target, "_schema", None)
         writes = schema.is_mutable if schema is not None else bool(getattr(n.target, "mutates", ()))
@@ -62,12 +63,12 @@ class Tape(fx.Interpreter):
             again = _again(n.target, args, kwargs, values)
             self.played.append(_kernel(calls[0], again) if kernel else again)
 
-    def _reads_known(self, call: cpu.Call) -> bool:
+    def _reads_known(self, call: Call) -> bool:
         """Whether a kernel read values of the graph, not copies that were made of them on the way."""
         return all(_memory(tensor) in self._known for tensor in call.reads)
 
 
-def _kernel(call: cpu.Call, otherwise: Callable[[], object]) -> Callable[[], object]:
+def _kernel(call: Call, otherwise: Callable[[], object]) -> Callable[[], object]:
     """A kernel's call; what it took once it may refuse of other numbers (a NaN lies on no grid)."""
     function, arguments = call.function, call.arguments
 

@@ -22,6 +22,7 @@ from mxfx.ops.cache import cache_bias, write_cache
 from mxfx.ops.fused import norm_quantize, rope_quantize, silu_mul_quantize, transform_quantize
 from mxfx.ops.kernels import build, structs
 from mxfx.ops.kernels.build import library
+from mxfx.ops.kernels.calls import recorded
 
 pytestmark = pytest.mark.skipif(isinstance(library(), str), reason=str(library()))
 
@@ -71,7 +72,7 @@ def test_products_of_codes_are_those_of_float64_rounded_once(of_weight: str, of_
     w = fmt.fake_quantize(random(101, 160))
     codes, scales = store(w, fmt)
     x = parse(of_input).fake_quantize(random(3, 1, 160, seed=2).to(dtype))
-    with cpu.recorded() as calls:
+    with recorded() as calls:
         found = cpu.mx_linear(x, codes, scales, None, of_weight)
     assert [call.function.__name__ for call in calls] == ["mxfx_product"]
     assert torch.equal(found, (x.double() @ w.double().T).float().to(dtype))
@@ -200,7 +201,6 @@ def test_a_token_over_a_cache_is_written_and_attends_as_by_definition(
     formats: tuple, window: int | None, softcap: float | None, sinks: bool, padded: bool, dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from mxfx.ops.kernels import cpu
 
     room, past = (7 if window else 24), 20
     k, v = (random(2, 3, past + 1, 64, seed=seed).to(dtype) for seed in (1, 2))
@@ -225,7 +225,7 @@ def test_a_token_over_a_cache_is_written_and_attends_as_by_definition(
         given = (allowed, slots[past:], keys, values, of_keys, of_values)
         if not ours:
             monkeypatch.setattr("mxfx.ops.cache.load_cpu", lambda: "not here")
-        with cpu.recorded() as calls:
+        with recorded() as calls:
             out = cached_attend(q, *new, *given, 0.125, True, window, None, softcap, sink, None, *formats, True)
         assert len(calls) == int(ours)
         results.append((out, *given[2:]))
@@ -270,14 +270,14 @@ def test_how_many_rows_meet_codes_is_measured_once_and_kept(tmp_path: Path, monk
 
 @pytest.mark.parametrize("rows", [0, 2])
 def test_more_rows_than_this_cpu_is_faster_with_meet_the_decoded_weight(rows: int, monkeypatch) -> None:
-    from mxfx.ops.kernels import cpu, crossing
+    from mxfx.ops.kernels import crossing
 
     monkeypatch.setenv(crossing.VARIABLE, str(rows))
     crossing.rows_of.cache_clear()
     fmt = parse("mxint4@32")
     codes, scales = store(fmt.fake_quantize(random(24, 64)), fmt)  # type: ignore[misc]
     for batch in (1, 2, 3):
-        with cpu.recorded() as calls:
+        with recorded() as calls:
             y = torch.ops.mxfx_kernels.mx_linear(
                 fmt.fake_quantize(random(batch, 1, 64, seed=1)), codes, scales, None, "mxint4@32"
             )
@@ -388,7 +388,7 @@ def test_calls_of_other_threads_are_not_written_down() -> None:
     from mxfx.ops.kernels import cpu
 
     x = random(4, 64)
-    with cpu.recorded() as calls:
+    with recorded() as calls:
         cpu.fake_quantize(x, "mxint4@32")
         other = threading.Thread(target=cpu.fake_quantize, args=(x, "mxint8@32"))
         other.start()

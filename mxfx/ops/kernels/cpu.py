@@ -6,11 +6,8 @@ taken only of steps of decoding, one token a text: a library too sums those in a
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from ctypes import byref
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +22,7 @@ from mxfx.ops import packed
 from mxfx.ops.fused import _transformed
 from mxfx.ops.kernels import structs, takes
 from mxfx.ops.kernels.build import library
+from mxfx.ops.kernels.calls import called
 from mxfx.ops.kernels.crossing import rows_of
 from mxfx.ops.kernels.library import _LIBRARY, kernel
 from mxfx.ops.kernels.structs import DTYPES, Before, CacheTensor, refused, rule_of, table_of, units_of
@@ -42,40 +40,6 @@ _ONE_TURN: Mapping[str, Any] = {"turns": 1, "angles": 1}
 _C = library()
 if isinstance(_C, str):
     raise ImportError(_C)
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call of a C kernel, to be made again on the same tensors: ``reads`` and ``result`` are those.
-
-    ``function`` gives 0, or another number where it has written nothing: it found no memory, or numbers that it does
-    not take.
-    """
-
-    function: Callable[..., int]
-    arguments: tuple
-    reads: tuple[Tensor, ...]
-    result: Tensor
-
-
-#: Of each thread, where its calls are written down while it does; see ``recorded``.
-_LOG = threading.local()
-
-
-@contextmanager
-def recorded() -> Iterator[list[Call]]:
-    """The calls of C kernels that this thread makes meanwhile."""
-    before, _LOG.calls = getattr(_LOG, "calls", None), []
-    try:
-        yield _LOG.calls
-    finally:
-        _LOG.calls = before
-
-
-def _called(function: Callable[..., int], arguments: tuple, reads: tuple, result: Tensor) -> int:
-    if (calls := getattr(_LOG, "calls", None)) is not None:
-        calls.append(Call(function, arguments, tuple(t for t in reads if t is not None), result))
-    return function(*arguments)
 
 
 def _few(x: Tensor) -> bool:
@@ -98,7 +62,7 @@ def _run(x: Tensor, format: str | None, before: Before | None, *others: Tensor |
         None if format is None else rule_of(format, x.dtype),
         _threads(x.numel()),
     )
-    if _called(_C.mxfx_rows, arguments, (x, *others), y):
+    if called(_C.mxfx_rows, arguments, (x, *others), y):
         raise MemoryError("no memory for a row of a tensor")
     return y
 
@@ -334,7 +298,7 @@ def _by_codes(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, for
         *(y.data_ptr(), x.numel() // width, width, codes.shape[0], _block(format), units.table),
         *(units.most, units.exponent, x.dtype is torch.bfloat16, torch.get_num_threads()),
     )
-    return None if _called(_C.mxfx_product, arguments, (x, codes, scales, bias), y) else y
+    return None if called(_C.mxfx_product, arguments, (x, codes, scales, bias), y) else y
 
 
 _LIBRARY.impl("mx_linear", mx_linear, "CPU")
@@ -402,6 +366,6 @@ def attend_token(
         *(q.dtype is torch.bfloat16, torch.get_num_threads()),
     )
     reads = (q, k, v, slots, allowed, sinks, *tensors)
-    if _called(_C.mxfx_attend, arguments, reads, y):
+    if called(_C.mxfx_attend, arguments, reads, y):
         raise MemoryError("no memory for the scores of a token")
     return y

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mxfx.ops.kernels.cpu import _C, _called, _few, _taken
+from mxfx.ops.kernels.calls import called
+from mxfx.ops.kernels.cpu import _C, _few, _taken
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -20,4 +21,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     given = (x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr())
     sizes = (x.shape[0], x.shape[-1], weight.shape[0], torch.get_num_threads())
-    return NotImplemented if _called(_C.mxfx_linear, (*given, *sizes), (x, weight, bias), y) else y
+    return NotImplemented if called(_C.mxfx_linear, (*given, *sizes), (x, weight, bias), y) else y
