@@ -281,6 +281,9 @@ class KVCache(Cache):
 
     def reset(self) -> None:
         self.length, self.padded = 0, False
+        # What lies behind the last token is multiplied by zero, which a NaN would survive.
+        for tensor in () if self.storage is None else self.storage.tensors.values():
+            tensor.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Text ``i`` goes on as text ``beam_idx[i]``."""

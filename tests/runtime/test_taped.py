@@ -89,3 +89,16 @@ def test_a_cache_that_was_filled_for_inference_is_read_on_outside_of_it() -> Non
         step = lm(ids[:, 6:7], past_key_values=cache).logits
         chunk = lm(ids[:, 7:], past_key_values=cache).logits
     torch.testing.assert_close(torch.cat((step, chunk), 1), expected[:, 6:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_that_is_reset_forgets_the_nan_of_a_text() -> None:
+    """A step by definition multiplies what lies behind its token by zero."""
+    lm = as_causal_lm(raised("llama-tiny"))
+    table = next(weight for weight in lm.parameters() if weight.shape[0] == 128)
+    cache = lm.new_cache()
+    with torch.no_grad():
+        table[7] = float("nan")
+        lm(torch.tensor([[7, 7]]), past_key_values=cache)
+    assert cache.storage is not None and any(t.isnan().any() for t in cache.storage.tensors.values())
+    cache.reset()
+    assert not any(t.isnan().any() for t in cache.storage.tensors.values())
