@@ -70,10 +70,13 @@ class Wanted:
 
 
 def title(name: str) -> str:
-    """What tables call an entry of `--eval`: a path's stem, or the name itself. Raises `EvaluationError`."""
+    """What tables call an entry of `--eval`: a folder's name, a file's stem, or the entry. Raises `EvaluationError`."""
     if kind(name) == CHAT:
         return chat_title(sampling(name))
-    return Path(name).stem if kind(name) == "text" else name
+    if kind(name) != "text":
+        return name
+    path = Path(name).absolute()  # "." has no name else
+    return path.name if path.is_dir() else path.stem
 
 
 def chat_title(how: Mapping[str, float]) -> str:

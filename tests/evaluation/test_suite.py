@@ -15,7 +15,7 @@ from mxfx.evaluation.results import EvaluationError
 from mxfx.evaluation.scoring import FloatLogits
 from mxfx.evaluation.suite import Suite
 from mxfx.evaluation.tasks import TaskOptions
-from mxfx.evaluation.wanted import Wanted
+from mxfx.evaluation.wanted import Wanted, title
 from tests.evaluation.chatty import byte_model, byte_tokenizer
 
 TASK = """
@@ -133,6 +133,15 @@ def test_what_cannot_be_meant_is_refused_before_a_model_is_read(
     monkeypatch.setattr(tasks, "_all_tasks", lambda: SimpleNamespace(all_tasks=["arc_easy", "wikitext"]))
     with pytest.raises(EvaluationError, match=message):
         Wanted.parse(text).check()
+
+
+def test_a_folder_gives_its_whole_name_and_a_file_its_stem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [tmp_path / "code-3.11", tmp_path / "code-3.12"]
+    for folder in folders:
+        folder.mkdir()
+    Wanted.parse(",".join(map(str, folders)))
+    monkeypatch.chdir(folders[0])
+    assert [title(name) for name in (str(folders[1]), ".", "news.v2.txt")] == ["code-3.12", "code-3.11", "news.v2"]
 
 
 def test_chat_is_drawn_as_its_name_says() -> None:
