@@ -85,6 +85,8 @@ def read_toml(path: str | Path) -> Document:
     Raises ``ConfigError`` for a missing or unreadable file and, with line and column, for a syntax error.
     """
     file = Path(path)
+    if file.is_dir():
+        raise ConfigError(Place(str(path)), "a folder", "a TOML pipeline, a file")
     if not file.is_file():
         raise ConfigError(Place(str(path)), "no such file", "a TOML pipeline", _near_file(file))
     try:

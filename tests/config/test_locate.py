@@ -121,3 +121,9 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "rtn.toml").write_text("")
     with pytest.raises(ConfigError, match=r"no such file(.|\n)*did you mean 'rtn\.toml'"):
         read_toml(tmp_path / "rtm.toml")
+
+
+def test_a_folder_in_a_files_place_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    with pytest.raises(ConfigError, match=r"configs: a folder\n  expected: a TOML pipeline, a file$"):
+        read_toml(tmp_path / "configs")
