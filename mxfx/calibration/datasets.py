@@ -246,7 +246,9 @@ def _read(name: str, split: str) -> Iterator[str]:
 def _folder(path: Path) -> Iterator[str]:
     files = sorted(path.glob("*.txt"))
     if not files:
-        raise DatasetError(f"{path}: holds no .txt file; expected {_LOCAL_FORMS}")
+        file = next((file for file in sorted(path.iterdir()) if file.suffix in (".jsonl", ".parquet")), None)
+        hint = f"; did you mean '{file}'?" if file is not None else ""
+        raise DatasetError(f"{path}: holds no .txt file; expected {_LOCAL_FORMS}{hint}")
     return (text_of(file) for file in files)
 
 

@@ -196,7 +196,10 @@ def test_a_path_that_is_not_there_is_called_a_path(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_txt_files_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"holds no \.txt file"):
+    with pytest.raises(DatasetError, match=r"holds no \.txt file; expected .* a folder of \.txt files$"):
+        documents(tmp_path)
+    (tmp_path / "news.jsonl").write_text("{}")
+    with pytest.raises(DatasetError, match=r"; did you mean '.*/news\.jsonl'\?$"):
         documents(tmp_path)
 
 
