@@ -287,7 +287,10 @@ def _instead(folder: Path) -> str:
 
     if not (folder / "config.json").is_file() or is_folder(folder):
         return "no artefact, or one whose writing was cut short"
-    return f"it is a model that no run emitted; `mxfx run FILE --model {folder} --eval …` evaluates it too"
+    return (
+        f"it is a model that no run emitted; `mxfx run FILE --model {folder} --out OUT` makes an emitted one of it, "
+        "with --eval … both are evaluated"
+    )
 
 
 def _check_files(folder: Path, manifest: Mapping[str, object]) -> tuple[list[str], dict[str, str]]:

@@ -326,7 +326,8 @@ def test_a_full_disk_leaves_no_artefact(saved: Path, monkeypatch: pytest.MonkeyP
 def test_a_model_that_no_run_emitted_is_called_one_with_the_command_that_takes_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(
-        ArtefactError, match=r"a model that no run emitted; `mxfx run FILE --model .* --eval …` evaluates it"
+        ArtefactError,
+        match=r"a model that no run emitted; `mxfx run FILE --model .* --out OUT` makes an emitted one of it",
     ):
         load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "mxfx"}')
