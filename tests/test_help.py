@@ -100,7 +100,8 @@ def test_help_lists_pages_and_prints_one(mxfx: Run) -> None:
     assert all(name in listed for name in _PAGES)
     assert mxfx("help", "formats").out == _PAGES["formats"]
     wrong = mxfx("help", "format")
-    assert wrong.code == 2 and "did you mean 'formats'?" in wrong.err
+    assert wrong.code == 2 and "did you mean 'formats'? expected one of cache, " in wrong.err
+    assert "no topic 'gguf'; expected one of cache, " in mxfx("help", "gguf").err
 
 
 def test_a_call_that_does_not_exist_is_seen() -> None:

@@ -32,7 +32,8 @@ def help_(topic: Annotated[str | None, typer.Argument(help="A page; all are list
         typer.echo("\nmxfx help TOPIC prints one; mxfx COMMAND --help tells of a command.")
         return
     if topic not in pages:
-        raise NoTopic(f"there is no topic {topic!r}; {did_you_mean(topic, pages)} expected one of {', '.join(pages)}")
+        near = f" {near}" if (near := did_you_mean(topic, pages)) else ""
+        raise NoTopic(f"there is no topic {topic!r};{near} expected one of {', '.join(pages)}")
     typer.echo(pages[topic].rstrip("\n"))
 
 
