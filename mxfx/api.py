@@ -58,8 +58,12 @@ def compile(
     as ``gm(input_ids, position_ids=None, attention_mask=None)``; it has ``.program`` (before the emit stage) and
     ``.report`` (the account of every pass). The model given is not changed; what a pass warns of is warned of.
 
-    Raises ``ConfigError``, ``PassError`` or what an instrument raises.
+    Raises ``TypeError`` for a path as pipeline, ``ConfigError``, ``PassError`` or what an instrument raises.
     """
+    if isinstance(pipeline, str | Path):
+        raise TypeError(
+            f"the pipeline is {str(pipeline)!r}; expected a Pipeline or passes: mxfx.load_pipeline reads a file"
+        )
     place = torch.device(device) if device is not None else next(model.parameters()).device
     pipeline = pipeline if isinstance(pipeline, Pipeline) else Pipeline(pipeline)
     pipeline = pipeline.completed().emitted(place.type)

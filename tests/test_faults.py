@@ -156,6 +156,13 @@ def test_a_transform_that_does_not_fit_the_model_is_warned_of() -> None:
         mxfx.compile(stable, loads('[[pass]]\nname="fuse-norm"\n[[pass]]\nname="rotate-residual"\n'))
 
 
+def test_a_path_for_a_pipeline_and_missing_tokens_are_answered_with_what_gives_them() -> None:
+    with pytest.raises(TypeError, match=r"the pipeline is 'a\.toml'; expected .* mxfx\.load_pipeline reads a file"):
+        mxfx.compile(learned_positions(), "a.toml")
+    with pytest.raises(PassError, match=r"needs calibration data and the run has none: .*; to mxfx\.compile, tokens"):
+        mxfx.compile(learned_positions(), loads(GPTQ), instruments=())
+
+
 def learned_positions() -> torch.nn.Module:
     config = T.GPT2Config(
         n_embd=64, n_layer=1, n_head=4, vocab_size=128, n_positions=32, bos_token_id=1, eos_token_id=2

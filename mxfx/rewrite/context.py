@@ -27,7 +27,7 @@ class StrictError(CheckError, RuntimeError):
 def _no_tokens() -> Tensor:
     raise MissingCalibration(
         "this pass needs calibration data and the run has none: "
-        "add a [calibration] table to the pipeline or give --data FILE"
+        "add a [calibration] table to the pipeline or give --data FILE; to mxfx.compile, tokens"
     )
 
 
