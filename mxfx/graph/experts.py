@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mxfx.graph.errors import TraceError
-from mxfx.graph.fake import FakeRunner
+from mxfx.graph.fake import runner_of
 from mxfx.graph.node import info, kind, set_info
 from mxfx.graph.program import Program
 
@@ -127,7 +127,7 @@ class _Before:
 
     def __init__(self, node: fx.Node) -> None:
         self._node = node
-        self._runner = FakeRunner(node.meta["val"].fake_mode)
+        self._runner = runner_of(node.meta["val"].fake_mode)
 
     def __call__(self, target: Callable, *args: object) -> fx.Node:
         with self._node.graph.inserting_before(self._node):

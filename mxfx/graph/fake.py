@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import lru_cache
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mxfx.ops import find_op
 from mxfx.ops.catalogue import record_of
@@ -20,37 +21,56 @@ SIZES = SimpleNamespace(sym_max=torch.sym_max, sym_min=torch.sym_min)
 
 
 class FakeRunner:
-    """Runs calls on the fake values of their operands, each distinct call once: layers repeat.
+    """Runs calls on the fake values of their operands, each distinct call once: layers, passes and pipelines repeat.
 
-    A call is known by its op, the shapes, strides and dtypes of its operands, and its constants.
+    A call is known by its op, the shapes, strides, dtypes and devices of its operands, and its constants. What it
+    gives, several nodes may hold.
     """
 
     def __init__(self, mode: FakeTensorMode) -> None:
         self.mode = mode
         self._known: dict[Hashable, object] = {}
-        #: Fake value by identity, held → its shape, strides and dtype in words, which are slow to ask for.
-        self._said: dict[int, tuple[Tensor, Hashable]] = {}
+        #: Fake value → its shape, strides, dtype and device in words, which are slow to ask for.
+        self._said = WeakIdKeyDictionary()
 
     def run(self, node: fx.Node) -> object:
-        """The fake result of a ``call_function`` node. Raises what the op raises for operands that do not fit."""
-        if reads_a_number(node):
-            # Two numbers of equal tensors are two numbers, and one that has a symbol keeps it: its readers state it.
-            stated = node.meta.get("val")
-            return self._run(node) if stated is None else stated
-        key = (node.target, self._key(node.args), self._key(node.kwargs))
+        """The fake result of a ``call_function`` node, where the op has a shape rule by that, whose strides may differ.
+
+        Raises what the op raises for operands that do not fit.
+        """
+        stated = node.meta.get("val")
+        # A number that has a symbol keeps it: its readers state it.
+        return stated if reads_a_number(node) and stated is not None else self._once(node, self._by_rule)
+
+    def run_itself(self, node: fx.Node) -> object:
+        """The fake result of a ``call_function`` node, strides included."""
+        return self._once(node, self._itself)
+
+    def converted(self, val: Tensor, dtype: torch.dtype) -> Tensor:
+        """``val`` in another dtype."""
+        key = (dtype, self._key(val))
         if key not in self._known:
-            self._known[key] = self._run(node)
+            with self.mode:
+                self._known[key] = val.to(dtype)
+        return self._known[key]
+
+    def _once(self, node: fx.Node, run: Callable[[fx.Node], object]) -> object:
+        if reads_a_number(node) or not _is_one_of_its_name(node.target):
+            return run(node)
+        key = (run.__name__, node.target, self._key(node.args), self._key(node.kwargs))
+        if key not in self._known:
+            self._known[key] = run(node)
         return self._known[key]
 
     def _key(self, operand: object) -> Hashable:
         if isinstance(operand, fx.Node):
             return self._key(operand.meta["val"])
         if isinstance(operand, Tensor):
-            known = self._said.get(id(operand))
-            if known is None or known[0] is not operand:
-                said = (sizes_text(operand), tuple(map(size_text, operand.stride())), operand.dtype)
-                known = self._said[id(operand)] = (operand, said)
-            return known[1]
+            known = self._said.get(operand)
+            if known is None:
+                strides = tuple(map(size_text, operand.stride()))
+                known = self._said[operand] = (sizes_text(operand), strides, operand.dtype, operand.device)
+            return known
         if isinstance(operand, list | tuple):
             return (type(operand).__name__, *map(self._key, operand))
         if isinstance(operand, dict):
@@ -59,13 +79,42 @@ class FakeRunner:
             return ("SymInt", size_text(operand))
         return (type(operand).__name__, str(operand))
 
-    def _run(self, node: fx.Node) -> object:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    def _by_rule(self, node: fx.Node) -> object:
+        args, kwargs = self._operands(node)
         record = record_of(node.target)
         rule = record.shape if record is not None else None
         # Composite ops (linear) meet symbolic sizes only through the Python dispatcher before torch 2.13.
         with self.mode, enable_python_dispatcher(), torch.no_grad():
             return (rule or node.target)(*args, **kwargs)
+
+    def _itself(self, node: fx.Node) -> object:
+        args, kwargs = self._operands(node)
+        with self.mode, torch.no_grad():
+            return node.target(*args, **kwargs)
+
+    def _operands(self, node: fx.Node) -> tuple:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        if reads_a_number(node):
+            # Two numbers of equal tensors are two numbers, and a fake value that both have knows one symbol.
+            with self.mode:
+                args = (args[0].clone(),)
+        return args, kwargs
+
+
+def runner_of(mode: FakeTensorMode) -> FakeRunner:
+    """The runner of a trace, which forgets nothing while the trace is there.
+
+    Symbols of another trace may have the same names: what was run for them says nothing here.
+    """
+    found = getattr(mode, "_mxfx_runner", None)
+    if found is None:
+        found = mode._mxfx_runner = FakeRunner(mode)
+    return found
+
+
+def _is_one_of_its_name(target: object) -> bool:
+    """Whether a target is no closure, of which each call may make another."""
+    return isinstance(target, OpOverload) or (isinstance(target, FunctionType) and "<" not in target.__qualname__)
 
 
 def has_dtype_of_its_own(node: fx.Node) -> bool:
@@ -106,4 +155,4 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
     return next((v.fake_mode for v in vals if isinstance(v, FakeTensor)), None)
 
 
-__all__ = ["FakeRunner", "fake_mode_of", "size_text", "sizes_text"]
+__all__ = ["FakeRunner", "fake_mode_of", "runner_of", "size_text", "sizes_text"]

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from mxfx.graph.experts import TRANSPOSED
-from mxfx.graph.fake import FakeRunner
+from mxfx.graph.fake import runner_of
 from mxfx.graph.node import info, operands, set_info
 from mxfx.graph.program import Program
 
@@ -53,7 +53,7 @@ def _turn(program: Program, product: fx.Node) -> None:
     assert isinstance(weight, fx.Node) and isinstance(x, fx.Node)
     if x.meta["val"].dim() < 2:
         return
-    runner = FakeRunner(weight.meta["val"].fake_mode)
+    runner = runner_of(weight.meta["val"].fake_mode)
 
     def call(target: Callable, *args: object) -> fx.Node:
         with program.graph.inserting_before(product):

@@ -8,7 +8,7 @@ from operator import getitem
 import torch
 from torch import fx
 
-from mxfx.graph.fake import FakeRunner
+from mxfx.graph.fake import runner_of
 from mxfx.graph.node import info, kind, set_info
 from mxfx.graph.normalize import remove_dead
 from mxfx.graph.program import Program
@@ -57,7 +57,7 @@ def _joined(program: Program, last: fx.Node, rows: fx.Node, stack: fx.Node, coun
 
 def _refresh(node: fx.Node) -> None:
     mode = next(n.meta["val"].fake_mode for n in node.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor))
-    node.meta["val"] = FakeRunner(mode).run(node)
+    node.meta["val"] = runner_of(mode).run(node)
 
 
 def _pieces(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:

@@ -14,7 +14,7 @@ from torch import fx
 from torch.utils._pytree import tree_map_only
 
 from mxfx.algorithms.hadamard import DENSE_ORDER, hadamard_matrix, kronecker_signs, kronecker_transform
-from mxfx.graph.fake import FakeRunner, has_dtype_of_its_own
+from mxfx.graph.fake import has_dtype_of_its_own, runner_of
 from mxfx.graph.node import kind, op_name, operands, path_of
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, compute_dtype
 from mxfx.ops import (
@@ -131,7 +131,7 @@ def _concretize(rw: Rewriter) -> None:
 
 
 def _settle_dtype(rw: Rewriter, node: fx.Node, compute: torch.dtype) -> None:
-    found, stated = FakeRunner(rw.fake_mode).run(node), node.meta["val"]
+    found, stated = runner_of(rw.fake_mode).run(node), node.meta["val"]
     if not isinstance(found, torch.Tensor) or found.dtype == stated.dtype:
         return
     with stated.fake_mode:
@@ -143,8 +143,7 @@ def _settle_dtype(rw: Rewriter, node: fx.Node, compute: torch.dtype) -> None:
 def _cast(val: torch.Tensor, real: Mapping[torch.dtype, torch.dtype]) -> torch.Tensor:
     if val.dtype not in real:
         return val
-    with val.fake_mode:
-        return val.to(real[val.dtype])
+    return runner_of(val.fake_mode).converted(val, real[val.dtype])
 
 
 def _split_unserved(rw: Rewriter, device: torch.device) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from mxfx.graph.fake import runner_of
 from mxfx.graph.node import NodeInfo, info, path_of, set_info
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, Symbol
 from mxfx.ops.catalogue import in_schema_order, spec
@@ -170,9 +171,7 @@ class Rewriter:
 
     def run_fake(self, node: fx.Node) -> object:
         """Result of a call on the fake values of its operands."""
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self.fake_mode, torch.no_grad():
-            return node.target(*args, **kwargs)
+        return runner_of(self.fake_mode).run_itself(node)
 
     def _adopt(self, node: fx.Node, like: fx.Node) -> None:
         set_info(node, NodeInfo(path=path_of(like), passes=(self.pass_name,)))

@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from mxfx.formats import FormatError
 from mxfx.formats import parse as parse_format
-from mxfx.graph.fake import FakeRunner
+from mxfx.graph.fake import runner_of
 from mxfx.graph.node import Annotation, NodeInfo, set_info
 from mxfx.graph.program import NOMINAL_COMPUTE, NOMINAL_MODEL, Program, Source, Symbol, compute_dtype
 from mxfx.graph.text.characters import Lines
@@ -101,7 +101,7 @@ class Reader(Lines):
     def prepare(self) -> None:
         """What ops run in, before the first."""
         self.mode, self.sizes = _environment(self.symbols)
-        self.fake = FakeRunner(self.mode)
+        self.fake = runner_of(self.mode)
 
     def source(self, header: Mapping[str, str]) -> tuple[str, str, str]:
         if "source" not in header:

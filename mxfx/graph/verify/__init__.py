@@ -18,7 +18,6 @@ from collections.abc import Collection
 
 from torch import fx
 
-from mxfx.graph.fake import FakeRunner
 from mxfx.graph.mutation import unsound_write
 from mxfx.graph.program import Program
 from mxfx.graph.verify.fault import VerifyError, fault
@@ -34,7 +33,6 @@ from mxfx.graph.verify.weights import weights
 def verify(
     program: Program,
     touched: Collection[str] | None = None,
-    runner: FakeRunner | None = None,
     *,
     fragment: bool = False,
 ) -> int:
@@ -42,9 +40,8 @@ def verify(
 
     A ``fragment`` may have any inputs and any result.
 
-    A ``runner`` that is kept between calls remembers calls that it has run already: layers and passes repeat them.
-
-    Returns the number of nodes that were executed on fake tensors. Raises ``VerifyError`` at the first fault.
+    Returns the number of nodes whose ops were asked for their types; equal calls of a trace run once. Raises
+    ``VerifyError`` at the first fault.
     """
     structure(program, fragment)
     metadata(program)
@@ -56,7 +53,7 @@ def verify(
     unsound = unsound_write(program)
     if unsound is not None:
         raise fault(*unsound, "let one op write a cache, before all that read it (insert-kv-cache)")
-    executed = types(program, nodes, runner, fragment)
+    executed = types(program, nodes, fragment)
     for node in nodes:
         formats(node, lowered)
     if lowered:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from mxfx.graph.fake import FakeRunner, fake_mode_of, sizes_text
+from mxfx.graph.fake import fake_mode_of, runner_of, sizes_text
 from mxfx.graph.program import Program
 from mxfx.graph.verify.fault import VerifyError, described, fault, first_line
 
 _INPUTS = ("input_ids", "position_ids", "attention_mask")
 
 
-def types(program: Program, nodes: list[fx.Node], kept: FakeRunner | None, fragment: bool) -> int:
+def types(program: Program, nodes: list[fx.Node], fragment: bool) -> int:
     mode = fake_mode_of(program.graph)
     if mode is None:
         raise VerifyError("the graph carries no fake tensors; make programs with mxfx.trace or the IR parser")
-    # Symbols of another trace may have the same names: what was run for them says nothing here.
-    runner = kept if kept is not None and kept.mode is mode else FakeRunner(mode)
+    runner = runner_of(mode)
     executed = 0
     for node in nodes:
         if node.op == "placeholder":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mxfx.graph.fake import FakeRunner, fake_mode_of
 from mxfx.graph.verify import VerifyError, verify
 from mxfx.graph.weights import version
 from mxfx.pipeline.manager import Instrument, Run, Step
@@ -15,13 +14,10 @@ class Verify(Instrument):
     the program before it in place.
     """
 
-    _runner: FakeRunner | None = None
     _written: tuple[tuple[str, Tensor, int], ...] = ()
 
     def enter(self, run: Run) -> None:
-        mode = fake_mode_of(run.source.graph)
-        self._runner = None if mode is None else FakeRunner(mode)
-        verify(run.source, runner=self._runner)
+        verify(run.source)
 
     def before(self, step: Step) -> None:
         self._written = tuple((name, tensor, version(tensor)) for name, tensor in step.before.weights.items())
@@ -36,7 +32,7 @@ class Verify(Instrument):
                 )
         self._written = ()
         try:
-            checked = verify(step.after, touched=step.record.touched, runner=self._runner)
+            checked = verify(step.after, touched=step.record.touched)
         except VerifyError as error:
             raise VerifyError(f"{step.title} left a broken program: {error}") from error
         step.findings["verify"] = {"nodes": checked}
