@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -64,6 +65,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[_DESELECTED] = counts
     if hasattr(config, "workeroutput"):
         config.workeroutput["deselected"] = counts
+
+
+def pytest_collection_finish() -> None:
+    """Modules are there to the end, and no collection looks at them again: a tenth of the time was theirs."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.commands import Run
 from tests.local_model import save_model, save_texts
 
 _ENDED = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated (SIGTERM)")}
 
-#: A command whose model takes long to load. It says that it is there, and gets a signal.
+#: Commands whose model takes long to load, each in a process of its own that finds everything imported: where it
+#: waits, which signal, its model and its folder come in. It says that it is there, and gets the signal.
 _LOADING = """
-import hashlib, os, signal, sys, threading, time
+import hashlib, json, os, signal, sys, threading, time
 import transformers
+import mxfx.api
 from mxfx import cli
 from mxfx.ground import files
 
@@ -26,7 +31,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def told():
     print(time.time(), flush=True)
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.{signal})).start()
+    threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
 
 def in_c():
     told()
@@ -65,15 +70,34 @@ def written():
     def pieces():
         yield b"half"
         in_c()
-    files.write_file(files.Path(sys.argv[-1]) / "file", pieces())
+    files.write_file(files.Path(out) / "file", pieces())
 
 def load(*args, **options):
-    {where}()
+    globals()[where]()
 
 transformers.AutoTokenizer.from_pretrained = load
-sys.argv = ["mxfx", "generate", sys.argv[1], "--prompt", sys.argv[2]]
-cli.main()
+print("ready", flush=True)
+while line := sys.stdin.readline():
+    where, number, model, out = json.loads(line)
+    child = os.fork()
+    if not child:
+        for name, stream in (("said", 1), ("errors", 2)):
+            os.dup2(os.open(out + "-" + name, os.O_WRONLY | os.O_CREAT), stream)
+        sys.argv = ["mxfx", "generate", model, "--prompt", out]
+        cli.main()
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+@pytest.fixture(scope="module")
+def loading() -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", _LOADING]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        process.stdin.close()
 
 
 @pytest.mark.parametrize(
@@ -84,15 +108,20 @@ cli.main()
         *((where, signal.SIGTERM) for where in ("in_c", "wrapped")),
     ],
 )
-def test_a_signal_ends_what_loads_a_model(where: str, number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_ends_what_loads_a_model(
+    where: str, number: signal.Signals, loading: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    assert loading.stdin is not None and loading.stdout is not None
     model, out = save_model(tmp_path / "model"), tmp_path / "out"
     out.mkdir()
-    code = _LOADING.format(where=where, signal=number.name)
-    done = subprocess.run([sys.executable, "-c", code, model, out], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr.splitlines()[-1]) == _ENDED[number], done.stderr
-    assert not any(word in done.stderr for word in ("Traceback", "ignored", "error:"))
+    loading.stdin.write(json.dumps([where, number, str(model), str(out)]) + "\n")
+    loading.stdin.flush()
+    code = int(loading.stdout.readline())
+    said, errors = ((tmp_path / f"out-{name}").read_text() for name in ("said", "errors"))
+    assert (code, errors.splitlines()[-1]) == _ENDED[number], errors
+    assert not any(word in errors for word in ("Traceback", "ignored", "error:"))
     # Whoever was not woken sleeps for 30 seconds.
-    assert time.time() - float(done.stdout) < 20
+    assert time.time() - float(said) < 20
     assert list(out.iterdir()) == []
 
 
@@ -102,7 +131,7 @@ def _heard() -> None:
 
 
 @pytest.mark.parametrize("number", _ENDED)
-def test_a_signal_ends_a_run_whose_folder_the_next_run_takes(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_ends_a_run_whose_folder_the_next_run_takes(number: signal.Signals, mxfx: Run, tmp_path: Path) -> None:
     source, texts, out = save_model(tmp_path / "source"), save_texts(tmp_path / "texts"), tmp_path / "out"
     file = tmp_path / "long.toml"
     file.write_text(
@@ -110,7 +139,8 @@ def test_a_signal_ends_a_run_whose_folder_the_next_run_takes(number: signal.Sign
         "[[pass.rule]]\nmatch = '.*_proj'\nweight = 'mxint4@32'\ninput = 'mxint4@32'\n"
         "[[pass]]\nname = 'insert-fake-quant'\n[[pass]]\nname = 'distill'\nsteps = 100000\ncheckpoint_every = 1000\n"
     )
-    command = [sys.executable, "-m", "mxfx", "run", file, "--model", source, "--data", texts, "--out", out]
+    given = ("run", file, "--model", source, "--data", texts, "--out", out)
+    command = [sys.executable, "-m", "mxfx", *given]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=_heard)
     assert run.stderr is not None
     said = ""
@@ -129,5 +159,4 @@ def test_a_signal_ends_a_run_whose_folder_the_next_run_takes(number: signal.Sign
     assert (run.returncode, rest.strip().splitlines()[-1]) == _ENDED[number]
     assert "Traceback" not in rest
     assert not list(out.rglob("*.part"))
-    again = [*command[:-1], out, "--set", "pass.distill.steps=2"]
-    assert subprocess.run(again, capture_output=True, check=False).returncode == 0
+    assert mxfx(*given, "--set", "pass.distill.steps=2").code == 0
