@@ -84,13 +84,17 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"{count} tests marked {marker} did not run: {_NEEDS[marker]}")
 
 
-_ROOMS_THAT_TRACE_ANEW = ("tests/graph/", "tests/test_faults.py")
+#: Tests of tracing itself, and those that change how a trace is taken.
+_TRACE_ANEW = (
+    *(f"tests/graph/test_{name}.py" for name in ("functional", "prove", "trace", "verify")),
+    "tests/test_faults.py",
+)
 _ANEW = pytest.StashKey[bool]()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    item.config.stash[_ANEW] = item.nodeid.startswith(_ROOMS_THAT_TRACE_ANEW)
+    item.config.stash[_ANEW] = item.nodeid.startswith(_TRACE_ANEW)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,7 @@
 """One ``torch.export`` a structure and process: most tests trace one of a few tiny models, each for a second or two.
 
 What is exported is a copy of the model without data, so that two models of one structure give one graph. ``mxfx`` does
-everything else anew each time. Tests of tracing itself (``tests/graph``) go without.
+everything else anew each time. Tests of tracing itself go without.
 """
 
 from __future__ import annotations
