@@ -57,11 +57,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "p.toml").write_text(PIPELINE.replace("MODEL", str(model)))
     evaluated = ("--eval", "wikitext", "--eval-data", texts)
     with pytest.MonkeyPatch.context() as patch:
-        assert _ended(patch, "run", root / "p.toml", *evaluated, "--out", root / "out") == 0
+        assert ended(patch, "run", root / "p.toml", *evaluated, "--out", root / "out") == 0
     return root
 
 
-def _ended(patch: pytest.MonkeyPatch, *args: object) -> int:
+def ended(patch: pytest.MonkeyPatch, *args: object) -> int:
     """The code that ``mxfx …`` ends with."""
     patch.setattr(sys, "argv", ["mxfx", *map(str, args)])
     with pytest.raises(SystemExit) as exit_:
@@ -74,7 +74,7 @@ def mxfx(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     """Run ``mxfx …``."""
 
     def run(*args: object) -> Said:
-        code = _ended(monkeypatch, *args)
+        code = ended(monkeypatch, *args)
         captured = capsys.readouterr()
         assert "Traceback" not in captured.err
         return Said(code, captured.out, captured.err)

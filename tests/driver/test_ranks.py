@@ -17,6 +17,7 @@ import torch
 
 from mxfx.export.artefact import load
 from mxfx.ground import ranks
+from tests.commands import ended
 from tests.local_model import save_model, save_texts
 
 _PIPELINE = r"""
@@ -82,38 +83,39 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _command(job: Path, processes: int, *files: str, out: str, more: Sequence[str] = ()) -> list[str]:
-    python = [sys.executable, "-m"]
-    if processes > 1:
-        python += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    evaluated = ["--eval", "wikitext", "--eval-data", str(job / "texts"), "--limit-tokens", "1500", *more]
-    return [*python, "mxfx", "run", *(str(job / f"{name}.toml") for name in files), "--out", str(job / out), *evaluated]
+def _command(job: Path, *files: str, out: str, more: Sequence[str] = ()) -> list[str]:
+    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mxfx"]
+    return [*started, *_arguments(job, *files, out=out, more=more)]
+
+
+def _arguments(job: Path, *files: str, out: str, more: Sequence[str] = ()) -> list[str]:
+    return ["run", *(str(job / f"{name}.toml") for name in files), "--out", str(job / out), *more]
 
 
 def _environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
-def _run(
-    job: Path, processes: int, *files: str, out: str, more: Sequence[str] = ()
-) -> subprocess.CompletedProcess[str]:
-    command = _command(job, processes, *files, out=out, more=more)
+def _run(job: Path, *files: str, out: str, more: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    command = _command(job, *files, out=out, more=more)
     return subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
 
 
 @pytest.fixture(scope="module")
-def runs(job: Path) -> dict[str, subprocess.CompletedProcess[str]]:
-    """One run of everything by one process, into ``one``, and one by two, into ``two``: starting them costs most."""
-    task = ("--eval", "wikitext,quiz", "--include-path", str(job / "tasks"), "--num-fewshot", "1")
-    found = {}
-    for processes, out in ((1, "one"), (2, "two")):
-        found[out] = _run(job, processes, "gptq", "distill", *_SEARCHES, out=out, more=task)
-        assert found[out].returncode == 0, found[out].stderr[-3000:]
-    return found
+def run_of_two(job: Path) -> subprocess.CompletedProcess[str]:
+    """One run of everything by one process, this one, into ``one``, and one by two, into ``two``."""
+    more = ["--eval", "wikitext,quiz", "--eval-data", str(job / "texts"), "--limit-tokens", "1500"]
+    more += ["--include-path", str(job / "tasks"), "--num-fewshot", "1"]
+    files = ("gptq", "distill", *_SEARCHES)
+    with pytest.MonkeyPatch.context() as patch:
+        assert ended(patch, *_arguments(job, *files, out="one", more=more)) == 0
+    done = _run(job, *files, out="two", more=more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 @pytest.fixture
-def both(job: Path, runs: dict[str, subprocess.CompletedProcess[str]]) -> Path:
+def both(job: Path, run_of_two: subprocess.CompletedProcess[str]) -> Path:
     return job
 
 
@@ -192,20 +194,20 @@ def test_decisions_that_only_the_first_process_finds_hold_for_all(both: Path, tm
     """``two`` stays as it is: other tests look at it."""
     out = tmp_path / "again"
     shutil.copytree(both / "two" / "rotation", out / "rotation")
-    done = _run(both, 2, "rotation", out=str(out))
+    done = _run(both, "rotation", out=str(out))
     assert done.returncode == 0, done.stderr[-3000:]
     (found,) = (p for p in _config(both, str(out), "rotation")["passes"] if p["pass"] == "rotation-search")
     assert found["details"]["from_file"]
 
 
-def test_the_first_process_alone_writes_and_prints(runs: dict[str, subprocess.CompletedProcess[str]]) -> None:
-    assert runs["two"].stdout.count("Perplexity of the emitted models") == 1
-    assert runs["two"].stderr.count("written to") == 1
+def test_the_first_process_alone_writes_and_prints(run_of_two: subprocess.CompletedProcess[str]) -> None:
+    assert run_of_two.stdout.count("Perplexity of the emitted models") == 1
+    assert run_of_two.stderr.count("written to") == 1
 
 
 def test_a_wrong_file_is_said_once(job: Path) -> None:
     (job / "wrong.toml").write_text((job / "gptq.toml").read_text().replace('"gptq"', '"gptk"'))
-    done = _run(job, 2, "wrong", out="wrong")
+    done = _run(job, "wrong", out="wrong")
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1 and "gptk" in done.stderr
     assert done.stdout == ""
@@ -219,7 +221,7 @@ def _children(pid: int) -> list[int]:
 def _killed(job: Path, out: str, file: str, which: int, when: str) -> str:
     """Kill one of two processes once the run's cache holds a file of that pattern; what was said."""
     run = subprocess.Popen(
-        _command(job, 2, file, out=out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()
+        _command(job, file, out=out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()
     )
     while run.poll() is None and not list((job / out).rglob(when)):
         time.sleep(0.02)
@@ -241,7 +243,7 @@ def test_a_killed_process_ends_all_with_one_message_and_the_next_start_goes_on(
     out = f"killed-{file}-{which}"
     said = _killed(job, out, file, which, when)
     assert said.count("another process of this run ended") == 1
-    done = _run(job, 2, file, out=out)
+    done = _run(job, file, out=out)
     assert done.returncode == 0, done.stderr[-3000:]
     whole, resumed = (load(job / folder / file / "model").weights for folder in ("two", out))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
