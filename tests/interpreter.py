@@ -37,3 +37,28 @@ def numpy_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+
+
+@pytest.fixture(autouse=IN_INTERPRETER)
+def lines_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a reduction by a kernel's own function the interpreter calls that for every element: minutes for one test.
+
+    In the same order it is called for all lines of a tile at once.
+    """
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def generic_reduce(self, given):
+        given, axis = self.unravel(given, self.axis)
+        assert not self.keep_dims and self.axis is not None, "no kernel has it"
+
+        def at(index: int) -> tuple:
+            return tuple(self.to_tensor(np.take(one.handle.data, index, axis), one.dtype) for one in given)
+
+        found = at(0)
+        for index in range(1, given[0].handle.data.shape[axis]):
+            combined = self.combine_fn.fn(*found, *at(index))
+            found = combined if isinstance(combined, tuple) else (combined,)
+        return list(found)
+
+    monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", generic_reduce)

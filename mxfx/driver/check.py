@@ -29,15 +29,14 @@ from mxfx.passes import (
     Annotate,
     Distill,
     Gptq,
-    InsertKvCache,
     Lower,
-    MultiplyInFp8,
     PackWeights,
     QuantizeKvCache,
     RotationSearch,
     TransformInputs,
 )
-from mxfx.passes.insert_kv_cache import without_cache
+from mxfx.passes.insert_kv_cache import InsertKvCache, without_cache
+from mxfx.passes.multiply_in_fp8 import MultiplyInFp8
 from mxfx.pipeline.idle import unmet
 from mxfx.pipeline.manager import PassError, PassManager
 from mxfx.report.linears import linear_lines, planned_linears

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.interpreter import IN_INTERPRETER, numpy_scalars, passes_in_interpreter  # noqa: F401
+from tests.interpreter import IN_INTERPRETER, lines_at_once, numpy_scalars, passes_in_interpreter  # noqa: F401
 
 if not IN_INTERPRETER:
 

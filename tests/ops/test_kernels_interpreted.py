@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from tests.interpreter import IN_INTERPRETER, numpy_scalars, passes_in_interpreter  # noqa: F401
+from tests.interpreter import IN_INTERPRETER, lines_at_once, numpy_scalars, passes_in_interpreter  # noqa: F401
 
 ELEMENTS = ("mxint2", "mxint4", "mxint8", "mxfp4_e2m1", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp8_e4m3", "mxfp8_e5m2")
 RULES = ("floor", "rceil", "even", "ceil", "mse")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.interpreter import IN_INTERPRETER, numpy_scalars, passes_in_interpreter  # noqa: F401
+from tests.interpreter import IN_INTERPRETER, lines_at_once, numpy_scalars, passes_in_interpreter  # noqa: F401
 
 FORMATS = ("mxint4@32", "mxint4@16", "mxfp4_e2m1@32", "mxint8@32", "mxfp8_e4m3@64", "mxfp8_e5m2@32")
 ODD = ("mxint2@32", "mxint3@16", "mxint5@32", "mxfp6_e2m3@64", "mxfp6_e3m2@32", "mxint7@16")
