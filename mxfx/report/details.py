@@ -11,12 +11,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mxfx.report.render import render
+from mxfx.report.render import called, render
 
 
 def decisions(passes: Sequence[Mapping[str, Any]]) -> Markup:
     """One folded block for each pass that left details; nothing if none did."""
-    return render("decisions.html", told=[_told(step["pass"], step["details"]) for step in passes if step["details"]])
+    return render("decisions.html", told=[_told(called(step), step["details"]) for step in passes if step["details"]])
 
 
 def _told(

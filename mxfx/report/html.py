@@ -13,7 +13,7 @@ from mxfx.ops.kernels.ways import said
 from mxfx.report.details import decisions
 from mxfx.report.domains import domain_panels
 from mxfx.report.passes import lost, promise
-from mxfx.report.render import render
+from mxfx.report.render import called, render
 
 #: Order of the heat map's rows; what is not named here comes after.
 _OPERANDS = (
@@ -111,7 +111,7 @@ def _seconds(step: Mapping[str, Any]) -> float | None:
 
 def _heat_maps(passes: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     """SQNR by layer and operand after every lossy pass, the last one first."""
-    measured = [(step["pass"], _heat_map(step["findings"]["ledger"])) for step in passes if _is_measured(step)]
+    measured = [(called(step), _heat_map(step["findings"]["ledger"])) for step in passes if _is_measured(step)]
     return measured[-1:] + measured[:-1]
 
 
@@ -158,5 +158,5 @@ def _regions(passes: Sequence[Mapping[str, Any]], folder: Path) -> list[tuple[st
         if path.is_file() and path.resolve().is_relative_to(folder.parent.resolve()):
             lines = read_text(path).splitlines()
             kinds = sum(line.startswith("@@") for line in lines)
-            found.append((f"{index} {step['pass']}", kinds, [(_LINE.get(line[:1], ""), line) for line in lines]))
+            found.append((f"{index} {called(step)}", kinds, [(_LINE.get(line[:1], ""), line) for line in lines]))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -11,6 +12,11 @@ from markupsafe import Markup
 def render(name: str, **values: Any) -> Markup:
     """A template of ``mxfx/report/templates``. Raises ``jinja2.UndefinedError`` for a value that it lacks."""
     return Markup(_ENVIRONMENT.get_template(name).render(values))
+
+
+def called(step: Mapping[str, Any]) -> str:
+    """The name of a pass in ``results.json``, and the phase that it ran for."""
+    return f"{step['pass']} ({step['phase']})" if step.get("phase") else str(step["pass"])
 
 
 def _number(value: float | None, form: str, none: str = "–") -> str:
@@ -30,3 +36,4 @@ _ENVIRONMENT = Environment(
     lstrip_blocks=True,
 )
 _ENVIRONMENT.filters |= {"number": _number, "shown": _shown, "repr": repr, "said": lambda name: name.replace("_", " ")}
+_ENVIRONMENT.filters["called"] = called

@@ -53,3 +53,8 @@ def test_values_of_a_kind_stand_side_by_side() -> None:
     assert "bits over layers: 4.25, 8.5" in shown
     assert shown.count("<rect") == 2 and 'height="40.0"' in shown and 'height="80.0"' in shown
     assert "<title>layer 1: 8.5</title>" in shown
+
+
+def test_a_pass_of_one_phase_says_which() -> None:
+    page = decisions([_step(baseline=1.5) | {"phase": "decode"}, _step(baseline=1.5)])
+    assert "<summary>a-search (decode)</summary>" in page and "<summary>a-search</summary>" in page
