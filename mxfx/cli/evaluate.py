@@ -100,7 +100,7 @@ def compare(
     from mxfx.evaluation.compare import compare_runs, unshared
     from mxfx.report.table import differences_table
 
-    out.print(differences_table(compare_runs(a, b, floor=floor), floor))
+    out.print(differences_table(compare_runs(a, b, floor=floor), floor, a, b))
     for line in unshared(a, b):
         say(f"not compared: {line}")
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mxfx.evaluation.compare import Difference
     from mxfx.evaluation.results import EvalResult, Ratio
 
@@ -159,13 +162,13 @@ def tasks_table(rows: Sequence[tuple[str, str, str, float, float | None]]) -> Ta
     return table
 
 
-def differences_table(found: Sequence[Difference], floor: float) -> Table:
-    """What `compare` found."""
+def differences_table(found: Sequence[Difference], floor: float, a: Path, b: Path) -> Table:
+    """What `compare` found in the folders `a` and `b`."""
     note = (
         f"± is the standard error of the paired difference; noise beside it: {floor:.1%} from seed to seed. "
         "p is McNemar's, of the text alone"
     )
-    table = Table(title="A against B", caption=note, caption_justify="left", title_justify="left")
+    table = Table(title=Text(f"A: {a}, B: {b}"), caption=note, caption_justify="left", title_justify="left")
     for heading in ("domain", "figure"):
         table.add_column(heading, overflow="fold")
     for heading in ("A", "B", "B − A", "p"):

@@ -191,6 +191,7 @@ def test_the_command_prints_a_verdict_for_every_figure(tmp_path: Path) -> None:
     assert said.output.count("inside the noise") == 4 and "McNemar" in said.output
     other = CliRunner().invoke(cli.app, ["compare", str(tmp_path / "1"), str(tmp_path / "2"), "--floor", "0"])
     assert "KL to float" in other.output and "±" in other.output
+    assert f"A:{tmp_path}/1,B:{tmp_path}/2" in "".join(other.output.split()), "which is which"
 
 
 def test_other_text_cannot_be_compared(tmp_path: Path) -> None:
