@@ -57,7 +57,8 @@ def test_run_prints_one_table_for_all_files_and_writes_the_results(
     same = ("--model", model, "--set", 'model.dtype="float32"')
     said = mxfx("run", CONFIG_A, pipeline, *same, "--eval", "wikitext", "--eval-data", texts, "--out", out)
     assert said.code == 0, said.err
-    table = said.out[said.out.index("Perplexity of the emitted models") :]
+    passes, _, table = said.out.partition("Perplexity of the emitted models")
+    assert "KL and SQNR of the logits against the float model, on the run's probe tokens" in " ".join(passes.split())
     assert [name for name in ("float", "tutorial_a_rtn", "p") if f" {name} " not in table] == []
     results = json.loads((out / "results.json").read_text())
     rows = {config["name"]: config["figures"] for config in results["configs"]}

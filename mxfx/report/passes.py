@@ -18,7 +18,8 @@ from mxfx.rewrite import Skip
 
 def pass_table(result: PipelineResult, title: str) -> Table:
     """One row a pass of a run: matches, skips, time, whether its promise held, and what a lossy pass costs."""
-    table = Table(title=title, title_justify="left")
+    note = "KL and SQNR of the logits against the float model, on the run's probe tokens, after each lossy pass"
+    table = Table(title=title, caption=note, title_justify="left", caption_justify="left")
     table.add_column("#", justify="right")
     table.add_column("pass", no_wrap=True)
     for heading in ("matched", "skipped", "seconds"):
