@@ -146,4 +146,8 @@ def test_search_prints_a_line_a_round_and_a_run_reads_its_file(
     assert f"perplexity {decided['baseline']:.4f} -> {decided['perplexity']:.4f}" in first.out
     second = mxfx("search", *given)
     assert "the same program, tokens and options were searched before" in second.out
+    ids = tmp_path / "c.pt"
+    assert mxfx("collect", texts, "--model", model, "--samples", 4, "--length", 16, "--out", ids).code == 0
+    third = mxfx("search", tmp_path / "p.toml", "--data", ids, "--sites", "q_proj", "--out", tmp_path / "of_ids.json")
+    assert third.code == 0, third.err
     assert "rotation search:" not in second.err
