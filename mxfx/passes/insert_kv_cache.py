@@ -20,6 +20,9 @@ from mxfx.rewrite import Context, Exact, Numerics, Pass, Rewriter, register
 from mxfx.rewrite.facts import LOWERED, RAISED, Fact
 from mxfx.rewrite.own_masks import OwnMasks
 
+#: How a reason ends of what no causal model does.
+_SEES_LATER = "sees later tokens"
+
 
 @register
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class InsertKvCache(Pass):
         found, masks = _attentions(rw.program), OwnMasks(rw)
         reason = _refused(rw, found, masks)
         if reason is not None:
+            if reason.endswith(_SEES_LATER):
+                rw.warn(f"{reason}: of what is no causal model neither perplexity nor generated text means anything")
             for node in found:
                 rw.skip(node, reason)
             if not any(rw.program.nodes("cached_attention")):
@@ -106,7 +111,7 @@ def _refused(rw: Rewriter, found: list[fx.Node], masks: OwnMasks) -> str | None:
         ready = [value for value in own if value is given["mask"] and value.meta["val"].dim() == 4]
         causal = given["causal"] and not ready
         if not own and not causal:
-            return f"{node.name} sees later tokens"
+            return f"{node.name} {_SEES_LATER}"
         reason = next((why for value in own if (why := masks.refused(value)) is not None), None)
         if reason is None and not causal:
             shown = [masks.shows_later(value) for value in own]

@@ -95,6 +95,16 @@ def test_a_shared_cache_is_no_ring_beside_one_under_the_same_window(lengths: lis
     assert relative(steps(lm, ids, mask, lengths)[mask.bool()], whole[mask.bool()]) < 1e-5
 
 
+def test_a_model_that_is_no_causal_one_is_warned_of() -> None:
+    """What tells each token the next one has a perplexity near 1."""
+    program = raised("llama-tiny").copy()
+    assert not apply(InsertKvCache(), program).record.warnings
+    for node in program.nodes("attention"):
+        node.args = (*node.args[:5], False)
+    [warning] = apply(InsertKvCache(), program).record.warnings
+    assert "sees later tokens" in warning and "neither perplexity nor generated text means anything" in warning
+
+
 def test_a_model_that_mixes_tokens_elsewhere_gets_no_cache_and_is_told_why() -> None:
     program = raised("llama-tiny").copy()
     embedding = next(program.nodes("embedding"))
