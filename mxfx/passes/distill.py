@@ -82,7 +82,7 @@ class Distill(Pass):
         the rest (two hidden states a token). What lies in no layer is rounded to nearest; a weight of several layers is
         tuned in the first. Refused where layers share more than a state that tokens decide (keys, values).
     steps: steps of the optimizer; with ``scope = "layer"`` in each layer.
-    learning_rate: of Adam, relative to each tensor's root mean square; warm-up, then a cosine to zero.
+    learning_rate: of Adam, relative to each tensor's root mean square (zeros stay); warm-up, then a cosine to zero.
     batch_size: calibration samples a step.
     held_out: share of the samples that states are compared on, between 0 and 1.
     tune: what is tuned beside the weights on grids: gains (of norms), biases, transforms (their matrices stay

@@ -70,6 +70,8 @@ class Gptq(Pass):
     by layer; each linear's input is measured after everything upstream of it was rewritten. Linears that read one
     node share its Hessian and the factorization.
 
+    Weights that ``gptq`` or ``distill`` put on their grids are not taken again: without a ``select`` each is refused.
+
     Of two phases one is calibrated in, with its formats; the other takes its weights where the formats of these agree.
 
     A linear whose Hessian cannot be factorized or is 0 is rounded to nearest with a warning, counted in ``fallbacks``.

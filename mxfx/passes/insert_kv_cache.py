@@ -43,7 +43,8 @@ class InsertKvCache(Pass):
     graph is what it was, to the bit. Keys and values that are rounded onto a format with E8M0 scales are kept as its
     codes and scales, ``u8``; but for those that two phases of a pipeline write in formats of their own, and neither
     is to round again. Layers that read the same keys and values share a cache. If anything in the model but
-    attention lets tokens see each other, nothing is changed: no cache holds its state.
+    attention lets tokens see each other, nothing is changed: no cache holds its state. Nor where an attention sees
+    later tokens, which is warned of: such a model is no causal one.
 
     Tokens that the model numbers itself (attention temperatures by place) get the numbers of their slots. A mask or a
     bias that the model makes itself (ALiBi, masks of other shapes), from padding and places alone, is made for the new
